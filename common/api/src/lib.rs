@@ -1,0 +1,17 @@
+//! The wire types of Mooring's two HTTP APIs, the trust rules that both sides share, and the client.
+//!
+//! * [`node`]: `/node/v1`, what a node and its members say to each other; [`deploy`] is the document a node is made from.
+//! * [`admin`]: `/admin/v1`, what `moor` and other programs say to a member.
+//! * [`proof`]: what a node signs to prove itself; computed on both sides, so it lives here.
+//! * [`trust`]: the site bundle and who may act as a member. [`client`]: HTTP over TLS or a unix socket.
+//!
+//! No server code lives here, and nothing that knows an operating system.
+
+pub mod admin;
+pub mod client;
+pub mod deploy;
+pub mod ids;
+pub mod node;
+pub mod problem;
+pub mod proof;
+pub mod trust;
