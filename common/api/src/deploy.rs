@@ -112,7 +112,7 @@ pub struct Interface {
     pub names: Vec<String>,
     /// IPv4 by DHCP, static or not at all.
     pub ipv4: IpMethod,
-    /// IPv6 by router advertisement or DHCPv6, static or not at all.
+    /// IPv6 by router advertisement or `DHCPv6`, static or not at all.
     pub ipv6: IpMethod,
     /// Static addresses of both families.
     #[serde(default)]
@@ -129,7 +129,7 @@ pub struct Interface {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum IpMethod {
-    /// DHCP (IPv6: router advertisement, then DHCPv6 when it says so).
+    /// DHCP (IPv6: router advertisement, then `DHCPv6` when it says so).
     #[default]
     Dhcp,
     /// As listed in `addresses`.

@@ -436,9 +436,9 @@ pub struct StatusReport {
     /// A sentence for people; the reason where it failed.
     #[serde(default)]
     pub detail: String,
-    /// Milliseconds since the kernel started (CLOCK_BOOTTIME).
+    /// Milliseconds since the kernel started (`CLOCK_BOOTTIME`).
     pub uptime_ms: u64,
-    /// Figures that belong to it ("image.bytes_fetched": 81,788,928), for `moor status` and the demo.
+    /// Figures that belong to it (`image.bytes_fetched` = 81788928), for `moor status` and the demo.
     #[serde(default)]
     pub figures: BTreeMap<String, u64>,
 }

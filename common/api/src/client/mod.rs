@@ -1,0 +1,250 @@
+//! HTTP/1.1 to a member, over TLS or its unix socket: one connection, typed calls, bounded answers, problems as errors.
+//!
+//! [`tls`] decides who is a member, [`session`] holds the key that tokens are bound to, [`node`] and [`admin`] are the calls.
+
+pub mod admin;
+pub mod node;
+pub mod session;
+pub mod tls;
+
+use crate::problem::{self, Problem};
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::Incoming;
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::convert::Infallible;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+/// Longest JSON answer that is read, in bytes.
+const MAX_JSON: usize = 64 << 20;
+
+/// A call did not succeed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The other side answered, and refused.
+    #[error("{0}")]
+    Problem(Problem),
+    /// No connection.
+    #[error("cannot connect to {to}: {cause}")]
+    Connect {
+        /// URL or socket path.
+        to: String,
+        /// Why, in one line.
+        cause: String,
+    },
+    /// The connection broke, or the answer took too long.
+    #[error("{call}: {cause}")]
+    Broken {
+        /// Method and path.
+        call: String,
+        /// Why.
+        cause: String,
+    },
+    /// The answer is not what the API says.
+    #[error("{call}: the answer is not understood: {cause}")]
+    Answer {
+        /// Method and path.
+        call: String,
+        /// Why.
+        cause: String,
+    },
+    /// The URL, the bundle or the key of this side is unusable.
+    #[error("{0}")]
+    Config(String),
+}
+
+impl ClientError {
+    /// The problem, when the other side refused.
+    #[must_use]
+    pub fn problem(&self) -> Option<&Problem> {
+        if let Self::Problem(problem) = self { Some(problem) } else { None }
+    }
+
+    /// Whether another member, or the same one later, may answer otherwise.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Problem(problem) => problem.status >= 500 || problem.status == 429,
+            Self::Connect { .. } | Self::Broken { .. } => true,
+            Self::Answer { .. } | Self::Config(_) => false,
+        }
+    }
+}
+
+/// The whole chain of an error in one line; hyper's own text alone says little.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let more = cause.to_string();
+        if !text.ends_with(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// A body to send.
+pub type Body = BoxBody<Bytes, Box<dyn std::error::Error + Send + Sync>>;
+
+/// A body from bytes in memory.
+#[must_use]
+pub fn full(bytes: impl Into<Bytes>) -> Body {
+    Full::new(bytes.into()).map_err(|never: Infallible| match never {}).boxed()
+}
+
+/// One HTTP/1.1 connection. Calls run one after the other.
+pub struct Http {
+    sender: http1::SendRequest<Body>,
+    host: HeaderValue,
+    token: Option<HeaderValue>,
+    timeout: Duration,
+}
+
+impl Http {
+    /// Starts HTTP on a stream that is ready for it. `host` goes into the `Host` header; `timeout` bounds the time until an
+    /// answer begins, and each pause within it.
+    async fn start<S>(stream: S, to: &str, host: &str, timeout: Duration) -> Result<Self, ClientError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let host =
+            HeaderValue::from_str(host).map_err(|_| ClientError::Config(format!("'{host}' is not a host name")))?;
+        let (sender, connection) = http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| ClientError::Connect { to: to.to_owned(), cause: chain(&error) })?;
+        tokio::spawn(async move {
+            // An error of the connection reaches the call that waits on it.
+            let _ = connection.await;
+        });
+        Ok(Self { sender, host, token: None, timeout })
+    }
+
+    /// Sends this token with each call from now on.
+    pub fn set_token(&mut self, token: &str) -> Result<(), ClientError> {
+        let mut value = HeaderValue::from_str(&format!("Bearer {token}"))
+            .map_err(|_| ClientError::Config("the token has characters that no header may have".into()))?;
+        value.set_sensitive(true);
+        self.token = Some(value);
+        Ok(())
+    }
+
+    /// Whether the connection was closed by the other side.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.sender.is_closed()
+    }
+
+    /// Sends a request and returns the answer once its head is there and says success; a problem becomes an error.
+    pub async fn send(
+        &mut self,
+        method: Method,
+        path: &str,
+        content_type: &'static str,
+        body: Body,
+    ) -> Result<Response<Incoming>, ClientError> {
+        let call = format!("{method} {path}");
+        let mut request = Request::builder().method(method).uri(path).header(header::HOST, self.host.clone());
+        if !content_type.is_empty() {
+            request = request.header(header::CONTENT_TYPE, content_type);
+        }
+        if let Some(token) = &self.token {
+            request = request.header(header::AUTHORIZATION, token.clone());
+        }
+        let request = request.body(body).map_err(|error| ClientError::Config(format!("{call}: {error}")))?;
+        let broken = |cause: String| ClientError::Broken { call: call.clone(), cause };
+        tokio::time::timeout(self.timeout, self.sender.ready())
+            .await
+            .map_err(|_| broken("the connection is busy".into()))?
+            .map_err(|error| broken(chain(&error)))?;
+        let response = tokio::time::timeout(self.timeout, self.sender.send_request(request))
+            .await
+            .map_err(|_| broken(format!("no answer within {} s", self.timeout.as_secs())))?
+            .map_err(|error| broken(chain(&error)))?;
+        if response.status().is_success() {
+            return Ok(response);
+        }
+        Err(self.refusal(&call, response).await)
+    }
+
+    async fn refusal(&self, call: &str, response: Response<Incoming>) -> ClientError {
+        let status = response.status();
+        let is_problem = response
+            .headers()
+            .get(header::CONTENT_TYPE)
+            .is_some_and(|kind| kind.as_bytes().starts_with(problem::CONTENT_TYPE.as_bytes()));
+        let body = self.collect(call, response, 1 << 20).await.unwrap_or_default();
+        match serde_json::from_slice::<Problem>(&body) {
+            Ok(problem) if is_problem => ClientError::Problem(problem),
+            _ => ClientError::Answer { call: call.to_owned(), cause: format!("HTTP status {status}") },
+        }
+    }
+
+    /// Reads a whole body of at most `limit` bytes.
+    async fn collect(&self, call: &str, response: Response<Incoming>, limit: usize) -> Result<Bytes, ClientError> {
+        let broken = |cause: String| ClientError::Broken { call: call.to_owned(), cause };
+        let body = Limited::new(response.into_body(), limit);
+        // Generous, because a body of the largest size may come over a slow link; a stalled one still ends.
+        let body = tokio::time::timeout(self.timeout * 4, body.collect())
+            .await
+            .map_err(|_| broken("the answer stalled".into()))?;
+        body.map(http_body_util::Collected::to_bytes).map_err(|error| broken(chain(&*error)))
+    }
+
+    /// A call with a JSON body (or none) and a JSON answer.
+    pub async fn json<Q: Serialize + ?Sized, A: DeserializeOwned>(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: Option<&Q>,
+    ) -> Result<A, ClientError> {
+        let call = format!("{method} {path}");
+        let response = self.send_json(method, path, body).await?;
+        let bytes = self.collect(&call, response, MAX_JSON).await?;
+        serde_json::from_slice(&bytes).map_err(|error| ClientError::Answer { call, cause: error.to_string() })
+    }
+
+    /// A call with a JSON body and no answer (204).
+    pub async fn post_only<Q: Serialize + ?Sized>(&mut self, path: &str, body: &Q) -> Result<(), ClientError> {
+        let call = format!("POST {path}");
+        let response = self.send_json(Method::POST, path, Some(body)).await?;
+        if response.status() != StatusCode::NO_CONTENT {
+            return Err(ClientError::Answer {
+                call,
+                cause: format!("HTTP status {} instead of 204", response.status()),
+            });
+        }
+        self.collect(&call, response, 1024).await.map(drop)
+    }
+
+    /// A file of at most `limit` bytes.
+    pub async fn bytes(&mut self, path: &str, limit: usize) -> Result<Bytes, ClientError> {
+        let response = self.send(Method::GET, path, "", full(Bytes::new())).await?;
+        self.collect(&format!("GET {path}"), response, limit).await
+    }
+
+    async fn send_json<Q: Serialize + ?Sized>(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: Option<&Q>,
+    ) -> Result<Response<Incoming>, ClientError> {
+        let (kind, body) = match body {
+            Some(body) => {
+                let bytes =
+                    serde_json::to_vec(body).map_err(|error| ClientError::Config(format!("{path}: {error}")))?;
+                ("application/json", full(bytes))
+            }
+            None => ("", full(Bytes::new())),
+        };
+        self.send(method, path, kind, body).await
+    }
+}

@@ -1,0 +1,154 @@
+//! Who is a member: chain, role and collective decide, never the address (DESIGN.md §4, "Certificates").
+
+use super::ClientError;
+use super::session::SessionKey;
+use crate::ids::{CollectiveId, MemberId};
+use crate::trust::{SiteBundle, authority_uri, parse_member_uri};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::verify_server_cert_signed_by_trust_anchor;
+use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
+use rustls::server::ParsedCertificate;
+use rustls::time_provider::TimeProvider;
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
+use rustls_pki_types::pem::PemObject as _;
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use std::sync::Arc;
+use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
+
+/// A clock that never shows a time before `earliest` (Unix seconds): a node whose hardware clock lost its battery still knows
+/// that it is later than the build of its boot payload.
+#[derive(Debug, Clone, Copy)]
+pub struct ClockFloor {
+    /// The earliest believable time.
+    pub earliest: u64,
+}
+
+impl TimeProvider for ClockFloor {
+    fn current_time(&self) -> Option<UnixTime> {
+        let now = UnixTime::now().as_secs();
+        Some(UnixTime::since_unix_epoch(std::time::Duration::from_secs(now.max(self.earliest))))
+    }
+}
+
+/// The TLS configuration for members of the bundle's collective: TLS 1.3, the site's roots, role and collective checked.
+/// With a session key its certificate is shown, and tokens may be used on the connection.
+///
+/// # Errors
+/// A root that is not a certificate; no root at all.
+pub fn member_tls_config(bundle: &SiteBundle, session: Option<&SessionKey>) -> Result<ClientConfig, ClientError> {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let verifier = MemberVerifier::new(bundle, provider.clone())?;
+    let builder = ClientConfig::builder_with_details(provider, Arc::new(ClockFloor { earliest: bundle.built }))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(|error| ClientError::Config(format!("TLS 1.3 is not available: {error}")))?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier));
+    let mut config = match session {
+        Some(session) => builder
+            .with_client_auth_cert(vec![session.certificate()], session.private_key())
+            .map_err(|error| ClientError::Config(format!("the session key is not usable: {error}")))?,
+        None => builder.with_no_client_auth(),
+    };
+    // A resumed session would not show the certificates again, and the member's identity is read from them.
+    config.resumption = rustls::client::Resumption::disabled();
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+/// The member that a certificate of `collective` names.
+#[must_use]
+pub fn member_of(collective: CollectiveId, certificate: &CertificateDer<'_>) -> Option<MemberId> {
+    let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
+    uris(&certificate).iter().find_map(|uri| parse_member_uri(collective, uri))
+}
+
+fn uris<'a>(certificate: &'a X509Certificate<'_>) -> Vec<&'a str> {
+    let Ok(Some(names)) = certificate.subject_alternative_name() else { return Vec::new() };
+    names
+        .value
+        .general_names
+        .iter()
+        .filter_map(|name| if let GeneralName::URI(uri) = name { Some(*uri) } else { None })
+        .collect()
+}
+
+#[derive(Debug)]
+struct MemberVerifier {
+    collective: CollectiveId,
+    roots: RootCertStore,
+    provider: Arc<CryptoProvider>,
+}
+
+impl MemberVerifier {
+    fn new(bundle: &SiteBundle, provider: Arc<CryptoProvider>) -> Result<Self, ClientError> {
+        let mut roots = RootCertStore::empty();
+        for pem in &bundle.roots {
+            let root = CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|error| {
+                ClientError::Config(format!("a root in the site bundle is not a PEM certificate: {error}"))
+            })?;
+            roots
+                .add(root)
+                .map_err(|error| ClientError::Config(format!("a root in the site bundle is not usable: {error}")))?;
+        }
+        if roots.is_empty() {
+            return Err(ClientError::Config(
+                "the site bundle has no root certificate: make it again with `moor site`".into(),
+            ));
+        }
+        Ok(Self { collective: bundle.collective, roots, provider })
+    }
+}
+
+impl ServerCertVerifier for MemberVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let issuer_der = intermediates.first().ok_or(CertificateError::UnknownIssuer)?;
+        verify_server_cert_signed_by_trust_anchor(
+            &ParsedCertificate::try_from(end_entity)?,
+            &self.roots,
+            &intermediates[..1],
+            now,
+            self.provider.signature_verification_algorithms.all,
+        )?;
+        let bad = |_| Error::from(CertificateError::BadEncoding);
+        let (_, issuer) = X509Certificate::from_der(issuer_der).map_err(bad)?;
+        let (_, leaf) = X509Certificate::from_der(end_entity).map_err(bad)?;
+        // The path search above may use any anchor; the member authority itself has to have signed the leaf.
+        leaf.verify_signature(Some(issuer.public_key())).map_err(|_| CertificateError::UnknownIssuer)?;
+        if !uris(&issuer).contains(&authority_uri(self.collective, "member").as_str()) {
+            return Err(Error::General("it was not issued by the member authority of this collective".into()));
+        }
+        if !uris(&leaf).iter().any(|uri| parse_member_uri(self.collective, uri).is_some()) {
+            return Err(Error::General("it names no member of this collective".into()));
+        }
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
