@@ -16,7 +16,8 @@
 //! | `GET log/NODE` | newline-delimited JSON of [`LogEvent`] |
 //! | `PUT blobs` | bytes → [`BlobAdded`] |
 //! | `GET images`, `POST images` | list of [`ImageView`]; [`ImportImage`] → [`ImageView`] |
-//! | `GET profiles`, `POST profiles/NAME/publish` | list of [`ProfileView`]; empty → [`ProfileView`] |
+//! | `GET profiles`, `POST profiles` | list of [`ProfileView`]; [`CreateProfile`] → [`ProfileView`] |
+//! | `POST profiles/NAME/publish` | empty → [`ProfileView`] |
 //! | `GET profiles/NAME/boot` | [`BootFiles`] |
 //! | `POST tokens` (socket only) | [`TokenRequest`] → [`TokenCreated`] |
 //!
@@ -280,6 +281,17 @@ pub struct ImageView {
     pub os: Option<String>,
     /// Nodes pinned to it.
     pub pins: u64,
+}
+
+/// Makes the working directory of a new profile from a shipped one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreateProfile {
+    /// Its name.
+    pub name: ProfileName,
+    /// The image it boots; need not exist yet.
+    pub image: ImageName,
+    /// The shipped profile to start from.
+    pub template: String,
 }
 
 /// A profile.

@@ -3,8 +3,9 @@
 use super::tls::member_tls_config;
 use super::{Body, ClientError, Http, chain, full};
 use crate::admin::{
-    ArmRequest, BlobAdded, BootFiles, Changed, DefineNodes, DeployRequest, ImageView, ImportImage, LogEvent, NodeView,
-    ProfileView, RangeRequest, SetAttributes, SiteInfo, StatusEvent, TokenCreated, TokenRequest, Why,
+    ArmRequest, BlobAdded, BootFiles, Changed, CreateProfile, DefineNodes, DeployRequest, ImageView, ImportImage,
+    LogEvent, NodeView, ProfileView, RangeRequest, SetAttributes, SiteInfo, StatusEvent, TokenCreated, TokenRequest,
+    Why,
 };
 use crate::client::node::parse_https;
 use crate::ids::{ImageDigest, ProfileName};
@@ -218,6 +219,11 @@ impl AdminClient {
     /// `GET profiles`.
     pub async fn profiles(&mut self) -> Result<Vec<ProfileView>, ClientError> {
         self.http.json::<(), _>(Method::GET, "/admin/v1/profiles", None).await
+    }
+
+    /// `POST profiles`.
+    pub async fn create_profile(&mut self, request: &CreateProfile) -> Result<ProfileView, ClientError> {
+        self.http.json(Method::POST, "/admin/v1/profiles", Some(request)).await
     }
 
     /// `POST profiles/NAME/publish`.

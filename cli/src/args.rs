@@ -1,0 +1,281 @@
+//! The command line. Help, completion and man pages are made from these definitions.
+
+use clap::{Args, Parser, Subcommand};
+use moor_api::ids::{ImageName, NodeName, ProfileName};
+use std::path::PathBuf;
+
+/// Deploys operating systems to the nodes of a cluster and keeps them deployed.
+#[derive(Debug, Parser)]
+#[command(name = "moor", version, max_term_width = 120)]
+pub struct Cli {
+    /// How to reach a member.
+    #[command(flatten)]
+    pub connection: Connection,
+    /// Print JSON instead of text.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// How to reach a member: the local socket, or HTTPS with a token.
+#[derive(Debug, Args)]
+pub struct Connection {
+    /// Unix socket of the local member.
+    #[arg(long, global = true, default_value = "/run/mooring/api.sock", env = "MOOR_SOCKET")]
+    pub socket: PathBuf,
+    /// A member's URL, instead of the socket.
+    #[arg(long, global = true, env = "MOOR_SERVER", requires = "token_file", requires = "site_file")]
+    pub server: Option<String>,
+    /// File with the administrator's token (`moor token create`), readable by its owner only.
+    #[arg(long, global = true, env = "MOOR_TOKEN_FILE")]
+    pub token_file: Option<PathBuf>,
+    /// The site bundle, which says who is a member (`moor site --bundle`).
+    #[arg(long, global = true, env = "MOOR_SITE_FILE")]
+    pub site_file: Option<PathBuf>,
+}
+
+/// Nouns, and the verbs that need none.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make this machine the first member of a new collective (runs `moord init`).
+    Init(Init),
+    /// Define, list and change nodes.
+    #[command(subcommand)]
+    Node(Node),
+    /// Open the window in which nodes may enrol.
+    Arm(Arm),
+    /// Say what nodes are to boot; with no profile, show their state.
+    Deploy(Deploy),
+    /// Show the state of nodes.
+    Status(Status),
+    /// Say why a node does not boot: what it did last, what it was refused, and what to do.
+    Why {
+        /// A node's name; or the UUID or MAC of a machine that is no node yet.
+        subject: String,
+    },
+    /// Show what a node's phases printed.
+    Log {
+        /// The node.
+        node: NodeName,
+    },
+    /// List and import images.
+    #[command(subcommand)]
+    Image(Image),
+    /// Create, list and publish profiles.
+    #[command(subcommand)]
+    Profile(Profile),
+    /// Show the collective.
+    Site {
+        /// Print the site bundle (JSON), which nodes and remote administrators trust members by.
+        #[arg(long)]
+        bundle: bool,
+        /// Print the `@cert-authority` line for `known_hosts`.
+        #[arg(long, conflicts_with = "bundle")]
+        known_hosts: bool,
+    },
+    /// Tokens for administrators who come over HTTPS.
+    #[command(subcommand)]
+    Token(Token),
+}
+
+/// Arguments of `moor init`.
+#[derive(Debug, Args)]
+pub struct Init {
+    /// Configuration of the member.
+    #[arg(long, default_value = "/etc/mooring/moord.toml")]
+    pub config: PathBuf,
+    /// Further arguments of `moord init`.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub rest: Vec<String>,
+}
+
+/// `moor node …`
+#[derive(Debug, Subcommand)]
+pub enum Node {
+    /// Define nodes: `moor node define n[1-4] net.ipv4_method=dhcp`.
+    Define {
+        /// Names, as a noderange.
+        range: String,
+        /// `category.attribute=value`, common to all.
+        attributes: Vec<String>,
+    },
+    /// List nodes, or the values of attributes.
+    List {
+        /// Which nodes; none: all.
+        range: Option<String>,
+        /// Attributes to show; none: names only. `all` shows every one that is set.
+        attributes: Vec<String>,
+    },
+    /// Set or clear attributes.
+    Set {
+        /// Which nodes.
+        range: String,
+        /// `category.attribute=value`.
+        attributes: Vec<String>,
+        /// Clear these.
+        #[arg(short, long)]
+        clear: Vec<String>,
+        /// Take a secret's value from a file (`-`: standard input): `category.attribute=FILE`.
+        #[arg(short, long)]
+        file: Vec<String>,
+        /// Refuse to change more nodes than this.
+        #[arg(short, long)]
+        maxnodes: Option<usize>,
+    },
+    /// Forget nodes.
+    Remove {
+        /// Which nodes.
+        range: String,
+        /// Do not ask.
+        #[arg(short)]
+        yes: bool,
+    },
+    /// Open the window in which nodes may enrol.
+    Arm(Arm),
+    /// Say what nodes are to boot.
+    Deploy(Deploy),
+    /// A node's identity.
+    #[command(subcommand)]
+    Trust(Trust),
+}
+
+/// `moor node trust …`
+#[derive(Debug, Subcommand)]
+pub enum Trust {
+    /// Drop a node's identity (its TPM was replaced, say) and let it enrol once more.
+    Rearm {
+        /// The node, by its name.
+        node: NodeName,
+        /// Do not ask.
+        #[arg(short)]
+        yes: bool,
+    },
+}
+
+/// Arguments of `moor arm`.
+#[derive(Debug, Args)]
+pub struct Arm {
+    /// Which nodes.
+    pub range: String,
+    /// Stay open, for nodes that keep no identity.
+    #[arg(long, conflicts_with_all = ["until", "off"])]
+    pub continuous: bool,
+    /// Stay open until this time (RFC 3339).
+    #[arg(long, conflicts_with = "off")]
+    pub until: Option<String>,
+    /// Close the window.
+    #[arg(long)]
+    pub off: bool,
+}
+
+/// Arguments of `moor deploy`.
+#[derive(Debug, Args)]
+pub struct Deploy {
+    /// Which nodes.
+    pub range: String,
+    /// The profile.
+    #[arg(short = 'n', long)]
+    pub profile: Option<ProfileName>,
+    /// Also open the enrolment window for one boot.
+    #[arg(long)]
+    pub arm: bool,
+    /// Then follow the nodes until each is booted or failed.
+    #[arg(long)]
+    pub watch: bool,
+    /// Refuse more nodes than this.
+    #[arg(short, long)]
+    pub maxnodes: Option<usize>,
+}
+
+/// Arguments of `moor status`.
+#[derive(Debug, Args)]
+pub struct Status {
+    /// Which nodes; none: all.
+    pub range: Option<String>,
+    /// Go on showing changes until interrupted.
+    #[arg(long)]
+    pub watch: bool,
+    /// With `--watch`: end when each node of the range is booted (exit 0) or one failed (exit 1).
+    #[arg(long, requires = "watch")]
+    pub until_booted: bool,
+}
+
+/// `moor image …`
+#[derive(Debug, Subcommand)]
+pub enum Image {
+    /// List the catalogue.
+    List,
+    /// Put a sealed image into the catalogue, as a new generation of its name.
+    Import {
+        /// Its name in the catalogue.
+        name: ImageName,
+        /// The file that `imgutil pack` wrote.
+        file: PathBuf,
+        /// Its key; none for a plain image.
+        #[arg(long)]
+        key_file: Option<PathBuf>,
+        /// Folder with `vmlinuz` and `initrd.img` (`imgutil pack --boot-dir`).
+        #[arg(long)]
+        boot_dir: PathBuf,
+    },
+}
+
+/// `moor profile …`
+#[derive(Debug, Subcommand)]
+pub enum Profile {
+    /// List profiles.
+    List,
+    /// Make a working directory for a new profile.
+    Create {
+        /// Its name.
+        name: ProfileName,
+        /// The image it boots.
+        #[arg(long)]
+        image: ImageName,
+        /// The shipped profile to start from.
+        #[arg(long, default_value = "debian-diskless")]
+        template: String,
+    },
+    /// Make the working directory of a profile its newest generation: nodes get it from now on.
+    Publish {
+        /// The profile.
+        name: ProfileName,
+    },
+    /// Write kernel, initramfs (with the site's cpio behind it) and command line into a folder.
+    BootFiles {
+        /// The profile.
+        name: ProfileName,
+        /// The folder.
+        #[arg(long, short)]
+        out: PathBuf,
+    },
+}
+
+/// `moor token …`
+#[derive(Debug, Subcommand)]
+pub enum Token {
+    /// Make a token and write it to a file (0600) that must not exist.
+    Create {
+        /// For whom; the audit log names it.
+        name: String,
+        /// Where to write it.
+        #[arg(long, short)]
+        out: PathBuf,
+        /// How long it is good, in hours.
+        #[arg(long, default_value_t = 12)]
+        hours: u64,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_definitions_are_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,79 @@
+//! `moor image …`
+
+use crate::args::Image;
+use crate::connect::read_secret;
+use crate::output;
+use anyhow::Context as _;
+use indicatif::{ProgressBar, ProgressStyle};
+use moor_api::admin::ImportImage;
+use moor_api::client::admin::AdminClient;
+use moor_api::ids::Sha256Digest;
+use moor_api::node::Base64;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+pub(crate) async fn run(client: &mut AdminClient, command: Image, json: bool) -> anyhow::Result<ExitCode> {
+    match command {
+        Image::List => {
+            let images = client.images().await?;
+            if json {
+                output::json(&images)?;
+                return Ok(ExitCode::SUCCESS);
+            }
+            for image in images {
+                let kind = if image.encrypted { "sealed" } else { "plain" };
+                let (os, kernel) = (image.os.unwrap_or_default(), image.kernel_version.unwrap_or_default());
+                output::line(format_args!(
+                    "{}: @{} {} {} {kind} {os} kernel {kernel}, {} nodes pinned",
+                    image.name,
+                    image.serial,
+                    image.digest,
+                    output::bytes(image.size),
+                    image.pins
+                ))?;
+            }
+        }
+        Image::Import { name, file, key_file, boot_dir } => {
+            let key = key_file.as_deref().map(read_secret).transpose()?.map(|key| key.trim().to_owned());
+            let signature_file = PathBuf::from(format!("{}.sig", file.display()));
+            let signatures = match std::fs::read(&signature_file) {
+                Ok(bytes) => Some(Base64(bytes)),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+                Err(error) => return Err(error).with_context(|| format!("reading '{}'", signature_file.display())),
+            };
+            let kernel = upload(client, &boot_dir.join("vmlinuz")).await?;
+            let initramfs = upload(client, &boot_dir.join("initrd.img")).await?;
+            let image = upload(client, &file).await?;
+            let view = client.import_image(&ImportImage { name, image, key, signatures, kernel, initramfs }).await?;
+            if json {
+                output::json(&view)?;
+            } else {
+                output::line(format_args!(
+                    "{}: @{} {} {}",
+                    view.name,
+                    view.serial,
+                    view.digest,
+                    output::bytes(view.size)
+                ))?;
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn upload(client: &mut AdminClient, path: &Path) -> anyhow::Result<Sha256Digest> {
+    let file = File::open(path).with_context(|| format!("opening '{}'", path.display()))?;
+    let length = file.metadata().with_context(|| format!("reading '{}'", path.display()))?.len();
+    let bar = ProgressBar::new(length);
+    bar.set_style(ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta}")?);
+    bar.set_message(path.display().to_string());
+    let shown = bar.clone();
+    let added = client
+        .add_blob(file, move |sent| shown.set_position(sent))
+        .await
+        .with_context(|| format!("sending '{}'", path.display()))?;
+    bar.finish_and_clear();
+    anyhow::ensure!(added.size == length, "'{}' changed while it was sent: try again", path.display());
+    Ok(added.blob)
+}

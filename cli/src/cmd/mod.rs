@@ -1,0 +1,98 @@
+//! One module per noun; each command is a call of the API and a few lines that print the answer.
+
+mod image;
+mod node;
+mod profile;
+mod status;
+mod why;
+
+use crate::args::{Cli, Command, Init, Token};
+use crate::connect::connect;
+use crate::output;
+use anyhow::Context as _;
+use moor_api::admin::TokenRequest;
+use moor_api::client::admin::AdminClient;
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::ExitCode;
+
+/// Runs one command.
+pub(crate) async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
+    if let Command::Init(init) = &cli.command {
+        return Err(run_init(init));
+    }
+    let mut client = connect(&cli.connection).await?;
+    let client = &mut client;
+    match cli.command {
+        Command::Init(_) => Ok(ExitCode::SUCCESS),
+        Command::Node(command) => node::run(client, command, cli.json).await,
+        Command::Arm(arm) => node::arm(client, &arm, cli.json).await,
+        Command::Deploy(deploy) => node::deploy(client, &deploy, cli.json).await,
+        Command::Status(args) => status::run(client, &args, cli.json).await,
+        Command::Why { subject } => why::run(client, &subject, cli.json).await,
+        Command::Log { node } => status::log(client, &node, cli.json).await,
+        Command::Image(command) => image::run(client, command, cli.json).await,
+        Command::Profile(command) => profile::run(client, command, cli.json).await,
+        Command::Site { bundle, known_hosts } => site(client, bundle, known_hosts, cli.json).await,
+        Command::Token(Token::Create { name, out, hours }) => create_token(client, name, &out, hours).await,
+    }
+}
+
+/// `moord init` is the server's own program: it writes the server's state.
+fn run_init(init: &Init) -> anyhow::Error {
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|exe| exe.parent().map(|dir| dir.join("moord")))
+        .filter(|path| path.exists());
+    let program = beside.unwrap_or_else(|| "moord".into());
+    let error =
+        std::process::Command::new(&program).arg("init").arg("--config").arg(&init.config).args(&init.rest).exec();
+    anyhow::Error::new(error).context(format!("starting '{}': is the package moord installed?", program.display()))
+}
+
+async fn site(client: &mut AdminClient, bundle: bool, known_hosts: bool, as_json: bool) -> anyhow::Result<ExitCode> {
+    let site = client.site().await?;
+    if bundle {
+        output::json(&site.bundle)?;
+    } else if known_hosts {
+        for line in &site.known_hosts {
+            output::line(line)?;
+        }
+    } else if as_json {
+        output::json(&site)?;
+    } else {
+        output::line(format_args!("collective: {} ({})", site.name, site.collective))?;
+        output::line(format_args!("version: {}", site.version))?;
+        for member in &site.members {
+            let here = if member.id == site.member { " (answers)" } else { "" };
+            output::line(format_args!("member: {} {}{here}", member.id, member.urls.join(" ")))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn create_token(client: &mut AdminClient, name: String, out: &Path, hours: u64) -> anyhow::Result<ExitCode> {
+    // The file comes first: a token that cannot be kept is not made.
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(out)
+        .with_context(|| format!("creating '{}'", out.display()))?;
+    let made = client.create_token(&TokenRequest { name, lifetime: hours.saturating_mul(3600) }).await;
+    let written = match made {
+        Ok(made) => file
+            .write_all(format!("{}\n", made.token).as_bytes())
+            .and_then(|()| file.sync_all())
+            .map_err(anyhow::Error::from),
+        Err(error) => Err(error.into()),
+    };
+    if let Err(error) = written {
+        // The empty file is of no use; the error of the call is what matters.
+        let _ = std::fs::remove_file(out);
+        return Err(error.context("making a token"));
+    }
+    Ok(ExitCode::SUCCESS)
+}
