@@ -1,1 +1,18 @@
-//! Placeholder.
+//! The test lab: real members, real TPMs (swtpm), real VMs (QEMU), in a network namespace of their own.
+//!
+//! Everything a lab starts dies with it: each process is tied to the thread that started it by a parent-death signal, so that
+//! nothing is left when a test panics or is killed. Root is assumed; a missing tool is an error, never a skip.
+
+pub mod bins;
+pub mod member;
+pub mod namespace;
+pub mod process;
+pub mod swtpm;
+pub mod tree;
+pub mod vm;
+
+pub use bins::Bins;
+pub use member::Member;
+pub use namespace::Namespace;
+pub use swtpm::Swtpm;
+pub use vm::{Vm, VmOptions};

@@ -1,0 +1,37 @@
+# The two commands of the README are `make demo` and `make test`; both do all set-up themselves.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := build
+
+export CARGO_TARGET_DIR := $(CURDIR)/target
+CARGO ?= $(shell command -v cargo || echo $(HOME)/.cargo/bin/cargo)
+PROGRAMS := $(CARGO_TARGET_DIR)/debug
+
+# One set of artefacts for everything: `--workspace` resolves one set of features, so nothing is compiled twice.
+BUILD := $(CARGO) build --workspace --all-targets --locked
+
+.PHONY: setup build test lint demo bench clean
+
+setup:
+	@tests/setup
+
+build:
+	@$(BUILD)
+	# The final crate alone gets the flag, so the dependencies are shared with the dynamic build.
+	initramfs/build-static "$(PROGRAMS)/static"
+
+test: setup
+	@tests/run
+
+lint:
+	@$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	tests/licences
+
+demo: setup
+	@$(MAKE) --no-print-directory build
+	"$(PROGRAMS)/moor-demo"
+
+clean:
+	@$(CARGO) clean

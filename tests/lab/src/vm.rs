@@ -1,0 +1,159 @@
+//! One VM: QEMU by emulation (or KVM where a probe proved it), a serial log, ssh, and a time limit on every wait.
+
+use crate::namespace::Namespace;
+use crate::process::{Guard, tied, wait_for};
+use crate::swtpm::Swtpm;
+use anyhow::{Context as _, bail};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+/// The way from a VM to its namespace's loopback.
+pub const HOST_FROM_GUEST: &str = "10.0.2.2";
+
+/// What the machine is.
+#[derive(Debug, Clone)]
+pub struct VmOptions {
+    /// Kernel and initramfs as the member gives them out.
+    pub kernel: PathBuf,
+    /// One file: the image's initramfs with the site cpio behind it.
+    pub initramfs: PathBuf,
+    /// Kernel command line.
+    pub command_line: String,
+    /// SMBIOS UUID.
+    pub uuid: String,
+    /// MAC of its one network card.
+    pub mac: String,
+    /// Memory in MiB.
+    pub memory: u32,
+    /// Port on the namespace's loopback that leads to the guest's sshd.
+    pub ssh_port: u16,
+    /// Use /dev/kvm; only after [`kvm_works`].
+    pub kvm: bool,
+}
+
+/// A running VM; killed on drop.
+pub struct Vm {
+    guard: Guard,
+    console: PathBuf,
+    ssh_port: u16,
+}
+
+impl Vm {
+    /// Switches it on. The console goes to `dir/console.log`.
+    ///
+    /// # Errors
+    /// QEMU is missing or refuses its arguments.
+    pub fn start(namespace: &Namespace, dir: &Path, options: &VmOptions, tpm: Option<&Swtpm>) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(dir)?;
+        let console = dir.join("console.log");
+        let errors = std::fs::File::create(dir.join("qemu.log"))?;
+        let mut qemu = tied("qemu-system-x86_64");
+        // `max`: the plain model lacks AES and SSSE3, and then every TLS record is computed byte by byte.
+        qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35"]);
+        if options.kvm {
+            qemu.args(["-accel", "kvm", "-cpu", "host"]);
+        } else {
+            qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max"]);
+        }
+        qemu.args(["-smp", "2", "-m", &options.memory.to_string()]);
+        qemu.arg("-kernel").arg(&options.kernel).arg("-initrd").arg(&options.initramfs);
+        qemu.args(["-append", &options.command_line, "-uuid", &options.uuid]);
+        qemu.args(["-smbios", &format!("type=1,manufacturer=Mooring,product=Lab,serial=LAB-{}", options.ssh_port)]);
+        qemu.arg("-serial").arg(format!("file:{}", console.display()));
+        qemu.args(["-netdev", &format!("user,id=net0,hostfwd=tcp:127.0.0.1:{}-:22", options.ssh_port)]);
+        qemu.args(["-device", &format!("virtio-net-pci,netdev=net0,mac={},romfile=", options.mac)]);
+        qemu.args(["-device", "virtio-rng-pci"]);
+        if let Some(tpm) = tpm {
+            qemu.arg("-chardev").arg(format!("socket,id=tpm0,path={}", tpm.socket().display()));
+            qemu.args(["-tpmdev", "emulator,id=tpm0,chardev=tpm0", "-device", "tpm-crb,tpmdev=tpm0"]);
+        }
+        let guard = Guard::new(
+            namespace.enter(&qemu).stdout(Stdio::null()).stderr(errors).spawn().context("starting qemu-system-x86_64")?,
+        );
+        Ok(Self { guard, console, ssh_port: options.ssh_port })
+    }
+
+    /// All that the console showed so far.
+    #[must_use]
+    pub fn console(&self) -> String {
+        std::fs::read(&self.console).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+    }
+
+    /// Waits until the console shows `text` after byte `from`; returns the offset behind it.
+    ///
+    /// # Errors
+    /// It did not, or QEMU ended; then with the console's last lines.
+    pub fn wait_console(&mut self, text: &str, from: usize, limit: Duration) -> anyhow::Result<usize> {
+        let mut found = None;
+        let result = wait_for(&format!("'{text}' on the console"), limit, || {
+            let console = self.console();
+            found = console.get(from..).and_then(|rest| rest.find(text)).map(|at| from + at + text.len());
+            if found.is_none() && !self.guard.is_running() {
+                bail!("QEMU ended");
+            }
+            Ok(found.is_some())
+        });
+        result.with_context(|| format!("the console ends with:\n{}", self.console_tail(40)))?;
+        found.context("the text was found and lost")
+    }
+
+    /// The last lines of the console.
+    #[must_use]
+    pub fn console_tail(&self, lines: usize) -> String {
+        let console = self.console();
+        let all: Vec<&str> = console.lines().collect();
+        all[all.len().saturating_sub(lines)..].join("\n")
+    }
+
+    /// Whether QEMU still runs.
+    pub fn is_running(&mut self) -> bool {
+        self.guard.is_running()
+    }
+
+    /// Switches it off, as if the plug were pulled.
+    pub fn power_off(&mut self) {
+        self.guard.kill();
+    }
+
+    /// A command for `ssh root@NODE COMMAND…` with strict host key checking against `known_hosts` alone.
+    #[must_use]
+    pub fn ssh(&self, namespace: &Namespace, node: &str, known_hosts: &Path, identity: &Path, command: &[&str]) -> Command {
+        let mut ssh = tied("ssh");
+        ssh.args(["-F", "none", "-p", &self.ssh_port.to_string(), "-l", "root", "-i"]).arg(identity);
+        ssh.arg("-o").arg(format!("UserKnownHostsFile={}", known_hosts.display()));
+        ssh.args(["-o", "GlobalKnownHostsFile=/dev/null", "-o", "StrictHostKeyChecking=yes", "-o", "BatchMode=yes"]);
+        // The certificate's principal is the node's name; the address is the tunnel's.
+        ssh.args(["-o", &format!("HostKeyAlias={node}"), "-o", "IdentitiesOnly=yes", "-o", "ConnectTimeout=30"]);
+        ssh.arg("127.0.0.1").args(command);
+        namespace.enter(&ssh)
+    }
+
+    /// Runs a command in the guest by ssh.
+    ///
+    /// # Errors
+    /// ssh is missing; the status of the command is the caller's to judge.
+    pub fn ssh_output(&self, namespace: &Namespace, node: &str, known_hosts: &Path, identity: &Path, command: &[&str]) -> anyhow::Result<Output> {
+        self.ssh(namespace, node, known_hosts, identity, command).output().context("starting ssh")
+    }
+}
+
+/// Whether /dev/kvm runs a guest: it may exist and open, and its guests hang all the same. Boots `kernel` without anything
+/// and waits 5 s for the first line of its console.
+#[must_use]
+pub fn kvm_works(namespace: &Namespace, dir: &Path, kernel: &Path) -> bool {
+    if std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
+        return false;
+    }
+    let log = dir.join("kvm-probe.log");
+    let mut qemu = tied("qemu-system-x86_64");
+    qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35", "-accel", "kvm", "-cpu", "host", "-m", "256"]);
+    qemu.arg("-kernel").arg(kernel).args(["-append", "console=ttyS0 earlyprintk=serial panic=-1"]);
+    qemu.arg("-serial").arg(format!("file:{}", log.display()));
+    let Ok(child) = namespace.enter(&qemu).stdout(Stdio::null()).stderr(Stdio::null()).spawn() else { return false };
+    let _guard = Guard::new(child);
+    wait_for("the probe's first line", Duration::from_secs(5), || {
+        Ok(std::fs::read(&log).is_ok_and(|bytes| bytes.windows(13).any(|window| window == b"Linux version")))
+    })
+    .is_ok()
+}
