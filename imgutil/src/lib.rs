@@ -1,3 +1,6 @@
 //! The library behind `imgutil`: builds root images, starts them like containers, packs, unpacks and checks them.
 
 pub mod cmd;
+pub mod pack;
+pub mod progress;
+pub mod squashfs;

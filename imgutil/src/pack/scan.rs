@@ -1,0 +1,342 @@
+//! Looks at a tree once and remembers what is in it: names, inodes, xattrs, link groups. No file is opened for reading.
+//!
+//! The tree is not trusted: every step goes through the handle of a directory with `O_NOFOLLOW`, never through a path.
+
+use anyhow::{Context as _, Result, bail};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, Statx, StatxFlags};
+use rustix::io::Errno;
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, OsStr};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+
+/// Directories below each other, at most: each one takes a stack frame and a descriptor while it is read.
+const MAX_DEPTH: usize = 1024;
+/// How a path is named in warnings and errors: from the root of the image.
+pub(super) type ImagePath = PathBuf;
+
+/// Index into [`Tree::inodes`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct InodeIndex(pub(super) u32);
+
+/// A set of xattrs, in order of names.
+pub(super) type XattrSet = Vec<(CString, Vec<u8>)>;
+
+/// Everything that will become an image.
+pub(super) struct Tree {
+    /// All inodes; the root is the first.
+    pub(super) inodes: Vec<Inode>,
+    /// Different sets of xattrs; inodes refer to them.
+    pub(super) xattrs: Vec<XattrSet>,
+    /// What the image will lack, and where.
+    pub(super) warnings: Warnings,
+}
+
+/// One inode.
+pub(super) struct Inode {
+    /// Device and number in the source: finds link groups, and notices replaced files.
+    pub(super) identity: (u64, u64),
+    /// `st_mode`.
+    pub(super) mode: u32,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    pub(super) mtime: u32,
+    /// Names found in the tree; for a directory 2 and one per subdirectory.
+    pub(super) links: u32,
+    /// Index into [`Tree::xattrs`].
+    pub(super) xattrs: Option<u32>,
+    pub(super) kind: Kind,
+}
+
+/// What an inode is, with what only this kind has.
+pub(super) enum Kind {
+    /// A directory's entries, sorted by the bytes of their names.
+    Directory(Vec<(CString, InodeIndex)>),
+    /// A regular file of this size, in bytes.
+    File(u64),
+    Symlink(Vec<u8>),
+    BlockDevice(u32, u32),
+    CharDevice(u32, u32),
+    Fifo,
+    Socket,
+}
+
+/// What was left out or changed, for the person who packs.
+#[derive(Debug, Default)]
+pub struct Warnings {
+    /// Paths whose POSIX ACLs were left out.
+    pub acls: Vec<PathBuf>,
+    /// Other xattrs that a squashfs has no room for: path and name.
+    pub xattrs: Vec<(PathBuf, String)>,
+    /// Files and directories whose contents belong to another mount: kept, but empty.
+    pub mounts: Vec<PathBuf>,
+    /// Paths whose time is before 1970 or after 2106 and was moved to the nearest time that fits.
+    pub times: Vec<PathBuf>,
+}
+
+/// Opens the root of a tree.
+pub(super) fn open_root(path: &Path) -> Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::openat(CWD, path, flags, Mode::empty())
+        .with_context(|| format!("cannot open the tree '{}'", path.display()))
+}
+
+/// Opens a subdirectory without following a link.
+pub(super) fn open_directory(parent: BorrowedFd<'_>, name: &CStr) -> rustix::io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(parent, name, flags, Mode::empty())
+}
+
+/// `path` and `name` joined, for messages.
+pub(super) fn join(path: &Path, name: &CStr) -> ImagePath {
+    path.join(OsStr::from_bytes(name.to_bytes()))
+}
+
+/// Scans the tree below `root`.
+pub(super) fn scan(root: BorrowedFd<'_>) -> Result<Tree> {
+    let stat = stat(root, c"")?;
+    let mut scanner = Scanner {
+        tree: Tree { inodes: Vec::new(), xattrs: Vec::new(), warnings: Warnings::default() },
+        mount: stat.stx_mnt_id,
+        device: (stat.stx_dev_major, stat.stx_dev_minor),
+        links: HashMap::new(),
+        xattr_sets: HashMap::new(),
+    };
+    scanner.directory(root, &stat, Path::new("/"), 0)?;
+    Ok(scanner.tree)
+}
+
+struct Scanner {
+    tree: Tree,
+    mount: u64,
+    device: (u32, u32),
+    links: HashMap<(u64, u64), InodeIndex>,
+    xattr_sets: HashMap<XattrSet, u32>,
+}
+
+impl Scanner {
+    /// Adds the directory behind `fd` and all below it.
+    fn directory(&mut self, fd: BorrowedFd<'_>, stat: &Statx, path: &Path, depth: usize) -> Result<InodeIndex> {
+        if depth > MAX_DEPTH {
+            bail!("'{}': directories are nested deeper than {MAX_DEPTH}; flatten them", path.display());
+        }
+        let index = self.add(stat, Kind::Directory(Vec::new()), path)?;
+        if self.is_elsewhere(stat) {
+            self.tree.warnings.mounts.push(path.to_owned());
+            return Ok(index);
+        }
+        let listing = |operation| {
+            let path = path.to_owned();
+            move || format!("cannot {operation} '{}'", path.display())
+        };
+        let mut read = XattrReader::of_file(fd);
+        let xattrs = self.xattrs(&mut read, path)?;
+        self.tree.inodes[index.0 as usize].xattrs = xattrs;
+
+        let mut names = Vec::new();
+        for entry in Dir::read_from(fd).with_context(listing("list"))? {
+            let entry = entry.with_context(listing("list"))?;
+            if entry.file_name() != c"." && entry.file_name() != c".." {
+                names.push(entry.file_name().to_owned());
+            }
+        }
+        names.sort_unstable();
+
+        let mut entries = Vec::with_capacity(names.len());
+        let mut subdirectories = 0;
+        for name in names {
+            let child_path = join(path, &name);
+            let stat = self::stat(fd, &name).with_context(|| format!("cannot look at '{}'", child_path.display()))?;
+            let child = if FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory {
+                subdirectories += 1;
+                let child_fd = open_directory(fd, &name)
+                    .with_context(|| format!("cannot open the directory '{}'", child_path.display()))?;
+                let stat = self::stat(child_fd.as_fd(), c"")?;
+                self.directory(child_fd.as_fd(), &stat, &child_path, depth + 1)?
+            } else {
+                self.leaf(fd, &name, &stat, &child_path)?
+            };
+            entries.push((name, child));
+        }
+        let inode = &mut self.tree.inodes[index.0 as usize];
+        inode.links = 2 + subdirectories;
+        inode.kind = Kind::Directory(entries);
+        Ok(index)
+    }
+
+    /// Adds what is not a directory, or another name of what was added before.
+    fn leaf(&mut self, parent: BorrowedFd<'_>, name: &CStr, stat: &Statx, path: &Path) -> Result<InodeIndex> {
+        let identity = identity(stat);
+        if stat.stx_nlink > 1
+            && let Some(index) = self.links.get(&identity)
+        {
+            self.tree.inodes[index.0 as usize].links += 1;
+            return Ok(*index);
+        }
+        let elsewhere = self.is_elsewhere(stat);
+        let device = (stat.stx_rdev_major, stat.stx_rdev_minor);
+        let kind = match FileType::from_raw_mode(stat.stx_mode.into()) {
+            FileType::RegularFile if elsewhere => Kind::File(0),
+            FileType::RegularFile => Kind::File(stat.stx_size),
+            FileType::Symlink => {
+                let target = rustix::fs::readlinkat(parent, name, Vec::new())
+                    .with_context(|| format!("cannot read the symbolic link '{}'", path.display()))?;
+                Kind::Symlink(target.into_bytes())
+            }
+            FileType::BlockDevice => Kind::BlockDevice(device.0, device.1),
+            FileType::CharacterDevice => Kind::CharDevice(device.0, device.1),
+            FileType::Fifo => Kind::Fifo,
+            FileType::Socket => Kind::Socket,
+            FileType::Directory | FileType::Unknown => bail!("'{}' changed while it was looked at", path.display()),
+        };
+        let index = self.add(stat, kind, path)?;
+        if stat.stx_nlink > 1 {
+            self.links.insert(identity, index);
+        }
+        if elsewhere {
+            self.tree.warnings.mounts.push(path.to_owned());
+            return Ok(index);
+        }
+        let mut read = XattrReader::of_entry(parent, name)?;
+        let xattrs = self.xattrs(&mut read, path)?;
+        self.tree.inodes[index.0 as usize].xattrs = xattrs;
+        Ok(index)
+    }
+
+    fn add(&mut self, stat: &Statx, kind: Kind, path: &Path) -> Result<InodeIndex> {
+        let index = u32::try_from(self.tree.inodes.len()).ok().filter(|index| *index < u32::MAX - 1);
+        let index = InodeIndex(index.context("the tree has more inodes than a squashfs can number")?);
+        let seconds = stat.stx_mtime.tv_sec.clamp(0, i64::from(u32::MAX));
+        if seconds != stat.stx_mtime.tv_sec {
+            self.tree.warnings.times.push(path.to_owned());
+        }
+        self.tree.inodes.push(Inode {
+            identity: identity(stat),
+            mode: stat.stx_mode.into(),
+            uid: stat.stx_uid,
+            gid: stat.stx_gid,
+            mtime: u32::try_from(seconds).unwrap_or(u32::MAX),
+            links: 1,
+            xattrs: None,
+            kind,
+        });
+        Ok(index)
+    }
+
+    /// Whether an inode belongs to another mount than the root. The mount's number also tells bind mounts of the same
+    /// file system; the device is for kernels that do not report it (before 5.8).
+    fn is_elsewhere(&self, stat: &Statx) -> bool {
+        if stat.stx_mask & StatxFlags::MNT_ID.bits() != 0 {
+            return stat.stx_mnt_id != self.mount;
+        }
+        (stat.stx_dev_major, stat.stx_dev_minor) != self.device
+    }
+
+    /// Reads the xattrs a squashfs can hold; the others become warnings.
+    fn xattrs(&mut self, reader: &mut XattrReader<'_>, path: &Path) -> Result<Option<u32>> {
+        let context = || format!("cannot read the extended attributes of '{}'", path.display());
+        let mut set = XattrSet::new();
+        for name in reader.names().with_context(context)? {
+            let text = name.to_bytes();
+            if [&b"user."[..], b"trusted.", b"security."].iter().any(|prefix| text.starts_with(prefix)) {
+                // An attribute that was removed meanwhile is as if it had not been listed.
+                if let Some(value) = reader.value(&name).with_context(context)? {
+                    set.push((name, value));
+                }
+            } else if text.starts_with(b"system.posix_acl_") {
+                if self.tree.warnings.acls.last().is_none_or(|last| last != path) {
+                    self.tree.warnings.acls.push(path.to_owned());
+                }
+            } else {
+                self.tree.warnings.xattrs.push((path.to_owned(), name.to_string_lossy().into_owned()));
+            }
+        }
+        if set.is_empty() {
+            return Ok(None);
+        }
+        set.sort_unstable();
+        if let Some(index) = self.xattr_sets.get(&set) {
+            return Ok(Some(*index));
+        }
+        let index = u32::try_from(self.tree.xattrs.len()).context("too many different extended attributes")?;
+        self.tree.xattrs.push(set.clone());
+        self.xattr_sets.insert(set, index);
+        Ok(Some(index))
+    }
+}
+
+fn identity(stat: &Statx) -> (u64, u64) {
+    ((u64::from(stat.stx_dev_major) << 32) | u64::from(stat.stx_dev_minor), stat.stx_ino)
+}
+
+/// `statx` of an entry without following it; of `fd` itself if the name is empty.
+pub(super) fn stat(fd: BorrowedFd<'_>, name: &CStr) -> Result<Statx> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT;
+    Ok(rustix::fs::statx(fd, name, flags, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID)?)
+}
+
+/// Identity of an open file, comparable with [`Inode::identity`].
+pub(super) fn identity_of(fd: impl AsFd) -> Result<((u64, u64), Statx)> {
+    let stat = stat(fd.as_fd(), c"")?;
+    Ok((identity(&stat), stat))
+}
+
+/// Reads xattrs of a handle, or of a directory's entry without opening it (a device must not be opened).
+enum XattrReader<'a> {
+    File(BorrowedFd<'a>),
+    /// A path below `/proc/self/fd/N`: the handle of the directory, then one name that is not followed.
+    Entry(CString),
+}
+
+impl<'a> XattrReader<'a> {
+    fn of_file(fd: BorrowedFd<'a>) -> Self {
+        Self::File(fd)
+    }
+
+    fn of_entry(parent: BorrowedFd<'_>, name: &CStr) -> Result<Self> {
+        let mut path = format!("/proc/self/fd/{}/", parent.as_raw_fd()).into_bytes();
+        path.extend_from_slice(name.to_bytes());
+        Ok(Self::Entry(CString::new(path)?))
+    }
+
+    fn names(&self) -> rustix::io::Result<Vec<CString>> {
+        let list = grow(|buffer| match self {
+            Self::File(fd) => rustix::fs::flistxattr(fd, buffer),
+            Self::Entry(path) => rustix::fs::llistxattr(path, buffer),
+        });
+        match list {
+            Ok(list) => Ok(list.split_inclusive(|byte| *byte == 0).filter_map(|name| CStr::from_bytes_with_nul(name).ok()).map(CStr::to_owned).collect()),
+            Err(Errno::NOTSUP) => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn value(&self, name: &CStr) -> rustix::io::Result<Option<Vec<u8>>> {
+        let value = grow(|buffer| match self {
+            Self::File(fd) => rustix::fs::fgetxattr(fd, name, buffer),
+            Self::Entry(path) => rustix::fs::lgetxattr(path, name, buffer),
+        });
+        match value {
+            Ok(value) => Ok(Some(value)),
+            Err(Errno::NODATA) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Calls with a small buffer, then with the largest that the kernel allows (64 KiB, `XATTR_SIZE_MAX`).
+fn grow(mut call: impl FnMut(&mut [u8]) -> rustix::io::Result<usize>) -> rustix::io::Result<Vec<u8>> {
+    for size in [256, 65_536] {
+        let mut buffer = vec![0; size];
+        match call(&mut buffer) {
+            Ok(length) => {
+                buffer.truncate(length);
+                return Ok(buffer);
+            }
+            Err(Errno::RANGE) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(Errno::RANGE)
+}

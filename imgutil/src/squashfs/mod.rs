@@ -1,0 +1,17 @@
+//! Squashfs: written through libsquashfs into an output that only grows, read by a parser of our own in safe Rust.
+//!
+//! The library writes (its block processor, metadata, xattr and directory writers); nothing of it ever parses an image,
+//! because images come from elsewhere and two advisories on its readers are open. Only its decompressors are used there.
+
+mod compressor;
+mod data;
+mod error;
+mod ffi;
+mod format;
+mod sink;
+mod tree;
+
+pub use data::{ContentId, DataWriter, WriterOptions};
+pub use error::SquashfsError;
+pub use format::{BLOCK_SIZE, SUPERBLOCK_SIZE};
+pub use tree::{Attributes, Entry, InodeRef, Special, TreeWriter, XattrId};
