@@ -1,6 +1,8 @@
 //! The library behind `imgutil`: builds root images, starts them like containers, packs, unpacks and checks them.
 
 pub mod cmd;
+pub mod exec;
 pub mod pack;
 pub mod progress;
 pub mod squashfs;
+pub mod unpack;

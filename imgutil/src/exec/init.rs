@@ -1,0 +1,174 @@
+//! PID 1 of an image: sets everything up, starts the command, reaps, passes signals on, and cleans up when the command or
+//! `imgutil` has ended. When this process ends, the kernel kills all others in the image and frees its mounts.
+
+use super::channel::{Channel, Message};
+use super::command::{Prepared, leave_standard_streams};
+use super::dev::Terminal;
+use super::plant::{Planted, Sources};
+use super::root;
+use super::{Options, Root, Window, sys};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+/// Everything that was prepared before the fork.
+pub(super) struct Plan<'a> {
+    pub(super) options: &'a Options,
+    pub(super) command: &'a Prepared,
+    pub(super) sources: &'a Sources,
+    /// Held with a shared lock while somebody runs in the tree.
+    pub(super) lock: Option<&'a OwnedFd>,
+    /// `/dev/null` of the host.
+    pub(super) null: &'a OwnedFd,
+}
+
+/// The whole life of PID 1. Its exit status means nothing: what happened is said over `channel`.
+pub(super) fn run(plan: &Plan<'_>, channel: &Channel) -> u8 {
+    let mut planted = Planted::default();
+    let ended = live(plan, channel, &mut planted);
+    // Whoever still runs in the image could write to the places that are about to be removed.
+    let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
+    while !matches!(waitpid(Pid::from_raw(-1), None), Err(Errno::ECHILD)) {}
+    if last_in_tree(plan) {
+        planted.remove();
+    }
+    for warning in planted.warnings.drain(..) {
+        // Without a reader there is nobody to tell.
+        let _ = channel.send(&Message::Warning(warning));
+    }
+    let last = match ended {
+        Ok(Some(WaitStatus::Signaled(_, signal, _))) => {
+            Message::Signaled(u8::try_from(signal as i32).unwrap_or(u8::MAX))
+        }
+        Ok(Some(WaitStatus::Exited(_, code))) => Message::Exited(u8::try_from(code).unwrap_or(u8::MAX)),
+        Ok(_) => return 1,
+        Err(reason) => Message::Failed(reason),
+    };
+    let _ = channel.send(&last);
+    0
+}
+
+/// Whether nobody else uses the places in the tree: another `exec` in the same tree takes them away when it ends.
+fn last_in_tree(plan: &Plan<'_>) -> bool {
+    plan.lock.is_none_or(|lock| {
+        rustix::fs::flock(lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok()
+    })
+}
+
+/// From the first step to the command's end; `None` if `imgutil` ended before.
+fn live(plan: &Plan<'_>, channel: &Channel, planted: &mut Planted) -> Result<Option<WaitStatus>, String> {
+    keep_only_what_is_needed(plan, channel).map_err(|error| format!("cannot prepare PID 1: {error}"))?;
+    // From here on the kernel ends this process with `imgutil`. It may have ended before the line above.
+    if gone(channel) {
+        return Ok(None);
+    }
+    let signals = SignalFd::with_flags(&SigSet::all(), SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        .map_err(|error| format!("cannot watch signals: {error}"))?;
+    let terminal = match &plan.options.root {
+        Root::Tree(tree) => root::enter_tree(tree, plan.options, plan.sources, planted),
+        Root::Host => root::enter_host().map(|()| None),
+    }
+    .map_err(|error| error.to_string())?;
+    for warning in planted.warnings.drain(..) {
+        channel.send(&Message::Warning(warning)).map_err(|error| error.to_string())?;
+    }
+    // Now there are places in the tree to take away: not death with `imgutil`, but the end of the socket ends this process.
+    rustix::process::set_parent_process_death_signal(None).map_err(|error| error.to_string())?;
+
+    let terminal = terminal.map(|terminal| hand_over(terminal, plan.options.terminal.as_ref(), channel)).transpose()?;
+    let command = sys::fork_into(|| {
+        let (code, reason) = plan.command.become_it(terminal.as_ref(), plan.options.stdio.as_ref());
+        let _ = channel.send(&Message::NotStarted(reason));
+        code
+    })
+    .map_err(|error| format!("cannot start the command: {error}"))?;
+    leave_standard_streams(plan.null.as_fd()).map_err(|error| format!("cannot leave the standard streams: {error}"))?;
+    watch(command, channel, &signals)
+}
+
+/// Own session, so that the terminal's signals come once, through `imgutil`; no descriptor but those that are needed.
+fn keep_only_what_is_needed(plan: &Plan<'_>, channel: &Channel) -> io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+    nix::unistd::setsid()?;
+    rustix::process::umask(rustix::fs::Mode::empty());
+    let mut keep = vec![channel.as_fd(), plan.null.as_fd()];
+    keep.extend(plan.lock.map(AsFd::as_fd));
+    keep.extend(plan.options.stdio.iter().flatten().map(AsFd::as_fd));
+    sys::close_all_from(3, &keep, false)?;
+    sys::close_all_from(3, &[], true)
+}
+
+fn gone(channel: &Channel) -> bool {
+    let mut fds = [PollFd::new(channel.as_fd(), PollFlags::empty())];
+    matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..))
+}
+
+/// Gives the host end of the terminal to `imgutil`, after the terminal looks like the user's.
+fn hand_over(terminal: Terminal, window: Option<&Window>, channel: &Channel) -> Result<OwnedFd, String> {
+    if let Some(window) = window {
+        // A terminal without size or settings still works: then the defaults stand.
+        let _ = rustix::termios::tcsetwinsize(&terminal.slave, window.size);
+        let _ = rustix::termios::tcsetattr(&terminal.slave, rustix::termios::OptionalActions::Now, &window.settings);
+    }
+    channel
+        .send(&Message::Terminal(terminal.master))
+        .map_err(|error| format!("cannot hand over the terminal: {error}"))?;
+    // Kept open as long as PID 1 lives: a command that closes its terminal and opens it again must find it.
+    Ok(terminal.slave)
+}
+
+/// Waits for the command; meanwhile reaps what was left to this process and passes signals on.
+fn watch(command: Pid, channel: &Channel, signals: &SignalFd) -> Result<Option<WaitStatus>, String> {
+    loop {
+        let mut fds = [
+            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+            // No event is asked for: the end of the other side is always told.
+            PollFd::new(channel.as_fd(), PollFlags::empty()),
+        ];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(format!("cannot wait for the command: {error}")),
+        }
+        if fds[1].any().unwrap_or(true) {
+            return Ok(None);
+        }
+        while let Ok(Some(info)) = signals.read_signal() {
+            let Ok(signal) = i32::try_from(info.ssi_signo).map_err(|_| Errno::EINVAL).and_then(Signal::try_from) else {
+                continue;
+            };
+            if signal == Signal::SIGCHLD {
+                if let Some(status) = reap(command) {
+                    return Ok(Some(status));
+                }
+            } else if kill(Pid::from_raw(-command.as_raw()), signal) == Err(Errno::ESRCH) {
+                // It has not made its session yet. The signal waits until it has become the command.
+                let _ = kill(command, signal);
+            }
+        }
+    }
+}
+
+/// Collects every child that has ended; the command's status if it is among them.
+fn reap(command: Pid) -> Option<WaitStatus> {
+    let mut ended = None;
+    loop {
+        match waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) | Err(_) => return ended,
+            Ok(status) if status.pid() == Some(command) => ended = Some(status),
+            Ok(_) => {}
+        }
+    }
+}
+
+/// `/dev/null` of the host, above the standard streams.
+pub(super) fn open_null() -> io::Result<OwnedFd> {
+    let file = File::options().read(true).write(true).open("/dev/null")?;
+    // A caller may run without standard streams; then the number would be one of theirs.
+    Ok(rustix::io::fcntl_dupfd_cloexec(&file, 3)?)
+}

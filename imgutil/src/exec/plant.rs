@@ -1,0 +1,264 @@
+//! Files that an image sees only while a command runs in it: the host's resolver, a `policy-rc.d` that lets no service
+//! start, places for binds. They are mounts; what had to be made in the tree to carry them is taken away at the end.
+
+use super::mounts::{Detached, During, MountError, open_below, tmpfs};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, mkdirat, openat, readlinkat, statat, unlinkat};
+use rustix::mount::{MountAttrFlags, UnmountFlags};
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Component, Path, PathBuf};
+
+/// `invoke-rc.d` and `deb-systemd-invoke` ask this program; 101 forbids the action
+/// (/usr/share/doc/init-system-helpers/README.policy-rc.d.gz).
+const POLICY: &str = "#!/bin/sh\n# Nothing starts while imgutil runs a command in an image.\nexit 101\n";
+
+/// A place of ours in a tree: an empty file that nobody may read. If a run was ended too hard to remove it, the next one
+/// knows it by this and does.
+const STUB_MODE: u32 = 0;
+
+/// What is to appear in the image, read on the host before it is entered.
+pub(super) struct Sources {
+    resolver: Option<Vec<u8>>,
+    policy: bool,
+}
+
+impl Sources {
+    /// Nothing is shown.
+    pub(super) fn nothing() -> Self {
+        Self { resolver: None, policy: false }
+    }
+
+    /// Reads the host's resolver file and finds out whether the image at `tree` asks a `policy-rc.d`.
+    pub(super) fn read(tree: &Path) -> Self {
+        // A host without a resolver file is no error: its image has none either.
+        let resolver = std::fs::read("/etc/resolv.conf").ok();
+        let policy = tree.join("usr/bin/dpkg").symlink_metadata().is_ok_and(|found| found.is_file());
+        Self { resolver, policy }
+    }
+
+    /// Makes mounts of the files. `scratch` is a directory that is covered for a moment; what lies there is not changed.
+    pub(super) fn prepare(&self, scratch: BorrowedFd<'_>) -> Result<Prepared, MountError> {
+        let store = tmpfs("755", "1m", MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV)?;
+        store.attach(scratch).during("mount", "/run")?;
+        let make = |name: &str, mode, content: &[u8]| -> Result<Detached, MountError> {
+            let file = openat(store.fd(), name, OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC, Mode::from_raw_mode(mode))
+                .during("make", name)?;
+            std::fs::File::from(file).write_all(content).during("write", name)?;
+            let mount = Detached::copy_of(store.fd(), Path::new(name), false)?;
+            mount.restrict(MountAttrFlags::MOUNT_ATTR_RDONLY, false).during("make read-only", name)?;
+            Ok(mount)
+        };
+        let resolver = self.resolver.as_deref().map(|content| make("resolv.conf", 0o644, content)).transpose()?;
+        let policy = self.policy.then(|| make("policy-rc.d", 0o755, POLICY.as_bytes())).transpose()?;
+        // The bind mounts keep the filesystem; nothing in the image shall find the originals.
+        rustix::mount::unmount("/run", UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).during("unmount", "/run")?;
+        Ok(Prepared { resolver, policy })
+    }
+}
+
+/// The files of [`Sources`] as mounts without a place.
+pub(super) struct Prepared {
+    resolver: Option<Detached>,
+    policy: Option<Detached>,
+}
+
+impl Prepared {
+    /// Puts them where the image's programs look for them, following the image's symbolic links inside the image.
+    pub(super) fn place(self, root: BorrowedFd<'_>, planted: &mut Planted) -> Result<(), MountError> {
+        for (path, mount) in [("etc/resolv.conf", self.resolver), ("usr/sbin/policy-rc.d", self.policy)] {
+            let Some(mount) = mount else { continue };
+            match planted.file_place(root, Path::new(path))? {
+                Some(place) => mount.attach(place.as_fd()).during("mount over", Path::new("/").join(path))?,
+                None => planted.warnings.push(format!(
+                    "/{path} in the image is a link to nowhere or no file: it is left alone, \
+                     so names may not resolve or services may start"
+                )),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Something that was made in the tree.
+struct Made {
+    parent: OwnedFd,
+    name: OsString,
+    /// As seen from inside, to unmount what is on it.
+    path: PathBuf,
+    directory: bool,
+}
+
+/// What has to be taken away when the command has ended.
+#[derive(Default)]
+pub(super) struct Planted {
+    made: Vec<Made>,
+    /// What the user should know, though the command can run.
+    pub(super) warnings: Vec<String>,
+}
+
+impl Planted {
+    /// Remembers a directory that was made.
+    pub(super) fn made_directory(&mut self, parent: BorrowedFd<'_>, name: &str, path: PathBuf) -> Result<(), MountError> {
+        let parent = parent.try_clone_to_owned().during("keep", &path)?;
+        self.made.push(Made { parent, name: name.into(), path, directory: true });
+        Ok(())
+    }
+
+    /// Finds or makes the file at `path` (relative to `root`) to mount over. `None` if that cannot be done without
+    /// changing what is in the image.
+    fn file_place(&mut self, root: BorrowedFd<'_>, path: &Path) -> Result<Option<OwnedFd>, MountError> {
+        let mut path = path.to_path_buf();
+        // As many links as the kernel follows.
+        for _ in 0..40 {
+            let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(None) };
+            let Some(directory) = self.parent_directory(root, parent)? else { return Ok(None) };
+            let shown = Path::new("/").join(&path);
+            match stat_of(directory.as_fd(), name).during("look at", &shown)? {
+                None => return self.make_stub(directory, name.to_owned(), shown).map(Some),
+                Some(stat) => match FileType::from_raw_mode(stat.st_mode) {
+                    FileType::RegularFile => {
+                        let place =
+                            openat(&directory, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+                                .during("open", &shown)?;
+                        if stat.st_size == 0 && stat.st_mode & 0o7777 == STUB_MODE {
+                            // Left by a run that was killed together with its PID 1.
+                            self.made.push(Made { parent: directory, name: name.to_owned(), path: shown, directory: false });
+                        }
+                        return Ok(Some(place));
+                    }
+                    FileType::Symlink => {
+                        let target = readlinkat(&directory, name, Vec::new()).during("read the link", &shown)?;
+                        let target = PathBuf::from(OsString::from_vec(target.into_bytes()));
+                        path = parent.join(target);
+                        if let Ok(absolute) = path.strip_prefix("/") {
+                            path = absolute.to_path_buf();
+                        }
+                    }
+                    _ => return Ok(None),
+                },
+            }
+        }
+        Ok(None)
+    }
+
+    /// Opens a directory of the image; below `/run`, which is ours and empty, it is made.
+    fn parent_directory(&self, root: BorrowedFd<'_>, path: &Path) -> Result<Option<OwnedFd>, MountError> {
+        let shown = Path::new("/").join(path);
+        let name = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        match open_below(root, name, OFlags::DIRECTORY) {
+            Ok(directory) => return Ok(Some(directory)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) if error.kind() == io::ErrorKind::NotADirectory => return Ok(None),
+            Err(error) => return Err(error).during("open", shown),
+        }
+        let plain = without_dots(path);
+        let inside = plain.strip_prefix("run").or_else(|_| plain.strip_prefix("var/run"));
+        let Ok(inside) = inside else { return Ok(None) };
+        let mut at = open_below(root, Path::new("run"), OFlags::DIRECTORY).during("open", "/run")?;
+        for part in inside.components() {
+            match mkdirat(&at, part.as_os_str(), Mode::from_raw_mode(0o755)) {
+                Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+                Err(error) => return Err(error).during("make", shown),
+            }
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            at = openat(&at, part.as_os_str(), flags, Mode::empty()).during("open", &shown)?;
+        }
+        Ok(Some(at))
+    }
+
+    fn make_stub(&mut self, parent: OwnedFd, name: OsString, path: PathBuf) -> Result<OwnedFd, MountError> {
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        drop(openat(&parent, &name, flags, Mode::from_raw_mode(STUB_MODE)).during("make", &path)?);
+        let place = openat(&parent, &name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+            .during("open", &path)?;
+        self.made.push(Made { parent, name, path, directory: false });
+        Ok(place)
+    }
+
+    /// Finds or makes, with the directories above it, the place at the absolute path `target` for a mount of `kind`.
+    pub(super) fn make_place(&mut self, root: BorrowedFd<'_>, target: &Path, kind: FileType) -> Result<OwnedFd, MountError> {
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        let open = |path: &Path| {
+            rustix::fs::openat2(root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)
+        };
+        let parts: Vec<_> = target.components().filter(|part| matches!(part, Component::Normal(_))).collect();
+        let mut parent = open(Path::new(".")).during("open", "/")?;
+        let mut path = PathBuf::new();
+        for (index, part) in parts.iter().enumerate() {
+            path.push(part);
+            let shown = Path::new("/").join(&path);
+            let fd = match open(&path) {
+                Ok(fd) => fd,
+                Err(rustix::io::Errno::NOENT) => {
+                    let name = part.as_os_str();
+                    if index + 1 < parts.len() || kind == FileType::Directory {
+                        mkdirat(&parent, name, Mode::from_raw_mode(0o755)).during("make the mount point", &shown)?;
+                        let above = parent.try_clone().during("keep", &shown)?;
+                        self.made.push(Made { parent: above, name: name.to_owned(), path: shown.clone(), directory: true });
+                        open(&path).during("open", &shown)?
+                    } else {
+                        let above = parent.try_clone().during("keep", &shown)?;
+                        self.make_stub(above, name.to_owned(), shown)?
+                    }
+                }
+                Err(error) => return Err(error).during("open", shown),
+            };
+            parent = fd;
+        }
+        Ok(parent)
+    }
+
+    /// Takes away what was made, the newest first. Something that the command has put into a directory of ours stays.
+    pub(super) fn remove(&mut self) {
+        while let Some(made) = self.made.pop() {
+            match take_away(&made) {
+                Ok(()) => {}
+                Err(error) => self.warnings.push(format!("cannot remove {} from the image: {error}", made.path.display())),
+            }
+        }
+    }
+}
+
+fn take_away(made: &Made) -> io::Result<()> {
+    // A mount point cannot be removed in its own mount namespace. EINVAL: nothing was mounted, the set-up had failed before.
+    match rustix::mount::unmount(&made.path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+        Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let Some(stat) = stat_of(made.parent.as_fd(), &made.name)? else { return Ok(()) };
+    if made.directory {
+        return match unlinkat(&made.parent, &made.name, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(rustix::io::Errno::NOTEMPTY | rustix::io::Errno::NOTDIR) => Ok(()),
+            Err(error) => Err(error.into()),
+        };
+    }
+    let ours = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+        && stat.st_size == 0
+        && stat.st_mode & 0o7777 == STUB_MODE;
+    if ours { Ok(unlinkat(&made.parent, &made.name, AtFlags::empty())?) } else { Ok(()) }
+}
+
+fn stat_of(directory: BorrowedFd<'_>, name: impl rustix::path::Arg) -> io::Result<Option<Stat>> {
+    match statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(stat) => Ok(Some(stat)),
+        Err(rustix::io::Errno::NOENT) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// `a/../b` → `b`: only for paths of which it is already known that they do not exist.
+fn without_dots(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::Normal(name) => plain.push(name),
+            Component::ParentDir => {
+                plain.pop();
+            }
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    plain
+}

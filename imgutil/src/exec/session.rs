@@ -1,0 +1,203 @@
+//! The host's side of a running command: starts PID 1, relays terminal and signals, and collects how it ended.
+
+use super::channel::{Channel, Message};
+use super::command::Prepared;
+use super::init::{self, Plan};
+use super::plant::Sources;
+use super::pty::{Raw, Relay};
+use super::signals::SignalWatch;
+use super::{ExecError, Finished, Options, Outcome, Root, sys};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::CloneFlags;
+use nix::sys::signal::{SigSet, Signal, SigmaskHow, kill, pthread_sigmask};
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+/// Starts the command and stays until it and all it left running have ended.
+///
+/// Must be called on a thread of its own: a new process-id namespace is entered by this thread's children, for ever.
+pub(super) fn run(options: &Options, signals: Option<&SignalWatch>) -> Result<Finished, ExecError> {
+    let terminal = options.terminal.is_some();
+    let to_terminal = terminal && rustix::termios::isatty(std::io::stderr());
+    let command = Prepared::new(&options.root, &options.command, &options.environment, terminal, to_terminal)?;
+    let (lock, sources) = match &options.root {
+        Root::Tree(tree) => (Some(lock(tree)?), Sources::read(tree)),
+        Root::Host => (None, Sources::nothing()),
+    };
+    let null = init::open_null().map_err(|error| ExecError::Start("open /dev/null", error))?;
+    let (here, there) = Channel::pair().map_err(|error| ExecError::Start("make a socket", error))?;
+    let plan = Plan { options, command: &command, sources: &sources, lock: lock.as_ref(), null: &null };
+
+    nix::sched::unshare(CloneFlags::CLONE_NEWPID)
+        .map_err(|error| ExecError::Start("make a process-id namespace", error.into()))?;
+    let child = {
+        // The handlers of this program must not run in the child, which has its memory but is another process.
+        let _blocked = Blocked::all()?;
+        sys::fork_into(|| init::run(&plan, &there)).map_err(|error| ExecError::Start("fork", error))?
+    };
+    drop(there);
+    let followed = follow(options, signals, &here, child);
+    // If following failed, closing the socket ends PID 1, and with it the image's processes.
+    drop(here);
+    let status = waitpid(child, None).map_err(|error| ExecError::Start("wait for PID 1", error.into()))?;
+    followed?.finish(status)
+}
+
+/// All signals blocked on this thread; as before when dropped.
+struct Blocked(SigSet);
+
+impl Blocked {
+    fn all() -> Result<Self, ExecError> {
+        let mut old = SigSet::empty();
+        pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut old))
+            .map_err(|error| ExecError::Start("block signals", error.into()))?;
+        Ok(Self(old))
+    }
+}
+
+impl Drop for Blocked {
+    fn drop(&mut self) {
+        // Cannot fail: the mask came from the kernel.
+        let _ = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&self.0), None);
+    }
+}
+
+/// A shared lock on the tree's root: several commands may run in a tree, but none while it is built.
+fn lock(tree: &Path) -> Result<OwnedFd, ExecError> {
+    let fd = rustix::fs::open(tree, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| ExecError::Tree { path: tree.to_path_buf(), source: error.into() })?;
+    rustix::fs::flock(&fd, FlockOperation::NonBlockingLockShared).map_err(|_| ExecError::Busy(tree.to_path_buf()))?;
+    Ok(fd)
+}
+
+/// What PID 1 has said so far.
+#[derive(Default)]
+struct Heard {
+    outcome: Option<Outcome>,
+    failed: Option<String>,
+    not_started: Option<String>,
+    warnings: Vec<String>,
+}
+
+impl Heard {
+    fn finish(self, status: nix::sys::wait::WaitStatus) -> Result<Finished, ExecError> {
+        if let Some(reason) = self.failed {
+            return Err(ExecError::SetUp(reason));
+        }
+        match (self.outcome, self.not_started) {
+            (Some(Outcome::Exited(code)), Some(reason)) => Err(ExecError::NotStarted { code, reason }),
+            (Some(outcome), _) => Ok(Finished { outcome, warnings: self.warnings }),
+            (None, _) => Err(ExecError::Lost(format!("{status:?}"))),
+        }
+    }
+}
+
+/// Relays until PID 1 has closed its end.
+fn follow(
+    options: &Options,
+    signals: Option<&SignalWatch>,
+    channel: &Channel,
+    child: Pid,
+) -> Result<Heard, ExecError> {
+    let mut heard = Heard::default();
+    let mut relay: Option<Relay> = None;
+    let mut raw = None;
+    let stdin = std::io::stdin();
+    loop {
+        let mut fds = vec![PollFd::new(channel.as_fd(), PollFlags::POLLIN)];
+        let watched = signals.map(|signals| {
+            fds.push(PollFd::new(signals.as_fd(), PollFlags::POLLIN));
+            fds.len() - 1
+        });
+        let mut keyboard = None;
+        let mut screen = None;
+        if let Some(relay) = &relay {
+            let mut events = PollFlags::POLLIN;
+            events.set(PollFlags::POLLOUT, relay.wants_to_write());
+            fds.push(PollFd::new(relay.master(), events));
+            screen = Some(fds.len() - 1);
+            if relay.wants_input() {
+                fds.push(PollFd::new(stdin.as_fd(), PollFlags::POLLIN));
+                keyboard = Some(fds.len() - 1);
+            }
+        }
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) => {}
+            Err(nix::errno::Errno::EINTR) => continue,
+            Err(error) => return Err(ExecError::Start("wait for the command", error.into())),
+        }
+        let ready = |index: Option<usize>| index.is_some_and(|index| fds[index].any().unwrap_or(true));
+        let (message, signal, screen, keyboard) = (ready(Some(0)), ready(watched), ready(screen), ready(keyboard));
+        drop(fds);
+
+        if let (true, Some(signals)) = (signal, signals) {
+            for signal in signals.take() {
+                pass_on(signal, child, relay.as_ref());
+            }
+        }
+        if let Some(relay) = &mut relay {
+            if keyboard && !relay.take_input() {
+                // The user's terminal has gone: so does the command's.
+                let _ = kill(child, Signal::SIGHUP);
+            }
+            if relay.wants_to_write() {
+                relay.flush_input();
+            }
+            if screen {
+                relay.show_output()?;
+            }
+        }
+        if !message {
+            continue;
+        }
+        match channel.receive().map_err(|error| ExecError::Start("hear from PID 1", error))? {
+            Some(Message::Terminal(master)) => {
+                relay = Some(Relay::new(master)?);
+                raw = options.terminal.as_ref().map(Raw::enter).transpose()?;
+            }
+            Some(Message::Failed(reason)) => heard.failed = Some(reason),
+            Some(Message::NotStarted(reason)) => heard.not_started = Some(reason),
+            Some(Message::Warning(warning)) => heard.warnings.push(warning),
+            Some(Message::Exited(code)) => heard.outcome = Some(Outcome::Exited(code)),
+            Some(Message::Signaled(number)) => heard.outcome = Some(Outcome::Signaled(number)),
+            None => break,
+        }
+    }
+    if let Some(relay) = &mut relay {
+        drain(relay)?;
+    }
+    drop(raw);
+    Ok(heard)
+}
+
+/// Shows what was written last. All holders of the terminal are dead, so its end comes at once.
+fn drain(relay: &mut Relay) -> Result<(), ExecError> {
+    while relay.show_output()? {
+        let mut fds = [PollFd::new(relay.master(), PollFlags::POLLIN)];
+        if matches!(poll(&mut fds, PollTimeout::from(1000_u16)), Ok(0)) {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Gives a signal to PID 1, which gives it to the command's process group. A new window size goes to the terminal instead:
+/// the kernel tells the foreground group.
+fn pass_on(signal: Signal, child: Pid, relay: Option<&Relay>) {
+    // ESRCH: it has just ended; its last messages are on their way.
+    match (signal, relay) {
+        (Signal::SIGWINCH, Some(relay)) => relay.resize(),
+        (Signal::SIGWINCH, None) => {}
+        (Signal::SIGTERM, Some(_)) => {
+            // An interactive shell ignores SIGTERM, but not the loss of its terminal.
+            let _ = kill(child, Signal::SIGTERM);
+            let _ = kill(child, Signal::SIGHUP);
+        }
+        (signal, _) => {
+            let _ = kill(child, signal);
+        }
+    }
+}
