@@ -194,6 +194,9 @@ pub struct Deploy {
 pub struct Status {
     /// Which nodes; none: all.
     pub range: Option<String>,
+    /// Show every change that is kept, oldest first, instead of the last one of each node.
+    #[arg(long)]
+    pub history: bool,
     /// Go on showing changes until interrupted.
     #[arg(long)]
     pub watch: bool,

@@ -67,7 +67,7 @@ pub(crate) async fn arm(client: &mut AdminClient, args: &Arm, json: bool) -> any
 
 pub(crate) async fn deploy(client: &mut AdminClient, args: &Deploy, json: bool) -> anyhow::Result<ExitCode> {
     let range = args.range.clone();
-    let watch = Status { range: Some(range.clone()), watch: args.watch, until_booted: args.watch };
+    let watch = Status { range: Some(range.clone()), history: false, watch: args.watch, until_booted: args.watch };
     let Some(profile) = args.profile.clone() else {
         return status::run(client, &watch, json).await;
     };

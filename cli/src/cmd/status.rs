@@ -16,7 +16,7 @@ pub(crate) async fn run(client: &mut AdminClient, args: &Status, json: bool) -> 
             waiting.insert(node.name, false);
         }
     }
-    let mut events = client.status(args.range.as_deref(), args.watch).await?;
+    let mut events = client.status(args.range.as_deref(), args.history, args.watch).await?;
     while let Some(event) = events.next().await? {
         if json {
             output::line(serde_json::to_string(&event)?)?;

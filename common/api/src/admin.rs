@@ -11,7 +11,7 @@
 //! | `POST nodes/arm` | [`ArmRequest`] → [`Changed`] |
 //! | `POST nodes/rearm` | [`RangeRequest`] of one node → [`Changed`]: drops its identity, raises the epoch |
 //! | `POST nodes/deploy` | [`DeployRequest`] → [`Changed`] |
-//! | `GET status?range=RANGE&watch=true` | newline-delimited JSON of [`StatusEvent`]; with `watch` it goes on |
+//! | `GET status?range=RANGE&history=true&watch=true` | newline-delimited JSON of [`StatusEvent`]: the last of each node (`history`: all, oldest first); with `watch` it goes on |
 //! | `GET why/NODE` | [`Why`]; `NODE` is a node's name, a UUID or a MAC (for machines that nobody knows) |
 //! | `GET log/NODE` | newline-delimited JSON of [`LogEvent`] |
 //! | `PUT blobs` | bytes → [`BlobAdded`] |

@@ -18,7 +18,8 @@ impl Bins {
     /// # Errors
     /// One of them is not built; the error says how to.
     pub fn find() -> anyhow::Result<Self> {
-        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().context("finding the workspace")?;
+        let workspace =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().context("finding the workspace")?;
         let program = std::env::current_exe().context("finding this program")?;
         let mut dir = program.parent().context("this program has no folder")?;
         if dir.ends_with("deps") {

@@ -35,7 +35,11 @@ impl Namespace {
     #[must_use]
     pub fn enter(&self, inner: &Command) -> Command {
         let mut command = Command::new("nsenter");
-        command.arg(format!("--net=/proc/{}/ns/net", self.pid)).arg("--").arg(inner.get_program()).args(inner.get_args());
+        command
+            .arg(format!("--net=/proc/{}/ns/net", self.pid))
+            .arg("--")
+            .arg(inner.get_program())
+            .args(inner.get_args());
         for (name, value) in inner.get_envs() {
             match value {
                 Some(value) => command.env(name, value),

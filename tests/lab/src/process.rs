@@ -18,7 +18,9 @@ pub fn tied(program: impl AsRef<OsStr>) -> Command {
 pub fn tied_as(uid: u32, program: impl AsRef<OsStr>) -> Command {
     let id = uid.to_string();
     let mut command = Command::new("setpriv");
-    command.args(["--reuid", &id, "--regid", &id, "--clear-groups", "--inh-caps=-all", "--pdeathsig", "KILL", "--"]).arg(program);
+    command
+        .args(["--reuid", &id, "--regid", &id, "--clear-groups", "--inh-caps=-all", "--pdeathsig", "KILL", "--"])
+        .arg(program);
     command.stdin(Stdio::null());
     command
 }

@@ -23,7 +23,8 @@ pub fn debian(bins: &Bins, say: &mut dyn FnMut(&str)) -> anyhow::Result<PathBuf>
     lock.lock().context("locking the tree")?;
 
     let stage = cache.join("node-files");
-    run(Command::new(bins.workspace.join("packaging/stage-node")).arg(&stage).arg(&bins.dir)).context("staging the node's files")?;
+    run(Command::new(bins.workspace.join("packaging/stage-node")).arg(&stage).arg(&bins.dir))
+        .context("staging the node's files")?;
     let recipe = [bins.workspace.join("imgutil/os")];
     let tree = cache.join(format!("{OS}-{:016x}", hash_of(&recipe)?));
     let marker = tree.with_extension("planted");
@@ -38,10 +39,19 @@ pub fn debian(bins: &Bins, say: &mut dyn FnMut(&str)) -> anyhow::Result<PathBuf>
         say("laying the newly compiled agent into the cached tree (update-initramfs by imgutil exec)");
         // A marker that is gone says that the tree is half updated, should this be interrupted.
         let _ = std::fs::remove_file(&marker);
-        run(Command::new("cp").args(["-a", "--no-preserve=ownership", "--remove-destination"]).arg(stage.join(".")).arg(&tree))
-            .context("copying the node's files into the tree")?;
-        run(Command::new(bins.path("imgutil")).arg("exec").arg(&tree).args(["--", "update-initramfs", "-u", "-k", "all"]))
-            .context("imgutil exec update-initramfs")?;
+        run(Command::new("cp")
+            .args(["-a", "--no-preserve=ownership", "--remove-destination"])
+            .arg(stage.join("."))
+            .arg(&tree))
+        .context("copying the node's files into the tree")?;
+        run(Command::new(bins.path("imgutil")).arg("exec").arg(&tree).args([
+            "--",
+            "update-initramfs",
+            "-u",
+            "-k",
+            "all",
+        ]))
+        .context("imgutil exec update-initramfs")?;
         std::fs::write(&marker, &planted)?;
     }
     Ok(tree)
@@ -60,7 +70,8 @@ fn feed(path: &Path, hasher: &mut std::hash::DefaultHasher) -> anyhow::Result<()
     let meta = std::fs::symlink_metadata(path).with_context(|| format!("reading '{}'", path.display()))?;
     path.file_name().hash(hasher);
     if meta.is_dir() {
-        let mut children: Vec<PathBuf> = std::fs::read_dir(path)?.map(|entry| entry.map(|e| e.path())).collect::<Result<_, _>>()?;
+        let mut children: Vec<PathBuf> =
+            std::fs::read_dir(path)?.map(|entry| entry.map(|e| e.path())).collect::<Result<_, _>>()?;
         children.sort();
         for child in children {
             feed(&child, hasher)?;

@@ -69,7 +69,12 @@ impl Vm {
             qemu.args(["-tpmdev", "emulator,id=tpm0,chardev=tpm0", "-device", "tpm-crb,tpmdev=tpm0"]);
         }
         let guard = Guard::new(
-            namespace.enter(&qemu).stdout(Stdio::null()).stderr(errors).spawn().context("starting qemu-system-x86_64")?,
+            namespace
+                .enter(&qemu)
+                .stdout(Stdio::null())
+                .stderr(errors)
+                .spawn()
+                .context("starting qemu-system-x86_64")?,
         );
         Ok(Self { guard, console, ssh_port: options.ssh_port })
     }
@@ -118,7 +123,14 @@ impl Vm {
 
     /// A command for `ssh root@NODE COMMAND…` with strict host key checking against `known_hosts` alone.
     #[must_use]
-    pub fn ssh(&self, namespace: &Namespace, node: &str, known_hosts: &Path, identity: &Path, command: &[&str]) -> Command {
+    pub fn ssh(
+        &self,
+        namespace: &Namespace,
+        node: &str,
+        known_hosts: &Path,
+        identity: &Path,
+        command: &[&str],
+    ) -> Command {
         let mut ssh = tied("ssh");
         ssh.args(["-F", "none", "-p", &self.ssh_port.to_string(), "-l", "root", "-i"]).arg(identity);
         ssh.arg("-o").arg(format!("UserKnownHostsFile={}", known_hosts.display()));
@@ -133,7 +145,14 @@ impl Vm {
     ///
     /// # Errors
     /// ssh is missing; the status of the command is the caller's to judge.
-    pub fn ssh_output(&self, namespace: &Namespace, node: &str, known_hosts: &Path, identity: &Path, command: &[&str]) -> anyhow::Result<Output> {
+    pub fn ssh_output(
+        &self,
+        namespace: &Namespace,
+        node: &str,
+        known_hosts: &Path,
+        identity: &Path,
+        command: &[&str],
+    ) -> anyhow::Result<Output> {
         self.ssh(namespace, node, known_hosts, identity, command).output().context("starting ssh")
     }
 }
@@ -147,7 +166,20 @@ pub fn kvm_works(namespace: &Namespace, dir: &Path, kernel: &Path) -> bool {
     }
     let log = dir.join("kvm-probe.log");
     let mut qemu = tied("qemu-system-x86_64");
-    qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35", "-accel", "kvm", "-cpu", "host", "-m", "256"]);
+    qemu.args([
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-machine",
+        "q35",
+        "-accel",
+        "kvm",
+        "-cpu",
+        "host",
+        "-m",
+        "256",
+    ]);
     qemu.arg("-kernel").arg(kernel).args(["-append", "console=ttyS0 earlyprintk=serial panic=-1"]);
     qemu.arg("-serial").arg(format!("file:{}", log.display()));
     let Ok(child) = namespace.enter(&qemu).stdout(Stdio::null()).stderr(Stdio::null()).spawn() else { return false };

@@ -134,12 +134,21 @@ impl AdminClient {
         self.http.json(Method::POST, "/admin/v1/nodes/deploy", Some(request)).await
     }
 
-    /// `GET status`. With `watch` the stream goes on until it is dropped; the connection serves nothing else meanwhile.
-    pub async fn status(&mut self, range: Option<&str>, watch: bool) -> Result<Lines<StatusEvent>, ClientError> {
+    /// `GET status`: the last event of each node, with `history` all that are kept. With `watch` the stream goes on until it is
+    /// dropped; the connection serves nothing else meanwhile.
+    pub async fn status(
+        &mut self,
+        range: Option<&str>,
+        history: bool,
+        watch: bool,
+    ) -> Result<Lines<StatusEvent>, ClientError> {
         let mut path = range_query("/admin/v1/status", range);
-        if watch {
-            path.push(if path.contains('?') { '&' } else { '?' });
-            path.push_str("watch=true");
+        for (name, wanted) in [("history", history), ("watch", watch)] {
+            if wanted {
+                path.push(if path.contains('?') { '&' } else { '?' });
+                path.push_str(name);
+                path.push_str("=true");
+            }
         }
         self.lines(&path).await
     }

@@ -1,0 +1,166 @@
+//! The main path, as the demo and the boot test walk it: tree, sealed image, member, profile, node, VM.
+
+use crate::bins::Bins;
+use crate::member::Member;
+use crate::namespace::Namespace;
+use crate::process::{run, text};
+use crate::swtpm::Swtpm;
+use crate::tree;
+use crate::vm::{Vm, VmOptions};
+use anyhow::Context as _;
+use moor_api::admin::StatusEvent;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// The profile, the image and the node of the scenario.
+pub const PROFILE: &str = "demo";
+/// The node's name.
+pub const NODE: &str = "n1";
+/// Its SMBIOS UUID.
+pub const UUID: &str = "5f1e7a52-30a3-4f6c-9d3e-6c2f9a1b0c01";
+/// Its MAC.
+pub const MAC: &str = "52:54:00:6d:6f:01";
+
+/// One step that took a while.
+#[derive(Debug, Clone)]
+pub struct Step {
+    /// What was done.
+    pub name: String,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// Everything that is up. Fields are dropped in order: the VM, its TPM, the member, the namespace.
+pub struct Scenario {
+    /// Programs.
+    pub bins: Bins,
+    /// Files of this run.
+    pub dir: PathBuf,
+    /// The member.
+    pub member: Member,
+    /// The network.
+    pub namespace: Namespace,
+    /// Steps so far.
+    pub steps: Vec<Step>,
+    /// Size of the sealed image in bytes.
+    pub image_size: u64,
+    /// The image file and its key.
+    pub image: PathBuf,
+    /// The key file.
+    pub key: PathBuf,
+}
+
+impl Scenario {
+    /// From nothing to a node that is defined and may be switched on. `say` is told each step as it begins.
+    ///
+    /// # Errors
+    /// A step failed; with what it printed.
+    pub fn prepare(dir: &Path, say: &mut dyn FnMut(&str)) -> anyhow::Result<Self> {
+        let bins = Bins::find()?;
+        let mut steps = Vec::new();
+        let mut last = Instant::now();
+        let mut done = |name: &str, steps: &mut Vec<Step>| {
+            steps.push(Step { name: name.to_owned(), took: last.elapsed() });
+            last = Instant::now();
+        };
+
+        let tree = tree::debian(&bins, say)?;
+        done("root tree (imgutil build)", &mut steps);
+
+        say("packing it into a sealed image: compressed, encrypted, signed (imgutil pack)");
+        let signer = dir.join("signer");
+        run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", "builder", "-f"]).arg(&signer))?;
+        let (image, key, boot) = (dir.join("root.moor"), dir.join("root.key"), dir.join("boot-files"));
+        run(Command::new(bins.path("imgutil"))
+            .arg("pack")
+            .arg(&tree)
+            .arg("-o")
+            .arg(&image)
+            .arg("--key-file")
+            .arg(&key)
+            .arg("--boot-dir")
+            .arg(&boot)
+            .arg("--sign-key")
+            .arg(&signer)
+            .args(["--name", PROFILE]))
+        .context("imgutil pack")?;
+        let image_size = std::fs::metadata(&image)?.len();
+        done("sealed image (imgutil pack)", &mut steps);
+
+        say("making a collective of one member and starting it as an unprivileged user (moord)");
+        let namespace = Namespace::new()?;
+        let mut member = Member::init(&bins, &dir.join("member"), 8443)?;
+        member.start(&namespace)?;
+        done("server (moord init, run)", &mut steps);
+
+        say("importing the image, publishing a profile, defining the node (moor)");
+        let path = |path: &Path| path.display().to_string();
+        member.moor_ok(&[
+            "image",
+            "import",
+            PROFILE,
+            &path(&image),
+            "--key-file",
+            &path(&key),
+            "--boot-dir",
+            &path(&boot),
+        ])?;
+        member.moor_ok(&["profile", "create", PROFILE, "--image", PROFILE])?;
+        let login = dir.join("login");
+        run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", "demo", "-f"]).arg(&login))?;
+        let public = std::fs::read_to_string(login.with_extension("pub"))?;
+        member.moor_ok(&["profile", "publish", PROFILE])?;
+        member.moor_ok(&[
+            "node",
+            "define",
+            NODE,
+            &format!("id.uuid={UUID}"),
+            &format!("net.hwaddr={MAC}"),
+            "net.ipv4_method=dhcp",
+            &format!("pubkeys.ssh={}", public.trim()),
+        ])?;
+        member.moor_ok(&["deploy", NODE, "-n", PROFILE])?;
+        std::fs::write(dir.join("known_hosts"), member.moor_ok(&["site", "--known-hosts"])?)?;
+        member.moor_ok(&["profile", "boot-files", PROFILE, "--out", &path(&dir.join("netboot"))])?;
+        done("catalogue, profile, node (moor)", &mut steps);
+        Ok(Self { bins, dir: dir.to_owned(), member, namespace, steps, image_size, image, key })
+    }
+
+    /// Switches the node on with the TPM in `dir/TPM`.
+    ///
+    /// # Errors
+    /// swtpm or QEMU failed.
+    pub fn power_on(&self, name: &str, tpm: &Swtpm, ssh_port: u16) -> anyhow::Result<Vm> {
+        let netboot = self.dir.join("netboot");
+        let command_line = std::fs::read_to_string(netboot.join("cmdline"))?;
+        let options = VmOptions {
+            kernel: netboot.join("vmlinuz"),
+            initramfs: netboot.join("initrd.img"),
+            command_line: format!("{} console=ttyS0 panic=-1", command_line.trim()),
+            uuid: UUID.into(),
+            mac: MAC.into(),
+            memory: 2048,
+            ssh_port,
+            kvm: false,
+        };
+        Vm::start(&self.namespace, &self.dir.join(name), &options, Some(tpm))
+    }
+
+    /// The node's states so far, oldest first.
+    ///
+    /// # Errors
+    /// The member does not answer.
+    pub fn states(&self) -> anyhow::Result<Vec<StatusEvent>> {
+        let lines = self.member.moor_ok(&["--json", "status", "--history", NODE])?;
+        lines.lines().map(|line| serde_json::from_str(line).context("reading a status event")).collect()
+    }
+
+    /// Runs a command on the node by ssh, trusting the SSH host authority alone.
+    ///
+    /// # Errors
+    /// ssh failed, or the command did.
+    pub fn on_node(&self, vm: &Vm, command: &str) -> anyhow::Result<String> {
+        text(&mut vm.ssh(&self.namespace, NODE, &self.dir.join("known_hosts"), &self.dir.join("login"), &[command]))
+    }
+}

@@ -1,0 +1,93 @@
+//! The main path on real parts, in one story: a sealed image built here, a member, and a VM with a TPM that enrols once, boots from
+//! the network, boots again on its TPM identity, and cannot be impersonated by a machine with another TPM.
+
+use anyhow::{Context as _, ensure};
+use moor_lab::process::wait_for;
+use moor_lab::scenario::{NODE, Scenario};
+use moor_lab::{Swtpm, Vm};
+use std::collections::BTreeSet;
+use std::os::unix::fs::PermissionsExt as _;
+use std::time::Duration;
+
+const BOOT_LIMIT: Duration = Duration::from_mins(10);
+
+fn booted_boots(scenario: &Scenario) -> anyhow::Result<BTreeSet<String>> {
+    let states = scenario.states()?;
+    Ok(states
+        .iter()
+        .filter(|event| event.state == "booted")
+        .filter_map(|event| event.boot.map(|boot| boot.to_string()))
+        .collect())
+}
+
+/// Waits until one boot more than in `before` says `booted`.
+fn wait_booted(scenario: &Scenario, vm: &mut Vm, before: &BTreeSet<String>) -> anyhow::Result<()> {
+    wait_for("the state 'booted'", BOOT_LIMIT, || {
+        std::thread::sleep(Duration::from_millis(500));
+        ensure!(vm.is_running(), "the VM ended");
+        let states = scenario.states()?;
+        if let Some(failed) = states.iter().find(|event| event.state == "failed") {
+            anyhow::bail!("the node failed: {}", failed.detail);
+        }
+        Ok(booted_boots(scenario)?.len() > before.len())
+    })
+    .with_context(|| format!("console:\n{}\n{}", vm.console_tail(60), scenario.member.log_tail()))
+}
+
+#[test]
+fn a_node_enrols_once_boots_from_the_network_and_stays_itself() -> anyhow::Result<()> {
+    let dir = tempfile::Builder::new().prefix("moor-boot-").tempdir()?;
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711))?;
+    let scenario = Scenario::prepare(dir.path(), &mut |what| println!("{what}"))?;
+    let tpm_dir = dir.path().join("tpm");
+
+    // Not armed: refused, and the administrator can see why.
+    let mut tpm = Swtpm::start(&tpm_dir)?;
+    let mut vm = scenario.power_on("vm-unarmed", &tpm, 2201)?;
+    wait_for("the refusal of an unarmed node", BOOT_LIMIT, || {
+        Ok(scenario.member.moor_ok(&["why", NODE])?.contains("not armed"))
+    })
+    .with_context(|| vm.console_tail(60))?;
+
+    // Armed once while it waits: the same boot goes on.
+    scenario.member.moor_ok(&["arm", NODE])?;
+    wait_booted(&scenario, &mut vm, &BTreeSet::new())?;
+    let first = booted_boots(&scenario)?;
+
+    let on_node = |vm: &Vm, command: &str| scenario.on_node(vm, command);
+    assert_eq!(on_node(&vm, "hostname")?, NODE);
+    assert_eq!(on_node(&vm, "systemctl is-system-running")?, "running", "{}", on_node(&vm, "systemctl --failed")?);
+    let root = on_node(&vm, "findmnt -n -o FSTYPE /")?;
+    assert_eq!(root, "overlay");
+    let mounts = on_node(&vm, "cat /proc/self/mountinfo")?;
+    for part in ["squashfs", "zram", "fuse"] {
+        assert!(mounts.contains(part), "{part} is missing in\n{mounts}");
+    }
+    // Every file of the system is readable through the tether, and the package manager works on the overlay.
+    on_node(&vm, "sha256sum /usr/bin/* >/dev/null && dpkg --audit && touch /etc/written-on-the-node")?;
+    let closed = on_node(&vm, "cat /sys/class/tpm/tpm0/pcr-sha256/15")?;
+    assert!(!closed.bytes().all(|byte| byte == b'0'), "PCR 15 is open in the run stage: {closed}");
+    let keys = on_node(&vm, "ls /etc/ssh/*-cert.pub | wc -l")?;
+    assert!(keys.trim().parse::<u32>()? >= 1, "no host certificate on the node");
+    let view = scenario.member.moor_ok(&["--json", "node", "list", NODE])?;
+    assert!(view.contains("\"trust\":\"tpm\""), "{view}");
+    let machine_id = on_node(&vm, "cat /etc/machine-id")?;
+
+    // It reboots without being armed again.
+    let _ = on_node(&vm, "systemctl reboot");
+    wait_booted(&scenario, &mut vm, &first)?;
+    assert_eq!(on_node(&vm, "cat /etc/machine-id")?, machine_id);
+    assert_eq!(on_node(&vm, "ls /etc/written-on-the-node 2>/dev/null | wc -l")?, "0", "the overlay is in memory only");
+    vm.power_off();
+    tpm.stop();
+
+    // Another TPM under the same UUID and MAC is somebody else, also while the node is armed by mistake.
+    let other = Swtpm::start(&dir.path().join("other-tpm"))?;
+    let impostor = scenario.power_on("vm-other-tpm", &other, 2202)?;
+    wait_for("the refusal of another TPM", BOOT_LIMIT, || {
+        Ok(scenario.member.moor_ok(&["why", NODE])?.contains("another TPM"))
+    })
+    .with_context(|| format!("{}\n{}", impostor.console_tail(60), scenario.member.log_tail()))?;
+    assert_eq!(booted_boots(&scenario)?.len(), 2, "the impostor booted");
+    Ok(())
+}
