@@ -82,6 +82,86 @@ pub(super) fn encode_superblock(fields: &ffi::Super) -> [u8; SUPERBLOCK_SIZE] {
     bytes
 }
 
+/// A superblock that was read and checked as far as it can be by itself.
+#[derive(Debug, Clone)]
+pub(super) struct Superblock {
+    pub(super) inode_count: u32,
+    pub(super) block_size: u32,
+    pub(super) fragment_count: u32,
+    pub(super) compression: u16,
+    pub(super) id_count: u16,
+    pub(super) root_inode: u64,
+    pub(super) bytes_used: u64,
+    pub(super) id_table: u64,
+    pub(super) xattr_table: u64,
+    pub(super) inode_table: u64,
+    pub(super) directory_table: u64,
+    pub(super) fragment_table: u64,
+}
+
+impl Superblock {
+    /// Reads it; `size` is that of what holds the squashfs, in bytes.
+    pub(super) fn parse(bytes: &[u8; SUPERBLOCK_SIZE], size: u64) -> Result<Self, SquashfsError> {
+        let corrupt = |offset, why| SquashfsError::Corrupt { what: "the superblock", offset, why };
+        if u32_at(bytes, 0) != MAGIC {
+            return Err(corrupt(0, "the magic number is missing: this is no squashfs"));
+        }
+        if (u16_at(bytes, 28), u16_at(bytes, 30)) != (4, 0) {
+            return Err(SquashfsError::Unsupported("it is not version 4.0 of the format".to_owned()));
+        }
+        let superblock = Self {
+            inode_count: u32_at(bytes, 4),
+            block_size: u32_at(bytes, 12),
+            fragment_count: u32_at(bytes, 16),
+            compression: u16_at(bytes, 20),
+            id_count: u16_at(bytes, 26),
+            root_inode: u64_at(bytes, 32),
+            bytes_used: u64_at(bytes, 40),
+            id_table: u64_at(bytes, 48),
+            xattr_table: u64_at(bytes, 56),
+            inode_table: u64_at(bytes, 64),
+            directory_table: u64_at(bytes, 72),
+            fragment_table: u64_at(bytes, 80),
+        };
+        let log = u32::from(u16_at(bytes, 22));
+        if !(12..=20).contains(&log) || superblock.block_size != 1 << log {
+            return Err(corrupt(12, "the block size is not a power of two from 4 KiB to 1 MiB"));
+        }
+        if superblock.bytes_used > size {
+            return Err(corrupt(40, "it says that the squashfs is longer than what is there"));
+        }
+        let end = superblock.bytes_used;
+        if superblock.inode_table >= superblock.directory_table || superblock.directory_table > end {
+            return Err(corrupt(64, "the tables are not in order"));
+        }
+        if superblock.id_count == 0 || superblock.id_table >= end {
+            return Err(corrupt(48, "the table of owners is not inside the squashfs"));
+        }
+        if superblock.fragment_count != 0 && superblock.fragment_table >= end {
+            return Err(corrupt(80, "the fragment table is not inside the squashfs"));
+        }
+        if superblock.xattr_table != NO_TABLE && superblock.xattr_table >= end {
+            return Err(corrupt(56, "the table of extended attributes is not inside the squashfs"));
+        }
+        Ok(superblock)
+    }
+}
+
+/// Two bytes of a structure whose length was checked.
+pub(super) fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+/// Four bytes of a structure whose length was checked.
+pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from(u16_at(bytes, at)) | (u32::from(u16_at(bytes, at + 2)) << 16)
+}
+
+/// Eight bytes of a structure whose length was checked.
+pub(super) fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from(u32_at(bytes, at)) | (u64::from(u32_at(bytes, at + 4)) << 32)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
