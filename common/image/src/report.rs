@@ -1,0 +1,255 @@
+//! Verifying a whole file: every damaged region is named by what it is and by its byte range, not only the first.
+
+use crate::error::{FormatError, ImageError};
+use crate::header::{HEADER_LENGTH, Header};
+use crate::image::{ReadAt, read_range};
+use crate::keys::Section;
+use crate::verify::{LeafPage, OpenOptions, Verifier};
+use std::fmt;
+
+/// A part of the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Region {
+    /// The first 4096 bytes.
+    Header,
+    /// A sealed chunk.
+    Chunk {
+        /// Its number.
+        index: u64,
+    },
+    /// The list of page hashes.
+    PageHashes,
+    /// A page of leaf hashes.
+    TablePage {
+        /// Its number.
+        page: u64,
+    },
+    /// The metadata.
+    Metadata,
+    /// The hints.
+    Hints,
+    /// Signature or trust.
+    Signature,
+    /// The length of the file.
+    Length,
+}
+
+impl fmt::Display for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Header => f.write_str("header"),
+            Self::Chunk { index } => write!(f, "chunk {index}"),
+            Self::PageHashes => f.write_str("page hashes"),
+            Self::TablePage { page } => write!(f, "table page {page}"),
+            Self::Metadata => f.write_str("metadata"),
+            Self::Hints => f.write_str("hints"),
+            Self::Signature => f.write_str("signature"),
+            Self::Length => f.write_str("length"),
+        }
+    }
+}
+
+/// One finding.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// Which part.
+    pub region: Region,
+    /// First byte.
+    pub start: u64,
+    /// Byte after the last.
+    pub end: u64,
+    /// What is wrong.
+    pub what: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.end > self.start {
+            write!(f, "{}, bytes {} to {}: {}", self.region, self.start, self.end - 1, self.what)
+        } else {
+            write!(f, "{}: {}", self.region, self.what)
+        }
+    }
+}
+
+/// What a verification found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Digest of the image, where the header is readable.
+    pub digest: Option<[u8; 32]>,
+    /// Whether plaintext was checked too (the key was there, or the image is plain).
+    pub with_key: bool,
+    /// Chunks that were checked.
+    pub chunks: u64,
+    /// Findings, in the order of the file.
+    pub problems: Vec<Problem>,
+}
+
+impl Report {
+    /// Whether nothing was found.
+    #[must_use]
+    pub fn is_good(&self) -> bool {
+        self.problems.is_empty()
+    }
+
+    fn add(&mut self, region: Region, (start, length): (u64, u64), what: impl fmt::Display) {
+        self.problems.push(Problem { region, start, end: start + length, what: what.to_string() });
+    }
+}
+
+/// Verifies a whole file. Without a key (`options.key` is none) hashes, table and signatures are checked, with it also tags and the
+/// header MAC. `progress` is told chunks done and in all.
+///
+/// # Errors
+/// Only where the file could not be looked at (an I/O error other than its end); what is wrong with it is in the report.
+pub fn verify_file<R: ReadAt>(
+    source: &R,
+    options: &OpenOptions,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<Report, ImageError> {
+    let mut report = Report::default();
+    let actual = source.size().map_err(ImageError::io("reading the image's size"))?;
+    if actual < HEADER_LENGTH as u64 {
+        report.add(
+            Region::Length,
+            (0, actual),
+            format_args!("the file has {actual} bytes: it is shorter than a header"),
+        );
+        return Ok(report);
+    }
+    let mut bytes = [0; HEADER_LENGTH];
+    source.read_exact_at(&mut bytes, 0).map_err(ImageError::io("reading the header"))?;
+    let header = match Header::parse(&bytes) {
+        Ok(header) => header,
+        Err(error) => {
+            report.add(Region::Header, (0, HEADER_LENGTH as u64), describe(&error));
+            return Ok(report);
+        }
+    };
+    report.digest = Some(header.digest);
+    let expected = header.file_length();
+    if actual != expected {
+        report.add(
+            Region::Length,
+            (actual.min(expected), actual.abs_diff(expected)),
+            ImageError::Length { expected, actual },
+        );
+    }
+    let mut verifier = match Verifier::new(header.clone(), options) {
+        Ok(verifier) => verifier,
+        Err(error) => {
+            let signature = matches!(error, ImageError::Untrusted { .. } | ImageError::SignatureFile(_));
+            if signature {
+                report.add(Region::Signature, (0, 0), error);
+            } else {
+                report.add(Region::Header, (0, HEADER_LENGTH as u64), error);
+            }
+            // What needs neither trust nor key can still be checked, and says where else the damage is.
+            Verifier::new(header.clone(), &OpenOptions::default())?
+        }
+    };
+    report.with_key = verifier.can_read();
+    check_data(source, &mut verifier, actual, &mut report, &mut progress)?;
+    for section in [Section::Metadata, Section::Hints] {
+        check_section(source, &verifier, section, actual, &mut report)?;
+    }
+    report.problems.sort_by_key(|problem| problem.start);
+    Ok(report)
+}
+
+fn describe(error: &FormatError) -> String {
+    error.to_string()
+}
+
+/// Reads a range that is all in the file; `None` where the file ends before (already reported as its length).
+fn read<R: ReadAt>(source: &R, range: (u64, u64), actual: u64) -> Result<Option<Vec<u8>>, ImageError> {
+    if range.0 + range.1 > actual { Ok(None) } else { read_range(source, range, "reading the image").map(Some) }
+}
+
+fn check_data<R: ReadAt>(
+    source: &R,
+    verifier: &mut Verifier,
+    actual: u64,
+    report: &mut Report,
+    progress: &mut impl FnMut(u64, u64),
+) -> Result<(), ImageError> {
+    let header = verifier.header().clone();
+    let hashes = read(source, header.page_hashes_range(), actual)?;
+    let hashes_good = match &hashes {
+        None => false,
+        Some(bytes) => match verifier.set_page_hashes(bytes) {
+            Ok(()) => true,
+            Err(error) => {
+                report.add(Region::PageHashes, header.page_hashes_range(), error);
+                false
+            }
+        },
+    };
+    for page in 0..header.pages() {
+        let range = header.page_range(page).ok_or(ImageError::Argument("the image has no such table page"))?;
+        let leaves: Option<LeafPage> = match read(source, range, actual)? {
+            Some(bytes) if hashes_good => match verifier.verify_page(page, &bytes) {
+                Ok(leaves) => Some(leaves),
+                Err(error) => {
+                    report.add(Region::TablePage { page }, range, error);
+                    None
+                }
+            },
+            _ => None,
+        };
+        let first = page * crate::header::LEAVES_PER_PAGE;
+        for index in first..(first + crate::header::LEAVES_PER_PAGE).min(header.chunks) {
+            if let Some(leaves) = &leaves {
+                check_chunk(source, verifier, index, leaves, actual, report)?;
+            }
+            progress(index + 1, header.chunks);
+        }
+    }
+    Ok(())
+}
+
+fn check_chunk<R: ReadAt>(
+    source: &R,
+    verifier: &Verifier,
+    index: u64,
+    leaves: &LeafPage,
+    actual: u64,
+    report: &mut Report,
+) -> Result<(), ImageError> {
+    let range = verifier.chunk_range(index).ok_or(ImageError::Argument("the image has no such chunk"))?;
+    let Some(mut bytes) = read(source, range, actual)? else { return Ok(()) };
+    let checked = if verifier.can_read() {
+        verifier.open_chunk(index, leaves, &mut bytes)
+    } else {
+        verifier.check_chunk(index, leaves, &bytes)
+    };
+    report.chunks += 1;
+    if let Err(error) = checked {
+        report.add(Region::Chunk { index }, range, error);
+    }
+    Ok(())
+}
+
+fn check_section<R: ReadAt>(
+    source: &R,
+    verifier: &Verifier,
+    section: Section,
+    actual: u64,
+    report: &mut Report,
+) -> Result<(), ImageError> {
+    let (offset, length, _) = verifier.section_range(section);
+    if length == 0 {
+        return Ok(());
+    }
+    let Some(bytes) = read(source, (offset, length), actual)? else { return Ok(()) };
+    let checked = if verifier.can_read() {
+        verifier.open_section(section, bytes).map(drop)
+    } else {
+        verifier.check_section(section, &bytes)
+    };
+    if let Err(error) = checked {
+        let region = if section == Section::Metadata { Region::Metadata } else { Region::Hints };
+        report.add(region, (offset, length), error);
+    }
+    Ok(())
+}
