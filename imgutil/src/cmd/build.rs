@@ -1,12 +1,149 @@
 //! `imgutil build`.
 
+use crate::build::{self, BuildError, Event, NODE_FILES, Options};
+use crate::exec::SignalWatch;
+use crate::recipe::{Base, Recipe, check_uri};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use nix::sys::signal::Signal;
+use std::io::IsTerminal as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
-/// Not written yet.
+/// In a log, a stage with many steps says so often how far it is.
+const EVERY: Duration = Duration::from_secs(10);
+
+/// Build a root tree from a distribution's packages (as root)
+///
+/// The tree boots as a diskless node: kernel, systemd, sshd, the agent, and an initramfs that every later kernel update
+/// makes again. Signatures of the archives are always checked. TREE appears when it is complete; a failed or interrupted
+/// build leaves nothing.
 #[derive(Debug, clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// Recipe in TOML: packages, archives, files, users, services and commands
+    #[arg(short = 'f', long, value_name = "RECIPE")]
+    file: Option<PathBuf>,
+    /// Operating system: debian-12 (default), debian-13, ubuntu-24.04 (untested)
+    #[arg(long)]
+    os: Option<String>,
+    /// Architecture, as amd64 or arm64 [default: the host's]
+    #[arg(long)]
+    arch: Option<String>,
+    /// More packages to install
+    #[arg(short = 'p', long, num_args = 1.., value_delimiter = ',', value_name = "PACKAGES")]
+    packages: Vec<String>,
+    /// Main archive instead of the distribution's own
+    #[arg(long, value_name = "URL", value_parser = uri)]
+    mirror: Option<String>,
+    /// Archive of security updates instead of the distribution's own; empty for none
+    #[arg(long, value_name = "URL", value_parser = uri)]
+    security_mirror: Option<String>,
+    /// Only essential packages and apt: no kernel, no agent
+    #[arg(long)]
+    minimal: bool,
+    /// Directory with the node's files in the layout of the target's root
+    #[arg(long, value_name = "DIR", default_value = NODE_FILES)]
+    node_files: PathBuf,
+    /// The tree to make
+    tree: PathBuf,
+}
+
+fn uri(text: &str) -> Result<String, String> {
+    check_uri(text).map(|()| text.to_owned())
+}
 
 /// Runs it.
-pub fn run(_args: Args) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("not written yet")
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let mut recipe = args.file.as_deref().map(Recipe::read).transpose()?.unwrap_or_default();
+    recipe.os = args.os.or(recipe.os);
+    recipe.arch = args.arch.or(recipe.arch);
+    recipe.mirror = args.mirror.or(recipe.mirror);
+    recipe.security_mirror = args.security_mirror.or(recipe.security_mirror);
+    recipe.packages.extend(args.packages);
+    if args.minimal {
+        recipe.base = Base::Minimal;
+    }
+    let node_files = (recipe.base == Base::Node).then_some(args.node_files);
+    let options = Options { tree: args.tree, recipe, node_files };
+
+    let signals = SignalWatch::start(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT])?;
+    let display = Display::new();
+    let result = build::build(&options, &mut |event| display.show(event), Some(&signals));
+    display.clear();
+    match result {
+        Ok(built) => {
+            let kernels = if built.kernels.is_empty() { "none".to_owned() } else { built.kernels.join(", ") };
+            println!(
+                "built '{}': {} {}, kernel {kernels}, in {} s",
+                built.tree.display(),
+                built.os,
+                built.arch,
+                built.took.as_secs()
+            );
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(error) => {
+            if let BuildError::Tool { tail, .. } = &error {
+                eprintln!("imgutil: the last lines of the log:");
+                for line in tail.lines() {
+                    eprintln!("    {line}");
+                }
+            }
+            let code = match &error {
+                BuildError::Interrupted(signal) => u8::try_from(*signal as i32 + 128).unwrap_or(1),
+                _ => 1,
+            };
+            eprintln!("imgutil: error: build '{}': {error}", options.tree.display());
+            Ok(ExitCode::from(code))
+        }
+    }
+}
+
+/// A line that changes on a terminal, plain lines in a log.
+enum Display {
+    Bar(ProgressBar),
+    Lines(std::sync::Mutex<Instant>),
+}
+
+impl Display {
+    fn new() -> Self {
+        if !std::io::stderr().is_terminal() {
+            return Self::Lines(std::sync::Mutex::new(Instant::now()));
+        }
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(8));
+        if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed_precise} {prefix} {wide_msg}") {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(Duration::from_millis(200));
+        Self::Bar(bar)
+    }
+
+    fn show(&self, event: Event<'_>) {
+        match (self, event) {
+            (Self::Bar(bar), Event::Stage(stage)) => {
+                bar.set_prefix(stage.to_owned());
+                bar.set_message("");
+            }
+            (Self::Bar(bar), Event::Item { what, name, done, total }) => {
+                bar.set_message(format!("{what} {name} ({done} of {total})"));
+            }
+            (Self::Lines(last), event) => {
+                let Ok(mut last) = last.lock() else { return };
+                match event {
+                    Event::Stage(stage) => eprintln!("imgutil: {stage}"),
+                    Event::Item { what, name, done, total } if last.elapsed() >= EVERY => {
+                        eprintln!("imgutil: {what} {name} ({done} of {total})");
+                    }
+                    Event::Item { .. } => return,
+                }
+                *last = Instant::now();
+            }
+        }
+    }
+
+    fn clear(&self) {
+        if let Self::Bar(bar) = self {
+            bar.finish_and_clear();
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use super::caps;
 use super::sys;
-use super::Root;
+use super::{Options, Root};
 use nix::errno::Errno;
 use std::ffi::{CString, OsStr, OsString};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -35,20 +35,15 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
-    /// Prepares `command`, or the image's shell if it is empty.
-    pub(super) fn new(
-        root: &Root,
-        command: &[OsString],
-        variables: &[(String, String)],
-        terminal: bool,
-        stderr_to_terminal: bool,
-    ) -> Result<Self, CommandError> {
+    /// Prepares the command of `options`, or the image's shell if it is empty.
+    pub(super) fn new(options: &Options, stderr_to_terminal: bool) -> Result<Self, CommandError> {
+        let Options { root, command, .. } = options;
         let shell;
         let command = if command.is_empty() {
             shell = default_shell(root);
             shell.as_slice()
         } else {
-            command
+            command.as_slice()
         };
         let name = &command[0];
         let candidates = if name.as_bytes().contains(&b'/') {
@@ -58,7 +53,7 @@ impl Prepared {
         };
         Ok(Self {
             arguments: command.iter().map(|argument| c_string(argument)).collect::<Result<_, _>>()?,
-            environment: environment(root, variables, terminal)?,
+            environment: environment(options)?,
             candidates,
             confined: matches!(root, Root::Tree(_)),
             stderr_to_terminal,
@@ -127,7 +122,7 @@ fn default_shell(root: &Root) -> Vec<OsString> {
     if bash { vec!["/bin/bash".into(), "-l".into()] } else { vec!["/bin/sh".into()] }
 }
 
-fn environment(root: &Root, variables: &[(String, String)], terminal: bool) -> Result<Vec<CString>, CommandError> {
+fn environment(options: &Options) -> Result<Vec<CString>, CommandError> {
     let mut all: Vec<(OsString, OsString)> = Vec::new();
     let mut set = |name: &str, value: &OsStr| {
         all.retain(|(existing, _)| existing != name);
@@ -143,21 +138,20 @@ fn environment(root: &Root, variables: &[(String, String)], terminal: bool) -> R
             set(name, &value);
         }
     }
-    if terminal {
+    if options.terminal.is_some() {
         set("TERM", &std::env::var_os("TERM").unwrap_or_else(|| "linux".into()));
     } else {
         // Nobody is there to answer a package's questions.
         set("DEBIAN_FRONTEND", "noninteractive".as_ref());
     }
-    if let Root::Tree(tree) = root {
+    if let Some(name) = &options.name {
         // How programs learn that they run in a container (systemd: CONTAINER_INTERFACE).
         set("container", "imgutil".as_ref());
-        let name = tree.file_name().unwrap_or_default().to_string_lossy();
         // Debian's bash shows this before the prompt; other shells take PS1 as it is.
         set("debian_chroot", OsStr::new(&format!("image {name}")));
         set("PS1", OsStr::new(&format!("(image {name}) # ")));
     }
-    for (name, value) in variables {
+    for (name, value) in &options.environment {
         set(name, value.as_ref());
     }
     all.into_iter()

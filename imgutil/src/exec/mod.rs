@@ -41,7 +41,7 @@ pub enum Root {
 pub struct Options {
     /// The files.
     pub root: Root,
-    /// Name of the image, used as host name; set by [`Options::in_tree`].
+    /// Name of the image, used as host name and in the prompt.
     pub name: Option<String>,
     /// Parts of the host to show.
     pub binds: Vec<Bind>,
@@ -66,16 +66,22 @@ impl Options {
         if tree == Path::new("/") {
             return Err(ExecError::OwnRoot);
         }
-        let name = tree.file_name().map(|name| host_name(&name.to_string_lossy()));
-        Ok(Self {
-            root: Root::Tree(tree),
-            name,
+        let mut options = Self {
+            root: Root::Tree(tree.clone()),
+            name: None,
             binds: Vec::new(),
             command,
             environment: Vec::new(),
             terminal: None,
             stdio: None,
-        })
+        };
+        options.set_name(&tree);
+        Ok(options)
+    }
+
+    /// Names the image by the last part of `path`.
+    pub fn set_name(&mut self, path: &Path) {
+        self.name = path.file_name().map(|name| host_name(&name.to_string_lossy()));
     }
 
     /// A command among the host's files, whose mounts and processes end with it.
@@ -119,6 +125,8 @@ pub struct Finished {
     pub outcome: Outcome,
     /// What the user should know beside that.
     pub warnings: Vec<String>,
+    /// Signals that were passed on to it.
+    pub passed_on: Vec<nix::sys::signal::Signal>,
 }
 
 /// Why a command did not run.

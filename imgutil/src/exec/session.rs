@@ -20,9 +20,8 @@ use std::path::Path;
 ///
 /// Must be called on a thread of its own: a new process-id namespace is entered by this thread's children, for ever.
 pub(super) fn run(options: &Options, signals: Option<&SignalWatch>) -> Result<Finished, ExecError> {
-    let terminal = options.terminal.is_some();
-    let to_terminal = terminal && rustix::termios::isatty(std::io::stderr());
-    let command = Prepared::new(&options.root, &options.command, &options.environment, terminal, to_terminal)?;
+    let to_terminal = options.terminal.is_some() && rustix::termios::isatty(std::io::stderr());
+    let command = Prepared::new(options, to_terminal)?;
     let (lock, sources) = match &options.root {
         Root::Tree(tree) => (Some(lock(tree)?), Sources::read(tree)),
         Root::Host => (None, Sources::nothing()),
@@ -80,6 +79,7 @@ struct Heard {
     failed: Option<String>,
     not_started: Option<String>,
     warnings: Vec<String>,
+    passed_on: Vec<Signal>,
 }
 
 impl Heard {
@@ -89,7 +89,7 @@ impl Heard {
         }
         match (self.outcome, self.not_started) {
             (Some(Outcome::Exited(code)), Some(reason)) => Err(ExecError::NotStarted { code, reason }),
-            (Some(outcome), _) => Ok(Finished { outcome, warnings: self.warnings }),
+            (Some(outcome), _) => Ok(Finished { outcome, warnings: self.warnings, passed_on: self.passed_on }),
             (None, _) => Err(ExecError::Lost(format!("{status:?}"))),
         }
     }
@@ -136,6 +136,7 @@ fn follow(
         if let (true, Some(signals)) = (signal, signals) {
             for signal in signals.take() {
                 pass_on(signal, child, relay.as_ref());
+                heard.passed_on.push(signal);
             }
         }
         if let Some(relay) = &mut relay {
