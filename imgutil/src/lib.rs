@@ -3,6 +3,10 @@
 pub mod build;
 pub mod cmd;
 pub mod exec;
+mod files;
+mod in_root;
+pub mod inspect;
+mod key_file;
 pub mod pack;
 pub mod progress;
 pub mod recipe;

@@ -11,9 +11,11 @@ const QUIET: Duration = Duration::from_secs(2);
 /// Plain lines appear so often.
 const EVERY: Duration = Duration::from_secs(5);
 
-/// Counts bytes of one operation and shows them on standard error.
+/// Counts one operation and shows it on standard error.
 pub struct Progress {
     verb: &'static str,
+    /// What is counted; none: bytes.
+    unit: Option<&'static str>,
     shown: Shown,
     done: AtomicU64,
     total: AtomicU64,
@@ -26,12 +28,25 @@ enum Shown {
 }
 
 impl Progress {
-    /// Starts to show an operation; `verb` as in "packing".
+    /// Starts to show an operation that is counted in bytes; `verb` as in "packing".
     #[must_use]
     pub fn new(verb: &'static str) -> Self {
+        Self::start(verb, None)
+    }
+
+    /// Starts to show an operation that is counted in something else.
+    #[must_use]
+    pub fn counting(verb: &'static str, unit: &'static str) -> Self {
+        Self::start(verb, Some(unit))
+    }
+
+    fn start(verb: &'static str, unit: Option<&'static str>) -> Self {
         let shown = if std::io::stderr().is_terminal() {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(8));
-            let template = "{msg} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}";
+            let template = match unit {
+                None => "{msg} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}",
+                Some(_) => "{msg} {wide_bar} {human_pos}/{human_len} {eta}",
+            };
             if let Ok(style) = ProgressStyle::with_template(template) {
                 bar.set_style(style);
             }
@@ -43,26 +58,26 @@ impl Progress {
             let last = now.checked_sub(EVERY - QUIET).unwrap_or(now);
             Shown::Lines { started: now, last: Mutex::new(last) }
         };
-        Self { verb, shown, done: AtomicU64::new(0), total: AtomicU64::new(0) }
+        Self { verb, unit, shown, done: AtomicU64::new(0), total: AtomicU64::new(0) }
     }
 
     /// Shows nothing (for tests and inner operations).
     #[must_use]
     pub fn silent() -> Self {
-        Self { verb: "", shown: Shown::Nothing, done: AtomicU64::new(0), total: AtomicU64::new(0) }
+        Self { verb: "", unit: None, shown: Shown::Nothing, done: AtomicU64::new(0), total: AtomicU64::new(0) }
     }
 
-    /// Says how many bytes there are in all.
-    pub fn total(&self, bytes: u64) {
-        self.total.store(bytes, Ordering::Relaxed);
+    /// Says how many there are in all.
+    pub fn total(&self, count: u64) {
+        self.total.store(count, Ordering::Relaxed);
         if let Shown::Bar(bar) = &self.shown {
-            bar.set_length(bytes);
+            bar.set_length(count);
         }
     }
 
-    /// So many bytes more are done.
-    pub fn advance(&self, bytes: u64) {
-        let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+    /// So many more are done.
+    pub fn advance(&self, count: u64) {
+        let done = self.done.fetch_add(count, Ordering::Relaxed) + count;
         match &self.shown {
             Shown::Bar(bar) => bar.set_position(done),
             Shown::Lines { last, .. } => {
@@ -71,7 +86,11 @@ impl Progress {
                     && last.elapsed() >= EVERY
                 {
                     *last = Instant::now();
-                    eprintln!("{}: {} of {}", self.verb, bytes_text(done), bytes_text(self.total.load(Ordering::Relaxed)));
+                    let total = self.total.load(Ordering::Relaxed);
+                    match self.unit {
+                        None => eprintln!("{}: {} of {}", self.verb, bytes_text(done), bytes_text(total)),
+                        Some(unit) => eprintln!("{}: {done} of {total} {unit}", self.verb),
+                    }
                 }
             }
             Shown::Nothing => {}

@@ -91,7 +91,8 @@ fn a_directory_of_100_000_entries_is_whole() {
     }
     let (image, _) = pack_plain(&tree, work.path());
     let mounted = Mounted::new(&image);
-    let mut names: Vec<_> = std::fs::read_dir(mounted.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let mut names: Vec<_> =
+        std::fs::read_dir(mounted.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     names.sort_unstable();
     assert_eq!(names.len(), ENTRIES);
     for (index, name) in names.iter().enumerate() {

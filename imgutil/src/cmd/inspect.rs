@@ -1,12 +1,58 @@
 //! `imgutil inspect`.
 
+use crate::inspect::Inspection;
+use crate::key_file;
+use crate::pack::signature_path;
+use anyhow::{Context as _, Result};
+use moor_image::{HEADER_LENGTH, Header, Image, OpenOptions, SignatureFile};
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// Not written yet.
+/// Shows what an image is. Without its key: the header; with it: also name, system and packages.
 #[derive(Debug, clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// The image.
+    #[arg(value_name = "FILE.moor")]
+    image: PathBuf,
+    /// The image's key; `-` is standard input.
+    #[arg(long, value_name = "KEY")]
+    key_file: Option<PathBuf>,
+    /// Print JSON for programs, with the list of packages.
+    #[arg(long)]
+    json: bool,
+}
 
 /// Runs it.
-pub fn run(_args: Args) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("not written yet")
+pub fn run(args: Args) -> Result<ExitCode> {
+    let context = || format!("cannot read image '{}'", args.image.display());
+    let key = args.key_file.as_deref().map(key_file::read).transpose()?;
+    let file = File::open(&args.image).with_context(context)?;
+    let mut bytes = [0; HEADER_LENGTH];
+    file.read_exact_at(&mut bytes, 0).with_context(|| {
+        format!("cannot read image '{}': it is shorter than a header, or not readable", args.image.display())
+    })?;
+    let header = Header::parse(&bytes).with_context(context)?;
+    let metadata = if key.is_some() || !header.encrypted {
+        let image = Image::open(file, &OpenOptions { key, ..OpenOptions::default() }).with_context(context)?;
+        Some(image.metadata().with_context(context)?)
+    } else {
+        None
+    };
+    let signed_by = match std::fs::read(signature_path(&args.image)) {
+        Ok(bytes) => {
+            let file = SignatureFile::parse(&bytes)
+                .with_context(|| format!("in '{}'", signature_path(&args.image).display()))?;
+            file.key_ids().map(str::to_owned).collect()
+        }
+        Err(_) => Vec::new(),
+    };
+    let inspection = Inspection::new(&header, signed_by, metadata);
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&inspection)?);
+    } else {
+        print!("{}", inspection.text());
+    }
+    Ok(ExitCode::SUCCESS)
 }

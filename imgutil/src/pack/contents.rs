@@ -70,7 +70,10 @@ impl<W: Write> Store<'_, W> {
                     let context = || format!("cannot open the directory '{}'", path.display());
                     let fd = open_directory(fd, name).with_context(context)?;
                     if scan::identity_of(&fd)?.0 != inode.identity {
-                        bail!("'{}' was replaced while the tree was packed: pack a tree that is not in use", path.display());
+                        bail!(
+                            "'{}' was replaced while the tree was packed: pack a tree that is not in use",
+                            path.display()
+                        );
                     }
                     self.directory(fd.as_fd(), *child, &path)?;
                 }

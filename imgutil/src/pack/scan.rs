@@ -306,7 +306,11 @@ impl<'a> XattrReader<'a> {
             Self::Entry(path) => rustix::fs::llistxattr(path, buffer),
         });
         match list {
-            Ok(list) => Ok(list.split_inclusive(|byte| *byte == 0).filter_map(|name| CStr::from_bytes_with_nul(name).ok()).map(CStr::to_owned).collect()),
+            Ok(list) => Ok(list
+                .split_inclusive(|byte| *byte == 0)
+                .filter_map(|name| CStr::from_bytes_with_nul(name).ok())
+                .map(CStr::to_owned)
+                .collect()),
             Err(Errno::NOTSUP) => Ok(Vec::new()),
             Err(error) => Err(error),
         }

@@ -66,13 +66,7 @@ impl Compressor {
         let output_size = u32::try_from(output.len()).ok()?;
         // SAFETY: the object is alive and not used elsewhere (`&mut self`); pointers and sizes are of the two slices.
         let size = unsafe {
-            (self.0.as_ref().do_block)(
-                self.0.as_ptr(),
-                input.as_ptr(),
-                input_size,
-                output.as_mut_ptr(),
-                output_size,
-            )
+            (self.0.as_ref().do_block)(self.0.as_ptr(), input.as_ptr(), input_size, output.as_mut_ptr(), output_size)
         };
         usize::try_from(size).ok().filter(|size| *size > 0 && *size <= output.len())
     }

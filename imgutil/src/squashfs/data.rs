@@ -50,7 +50,7 @@ impl<W: Write> Parts<W> {
             return Ok(());
         }
         Err(match self.sink.take_failure() {
-            Some(source) => SquashfsError::Output { step, source },
+            Some(cause) => SquashfsError::Output { step, cause },
             None => SquashfsError::library(step, code),
         })
     }
@@ -75,7 +75,7 @@ impl<W: Write> DataWriter<W> {
             return Err(SquashfsError::library("set up the superblock", code));
         }
         let step = "write the start of the squashfs";
-        sink.append(&[0; SUPERBLOCK_SIZE]).map_err(|source| SquashfsError::Output { step, source })?;
+        sink.append(&[0; SUPERBLOCK_SIZE]).map_err(|cause| SquashfsError::Output { step, cause })?;
         let compressor = Compressor::zstd(options.level, BLOCK_SIZE)?;
         let mut parts = Parts { superblock, compressor, file, sink };
         match parts.compressor.write_options(parts.file.as_ptr()) {
@@ -83,7 +83,7 @@ impl<W: Write> DataWriter<W> {
             Ok(false) => {}
             Err(error) => {
                 return Err(match parts.sink.take_failure() {
-                    Some(source) => SquashfsError::Output { step, source },
+                    Some(cause) => SquashfsError::Output { step, cause },
                     None => error,
                 });
             }
@@ -122,9 +122,8 @@ impl<W: Write> DataWriter<W> {
         // Our own decision about duplicates is final, so the library's checksums are not needed either.
         let flags = ffi::BLK_DONT_DEDUPLICATE | ffi::BLK_DONT_HASH;
         // SAFETY: the processor is alive; `slot` lives until `Contents` is dropped, after the processor.
-        let code = unsafe {
-            ffi::sqfs_block_processor_begin_file(self.processor.0.as_ptr(), slot, ptr::null_mut(), flags)
-        };
+        let code =
+            unsafe { ffi::sqfs_block_processor_begin_file(self.processor.0.as_ptr(), slot, ptr::null_mut(), flags) };
         self.parts.check("begin a file", code)?;
         Ok(id)
     }
@@ -132,9 +131,8 @@ impl<W: Write> DataWriter<W> {
     /// Adds bytes to the content that was begun.
     pub fn append(&mut self, bytes: &[u8]) -> Result<(), SquashfsError> {
         // SAFETY: the processor is alive; the library copies the bytes before it returns.
-        let code = unsafe {
-            ffi::sqfs_block_processor_append(self.processor.0.as_ptr(), bytes.as_ptr().cast(), bytes.len())
-        };
+        let code =
+            unsafe { ffi::sqfs_block_processor_append(self.processor.0.as_ptr(), bytes.as_ptr().cast(), bytes.len()) };
         self.parts.check("write file data", code)
     }
 

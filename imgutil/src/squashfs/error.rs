@@ -6,12 +6,12 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 pub enum SquashfsError {
     /// The output took no more bytes.
-    #[error("cannot {step}: {source}")]
+    #[error("cannot {step}: {cause}")]
     Output {
         /// What was being written.
         step: &'static str,
-        /// Why the output refused.
-        source: io::Error,
+        /// Why the output refused. In the message, so not a `source`: a chain would print it twice.
+        cause: io::Error,
     },
     /// libsquashfs refused.
     #[error("cannot {step}: libsquashfs says: {reason} ({code})")]
@@ -27,14 +27,14 @@ pub enum SquashfsError {
     #[error("a squashfs cannot hold this tree: {0}")]
     Limit(&'static str),
     /// The image could not be read.
-    #[error("cannot read {what} at offset {offset}: {source}")]
+    #[error("cannot read {what} at offset {offset} of the squashfs: {cause}")]
     Input {
         /// Which structure.
         what: &'static str,
         /// Where it is, in bytes from the start of the squashfs.
         offset: u64,
-        /// Why.
-        source: io::Error,
+        /// Why; in the message.
+        cause: io::Error,
     },
     /// The image's structures contradict each other.
     #[error("the squashfs is damaged: {what} at offset {offset}: {why}; make or fetch the image again")]

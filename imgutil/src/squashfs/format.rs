@@ -48,13 +48,9 @@ pub(super) fn encode_superblock(fields: &ffi::Super) -> [u8; SUPERBLOCK_SIZE] {
         bytes[at..at + field.len()].copy_from_slice(field);
         at += field.len();
     };
-    for field in [
-        fields.magic,
-        fields.inode_count,
-        fields.modification_time,
-        fields.block_size,
-        fields.fragment_entry_count,
-    ] {
+    for field in
+        [fields.magic, fields.inode_count, fields.modification_time, fields.block_size, fields.fragment_entry_count]
+    {
         put(&field.to_le_bytes());
     }
     for field in [

@@ -61,7 +61,7 @@ impl<S: Source> Blocks<S> {
         if end.is_none_or(|end| end > self.source.size()) {
             return Err(SquashfsError::Corrupt { what, offset, why: "it reaches beyond the end of the squashfs" });
         }
-        self.source.read_exact_at(buffer, offset).map_err(|source| SquashfsError::Input { what, offset, source })
+        self.source.read_exact_at(buffer, offset).map_err(|cause| SquashfsError::Input { what, offset, cause })
     }
 
     /// A data block or fragment block of `stored` bytes (with its "not compressed" bit), unpacked into `buffer`.

@@ -61,9 +61,7 @@ impl<S: Source> Reader<S> {
         if size < SUPERBLOCK_SIZE as u64 {
             return Err(SquashfsError::Corrupt { what, offset: 0, why: "it is shorter than a superblock" });
         }
-        source
-            .read_exact_at(&mut bytes, 0)
-            .map_err(|source| SquashfsError::Input { what, offset: 0, source })?;
+        source.read_exact_at(&mut bytes, 0).map_err(|cause| SquashfsError::Input { what, offset: 0, cause })?;
         let superblock = Superblock::parse(&bytes, size)?;
         let decoder = Compressor::decoder(superblock.compression, superblock.block_size).map_err(|_| {
             SquashfsError::Unsupported(format!("its compression (number {}) is unknown", superblock.compression))

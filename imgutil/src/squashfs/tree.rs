@@ -122,7 +122,17 @@ impl<W: Write> TreeWriter<W> {
             ))?;
             let xattrs = XattrWriter::own(ffi::sqfs_xattr_writer_create(0))?;
             let ids = IdTable::own(ffi::sqfs_id_table_create(0))?;
-            Ok(Self { directories, directory_table, inode_table, xattrs, ids, fragments, contents, parts, inode_count: 0 })
+            Ok(Self {
+                directories,
+                directory_table,
+                inode_table,
+                xattrs,
+                ids,
+                fragments,
+                contents,
+                parts,
+                inode_count: 0,
+            })
         }
     }
 
@@ -178,9 +188,10 @@ impl<W: Write> TreeWriter<W> {
         let size = u32::try_from(target.len()).map_err(|_| SquashfsError::Limit("a symbolic link is too long"))?;
         let (nlink, xattr_idx) = (attributes.links, attributes.xattrs.0);
         let (kind, data) = match special {
-            Special::Symlink(_) => {
-                (format::KIND_SYMLINK, ffi::InodeData { slink: ffi::InodeSlink { nlink, target_size: size, xattr_idx } })
-            }
+            Special::Symlink(_) => (
+                format::KIND_SYMLINK,
+                ffi::InodeData { slink: ffi::InodeSlink { nlink, target_size: size, xattr_idx } },
+            ),
             Special::BlockDevice(major, minor) => (
                 format::KIND_BLOCK,
                 ffi::InodeData { dev: ffi::InodeDev { nlink, devno: format::encode_device(major, minor)?, xattr_idx } },

@@ -1,19 +1,29 @@
 //! Unpacks an image into a new directory: built beside its place, renamed when complete, removed on failure.
 
+mod image;
 mod restore;
 
+pub(crate) use image::open;
+
+use crate::files::must_be_free;
 use crate::progress::Progress;
 use crate::squashfs::{Reader, Source};
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use rustix::fs::{CWD, Mode, OFlags, RenameFlags};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
+/// Restores the tree in the image file `image` as the directory `destination`. Returns the count of inodes.
+pub fn unpack_image(image: &Path, key_file: Option<&Path>, destination: &Path, progress: &Progress) -> Result<u32> {
+    must_be_free(destination, "name a new directory, or remove it")?;
+    let source = image::SquashfsIn::new(open(image, key_file)?, image)?;
+    unsquash(source, destination, progress)
+        .with_context(|| format!("cannot unpack '{}' to '{}'", image.display(), destination.display()))
+}
+
 /// Restores the squashfs in `source` as the directory `destination`, which must not exist. Returns the count of inodes.
 pub fn unsquash<S: Source>(source: S, destination: &Path, progress: &Progress) -> Result<u32> {
-    if destination.symlink_metadata().is_ok() {
-        bail!("'{}' exists already: name a new directory, or remove it", destination.display());
-    }
+    must_be_free(destination, "name a new directory, or remove it")?;
     let mut reader = Reader::open(source)?;
     let staging = Staging::beside(destination)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;

@@ -53,9 +53,10 @@ impl<S: Source> Restorer<'_, S> {
         if path.len() > MAX_DEPTH || !self.seen.insert(place) {
             bail!("'{}': a directory contains itself, or they are nested too deep", display(path).display());
         }
-        for DirectoryEntry { name, inode: child } in self.reader.entries(listing)? {
+        let context = || format!("cannot list '{}'", display(path).display());
+        for DirectoryEntry { name, inode: child } in self.reader.entries(listing).with_context(context)? {
             path.push(name);
-            self.entry(fd, child, path).with_context(|| format!("cannot restore '{}'", display(path).display()))?;
+            self.entry(fd, child, path)?;
             path.pop();
         }
         let context = || format!("cannot set the attributes of '{}'", display(path).display());
@@ -71,24 +72,31 @@ impl<S: Source> Restorer<'_, S> {
 
     /// Makes one entry; its name is the last of `path`.
     fn entry(&mut self, parent: BorrowedFd<'_>, place: InodePlace, path: &mut Vec<CString>) -> Result<()> {
+        let context = |path: &[CString]| format!("cannot restore '{}'", display(path).display());
         let name = path.last().context("an entry has no name")?.clone();
         if let Some(first) = self.names.get(&place) {
-            return link(self.root, first, parent, &name);
+            return link(self.root, first, parent, &name).with_context(|| context(path));
         }
-        let inode = self.reader.inode(place)?;
+        let inode = self.reader.inode(place).with_context(|| context(path))?;
+        if matches!(inode.kind, InodeKind::Directory(_)) {
+            let made = rustix::fs::mkdirat(parent, &name, Mode::RWXU).and_then(|()| open_directory(parent, &name));
+            return self.directory(made.with_context(|| context(path))?.as_fd(), place, &inode, path);
+        }
+        self.leaf(parent, &name, &inode).with_context(|| context(path))?;
+        if inode.links > 1 {
+            self.names.insert(place, path.clone());
+        }
+        self.progress.advance(1);
+        Ok(())
+    }
+
+    /// Makes what is no directory.
+    fn leaf(&mut self, parent: BorrowedFd<'_>, name: &CStr, inode: &Inode) -> Result<()> {
         let kind = match &inode.kind {
-            InodeKind::Directory(_) => {
-                rustix::fs::mkdirat(parent, &name, Mode::RWXU)?;
-                let fd = open_directory(parent, &name)?;
-                return self.directory(fd.as_fd(), place, &inode, path);
-            }
-            InodeKind::File(data) => {
-                self.file(parent, &name, &inode, data)?;
-                self.made(place, &inode, path);
-                return Ok(());
-            }
+            InodeKind::Directory(_) => bail!("it is a directory"),
+            InodeKind::File(data) => return self.file(parent, name, inode, data),
             InodeKind::Symlink(target) => {
-                rustix::fs::symlinkat(target.as_slice(), parent, &name)?;
+                rustix::fs::symlinkat(target.as_slice(), parent, name)?;
                 None
             }
             InodeKind::BlockDevice(major, minor) => Some((FileType::BlockDevice, rustix::fs::makedev(*major, *minor))),
@@ -99,11 +107,9 @@ impl<S: Source> Restorer<'_, S> {
             InodeKind::Socket => Some((FileType::Socket, 0)),
         };
         if let Some((kind, device)) = kind {
-            rustix::fs::mknodat(parent, &name, kind, Mode::RUSR | Mode::WUSR, device)?;
+            rustix::fs::mknodat(parent, name, kind, Mode::RUSR | Mode::WUSR, device)?;
         }
-        self.leaf_attributes(parent, &name, &inode, kind.is_some())?;
-        self.made(place, &inode, path);
-        Ok(())
+        self.leaf_attributes(parent, name, inode, kind.is_some())
     }
 
     fn file(&mut self, parent: BorrowedFd<'_>, name: &CStr, inode: &Inode, data: &FileData) -> Result<()> {
@@ -156,14 +162,6 @@ impl<S: Source> Restorer<'_, S> {
         }
         rustix::fs::utimensat(parent, name, &times(inode), AtFlags::SYMLINK_NOFOLLOW)?;
         Ok(())
-    }
-
-    /// Remembers the name of an inode that has more.
-    fn made(&mut self, place: InodePlace, inode: &Inode, path: &[CString]) {
-        if inode.links > 1 {
-            self.names.insert(place, path.to_vec());
-        }
-        self.progress.advance(1);
     }
 }
 

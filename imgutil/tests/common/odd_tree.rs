@@ -221,7 +221,9 @@ fn xattrs(root: &Path) {
     let acl = file("acl");
     // Version 2; user::rw-, user:1000:r--, group::r--, mask::r--, other::r--.
     let mut value = vec![2, 0, 0, 0];
-    for (tag, permission, id) in [(1_u16, 6_u16, u32::MAX), (2, 4, 1000), (4, 4, u32::MAX), (16, 4, u32::MAX), (32, 4, u32::MAX)] {
+    for (tag, permission, id) in
+        [(1_u16, 6_u16, u32::MAX), (2, 4, 1000), (4, 4, u32::MAX), (16, 4, u32::MAX), (32, 4, u32::MAX)]
+    {
         value.extend_from_slice(&tag.to_le_bytes());
         value.extend_from_slice(&permission.to_le_bytes());
         value.extend_from_slice(&id.to_le_bytes());

@@ -1,0 +1,179 @@
+//! The whole of packing: a tree becomes a sealed image under its name, with its key, signature and boot files beside it.
+
+use super::describe::{self, BootFiles, Description};
+use super::scan::{self, Warnings};
+use super::squash::{Squashed, squash};
+use crate::files::{Existing, NewFile, write_whole};
+use crate::key_file::NewKeyFile;
+use crate::progress::Progress;
+use anyhow::{Context as _, Result};
+use moor_image::{Dek, Filesystem, Metadata, Payload, SealOptions, Sealed, Sealer, SignatureFile, SigningKey};
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+use uuid::Uuid;
+
+/// How to pack.
+pub struct PackOptions {
+    /// Name of the image in its metadata.
+    pub name: String,
+    /// Kept by all generations of one name.
+    pub lineage: Uuid,
+    /// Grows in a lineage.
+    pub serial: u64,
+    /// zstd level, 1 to 22.
+    pub level: u32,
+}
+
+/// Where the results go.
+pub struct Destination<'a> {
+    /// The image; an old one of this name is replaced.
+    pub image: &'a Path,
+    /// The new key's file, which must not exist; none for a plain image.
+    pub key_file: Option<&'a Path>,
+    /// An OpenSSH private key that signs the image.
+    pub sign_key: Option<&'a Path>,
+    /// Gets `vmlinuz` and `initrd.img`.
+    pub boot_dir: Option<&'a Path>,
+}
+
+/// What was made.
+pub struct Packed {
+    /// The container.
+    pub sealed: Sealed,
+    /// What could not be kept.
+    pub warnings: Warnings,
+    /// Inodes in the image.
+    pub inodes: u64,
+    /// Bytes of regular files before compression.
+    pub file_bytes: u64,
+}
+
+/// Packs `tree` into files. On failure none of them is there (boot files may be).
+pub fn pack_to_files(
+    tree: &Path,
+    destination: &Destination<'_>,
+    options: &PackOptions,
+    progress: &Progress,
+) -> Result<Packed> {
+    let root = scan::open_root(tree)?;
+    // Everything that can be wrong without packing is looked at first.
+    let sign_key = destination.sign_key.map(read_sign_key).transpose()?;
+    let boot_files = destination.boot_dir.map(|_| describe::boot_files(root.as_fd())).transpose()?;
+    let key = destination.key_file.map(|_| Dek::generate()).transpose()?;
+    let key_file = match (destination.key_file, &key) {
+        (Some(path), Some(key)) => Some(NewKeyFile::create(path, key)?),
+        _ => None,
+    };
+    let image = NewFile::create(destination.image, 0o644)?;
+    let out = image.file().try_clone().context("cannot use the image file twice")?;
+    let (_, packed) = seal(tree, out, key, options, progress)
+        .with_context(|| format!("cannot pack '{}' into '{}'", tree.display(), destination.image.display()))?;
+
+    let signature = sign_key.map(|key| signature(&packed.sealed.digest, &key)).transpose()?;
+    let signature_path = signature_path(destination.image);
+    if let (Some(directory), Some(files)) = (destination.boot_dir, boot_files) {
+        write_boot_files(directory, files)?;
+    }
+    let key_file = key_file.map(NewKeyFile::appear).transpose()?;
+    match &signature {
+        Some(bytes) => write_whole(&signature_path, 0o644, bytes)?,
+        // One of an image that is being replaced would only be wrong.
+        None => remove_if_there(&signature_path)?,
+    }
+    if let Err(error) = image.appear(Existing::Replace) {
+        remove_if_there(&signature_path)?;
+        return Err(error);
+    }
+    if let Some(key_file) = key_file {
+        key_file.keep();
+    }
+    Ok(packed)
+}
+
+/// Packs `tree` into `out`, encrypted if there is a key.
+pub(crate) fn seal<W: Read + Write + Seek>(
+    tree: &Path,
+    out: W,
+    key: Option<Dek>,
+    options: &PackOptions,
+    progress: &Progress,
+) -> Result<(W, Packed)> {
+    let root = scan::open_root(tree)?;
+    let description = describe::describe(root.as_fd())?;
+    let created = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")?.as_secs();
+    let seal_options = SealOptions {
+        lineage: *options.lineage.as_bytes(),
+        serial: options.serial,
+        created,
+        chunk_log2: 16,
+        payload: Payload::Squashfs,
+        key,
+    };
+    let sealer = Sealer::new(out, seal_options)?;
+    let Squashed { out: mut sealer, superblock, warnings, inodes, file_bytes } =
+        squash(tree, sealer, options.level, progress)?;
+    sealer.patch_start(0, &superblock)?;
+    let (out, sealed) = sealer.finish(|payload| metadata(description, options, payload), None)?;
+    Ok((out, Packed { sealed, warnings, inodes, file_bytes }))
+}
+
+fn metadata(description: Description, options: &PackOptions, payload: moor_image::PayloadSummary) -> Metadata {
+    Metadata {
+        name: options.name.clone(),
+        os: description.os,
+        arch: description.arch,
+        kernel: description.kernel,
+        builder: format!("imgutil {}", env!("CARGO_PKG_VERSION")),
+        inputs: BTreeMap::from([("zstd-level".to_owned(), options.level.to_string())]),
+        payload_sha256: hex::encode(payload.sha256),
+        packages: description.packages,
+        filesystems: vec![Filesystem { mount: "/".into(), offset: 0, length: payload.length, layout: String::new() }],
+    }
+}
+
+/// Where an image's detached signatures are.
+pub(crate) fn signature_path(image: &Path) -> PathBuf {
+    let mut path = OsString::from(image);
+    path.push(".sig");
+    path.into()
+}
+
+fn read_sign_key(path: &Path) -> Result<SigningKey> {
+    let context = || format!("cannot read the signing key '{}'", path.display());
+    let text = zeroize::Zeroizing::new(std::fs::read(path).with_context(context)?);
+    SigningKey::from_openssh(&text).with_context(context)
+}
+
+fn signature(digest: &[u8; 32], key: &SigningKey) -> Result<Vec<u8>> {
+    let mut file = SignatureFile::default();
+    file.sign(digest, key)?;
+    Ok(file.to_bytes()?)
+}
+
+fn remove_if_there(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove the old '{}'", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Copies kernel and initramfs out of the tree. They are what a boot loader reads, so they are not secret.
+fn write_boot_files(directory: &Path, files: BootFiles) -> Result<()> {
+    std::fs::create_dir_all(directory).with_context(|| format!("cannot create '{}'", directory.display()))?;
+    for (mut source, name) in [(files.kernel, "vmlinuz"), (files.initramfs, "initrd.img")] {
+        let path = directory.join(name);
+        let new = NewFile::create(&path, 0o644)?;
+        let mut target: &File = new.file();
+        std::io::copy(&mut source, &mut target)
+            .with_context(|| format!("cannot copy the kernel {} to '{}'", files.release, path.display()))?;
+        new.appear(Existing::Replace)?;
+    }
+    Ok(())
+}

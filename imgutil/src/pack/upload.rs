@@ -1,0 +1,133 @@
+//! Packing to a server: image, kernel, initramfs and key go to a member, and only a nameless sealed file is made here.
+
+use super::describe;
+use super::image::{PackOptions, Packed, seal};
+use super::scan;
+use crate::progress::Progress;
+use anyhow::{Context as _, Result, bail};
+use moor_api::admin::{ImageView, ImportImage};
+use moor_api::client::admin::AdminClient;
+use moor_api::ids::{ImageName, Sha256Digest};
+use moor_api::trust::SiteBundle;
+use moor_image::Dek;
+use std::fs::File;
+use std::io::{Read, Seek as _};
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use uuid::Uuid;
+use zeroize::Zeroizing;
+
+/// Where the server is, and who asks.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Server {
+    /// Unix socket of the local member, for packing to a profile.
+    #[arg(long, default_value = "/run/mooring/api.sock", env = "MOOR_SOCKET")]
+    pub socket: PathBuf,
+    /// A member's URL, instead of the socket.
+    #[arg(long, env = "MOOR_SERVER", requires = "token_file", requires = "site_file")]
+    pub server: Option<String>,
+    /// File with the administrator's token, readable by its owner only.
+    #[arg(long, env = "MOOR_TOKEN_FILE")]
+    pub token_file: Option<PathBuf>,
+    /// The site bundle, which says who is a member.
+    #[arg(long, env = "MOOR_SITE_FILE")]
+    pub site_file: Option<PathBuf>,
+}
+
+/// Packs `tree` and imports it as the next generation of the image `name`.
+pub fn pack_to_server(
+    tree: &Path,
+    name: &ImageName,
+    encrypted: bool,
+    level: u32,
+    server: &Server,
+) -> Result<(Packed, ImageView)> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the network runtime")?;
+    let root = scan::open_root(tree)?;
+    let boot_files = describe::boot_files(root.as_fd())?;
+    // Asked before the long work: whether a server answers, and where its generations stand.
+    let images = runtime.block_on(async { Ok::<_, anyhow::Error>(connect(server).await?.images().await?) })?;
+    let last = images.iter().filter(|image| image.name == *name).max_by_key(|image| image.serial);
+    let options = PackOptions {
+        name: name.to_string(),
+        lineage: last.map_or_else(Uuid::new_v4, |image| image.lineage),
+        serial: last.map_or(1, |image| image.serial + 1),
+        level,
+    };
+    let key = if encrypted { Some(Dek::generate()?) } else { None };
+    let sealed = tempfile::tempfile().context("cannot make a temporary file for the sealed image")?;
+    let progress = Progress::new("packing");
+    let (mut sealed, packed) = seal(tree, sealed, key.clone(), &options, &progress)
+        .with_context(|| format!("cannot pack '{}' (set TMPDIR to a directory with room)", tree.display()))?;
+    progress.finish("packed; sending it to the server");
+    sealed.rewind().context("cannot read the sealed image again")?;
+
+    let view = runtime.block_on(async {
+        let mut client = connect(server).await?;
+        let kernel = send(&mut client, "the kernel", boot_files.kernel).await?;
+        let initramfs = send(&mut client, "the initramfs", boot_files.initramfs).await?;
+        let image = send(&mut client, "the image", sealed).await?;
+        let key = key.map(|key| key.to_hex().trim_end().to_owned());
+        let request = ImportImage { name: name.clone(), image, key, signatures: None, kernel, initramfs };
+        let view = client.import_image(&request).await;
+        if let Some(key) = request.key {
+            drop(Zeroizing::new(key));
+        }
+        view.with_context(|| format!("cannot import the image '{name}'"))
+    })?;
+    Ok((packed, view))
+}
+
+/// Connects as the options say.
+async fn connect(server: &Server) -> Result<AdminClient> {
+    let Some(url) = &server.server else {
+        return AdminClient::unix(&server.socket).await.context(
+            "is moord running here? (another member: --server, --site-file and --token-file; a file: -o and --key-file)",
+        );
+    };
+    let site = server.site_file.as_deref().context("--server needs --site-file")?;
+    let text = std::fs::read_to_string(site).with_context(|| format!("cannot read '{}'", site.display()))?;
+    let bundle: SiteBundle =
+        serde_json::from_str(&text).with_context(|| format!("'{}' is no site bundle", site.display()))?;
+    let token = read_token(server.token_file.as_deref().context("--server needs --token-file")?)?;
+    Ok(AdminClient::https(url, &bundle, token.trim()).await?)
+}
+
+fn read_token(path: &Path) -> Result<Zeroizing<String>> {
+    const LIMIT: u64 = 64 << 10;
+    let context = || format!("cannot read the token '{}'", path.display());
+    let file = File::open(path).with_context(context)?;
+    if file.metadata().with_context(context)?.mode() & 0o077 != 0 {
+        bail!("'{0}' can be read by others than its owner: `chmod 600 '{0}'`", path.display());
+    }
+    let mut text = Zeroizing::new(String::with_capacity(4096));
+    file.take(LIMIT).read_to_string(&mut text).with_context(context)?;
+    Ok(text)
+}
+
+/// Sends a file, from where it stands to its end.
+async fn send(client: &mut AdminClient, what: &'static str, file: File) -> Result<Sha256Digest> {
+    let context = || format!("cannot send {what}");
+    let length = file.metadata().with_context(context)?.len();
+    let progress = Arc::new(Progress::new("sending"));
+    progress.total(length);
+    let shown = Arc::clone(&progress);
+    let mut before = 0;
+    let added = client
+        .add_blob(file, move |sent| {
+            shown.advance(sent - before);
+            before = sent;
+        })
+        .await
+        .with_context(context)?;
+    progress.finish(&format!("sent {what}"));
+    if added.size != length {
+        bail!("{what} changed while it was sent: try again");
+    }
+    Ok(added.blob)
+}

@@ -1,0 +1,48 @@
+//! A sealed image as the source of a squashfs: every byte is verified before it is parsed.
+
+use crate::key_file;
+use crate::squashfs::Source;
+use anyhow::{Context as _, Result, bail};
+use moor_image::{Image, OpenOptions, Payload};
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+/// Opens an image file; the key comes from a file, or is not needed.
+pub(crate) fn open(path: &Path, key_file: Option<&Path>) -> Result<Image<File>> {
+    let key = key_file.map(key_file::read).transpose()?;
+    let context = || format!("cannot open image '{}'", path.display());
+    let file = File::open(path).with_context(context)?;
+    Image::open(file, &OpenOptions { key, ..OpenOptions::default() }).with_context(context)
+}
+
+/// The squashfs in an image.
+pub(crate) struct SquashfsIn(Image<File>);
+
+impl SquashfsIn {
+    /// Refuses images of other payloads.
+    pub(crate) fn new(image: Image<File>, path: &Path) -> Result<Self> {
+        if image.header().payload != Payload::Squashfs {
+            bail!("'{}' holds no squashfs, so there is no tree to unpack", path.display());
+        }
+        Ok(Self(image))
+    }
+}
+
+impl Source for SquashfsIn {
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let length = self.0.read_at(offset + done as u64, &mut buffer[done..]).map_err(io::Error::other)?;
+            if length == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            done += length;
+        }
+        Ok(())
+    }
+
+    fn size(&self) -> u64 {
+        self.0.plaintext_len()
+    }
+}
