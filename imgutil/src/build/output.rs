@@ -66,7 +66,7 @@ impl Counter {
             self.fetched += 1;
             return Some(Event::Item { what: "fetching", name: package, done: self.fetched, total: self.total });
         }
-        let package = line.strip_prefix("Setting up ")?.split(' ').next()?;
+        let package = line.strip_prefix("Setting up ")?.split([' ', ':']).next()?;
         self.set_up += 1;
         Some(Event::Item { what: "setting up", name: package, done: self.set_up, total: self.total.max(self.set_up) })
     }

@@ -3,6 +3,7 @@
 use crate::build::{self, BuildError, Event, NODE_FILES, Options};
 use crate::exec::SignalWatch;
 use crate::recipe::{Base, Recipe, check_uri};
+use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nix::sys::signal::Signal;
 use std::io::IsTerminal as _;
@@ -19,6 +20,7 @@ const EVERY: Duration = Duration::from_secs(10);
 /// makes again. Signatures of the archives are always checked. TREE appears when it is complete; a failed or interrupted
 /// build leaves nothing.
 #[derive(Debug, clap::Args)]
+#[command(override_usage = "imgutil build [-f RECIPE] [--os OS] [--arch ARCH] [-p PACKAGES…] [OPTIONS] TREE")]
 pub struct Args {
     /// Recipe in TOML: packages, archives, files, users, services and commands
     #[arg(short = 'f', long, value_name = "RECIPE")]
@@ -30,7 +32,7 @@ pub struct Args {
     #[arg(long)]
     arch: Option<String>,
     /// More packages to install
-    #[arg(short = 'p', long, num_args = 1.., value_delimiter = ',', value_name = "PACKAGES")]
+    #[arg(short = 'p', long, value_delimiter = ',', value_name = "PACKAGES…")]
     packages: Vec<String>,
     /// Main archive instead of the distribution's own
     #[arg(long, value_name = "URL", value_parser = uri)]
@@ -45,7 +47,21 @@ pub struct Args {
     #[arg(long, value_name = "DIR", default_value = NODE_FILES)]
     node_files: PathBuf,
     /// The tree to make
-    tree: PathBuf,
+    // `-p A B TREE`: what follows the first package cannot be told from TREE but by its place.
+    #[arg(required = true, value_name = "TREE")]
+    rest: Vec<PathBuf>,
+}
+
+/// TREE is the last word; words before it are packages, if `-p` began a list of them.
+fn split_rest(mut rest: Vec<PathBuf>, packages: &mut Vec<String>) -> anyhow::Result<PathBuf> {
+    let tree = rest.pop().context("give the tree to make")?;
+    if let Some(first) = rest.first()
+        && packages.is_empty()
+    {
+        anyhow::bail!("one tree at a time: '{}' and '{}' were given", first.display(), tree.display());
+    }
+    packages.extend(rest.iter().map(|word| word.display().to_string()));
+    Ok(tree)
 }
 
 fn uri(text: &str) -> Result<String, String> {
@@ -53,7 +69,8 @@ fn uri(text: &str) -> Result<String, String> {
 }
 
 /// Runs it.
-pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub fn run(mut args: Args) -> anyhow::Result<ExitCode> {
+    let tree = split_rest(args.rest, &mut args.packages)?;
     let mut recipe = args.file.as_deref().map(Recipe::read).transpose()?.unwrap_or_default();
     recipe.os = args.os.or(recipe.os);
     recipe.arch = args.arch.or(recipe.arch);
@@ -64,7 +81,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         recipe.base = Base::Minimal;
     }
     let node_files = (recipe.base == Base::Node).then_some(args.node_files);
-    let options = Options { tree: args.tree, recipe, node_files };
+    let options = Options { tree, recipe, node_files };
 
     let signals = SignalWatch::start(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT])?;
     let display = Display::new();
@@ -144,6 +161,32 @@ impl Display {
     fn clear(&self) {
         if let Self::Bar(bar) = self {
             bar.finish_and_clear();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_word_is_the_tree() {
+        let cases: [(&[&str], &[&str], Option<(&str, &[&str])>); 4] = [
+            (&[], &["tree"], Some(("tree", &[]))),
+            (&["vim"], &["tree"], Some(("tree", &["vim"]))),
+            (&["vim"], &["hello", "less", "tree"], Some(("tree", &["vim", "hello", "less"]))),
+            (&[], &["one", "two"], None),
+        ];
+        for (packages, rest, expected) in cases {
+            let mut names: Vec<String> = packages.iter().map(ToString::to_string).collect();
+            let tree = split_rest(rest.iter().map(PathBuf::from).collect(), &mut names);
+            match expected {
+                Some((path, all)) => {
+                    assert_eq!(tree.unwrap(), PathBuf::from(path));
+                    assert_eq!(names, all);
+                }
+                None => assert!(tree.is_err()),
+            }
         }
     }
 }

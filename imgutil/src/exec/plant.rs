@@ -2,9 +2,10 @@
 //! start, places for binds. They are mounts; what had to be made in the tree to carry them is taken away at the end.
 
 use super::mounts::{Detached, During, MountError, open_below, tmpfs};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, mkdirat, openat, readlinkat, statat, unlinkat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, fstat, mkdirat, openat, readlinkat, statat,
+    unlinkat, utimensat};
 use rustix::mount::{MountAttrFlags, UnmountFlags};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
@@ -88,6 +89,8 @@ struct Made {
     /// As seen from inside, to unmount what is on it.
     path: PathBuf,
     directory: bool,
+    /// The parent's modification time before and after, to be set back if nothing else has changed the parent.
+    times: Option<(Timespec, Timespec)>,
 }
 
 /// What has to be taken away when the command has ended.
@@ -102,7 +105,7 @@ impl Planted {
     /// Remembers a directory that was made.
     pub(super) fn made_directory(&mut self, parent: BorrowedFd<'_>, name: &str, path: PathBuf) -> Result<(), MountError> {
         let parent = parent.try_clone_to_owned().during("keep", &path)?;
-        self.made.push(Made { parent, name: name.into(), path, directory: true });
+        self.made.push(Made { parent, name: name.into(), path, directory: true, times: None });
         Ok(())
     }
 
@@ -124,7 +127,8 @@ impl Planted {
                                 .during("open", &shown)?;
                         if stat.st_size == 0 && stat.st_mode & 0o7777 == STUB_MODE {
                             // Left by a run that was killed together with its PID 1.
-                            self.made.push(Made { parent: directory, name: name.to_owned(), path: shown, directory: false });
+                            let name = name.to_owned();
+                            self.made.push(Made { parent: directory, name, path: shown, directory: false, times: None });
                         }
                         return Ok(Some(place));
                     }
@@ -169,12 +173,23 @@ impl Planted {
     }
 
     fn make_stub(&mut self, parent: OwnedFd, name: OsString, path: PathBuf) -> Result<OwnedFd, MountError> {
+        let before = modified(&parent).during("look above", &path)?;
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         drop(openat(&parent, &name, flags, Mode::from_raw_mode(STUB_MODE)).during("make", &path)?);
+        let times = Some((before, modified(&parent).during("look above", &path)?));
         let place = openat(&parent, &name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
             .during("open", &path)?;
-        self.made.push(Made { parent, name, path, directory: false });
+        self.made.push(Made { parent, name, path, directory: false, times });
         Ok(place)
+    }
+
+    fn make_directory(&mut self, parent: &OwnedFd, name: &OsStr, path: &Path) -> Result<(), MountError> {
+        let before = modified(parent).during("look above", path)?;
+        mkdirat(parent, name, Mode::from_raw_mode(0o755)).during("make the mount point", path)?;
+        let times = Some((before, modified(parent).during("look above", path)?));
+        let parent = parent.try_clone().during("keep", path)?;
+        self.made.push(Made { parent, name: name.to_owned(), path: path.to_path_buf(), directory: true, times });
+        Ok(())
     }
 
     /// Finds or makes, with the directories above it, the place at the absolute path `target` for a mount of `kind`.
@@ -194,9 +209,7 @@ impl Planted {
                 Err(rustix::io::Errno::NOENT) => {
                     let name = part.as_os_str();
                     if index + 1 < parts.len() || kind == FileType::Directory {
-                        mkdirat(&parent, name, Mode::from_raw_mode(0o755)).during("make the mount point", &shown)?;
-                        let above = parent.try_clone().during("keep", &shown)?;
-                        self.made.push(Made { parent: above, name: name.to_owned(), path: shown.clone(), directory: true });
+                        self.make_directory(&parent, name, &shown)?;
                         open(&path).during("open", &shown)?
                     } else {
                         let above = parent.try_clone().during("keep", &shown)?;
@@ -228,16 +241,36 @@ fn take_away(made: &Made) -> io::Result<()> {
         Err(error) => return Err(error.into()),
     }
     let Some(stat) = stat_of(made.parent.as_fd(), &made.name)? else { return Ok(()) };
+    let now = modified(&made.parent)?;
     if made.directory {
-        return match unlinkat(&made.parent, &made.name, AtFlags::REMOVEDIR) {
-            Ok(()) | Err(rustix::io::Errno::NOTEMPTY | rustix::io::Errno::NOTDIR) => Ok(()),
-            Err(error) => Err(error.into()),
-        };
+        match unlinkat(&made.parent, &made.name, AtFlags::REMOVEDIR) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::NOTEMPTY | rustix::io::Errno::NOTDIR) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+        return set_back(made, now);
     }
     let ours = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
         && stat.st_size == 0
         && stat.st_mode & 0o7777 == STUB_MODE;
-    if ours { Ok(unlinkat(&made.parent, &made.name, AtFlags::empty())?) } else { Ok(()) }
+    if ours {
+        unlinkat(&made.parent, &made.name, AtFlags::empty())?;
+        set_back(made, now)?;
+    }
+    Ok(())
+}
+
+/// Gives the parent the time it had before, if it was not changed between making and removing: the tree is then as it was.
+fn set_back(made: &Made, now: Timespec) -> io::Result<()> {
+    let Some((before, _)) = made.times.filter(|(_, after)| *after == now) else { return Ok(()) };
+    let omit = Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_OMIT };
+    let times = Timestamps { last_access: omit, last_modification: before };
+    Ok(utimensat(&made.parent, ".", &times, AtFlags::empty())?)
+}
+
+fn modified(directory: &OwnedFd) -> io::Result<Timespec> {
+    let stat = fstat(directory)?;
+    Ok(Timespec { tv_sec: stat.st_mtime, tv_nsec: i64::try_from(stat.st_mtime_nsec).unwrap_or(0) })
 }
 
 fn stat_of(directory: BorrowedFd<'_>, name: impl rustix::path::Arg) -> io::Result<Option<Stat>> {

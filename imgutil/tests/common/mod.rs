@@ -1,6 +1,7 @@
-//! What the tests of imgutil share.
-#![allow(dead_code, missing_docs, clippy::unwrap_used)] // each test binary uses a part; a test may panic
+//! What the tests of `imgutil pack`, `unpack`, `inspect` and `verify` share.
+#![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)] // each test binary uses a part; a test may panic
 
+pub mod cli;
 pub mod mount;
 pub mod odd_tree;
 pub mod snapshot;

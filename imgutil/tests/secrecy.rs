@@ -1,0 +1,149 @@
+//! No plaintext of a tree reaches a disk while it is packed, also when the packer is killed; and memory stays small.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod common;
+
+use common::cli::{imgutil, names};
+use common::odd_tree::noise;
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+/// Bytes that do not compress, so that a squashfs would store them as they are.
+fn marker() -> Vec<u8> {
+    noise(64, 4711)
+}
+
+/// A tree full of markers. It takes some seconds to pack at a high level.
+fn tree(root: &Path) -> PathBuf {
+    let tree = root.join("tree");
+    fs::create_dir(&tree).unwrap();
+    for index in 0..24 {
+        let mut bytes = noise(2 << 20, index);
+        for at in (0..bytes.len()).step_by(100_000) {
+            bytes[at..at + 64].copy_from_slice(&marker());
+        }
+        fs::write(tree.join(format!("file-{index}")), bytes).unwrap();
+    }
+    tree
+}
+
+struct Packing {
+    child: Child,
+    output: PathBuf,
+    temporary: PathBuf,
+}
+
+impl Packing {
+    fn start(work: &Path, tree: &Path, more: &[&str]) -> Self {
+        let (output, temporary) = (work.join("output"), work.join("temporary"));
+        for directory in [&output, &temporary] {
+            fs::create_dir_all(directory).unwrap();
+        }
+        let mut command = imgutil(["pack".as_ref(), tree.as_os_str(), "--level".as_ref(), "19".as_ref()]);
+        command.arg("-o").arg(output.join("image.moor")).args(more).env("TMPDIR", &temporary);
+        if more.is_empty() {
+            command.arg("--key-file").arg(output.join("image.key"));
+        }
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        Self { child, output, temporary }
+    }
+
+    /// Open files of the packer that are not of the tree, and how large the largest is.
+    fn open_files(&self, tree: &Path) -> Vec<PathBuf> {
+        let directory = PathBuf::from(format!("/proc/{}/fd", self.child.id()));
+        let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
+        let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+        paths
+            .filter(|path| fs::read_link(path).is_ok_and(|target| !target.starts_with(tree)))
+            .filter(|path| fs::metadata(path).is_ok_and(|meta| meta.is_file()))
+            .collect()
+    }
+
+    /// Peak of resident memory so far, in KiB.
+    fn peak_memory(&self) -> Option<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;
+        status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.trim().parse().ok())
+    }
+}
+
+impl Drop for Packing {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Whether a file has the marker anywhere.
+fn has_marker(path: &Path) -> bool {
+    let marker = marker();
+    let mut bytes = Vec::new();
+    // A file may vanish between listing and reading.
+    if File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)).is_err() {
+        return false;
+    }
+    bytes.windows(marker.len()).any(|window| window[0] == marker[0] && window == marker)
+}
+
+fn files_below(directory: &Path) -> Vec<PathBuf> {
+    names(directory).into_iter().map(|name| directory.join(name)).collect()
+}
+
+#[test]
+fn no_plaintext_is_written_while_packing() {
+    let work = tempfile::tempdir().unwrap();
+    let tree = tree(work.path());
+    let mut packing = Packing::start(work.path(), &tree, &[]);
+    let (mut looks, mut seen, mut memory) = (0, 0, 0);
+    let status = loop {
+        for path in packing.open_files(&tree) {
+            seen = seen.max(fs::metadata(&path).map_or(0, |meta| meta.len()));
+            assert!(!has_marker(&path), "plaintext in an open file: {:?}", fs::read_link(&path));
+        }
+        for path in files_below(&packing.output).into_iter().chain(files_below(&packing.temporary)) {
+            assert!(!has_marker(&path), "plaintext in {}", path.display());
+        }
+        memory = memory.max(packing.peak_memory().unwrap_or(0));
+        looks += 1;
+        if let Some(status) = packing.child.try_wait().unwrap() {
+            break status;
+        }
+    };
+    assert!(status.success());
+    assert!(looks > 3 && seen > 1 << 20, "the packer was too fast to be watched: {looks} looks, {seen} bytes seen");
+    assert!(memory < 150 << 10, "{memory} KiB of memory");
+    assert_eq!(names(&packing.output), ["image.key", "image.moor"]);
+    assert!(!has_marker(&packing.output.join("image.moor")));
+    assert!(names(&packing.temporary).is_empty());
+}
+
+#[test]
+fn the_watch_would_see_plaintext() {
+    let work = tempfile::tempdir().unwrap();
+    let tree = tree(work.path());
+    let mut packing = Packing::start(work.path(), &tree, &["--plain"]);
+    assert!(packing.child.wait().unwrap().success());
+    assert!(has_marker(&packing.output.join("image.moor")), "a plain image has the marker as it is");
+}
+
+#[test]
+fn a_killed_packer_leaves_nothing() {
+    let work = tempfile::tempdir().unwrap();
+    let tree = tree(work.path());
+    for target in [1, 4 << 20, 20 << 20] {
+        let mut packing = Packing::start(work.path(), &tree, &[]);
+        let begun = Instant::now();
+        // Until so many bytes of the image are there.
+        while packing.open_files(&tree).iter().all(|path| fs::metadata(path).map_or(0, |meta| meta.len()) < target) {
+            assert!(packing.child.try_wait().unwrap().is_none(), "the packer ended before it had {target} bytes");
+            assert!(begun.elapsed() < Duration::from_secs(60), "the packer does not write");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        packing.child.kill().unwrap();
+        packing.child.wait().unwrap();
+        assert_eq!(names(&packing.output), Vec::<String>::new(), "after {target} bytes");
+        assert_eq!(names(&packing.temporary), Vec::<String>::new(), "after {target} bytes");
+    }
+}
