@@ -34,7 +34,7 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("imgutil: error: {error:#}");
+            eprintln!("imgutil: error: {}", cmd::error_line(&error));
             ExitCode::FAILURE
         }
     }

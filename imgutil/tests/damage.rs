@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::cli::{pack, run};
+use common::cli::{finish, imgutil, names, pack, run};
 use common::mount::run as tool;
 use common::odd_tree::noise;
 use imgutil::progress::Progress;
@@ -14,7 +14,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 struct Bytes(Vec<u8>);
 
@@ -137,8 +137,39 @@ fn a_damaged_squashfs_is_an_error_and_never_a_panic() {
         assert!(!destination.exists(), "byte {position}");
     }
     assert!(errors > 100, "only {errors} of {} damages were noticed", used - tables + 96);
-    let left: Vec<_> = common::cli::names(work.path());
+    let left: Vec<_> = names(work.path());
     assert_eq!(left, ["image", "tree"]);
+}
+
+#[test]
+fn an_interrupted_unpack_removes_what_it_built() {
+    let work = tempfile::tempdir().unwrap();
+    let tree = work.path().join("tree");
+    fs::create_dir(&tree).unwrap();
+    for index in 0..5000 {
+        fs::write(tree.join(format!("file-{index}")), noise(2000, index)).unwrap();
+    }
+    let directory = work.path().join("image");
+    fs::create_dir(&directory).unwrap();
+    let files = pack(&tree, &directory, "image", &[]);
+    for signal in ["INT", "TERM"] {
+        let target = work.path().join("new/tree");
+        fs::create_dir_all(target.parent().unwrap()).unwrap();
+        let mut child = imgutil(["unpack".as_ref(), files.image.as_os_str(), target.as_os_str()])
+            .arg("--key-file")
+            .arg(&files.key)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // As soon as it has begun to build.
+        while names(target.parent().unwrap()).is_empty() {
+            assert!(child.try_wait().unwrap().is_none(), "it ended before it began");
+        }
+        tool(Command::new("kill").args(["-s", signal, &child.id().to_string()]));
+        let ran = finish(child.wait_with_output().unwrap());
+        ran.one_line_error(1, &["interrupted by SIG", signal]);
+        assert!(names(target.parent().unwrap()).is_empty());
+    }
 }
 
 #[test]
@@ -162,6 +193,6 @@ fn names_that_lead_out_are_refused() {
         let destination = work.path().join("unpacked");
         let error = unsquash(Bytes(bytes), &destination, &Progress::silent()).unwrap_err();
         assert!(format!("{error:#}").contains("a name "), "{error:#}");
-        assert_eq!(common::cli::names(work.path()), ["image", "tree"]);
+        assert_eq!(names(work.path()), ["image", "tree"]);
     }
 }

@@ -1,5 +1,6 @@
 //! `imgutil pack`.
 
+use crate::cmd::printable;
 use crate::pack::{Destination, PackOptions, Packed, Server, Warnings, pack_to_files, pack_to_server};
 use crate::progress::{Progress, bytes_text};
 use anyhow::{Context as _, Result, bail};
@@ -108,7 +109,7 @@ fn name_of(image: &Path) -> Result<String> {
 fn warn(warnings: &Warnings) {
     let list = |what: &str, paths: &[PathBuf]| {
         if !paths.is_empty() {
-            let paths: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
+            let paths: Vec<String> = paths.iter().map(|path| printable(&path.display().to_string())).collect();
             eprintln!("imgutil: warning: {what}: {}", paths.join(" "));
         }
     };
@@ -116,6 +117,7 @@ fn warn(warnings: &Warnings) {
     list("left out what other file systems hold (the mount points are kept, empty)", &warnings.mounts);
     list("moved times before 1970 or after 2106 to the nearest time a squashfs can hold", &warnings.times);
     for (path, name) in &warnings.xattrs {
-        eprintln!("imgutil: warning: left out the attribute {name}, which a squashfs cannot hold: {}", path.display());
+        let (name, path) = (printable(name), printable(&path.display().to_string()));
+        eprintln!("imgutil: warning: left out the attribute {name}, which a squashfs cannot hold: {path}");
     }
 }

@@ -1,5 +1,6 @@
 //! `imgutil verify`.
 
+use crate::cmd::error_line;
 use crate::key_file;
 use crate::pack::signature_path;
 use crate::progress::Progress;
@@ -47,7 +48,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Err(error) => {
-            eprintln!("imgutil: error: {error:#}");
+            eprintln!("imgutil: error: {}", error_line(&error));
             Ok(ExitCode::from(2))
         }
     }

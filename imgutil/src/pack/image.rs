@@ -69,7 +69,8 @@ pub fn pack_to_files(
         (Some(path), Some(key)) => Some(NewKeyFile::create(path, key)?),
         _ => None,
     };
-    let image = NewFile::create(destination.image, 0o644)?;
+    // A plain image holds what the tree keeps from others, /etc/shadow for one.
+    let image = NewFile::create(destination.image, if key.is_some() { 0o644 } else { 0o600 })?;
     let out = image.file().try_clone().context("cannot use the image file twice")?;
     let (_, packed) = seal(tree, out, key, options, progress)
         .with_context(|| format!("cannot pack '{}' into '{}'", tree.display(), destination.image.display()))?;

@@ -1,6 +1,7 @@
 //! Unpacks an image into a new directory: built beside its place, renamed when complete, removed on failure.
 
 mod image;
+mod interrupt;
 mod restore;
 
 pub(crate) use image::open;

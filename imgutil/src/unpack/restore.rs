@@ -3,6 +3,7 @@
 //! Order matters: the owner first (changing it drops setuid bits and file capabilities), then xattrs, then the mode,
 //! then times; a directory's own attributes after everything in it.
 
+use super::interrupt::Interrupts;
 use crate::progress::Progress;
 use crate::squashfs::{DirectoryEntry, FileData, Inode, InodeKind, InodePlace, Piece, Reader, Source};
 use anyhow::{Context as _, Result, bail};
@@ -24,7 +25,8 @@ pub(super) fn restore<S: Source>(reader: &mut Reader<S>, root: BorrowedFd<'_>, p
     progress.total(u64::from(reader.inode_count()));
     let place = reader.root();
     let inode = reader.inode(place)?;
-    let mut restorer = Restorer { reader, root, progress, names: HashMap::new(), seen: HashSet::new() };
+    let interrupts = Interrupts::hold_back()?;
+    let mut restorer = Restorer { reader, root, progress, interrupts, names: HashMap::new(), seen: HashSet::new() };
     restorer.directory(root, place, &inode, &mut Vec::new())
 }
 
@@ -32,6 +34,7 @@ struct Restorer<'a, S> {
     reader: &'a mut Reader<S>,
     root: BorrowedFd<'a>,
     progress: &'a Progress,
+    interrupts: Interrupts,
     /// The first name of each inode that has several, from the root.
     names: HashMap<InodePlace, Vec<CString>>,
     /// Directories that were entered: an image must not contain one in itself.
@@ -72,6 +75,7 @@ impl<S: Source> Restorer<'_, S> {
 
     /// Makes one entry; its name is the last of `path`.
     fn entry(&mut self, parent: BorrowedFd<'_>, place: InodePlace, path: &mut Vec<CString>) -> Result<()> {
+        self.interrupts.check()?;
         let context = |path: &[CString]| format!("cannot restore '{}'", display(path).display());
         let name = path.last().context("an entry has no name")?.clone();
         if let Some(first) = self.names.get(&place) {
