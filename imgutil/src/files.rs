@@ -78,13 +78,12 @@ impl NewFile {
             }
             (Existing::Replace, temporary) => {
                 // A name can be given to a nameless file only where there is none, so it takes a detour.
-                let temporary = match temporary {
-                    Some(temporary) => temporary,
-                    None => {
-                        let temporary = temporary_name(&self.name);
-                        self.link(&temporary).with_context(context)?;
-                        temporary
-                    }
+                let temporary = if let Some(temporary) = temporary {
+                    temporary
+                } else {
+                    let temporary = temporary_name(&self.name);
+                    self.link(&temporary).with_context(context)?;
+                    temporary
                 };
                 let renamed = rustix::fs::renameat(&self.directory, &temporary, &self.directory, &self.name);
                 self.temporary = renamed.is_err().then_some(temporary);

@@ -27,9 +27,9 @@ fn main() -> ExitCode {
         Command::Build(args) => cmd::build::run(args),
         Command::Exec(args) => cmd::exec::run(args),
         Command::Pack(args) => cmd::pack::run(args),
-        Command::Unpack(args) => cmd::unpack::run(args),
-        Command::Inspect(args) => cmd::inspect::run(args),
-        Command::Verify(args) => cmd::verify::run(args),
+        Command::Unpack(args) => cmd::unpack::run(&args),
+        Command::Inspect(args) => cmd::inspect::run(&args),
+        Command::Verify(args) => cmd::verify::run(&args),
     };
     match result {
         Ok(code) => code,

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 const QUIET: Duration = Duration::from_secs(2);
 /// Plain lines appear so often.
 const EVERY: Duration = Duration::from_secs(5);
+/// The first one comes earlier by so much.
+const HEAD_START: Duration = Duration::from_secs(3);
 
 /// Counts one operation and shows it on standard error.
 pub struct Progress {
@@ -54,8 +56,8 @@ impl Progress {
             Shown::Bar(bar)
         } else {
             let now = Instant::now();
-            // Counted as if a line had been printed so long ago that the next one is due after QUIET.
-            let last = now.checked_sub(EVERY - QUIET).unwrap_or(now);
+            // As if a line had been printed before, so that the next one is due after QUIET.
+            let last = now.checked_sub(HEAD_START).unwrap_or(now);
             Shown::Lines { started: now, last: Mutex::new(last) }
         };
         Self { verb, unit, shown, done: AtomicU64::new(0), total: AtomicU64::new(0) }
@@ -144,6 +146,11 @@ pub fn bytes_text(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn the_first_line_comes_after_the_quiet_time() {
+        assert_eq!(super::HEAD_START, super::EVERY.checked_sub(super::QUIET).expect("later lines are further apart"));
+    }
+
     #[test]
     fn sizes_read_well() {
         for (bytes, text) in [

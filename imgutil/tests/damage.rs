@@ -166,7 +166,7 @@ fn an_interrupted_unpack_removes_what_it_built() {
             assert!(child.try_wait().unwrap().is_none(), "it ended before it began");
         }
         tool(Command::new("kill").args(["-s", signal, &child.id().to_string()]));
-        let ran = finish(child.wait_with_output().unwrap());
+        let ran = finish(&child.wait_with_output().unwrap());
         ran.one_line_error(1, &["interrupted by SIG", signal]);
         assert!(names(target.parent().unwrap()).is_empty());
     }

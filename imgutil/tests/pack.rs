@@ -73,7 +73,7 @@ fn a_sealed_tree_comes_back_the_same() {
     let unpacked = work.path().join("unpacked");
     let key = File::open(&files.key).unwrap();
     let mut command = imgutil(["unpack".as_ref(), files.image.as_os_str(), unpacked.as_os_str()]);
-    finish(command.args(["--key-file", "-"]).stdin(key).output().unwrap()).good();
+    finish(&command.args(["--key-file", "-"]).stdin(key).output().unwrap()).good();
     assert_same("source", &expected, "unpacked", &snapshot(&unpacked));
 }
 

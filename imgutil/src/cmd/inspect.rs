@@ -25,7 +25,7 @@ pub struct Args {
 }
 
 /// Runs it.
-pub fn run(args: Args) -> Result<ExitCode> {
+pub fn run(args: &Args) -> Result<ExitCode> {
     let context = || format!("cannot read image '{}'", args.image.display());
     let key = args.key_file.as_deref().map(key_file::read).transpose()?;
     let file = File::open(&args.image).with_context(context)?;

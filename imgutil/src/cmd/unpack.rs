@@ -22,7 +22,7 @@ pub struct Args {
 }
 
 /// Runs it.
-pub fn run(args: Args) -> Result<ExitCode> {
+pub fn run(args: &Args) -> Result<ExitCode> {
     let progress = Progress::counting("unpacking", "inodes");
     let inodes = unpack_image(&args.image, args.key_file.as_deref(), &args.tree, &progress)?;
     progress.finish("unpacked");

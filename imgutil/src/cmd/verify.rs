@@ -31,8 +31,8 @@ pub struct Args {
 }
 
 /// Runs it.
-pub fn run(args: Args) -> Result<ExitCode> {
-    match look(&args) {
+pub fn run(args: &Args) -> Result<ExitCode> {
+    match look(args) {
         Ok(report) => {
             let name = args.image.display();
             for problem in &report.problems {

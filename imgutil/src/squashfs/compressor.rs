@@ -29,7 +29,8 @@ impl Compressor {
         let step = "set up the compressor";
         let mut config = ffi::CompressorConfig::default();
         // SAFETY: `config` is a valid structure of the library's layout.
-        let code = unsafe { ffi::sqfs_compressor_config_init(&mut config, u32::from(id), block_size as usize, flags) };
+        let code =
+            unsafe { ffi::sqfs_compressor_config_init(&raw mut config, u32::from(id), block_size as usize, flags) };
         if code != 0 {
             return Err(SquashfsError::library(step, code));
         }
@@ -38,7 +39,7 @@ impl Compressor {
         }
         let mut object = ptr::null_mut();
         // SAFETY: both pointers are valid; the object is owned from here on.
-        let code = unsafe { ffi::sqfs_compressor_create(&config, &mut object) };
+        let code = unsafe { ffi::sqfs_compressor_create(&raw const config, &raw mut object) };
         match NonNull::new(object) {
             Some(object) if code == 0 => Ok(Self(object)),
             _ => Err(SquashfsError::library(step, code)),

@@ -10,6 +10,9 @@ use super::{BLOCK_SIZE, SUPERBLOCK_SIZE};
 use std::io::Write;
 use std::ptr::{self, NonNull};
 
+#[allow(clippy::cast_possible_truncation)] // some 56 bytes
+const DESC_SIZE: u32 = size_of::<ffi::BlockProcessorDesc>() as u32;
+
 /// How a squashfs is written.
 #[derive(Debug, Clone, Copy)]
 pub struct WriterOptions {
@@ -65,7 +68,7 @@ impl<W: Write> DataWriter<W> {
         // SAFETY: `superblock` is a valid structure of the library's layout.
         let code = unsafe {
             ffi::sqfs_super_init(
-                &mut superblock,
+                &raw mut superblock,
                 BLOCK_SIZE as usize,
                 options.modified,
                 u32::from(super::compressor::ZSTD),
@@ -92,7 +95,7 @@ impl<W: Write> DataWriter<W> {
         let blocks = SinkBlocks::create(parts.sink.clone());
         let fragments = FragTable::new()?;
         let desc = ffi::BlockProcessorDesc {
-            size: size_of::<ffi::BlockProcessorDesc>() as u32,
+            size: DESC_SIZE,
             max_block_size: BLOCK_SIZE,
             num_workers: options.workers.max(1),
             // Bounds the memory: so many blocks of 128 KiB at most wait for a worker or for their turn to be written.
@@ -106,7 +109,7 @@ impl<W: Write> DataWriter<W> {
         };
         let mut processor = ptr::null_mut();
         // SAFETY: all pointers in `desc` are live and outlive the processor (field order of `Self`, shared objects do not move).
-        let code = unsafe { ffi::sqfs_block_processor_create_ex(&desc, &mut processor) };
+        let code = unsafe { ffi::sqfs_block_processor_create_ex(&raw const desc, &raw mut processor) };
         let processor = match NonNull::new(processor) {
             Some(processor) if code == 0 => Processor(processor),
             _ => return Err(SquashfsError::library("start the compressing threads", code)),
@@ -141,11 +144,6 @@ impl<W: Write> DataWriter<W> {
         // SAFETY: the processor is alive.
         let code = unsafe { ffi::sqfs_block_processor_end_file(self.processor.0.as_ptr()) };
         self.parts.check("write file data", code)
-    }
-
-    /// Bytes written to the output so far.
-    pub fn position(&self) -> u64 {
-        self.parts.sink.position()
     }
 
     /// Waits for the workers and goes on to inodes and directories.

@@ -245,7 +245,6 @@ unsafe extern "C" {
     pub(super) fn sqfs_block_processor_finish(processor: *mut BlockProcessor) -> c_int;
 
     pub(super) fn sqfs_inode_make_extended(inode: *mut Inode) -> c_int;
-    pub(super) fn sqfs_inode_set_xattr_index(inode: *mut Inode, index: u32) -> c_int;
     pub(super) fn sqfs_inode_make_basic(inode: *mut Inode) -> c_int;
 
     pub(super) fn sqfs_meta_writer_create(file: *mut File, cmp: *mut Compressor, flags: u32) -> *mut MetaWriter;

@@ -97,47 +97,8 @@ pub(super) fn read<S: Source>(
     let extended = kind > format::KIND_SOCKET;
     let basic = if extended { kind - format::KIND_SOCKET } else { kind };
     match basic {
-        format::KIND_DIRECTORY => {
-            let (size, start_block, offset);
-            if extended {
-                let body: [u8; 24] = blocks.take(WHAT, place)?;
-                inode.links = u32_at(&body, 0);
-                (size, start_block, offset) = (u32_at(&body, 4), u32_at(&body, 8), u16_at(&body, 18));
-                inode.xattrs = u32_at(&body, 20);
-            } else {
-                let body: [u8; 16] = blocks.take(WHAT, place)?;
-                inode.links = u32_at(&body, 4);
-                (size, start_block, offset) = (u32::from(u16_at(&body, 8)), u32_at(&body, 0), u16_at(&body, 10));
-            }
-            let size = size.checked_sub(3).ok_or_else(|| corrupt("a directory has an impossible size"))?;
-            inode.kind = InodeKind::Directory(Listing { start_block, offset, size });
-        }
-        format::KIND_FILE => {
-            let mut file = FileData { size: 0, start: 0, blocks: Vec::new(), fragment: None };
-            let fragment;
-            if extended {
-                let body: [u8; 40] = blocks.take(WHAT, place)?;
-                (file.start, file.size) = (u64_at(&body, 0), u64_at(&body, 8));
-                inode.links = u32_at(&body, 24);
-                fragment = (u32_at(&body, 28), u32_at(&body, 32));
-                inode.xattrs = u32_at(&body, 36);
-            } else {
-                let body: [u8; 16] = blocks.take(WHAT, place)?;
-                (file.start, file.size) = (u32_at(&body, 0).into(), u32_at(&body, 12).into());
-                fragment = (u32_at(&body, 4), u32_at(&body, 8));
-            }
-            if i64::try_from(file.size).is_err() {
-                return Err(corrupt("a file has an impossible size"));
-            }
-            file.fragment = (fragment.0 != NO_INDEX).then_some(fragment);
-            let whole = file.size / u64::from(block_size);
-            let count = if file.fragment.is_some() { whole } else { file.size.div_ceil(u64::from(block_size)) };
-            // Not reserved at once: the count is only as true as the bytes that follow.
-            for _ in 0..count {
-                file.blocks.push(u32::from_le_bytes(blocks.take(WHAT, place)?));
-            }
-            inode.kind = InodeKind::File(file);
-        }
+        format::KIND_DIRECTORY => directory(blocks, place, extended, &mut inode)?,
+        format::KIND_FILE => file(blocks, place, extended, block_size, &mut inode)?,
         format::KIND_SYMLINK => {
             let body: [u8; 8] = blocks.take(WHAT, place)?;
             inode.links = u32_at(&body, 0);
@@ -178,4 +139,64 @@ pub(super) fn read<S: Source>(
         _ => return Err(corrupt("its type is unknown")),
     }
     Ok(inode)
+}
+
+/// The rest of a directory's inode.
+fn directory<S: Source>(
+    blocks: &mut Blocks<S>,
+    place: &mut Place,
+    extended: bool,
+    inode: &mut Inode,
+) -> Result<(), SquashfsError> {
+    let (size, start_block, offset);
+    if extended {
+        let body: [u8; 24] = blocks.take(WHAT, place)?;
+        inode.links = u32_at(&body, 0);
+        (size, start_block, offset) = (u32_at(&body, 4), u32_at(&body, 8), u16_at(&body, 18));
+        inode.xattrs = u32_at(&body, 20);
+    } else {
+        let body: [u8; 16] = blocks.take(WHAT, place)?;
+        inode.links = u32_at(&body, 4);
+        (size, start_block, offset) = (u32::from(u16_at(&body, 8)), u32_at(&body, 0), u16_at(&body, 10));
+    }
+    let why = "a directory has an impossible size";
+    let size = size.checked_sub(3).ok_or(SquashfsError::Corrupt { what: WHAT, offset: place.block, why })?;
+    inode.kind = InodeKind::Directory(Listing { start_block, offset, size });
+    Ok(())
+}
+
+/// The rest of a regular file's inode.
+fn file<S: Source>(
+    blocks: &mut Blocks<S>,
+    place: &mut Place,
+    extended: bool,
+    block_size: u32,
+    inode: &mut Inode,
+) -> Result<(), SquashfsError> {
+    let mut file = FileData { size: 0, start: 0, blocks: Vec::new(), fragment: None };
+    let fragment;
+    if extended {
+        let body: [u8; 40] = blocks.take(WHAT, place)?;
+        (file.start, file.size) = (u64_at(&body, 0), u64_at(&body, 8));
+        inode.links = u32_at(&body, 24);
+        fragment = (u32_at(&body, 28), u32_at(&body, 32));
+        inode.xattrs = u32_at(&body, 36);
+    } else {
+        let body: [u8; 16] = blocks.take(WHAT, place)?;
+        (file.start, file.size) = (u32_at(&body, 0).into(), u32_at(&body, 12).into());
+        fragment = (u32_at(&body, 4), u32_at(&body, 8));
+    }
+    if i64::try_from(file.size).is_err() {
+        let why = "a file has an impossible size";
+        return Err(SquashfsError::Corrupt { what: WHAT, offset: place.block, why });
+    }
+    file.fragment = (fragment.0 != NO_INDEX).then_some(fragment);
+    let whole = file.size / u64::from(block_size);
+    let count = if file.fragment.is_some() { whole } else { file.size.div_ceil(u64::from(block_size)) };
+    // Not reserved at once: the count is only as true as the bytes that follow.
+    for _ in 0..count {
+        file.blocks.push(u32::from_le_bytes(blocks.take(WHAT, place)?));
+    }
+    inode.kind = InodeKind::File(file);
+    Ok(())
 }

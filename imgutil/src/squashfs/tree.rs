@@ -151,7 +151,7 @@ impl<W: Write> TreeWriter<W> {
                 let code = ffi::sqfs_xattr_writer_add(writer, key.as_ptr(), value.as_ptr().cast(), value.len());
                 self.parts.check(step, code)?;
             }
-            self.parts.check(step, ffi::sqfs_xattr_writer_end(writer, &mut id))?;
+            self.parts.check(step, ffi::sqfs_xattr_writer_end(writer, &raw mut id))?;
         }
         Ok(XattrId(id))
     }
@@ -270,7 +270,7 @@ impl<W: Write> TreeWriter<W> {
             superblock.directory_table_start = self.parts.sink.position();
             self.parts.check(step, ffi::sqfs_meta_writer_flush(self.directory_table.0.as_ptr()))?;
             self.parts.check(step, ffi::sqfs_meta_write_write_to_file(self.directory_table.0.as_ptr()))?;
-            let code = ffi::sqfs_frag_table_write(self.fragments.0.as_ptr(), file, &mut superblock, compressor);
+            let code = ffi::sqfs_frag_table_write(self.fragments.0.as_ptr(), file, &raw mut superblock, compressor);
             self.parts.check(step, code)?;
             let code = ffi::sqfs_dir_writer_write_export_table(
                 self.directories.0.as_ptr(),
@@ -278,12 +278,12 @@ impl<W: Write> TreeWriter<W> {
                 compressor,
                 root_number,
                 root.0,
-                &mut superblock,
+                &raw mut superblock,
             );
             self.parts.check(step, code)?;
-            let code = ffi::sqfs_id_table_write(self.ids.0.as_ptr(), file, &mut superblock, compressor);
+            let code = ffi::sqfs_id_table_write(self.ids.0.as_ptr(), file, &raw mut superblock, compressor);
             self.parts.check(step, code)?;
-            let code = ffi::sqfs_xattr_writer_flush(self.xattrs.0.as_ptr(), file, &mut superblock, compressor);
+            let code = ffi::sqfs_xattr_writer_flush(self.xattrs.0.as_ptr(), file, &raw mut superblock, compressor);
             self.parts.check(step, code)?;
         }
         superblock.bytes_used = self.parts.sink.position();
@@ -300,7 +300,7 @@ impl<W: Write> TreeWriter<W> {
         let index = |id: u32| {
             let mut index = 0;
             // SAFETY: the table is alive.
-            match unsafe { ffi::sqfs_id_table_id_to_index(self.ids.0.as_ptr(), id, &mut index) } {
+            match unsafe { ffi::sqfs_id_table_id_to_index(self.ids.0.as_ptr(), id, &raw mut index) } {
                 0 => Ok(index),
                 _ => Err(SquashfsError::Limit("it has more than 65,535 different owners and groups")),
             }
@@ -321,7 +321,7 @@ impl<W: Write> TreeWriter<W> {
         let (mut block, mut offset) = (0, 0);
         // SAFETY: the table is alive; the callers pass a complete inode.
         let code = unsafe {
-            ffi::sqfs_meta_writer_get_position(self.inode_table.0.as_ptr(), &mut block, &mut offset);
+            ffi::sqfs_meta_writer_get_position(self.inode_table.0.as_ptr(), &raw mut block, &raw mut offset);
             ffi::sqfs_meta_writer_write_inode(self.inode_table.0.as_ptr(), inode)
         };
         self.parts.check("write an inode", code)?;

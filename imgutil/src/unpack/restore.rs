@@ -63,7 +63,7 @@ impl<S: Source> Restorer<'_, S> {
             path.pop();
         }
         let context = || format!("cannot set the attributes of '{}'", display(path).display());
-        rustix::fs::fchown(fd, uid(inode), gid(inode)).with_context(context)?;
+        rustix::fs::fchown(fd, Some(uid(inode)), Some(gid(inode))).with_context(context)?;
         for (key, value) in self.reader.xattrs(inode)? {
             rustix::fs::fsetxattr(fd, &key, &value, XattrFlags::empty()).with_context(context)?;
         }
@@ -135,7 +135,8 @@ impl<S: Source> Restorer<'_, S> {
         if ends_in_hole {
             file.set_len(data.size)?;
         }
-        rustix::fs::fchown(&file, uid(inode), gid(inode)).context("cannot set its owner (are you root?)")?;
+        rustix::fs::fchown(&file, Some(uid(inode)), Some(gid(inode)))
+            .context("cannot set its owner (are you root?)")?;
         for (key, value) in self.reader.xattrs(inode)? {
             let context = || format!("cannot set its extended attribute {}", key.to_string_lossy());
             rustix::fs::fsetxattr(&file, &key, &value, XattrFlags::empty()).with_context(context)?;
@@ -147,7 +148,7 @@ impl<S: Source> Restorer<'_, S> {
 
     /// Sets what symlinks, devices, pipes and sockets have, without opening them.
     fn leaf_attributes(&mut self, parent: BorrowedFd<'_>, name: &CStr, inode: &Inode, has_mode: bool) -> Result<()> {
-        rustix::fs::chownat(parent, name, uid(inode), gid(inode), AtFlags::SYMLINK_NOFOLLOW)
+        rustix::fs::chownat(parent, name, Some(uid(inode)), Some(gid(inode)), AtFlags::SYMLINK_NOFOLLOW)
             .context("cannot set its owner (are you root?)")?;
         let xattrs = self.reader.xattrs(inode)?;
         if !xattrs.is_empty() {
@@ -186,12 +187,12 @@ fn open_directory(parent: BorrowedFd<'_>, name: &CStr) -> rustix::io::Result<Own
     rustix::fs::openat(parent, name, flags, Mode::empty())
 }
 
-fn uid(inode: &Inode) -> Option<Uid> {
-    Some(Uid::from_raw(inode.uid))
+fn uid(inode: &Inode) -> Uid {
+    Uid::from_raw(inode.uid)
 }
 
-fn gid(inode: &Inode) -> Option<Gid> {
-    Some(Gid::from_raw(inode.gid))
+fn gid(inode: &Inode) -> Gid {
+    Gid::from_raw(inode.gid)
 }
 
 fn times(inode: &Inode) -> Timestamps {

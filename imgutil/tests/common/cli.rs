@@ -20,10 +20,10 @@ pub fn imgutil<I: AsRef<OsStr>>(args: impl IntoIterator<Item = I>) -> Command {
 
 /// Runs it to its end.
 pub fn run<I: AsRef<OsStr>>(args: impl IntoIterator<Item = I>) -> Ran {
-    finish(imgutil(args).output().unwrap())
+    finish(&imgutil(args).output().unwrap())
 }
 
-pub fn finish(output: Output) -> Ran {
+pub fn finish(output: &Output) -> Ran {
     Ran {
         status: output.status.code().unwrap_or(-1),
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -64,7 +64,7 @@ pub fn pack(tree: &Path, directory: &Path, name: &str, more: &[&str]) -> Files {
     if !more.contains(&"--plain") {
         command.arg("--key-file").arg(&files.key);
     }
-    finish(command.output().unwrap()).good();
+    finish(&command.output().unwrap()).good();
     files
 }
 

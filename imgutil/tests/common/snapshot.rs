@@ -63,7 +63,7 @@ pub fn snapshot(root: &Path) -> Snapshot {
     }
     for object in result.values_mut() {
         let inode: u64 = object.first_name.to_string_lossy().parse().unwrap();
-        object.first_name = groups[&inode].clone();
+        object.first_name.clone_from(&groups[&inode]);
     }
     result
 }
