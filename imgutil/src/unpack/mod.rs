@@ -26,12 +26,15 @@ pub fn unpack_image(image: &Path, key_file: Option<&Path>, destination: &Path, p
 pub fn unsquash<S: Source>(source: S, destination: &Path, progress: &Progress) -> Result<u32> {
     must_be_free(destination, "name a new directory, or remove it")?;
     let mut reader = Reader::open(source)?;
+    // Before there is something to remove, and until it is removed: the order of the two matters.
+    let interrupts = interrupt::Interrupts::hold_back()?;
     let staging = Staging::beside(destination)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let root = rustix::fs::openat(CWD, &staging.path, flags, Mode::empty())
         .with_context(|| format!("cannot open '{}'", staging.path.display()))?;
-    restore::restore(&mut reader, root.as_fd(), progress)?;
+    restore::restore(&mut reader, root.as_fd(), progress, &interrupts)?;
     rustix::fs::syncfs(&root).with_context(|| format!("cannot write out '{}'", staging.path.display()))?;
+    interrupts.check()?;
     staging.keep(destination)?;
     Ok(reader.inode_count())
 }

@@ -21,11 +21,15 @@ use std::path::{Path, PathBuf};
 const MAX_DEPTH: usize = 1024;
 
 /// Restores a whole squashfs into the empty directory behind `root`.
-pub(super) fn restore<S: Source>(reader: &mut Reader<S>, root: BorrowedFd<'_>, progress: &Progress) -> Result<()> {
+pub(super) fn restore<S: Source>(
+    reader: &mut Reader<S>,
+    root: BorrowedFd<'_>,
+    progress: &Progress,
+    interrupts: &Interrupts,
+) -> Result<()> {
     progress.total(u64::from(reader.inode_count()));
     let place = reader.root();
     let inode = reader.inode(place)?;
-    let interrupts = Interrupts::hold_back()?;
     let mut restorer = Restorer { reader, root, progress, interrupts, names: HashMap::new(), seen: HashSet::new() };
     restorer.directory(root, place, &inode, &mut Vec::new())
 }
@@ -34,7 +38,7 @@ struct Restorer<'a, S> {
     reader: &'a mut Reader<S>,
     root: BorrowedFd<'a>,
     progress: &'a Progress,
-    interrupts: Interrupts,
+    interrupts: &'a Interrupts,
     /// The first name of each inode that has several, from the root.
     names: HashMap<InodePlace, Vec<CString>>,
     /// Directories that were entered: an image must not contain one in itself.
