@@ -1,0 +1,198 @@
+//! `TPM2_MakeCredential` in software: a secret that only the TPM with this endorsement key can read, and only if it also holds the
+//! attestation key of this name (Part 1, 24 "Credential Protection", and its annexes B.10.4 and C.6.4).
+
+use crate::public::{Key, P256, P384, Public, coordinate_length, uncompressed};
+use crate::wire::put_sized;
+use crate::{TpmError, alg};
+use aws_lc_rs::agreement::{self, EphemeralPrivateKey, UnparsedPublicKey};
+use aws_lc_rs::cipher::{AES_128, AES_256, EncryptionContext, StreamingEncryptingKey, UnboundCipherKey};
+use aws_lc_rs::iv::FixedLength;
+use aws_lc_rs::rsa::{OAEP_SHA256_MGF1SHA256, OAEP_SHA384_MGF1SHA384, OaepPublicEncryptingKey, PublicEncryptingKey};
+use aws_lc_rs::{digest, hmac, rand};
+use zeroize::Zeroizing;
+
+/// What the TPM is given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Challenge {
+    /// `TPM2B_ID_OBJECT`.
+    pub id_object: Vec<u8>,
+    /// `TPM2B_ENCRYPTED_SECRET`.
+    pub encrypted_secret: Vec<u8>,
+}
+
+/// A hash algorithm in the three shapes that are needed.
+#[derive(Clone, Copy)]
+struct Hash {
+    digest: &'static digest::Algorithm,
+    hmac: hmac::Algorithm,
+}
+
+fn hash_of(algorithm: u16) -> Result<Hash, TpmError> {
+    match algorithm {
+        alg::SHA256 => Ok(Hash { digest: &digest::SHA256, hmac: hmac::HMAC_SHA256 }),
+        alg::SHA384 => Ok(Hash { digest: &digest::SHA384, hmac: hmac::HMAC_SHA384 }),
+        other => Err(TpmError::Unsupported { what: "hash", value: u32::from(other) }),
+    }
+}
+
+/// `KDFa` (Part 1, 11.4.10.2): counter mode with HMAC; `bits` is at most the length of one hash in our uses.
+fn kdf_a(hash: Hash, key: &[u8], label: &[u8], context_u: &[u8], bits: u32) -> Zeroizing<Vec<u8>> {
+    let key = hmac::Key::new(hash.hmac, key);
+    let wanted = bits.div_ceil(8) as usize;
+    let mut out = Zeroizing::new(Vec::with_capacity(wanted));
+    let mut counter = 1_u32;
+    while out.len() < wanted {
+        let mut context = hmac::Context::with_key(&key);
+        context.update(&counter.to_be_bytes());
+        context.update(label);
+        context.update(&[0]);
+        context.update(context_u);
+        context.update(&bits.to_be_bytes());
+        out.extend_from_slice(context.sign().as_ref());
+        counter += 1;
+    }
+    out.truncate(wanted);
+    out
+}
+
+/// `KDFe` (Part 1, 11.4.10.3): counter mode with a hash over the shared x coordinate.
+fn kdf_e(hash: Hash, z: &[u8], label: &[u8], party_u: &[u8], party_v: &[u8]) -> Zeroizing<Vec<u8>> {
+    let mut context = digest::Context::new(hash.digest);
+    // One round: as many bits are wanted as the hash has.
+    context.update(&1_u32.to_be_bytes());
+    context.update(z);
+    context.update(label);
+    context.update(&[0]);
+    context.update(party_u);
+    context.update(party_v);
+    Zeroizing::new(context.finish().as_ref().to_vec())
+}
+
+/// Makes a challenge for the holder of `ek` and of a key named `ak_name`.
+///
+/// # Errors
+/// The endorsement key is not a storage key of a supported kind.
+pub fn make(ek: &Public, ak_name: &[u8], secret: &[u8; 32]) -> Result<Challenge, TpmError> {
+    let hash = hash_of(ek.name_alg)?;
+    let (seed, encrypted_seed, aes_bits) = match &ek.key {
+        Key::Rsa { aes_bits, modulus, exponent, .. } => {
+            let (seed, encrypted) = rsa_seed(ek.name_alg, hash, modulus, *exponent)?;
+            (seed, encrypted, *aes_bits)
+        }
+        Key::Ecc { aes_bits, curve, x, y, .. } => {
+            let (seed, encrypted) = ecc_seed(hash, *curve, x, y)?;
+            (seed, encrypted, *aes_bits)
+        }
+    };
+    let aes_bits = aes_bits.ok_or(TpmError::Key("the endorsement key has no cipher: it is no storage key"))?;
+
+    // The credential as a TPM2B, encrypted under a key that depends on the name of the attestation key.
+    let mut credential = Vec::new();
+    put_sized(&mut credential, secret)?;
+    let key = kdf_a(hash, &seed, b"STORAGE", ak_name, u32::from(aes_bits));
+    let identity = encrypt_cfb(&key, &credential)?;
+
+    let hash_bits = u32::try_from(hash.digest.output_len() * 8).map_err(|_| TpmError::TooLong)?;
+    let mac_key = kdf_a(hash, &seed, b"INTEGRITY", &[], hash_bits);
+    let mut mac = hmac::Context::with_key(&hmac::Key::new(hash.hmac, &mac_key));
+    mac.update(&identity);
+    mac.update(ak_name);
+
+    let mut object = Vec::new();
+    put_sized(&mut object, mac.sign().as_ref())?;
+    object.extend_from_slice(&identity);
+    let mut id_object = Vec::new();
+    put_sized(&mut id_object, &object)?;
+    let mut encrypted_secret = Vec::new();
+    put_sized(&mut encrypted_secret, &encrypted_seed)?;
+    Ok(Challenge { id_object, encrypted_secret })
+}
+
+type Seed = (Zeroizing<Vec<u8>>, Vec<u8>);
+
+/// A random seed under OAEP with the label "IDENTITY" (with its terminating zero).
+fn rsa_seed(name_alg: u16, hash: Hash, modulus: &[u8], exponent: u32) -> Result<Seed, TpmError> {
+    let mut seed = Zeroizing::new(vec![0; hash.digest.output_len()]);
+    rand::fill(&mut seed).map_err(|_| TpmError::Crypto("making a seed"))?;
+    let der = rsa_spki(modulus, exponent);
+    let key = PublicEncryptingKey::from_der(&der).map_err(|_| TpmError::Key("the endorsement key is not a valid RSA key"))?;
+    let key = OaepPublicEncryptingKey::new(key).map_err(|_| TpmError::Crypto("setting up OAEP"))?;
+    let algorithm = if name_alg == alg::SHA384 { &OAEP_SHA384_MGF1SHA384 } else { &OAEP_SHA256_MGF1SHA256 };
+    let mut out = vec![0; key.ciphertext_size()];
+    let length = key.encrypt(algorithm, &seed, &mut out, Some(b"IDENTITY\0")).map_err(|_| TpmError::Crypto("encrypting by OAEP"))?.len();
+    out.truncate(length);
+    Ok((seed, out))
+}
+
+/// An ephemeral key; the seed is derived from what it shares with the endorsement key.
+fn ecc_seed(hash: Hash, curve: u16, x: &[u8], y: &[u8]) -> Result<Seed, TpmError> {
+    let algorithm = match curve {
+        P256 => &agreement::ECDH_P256,
+        P384 => &agreement::ECDH_P384,
+        other => return Err(TpmError::Unsupported { what: "curve", value: u32::from(other) }),
+    };
+    let length = coordinate_length(curve)?;
+    let ephemeral = EphemeralPrivateKey::generate(algorithm, &rand::SystemRandom::new()).map_err(|_| TpmError::Crypto("making an ephemeral key"))?;
+    let public = ephemeral.compute_public_key().map_err(|_| TpmError::Crypto("making an ephemeral key"))?;
+    let point = public.as_ref();
+    let (own_x, own_y) = (&point[1..=length], &point[1 + length..]);
+    let peer = UnparsedPublicKey::new(algorithm, uncompressed(x, y));
+    let seed = agreement::agree_ephemeral(ephemeral, peer, TpmError::Key("the endorsement key is not on its curve"), |z| {
+        Ok(kdf_e(hash, z, b"IDENTITY", own_x, x))
+    })?;
+    let mut encoded = Vec::new();
+    put_sized(&mut encoded, own_x)?;
+    put_sized(&mut encoded, own_y)?;
+    Ok((seed, encoded))
+}
+
+fn encrypt_cfb(key: &[u8], data: &[u8]) -> Result<Vec<u8>, TpmError> {
+    let failed = |_| TpmError::Crypto("encrypting the credential");
+    let algorithm = if key.len() == 32 { &AES_256 } else { &AES_128 };
+    let key = UnboundCipherKey::new(algorithm, key).map_err(failed)?;
+    // The protection of credentials fixes the vector to zero: each key is used once.
+    let vector = EncryptionContext::Iv128(FixedLength::from([0; 16]));
+    let mut cipher = StreamingEncryptingKey::less_safe_cfb128(key, vector).map_err(failed)?;
+    let mut out = vec![0; data.len() + 16];
+    let mut written = cipher.update(data, &mut out).map_err(failed)?.written().len();
+    let (_, last) = cipher.finish(&mut out[written..]).map_err(failed)?;
+    written += last.written().len();
+    out.truncate(written);
+    Ok(out)
+}
+
+/// DER length octets (X.690, 8.1.3).
+fn der_length(out: &mut Vec<u8>, length: usize) {
+    let bytes = length.to_be_bytes();
+    let significant = &bytes[bytes.iter().position(|b| *b != 0).unwrap_or(bytes.len() - 1)..];
+    if length >= 128 {
+        out.push(0x80 | u8::try_from(significant.len()).unwrap_or(0));
+    }
+    out.extend_from_slice(significant);
+}
+
+fn der(tag: u8, content: &[u8]) -> Vec<u8> {
+    let mut out = vec![tag];
+    der_length(&mut out, content.len());
+    out.extend_from_slice(content);
+    out
+}
+
+fn der_integer(bytes: &[u8]) -> Vec<u8> {
+    let start = bytes.iter().position(|b| *b != 0).unwrap_or(bytes.len().saturating_sub(1));
+    let mut content = Vec::new();
+    if bytes.get(start).is_some_and(|b| b & 0x80 != 0) {
+        content.push(0);
+    }
+    content.extend_from_slice(&bytes[start..]);
+    der(0x02, &content)
+}
+
+/// `SubjectPublicKeyInfo` of an RSA key (RFC 3279, 2.3.1).
+fn rsa_spki(modulus: &[u8], exponent: u32) -> Vec<u8> {
+    let key = der(0x30, &[der_integer(modulus), der_integer(&exponent.to_be_bytes())].concat());
+    // rsaEncryption 1.2.840.113549.1.1.1 with NULL parameters.
+    let algorithm = der(0x30, &[0x06, 0x09, 0x2A, 0x86, 0x48, 0x86, 0xF7, 0x0D, 0x01, 0x01, 0x01, 0x05, 0x00]);
+    let bits = der(0x03, &[&[0][..], &key].concat());
+    der(0x30, &[algorithm, bits].concat())
+}
