@@ -11,7 +11,7 @@ PROGRAMS := $(CARGO_TARGET_DIR)/debug
 # One set of artefacts for everything: `--workspace` resolves one set of features, so nothing is compiled twice.
 BUILD := $(CARGO) build --workspace --all-targets --locked
 
-.PHONY: setup build test lint demo bench clean
+.PHONY: setup build test lint demo clean
 
 setup:
 	@tests/setup
