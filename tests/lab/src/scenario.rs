@@ -3,14 +3,13 @@
 use crate::bins::Bins;
 use crate::member::Member;
 use crate::namespace::Namespace;
-use crate::process::{run, text};
+use crate::process::{run, text, tied};
 use crate::swtpm::Swtpm;
 use crate::tree;
 use crate::vm::{Vm, VmOptions};
 use anyhow::Context as _;
 use moor_api::admin::StatusEvent;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// The profile, the image and the node of the scenario.
@@ -49,6 +48,8 @@ pub struct Scenario {
     pub image: PathBuf,
     /// The key file.
     pub key: PathBuf,
+    /// Whether VMs run on KVM; off until somebody proved that it works here.
+    pub kvm: bool,
 }
 
 impl Scenario {
@@ -70,9 +71,9 @@ impl Scenario {
 
         say("packing it into a sealed image: compressed, encrypted, signed (imgutil pack)");
         let signer = dir.join("signer");
-        run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", "builder", "-f"]).arg(&signer))?;
+        run(tied("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", "builder", "-f"]).arg(&signer))?;
         let (image, key, boot) = (dir.join("root.moor"), dir.join("root.key"), dir.join("boot-files"));
-        run(Command::new(bins.path("imgutil"))
+        run(tied(bins.path("imgutil"))
             .arg("pack")
             .arg(&tree)
             .arg("-o")
@@ -108,7 +109,7 @@ impl Scenario {
         ])?;
         member.moor_ok(&["profile", "create", PROFILE, "--image", PROFILE])?;
         let login = dir.join("login");
-        run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", "demo", "-f"]).arg(&login))?;
+        run(tied("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", "demo", "-f"]).arg(&login))?;
         let public = std::fs::read_to_string(login.with_extension("pub"))?;
         member.moor_ok(&["profile", "publish", PROFILE])?;
         member.moor_ok(&[
@@ -124,7 +125,13 @@ impl Scenario {
         std::fs::write(dir.join("known_hosts"), member.moor_ok(&["site", "--known-hosts"])?)?;
         member.moor_ok(&["profile", "boot-files", PROFILE, "--out", &path(&dir.join("netboot"))])?;
         done("catalogue, profile, node (moor)", &mut steps);
-        Ok(Self { bins, dir: dir.to_owned(), member, namespace, steps, image_size, image, key })
+        Ok(Self { bins, dir: dir.to_owned(), member, namespace, steps, image_size, image, key, kvm: false })
+    }
+
+    /// The kernel as the member gives it out.
+    #[must_use]
+    pub fn kernel(&self) -> PathBuf {
+        self.dir.join("netboot/vmlinuz")
     }
 
     /// Switches the node on with the TPM in `dir/TPM`.
@@ -135,14 +142,14 @@ impl Scenario {
         let netboot = self.dir.join("netboot");
         let command_line = std::fs::read_to_string(netboot.join("cmdline"))?;
         let options = VmOptions {
-            kernel: netboot.join("vmlinuz"),
+            kernel: self.kernel(),
             initramfs: netboot.join("initrd.img"),
             command_line: format!("{} console=ttyS0 panic=-1", command_line.trim()),
             uuid: UUID.into(),
             mac: MAC.into(),
             memory: 2048,
             ssh_port,
-            kvm: false,
+            kvm: self.kvm,
         };
         Vm::start(&self.namespace, &self.dir.join(name), &options, Some(tpm))
     }

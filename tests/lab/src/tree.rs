@@ -2,11 +2,10 @@
 //! date the way a user would (new agent laid in, `update-initramfs` run by `imgutil exec`) when only our programs changed.
 
 use crate::bins::Bins;
-use crate::process::run;
+use crate::process::{run, tied};
 use anyhow::Context as _;
 use std::hash::{Hash as _, Hasher as _};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 /// What the tree is built for.
 pub const OS: &str = "debian-12";
@@ -23,35 +22,26 @@ pub fn debian(bins: &Bins, say: &mut dyn FnMut(&str)) -> anyhow::Result<PathBuf>
     lock.lock().context("locking the tree")?;
 
     let stage = cache.join("node-files");
-    run(Command::new(bins.workspace.join("packaging/stage-node")).arg(&stage).arg(&bins.dir))
+    run(tied(bins.workspace.join("packaging/stage-node")).arg(&stage).arg(&bins.dir))
         .context("staging the node's files")?;
     let recipe = [bins.workspace.join("imgutil/os")];
     let tree = cache.join(format!("{OS}-{:016x}", hash_of(&recipe)?));
     let marker = tree.with_extension("planted");
-    let planted = format!("{:016x}", hash_of(&[stage.clone()])?);
+    let planted = format!("{:016x}", hash_of(std::slice::from_ref(&stage))?);
 
     if !tree.exists() {
         say("building a Debian 12 root tree from the archive (imgutil build)");
-        run(Command::new(bins.path("imgutil")).args(["build", "--os", OS, "--node-files"]).arg(&stage).arg(&tree))
+        run(tied(bins.path("imgutil")).args(["build", "--os", OS, "--node-files"]).arg(&stage).arg(&tree))
             .context("imgutil build")?;
         std::fs::write(&marker, &planted)?;
     } else if std::fs::read_to_string(&marker).ok().as_deref() != Some(planted.as_str()) {
         say("laying the newly compiled agent into the cached tree (update-initramfs by imgutil exec)");
         // A marker that is gone says that the tree is half updated, should this be interrupted.
         let _ = std::fs::remove_file(&marker);
-        run(Command::new("cp")
-            .args(["-a", "--no-preserve=ownership", "--remove-destination"])
-            .arg(stage.join("."))
-            .arg(&tree))
-        .context("copying the node's files into the tree")?;
-        run(Command::new(bins.path("imgutil")).arg("exec").arg(&tree).args([
-            "--",
-            "update-initramfs",
-            "-u",
-            "-k",
-            "all",
-        ]))
-        .context("imgutil exec update-initramfs")?;
+        run(tied("cp").args(["-a", "--no-preserve=ownership", "--remove-destination"]).arg(stage.join(".")).arg(&tree))
+            .context("copying the node's files into the tree")?;
+        run(tied(bins.path("imgutil")).arg("exec").arg(&tree).args(["--", "update-initramfs", "-u", "-k", "all"]))
+            .context("imgutil exec update-initramfs")?;
         std::fs::write(&marker, &planted)?;
     }
     Ok(tree)

@@ -2,56 +2,95 @@
 //! Ctrl-C; without one it logs in by ssh itself, shows that, and ends. What it made is removed at the end.
 
 use anyhow::Context as _;
-use moor_lab::process::wait_for;
-use moor_lab::scenario::{NODE, Scenario};
-use moor_lab::{Swtpm, Vm};
-use nix::sys::signal::{SigSet, Signal};
+use moor_lab::process::{tied, wait_for};
+use moor_lab::scenario::{NODE, Scenario, Step};
+use moor_lab::{Swtpm, Vm, vm};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::unistd::Pid;
 use std::io::IsTerminal as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// From power on to `booted`, in emulation on a busy machine.
-const BOOT_LIMIT: Duration = Duration::from_secs(480);
+const BOOT_LIMIT: Duration = Duration::from_mins(10);
+
+/// How the supervisor calls the demo itself, with the folder for everything it makes.
+const INSIDE: &str = "--inside";
 
 fn main() -> ExitCode {
-    match demo() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("demo: error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let mut arguments = std::env::args_os().skip(1);
+    let result = match (arguments.next(), arguments.next()) {
+        (None, _) => supervise(),
+        (Some(word), Some(dir)) if word == INSIDE => demo(Path::new(&dir)).map(|()| ExitCode::SUCCESS),
+        _ => Err(anyhow::anyhow!("moor-demo takes no arguments")),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("demo: error: {error:#}");
+        ExitCode::FAILURE
+    })
 }
 
-fn demo() -> anyhow::Result<()> {
-    // Before any thread or child is made: Ctrl-C is then waited for, and everything is taken down in order.
+/// Runs the demo as a child and takes everything down afterwards, however it ends: what the demo starts dies with it (parent-death
+/// signals), and only then is its folder removed, when nobody writes into it any more.
+fn supervise() -> anyhow::Result<ExitCode> {
+    // Before any thread is made, so that all of them have it.
     let mut signals = SigSet::empty();
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         signals.add(signal);
     }
     signals.thread_block().context("blocking signals")?;
-    let interrupts = signals;
-    std::thread::spawn(move || watch_interrupt(interrupts));
+    let dir = tempfile::Builder::new().prefix("moor-demo-").tempdir().context("making a folder for the demo")?;
+    // moord runs as another user and has to reach its own folder in here.
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711))?;
 
+    let program = std::env::current_exe().context("finding this program")?;
+    // A process group of its own: Ctrl-C reaches the supervisor alone.
+    let mut child = tied(program).arg(INSIDE).arg(dir.path()).process_group(0).spawn().context("starting the demo")?;
+    let pid = Pid::from_raw(i32::try_from(child.id()).context("a process id out of range")?);
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let flag = interrupted.clone();
+    std::thread::spawn(move || {
+        if signals.wait().is_ok() {
+            flag.store(true, Ordering::SeqCst);
+            println!("\ndemo: stopping");
+            // Not reaped before the main thread's wait, so the number is still its own.
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+    });
+    let status = child.wait().context("waiting for the demo")?;
+    println!("demo: removing what was made");
+    let path = dir.keep();
+    wait_for("the removal of the demo's folder", Duration::from_secs(20), || {
+        Ok(std::fs::remove_dir_all(&path).is_ok() || !path.exists())
+    })?;
+    Ok(match (interrupted.load(Ordering::SeqCst), status.success()) {
+        (true, _) => ExitCode::from(130),
+        (false, true) => ExitCode::SUCCESS,
+        (false, false) => ExitCode::FAILURE,
+    })
+}
+
+fn demo(dir: &Path) -> anyhow::Result<()> {
     let begin = Instant::now();
     let mut say = |what: &str| println!("[{:5.1} s] {what}", begin.elapsed().as_secs_f64());
     say("Mooring demo: a server, a sealed image, and a node in a VM");
-    let dir = tempfile::Builder::new().prefix("moor-demo-").tempdir().context("making a folder for the demo")?;
-    // moord runs as another user and has to reach its own folder in here.
-    std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
-    REMOVE.set(dir.path().to_owned()).ok();
-
-    let mut scenario = Scenario::prepare(dir.path(), &mut say)?;
+    let mut scenario = Scenario::prepare(dir, &mut say)?;
+    scenario.kvm = vm::kvm_works(&scenario.namespace, dir, &scenario.kernel());
     scenario.member.moor_ok(&["arm", NODE])?;
-    say("the node is armed for one enrolment; switching it on (QEMU, software emulation, with a TPM 2.0)");
-    let tpm = Swtpm::start(&dir.path().join("tpm"))?;
+    let how = if scenario.kvm { "KVM" } else { "software emulation" };
+    say(&format!("the node is armed for one enrolment; switching it on (QEMU, {how}, with a TPM 2.0)"));
+    let tpm = Swtpm::start(&dir.join("tpm"))?;
     let started = Instant::now();
     let mut vm = scenario.power_on("vm", &tpm, 2222)?;
     follow(&scenario, &mut vm, &mut say)?;
-    scenario.steps.push(moor_lab::scenario::Step { name: "node: power on to booted".into(), took: started.elapsed() });
+    scenario.steps.push(Step { name: "node: power on to booted".into(), took: started.elapsed() });
 
-    report(&scenario, &vm, dir.path())?;
+    report(&scenario, &vm, dir)?;
     if std::io::stdout().is_terminal() {
         println!("\nThe node stays up until you press Ctrl-C.");
         while vm.is_running() {
@@ -60,20 +99,6 @@ fn demo() -> anyhow::Result<()> {
     }
     println!("[{:5.1} s] taking everything down", begin.elapsed().as_secs_f64());
     Ok(())
-}
-
-/// The folder that an interrupted demo removes.
-static REMOVE: std::sync::OnceLock<std::path::PathBuf> = std::sync::OnceLock::new();
-
-/// Ends the demo on a signal. Children die with the main thread (their parent-death signal); the folder is removed here.
-fn watch_interrupt(signals: SigSet) {
-    if signals.wait().is_ok() {
-        println!("\ndemo: stopping; removing what was made");
-        if let Some(dir) = REMOVE.get() {
-            let _ = std::fs::remove_dir_all(dir);
-        }
-        std::process::exit(130);
-    }
 }
 
 /// Shows each state as it comes, until the node is booted.
@@ -113,7 +138,8 @@ fn report(scenario: &Scenario, vm: &Vm, dir: &Path) -> anyhow::Result<()> {
     println!("\nThe node's own stages (seconds since its kernel started; emulated)");
     for event in &states {
         if event.uptime_ms > 0 {
-            println!("  {:<14} {:7.1}  {}", event.state, event.uptime_ms as f64 / 1000.0, event.detail);
+            let uptime = Duration::from_millis(event.uptime_ms).as_secs_f64();
+            println!("  {:<14} {uptime:7.1}  {}", event.state, event.detail);
         }
     }
     let booted = states.iter().rev().find(|event| event.state == "booted").context("no state 'booted'")?;
@@ -124,7 +150,7 @@ fn report(scenario: &Scenario, vm: &Vm, dir: &Path) -> anyhow::Result<()> {
             "  fetched {:.1} MiB of an image of {:.1} MiB ({:.1} %)",
             mib(fetched),
             mib(scenario.image_size),
-            fetched as f64 * 100.0 / scenario.image_size as f64
+            mib(fetched) * 100.0 / mib(scenario.image_size)
         );
     }
     if let (Some(total), Some(available)) = (figure("memory.total"), figure("memory.available")) {
