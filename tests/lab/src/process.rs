@@ -96,6 +96,19 @@ pub fn run(command: &mut Command) -> anyhow::Result<Output> {
     Ok(output)
 }
 
+/// Runs a command that takes a while to its end; its progress goes to this program's standard error.
+///
+/// # Errors
+/// It cannot be started, or its status is not 0.
+pub fn run_shown(command: &mut Command) -> anyhow::Result<()> {
+    let status = command.stdin(Stdio::null()).stdout(Stdio::null()).status();
+    let status = status.with_context(|| format!("starting {command:?}"))?;
+    if !status.success() {
+        bail!("{command:?} ended with {status}");
+    }
+    Ok(())
+}
+
 /// Runs a command and returns its standard output as text, without the last newline.
 ///
 /// # Errors

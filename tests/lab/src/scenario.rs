@@ -3,7 +3,7 @@
 use crate::bins::Bins;
 use crate::member::Member;
 use crate::namespace::Namespace;
-use crate::process::{run, text, tied};
+use crate::process::{run, run_shown, text, tied};
 use crate::swtpm::Swtpm;
 use crate::tree;
 use crate::vm::{Vm, VmOptions};
@@ -73,18 +73,20 @@ impl Scenario {
         let signer = dir.join("signer");
         run(tied("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", "builder", "-f"]).arg(&signer))?;
         let (image, key, boot) = (dir.join("root.moor"), dir.join("root.key"), dir.join("boot-files"));
-        run(tied(bins.path("imgutil"))
-            .arg("pack")
-            .arg(&tree)
-            .arg("-o")
-            .arg(&image)
-            .arg("--key-file")
-            .arg(&key)
-            .arg("--boot-dir")
-            .arg(&boot)
-            .arg("--sign-key")
-            .arg(&signer)
-            .args(["--name", PROFILE]))
+        run_shown(
+            tied(bins.path("imgutil"))
+                .arg("pack")
+                .arg(&tree)
+                .arg("-o")
+                .arg(&image)
+                .arg("--key-file")
+                .arg(&key)
+                .arg("--boot-dir")
+                .arg(&boot)
+                .arg("--sign-key")
+                .arg(&signer)
+                .args(["--name", PROFILE]),
+        )
         .context("imgutil pack")?;
         let image_size = std::fs::metadata(&image)?.len();
         done("sealed image (imgutil pack)", &mut steps);

@@ -2,7 +2,7 @@
 //! date the way a user would (new agent laid in, `update-initramfs` run by `imgutil exec`) when only our programs changed.
 
 use crate::bins::Bins;
-use crate::process::{run, tied};
+use crate::process::{run, run_shown, tied};
 use anyhow::Context as _;
 use std::hash::{Hash as _, Hasher as _};
 use std::path::{Path, PathBuf};
@@ -31,7 +31,7 @@ pub fn debian(bins: &Bins, say: &mut dyn FnMut(&str)) -> anyhow::Result<PathBuf>
 
     if !tree.exists() {
         say("building a Debian 12 root tree from the archive (imgutil build)");
-        run(tied(bins.path("imgutil")).args(["build", "--os", OS, "--node-files"]).arg(&stage).arg(&tree))
+        run_shown(tied(bins.path("imgutil")).args(["build", "--os", OS, "--node-files"]).arg(&stage).arg(&tree))
             .context("imgutil build")?;
         std::fs::write(&marker, &planted)?;
     } else if std::fs::read_to_string(&marker).ok().as_deref() != Some(planted.as_str()) {
@@ -40,8 +40,14 @@ pub fn debian(bins: &Bins, say: &mut dyn FnMut(&str)) -> anyhow::Result<PathBuf>
         let _ = std::fs::remove_file(&marker);
         run(tied("cp").args(["-a", "--no-preserve=ownership", "--remove-destination"]).arg(stage.join(".")).arg(&tree))
             .context("copying the node's files into the tree")?;
-        run(tied(bins.path("imgutil")).arg("exec").arg(&tree).args(["--", "update-initramfs", "-u", "-k", "all"]))
-            .context("imgutil exec update-initramfs")?;
+        run_shown(tied(bins.path("imgutil")).arg("exec").arg(&tree).args([
+            "--",
+            "update-initramfs",
+            "-u",
+            "-k",
+            "all",
+        ]))
+        .context("imgutil exec update-initramfs")?;
         std::fs::write(&marker, &planted)?;
     }
     Ok(tree)
