@@ -62,8 +62,8 @@ pub enum ImageError {
         /// Found.
         actual: u64,
     },
-    /// The image is plain where a sealed one is required.
-    #[error("the image is not encrypted, and an encrypted one is required")]
+    /// The image is plain where a sealed one is required, or a key was given.
+    #[error("the image is not encrypted, though an encrypted one is expected (a key was given, or plain images are refused)")]
     NotEncrypted,
     /// No key was given for a sealed image.
     #[error("the image is encrypted (key id {0}): give its key")]

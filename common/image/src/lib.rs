@@ -16,6 +16,8 @@ mod metadata;
 mod report;
 mod seal;
 mod sign;
+#[cfg(test)]
+mod vectors;
 mod verify;
 
 pub use error::{FormatError, ImageError};

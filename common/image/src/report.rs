@@ -4,7 +4,9 @@ use crate::error::{FormatError, ImageError};
 use crate::header::{HEADER_LENGTH, Header};
 use crate::image::{ReadAt, read_range};
 use crate::keys::Section;
+use crate::metadata::Metadata;
 use crate::verify::{LeafPage, OpenOptions, Verifier};
+use aws_lc_rs::digest;
 use std::fmt;
 
 /// A part of the file.
@@ -149,9 +151,12 @@ pub fn verify_file<R: ReadAt>(
         }
     };
     report.with_key = verifier.can_read();
-    check_data(source, &mut verifier, actual, &mut report, &mut progress)?;
-    for section in [Section::Metadata, Section::Hints] {
-        check_section(source, &verifier, section, actual, &mut report)?;
+    let payload = check_data(source, &mut verifier, actual, &mut report, &mut progress)?;
+    if let Some(metadata) = check_section(source, &verifier, Section::Metadata, actual, &mut report)? {
+        check_metadata(&header, &metadata, payload, &mut report);
+    }
+    if header.hints_length > 0 {
+        check_section(source, &verifier, Section::Hints, actual, &mut report)?;
     }
     report.problems.sort_by_key(|problem| problem.start);
     Ok(report)
@@ -166,14 +171,17 @@ fn read<R: ReadAt>(source: &R, range: (u64, u64), actual: u64) -> Result<Option<
     if range.0 + range.1 > actual { Ok(None) } else { read_range(source, range, "reading the image").map(Some) }
 }
 
+/// Checks table and chunks. Gives the SHA-256 of the plaintext, if all of it could be read.
 fn check_data<R: ReadAt>(
     source: &R,
     verifier: &mut Verifier,
     actual: u64,
     report: &mut Report,
     progress: &mut impl FnMut(u64, u64),
-) -> Result<(), ImageError> {
+) -> Result<Option<[u8; 32]>, ImageError> {
     let header = verifier.header().clone();
+    let mut plaintext = digest::Context::new(&digest::SHA256);
+    let mut read_whole = verifier.can_read();
     let hashes = read(source, header.page_hashes_range(), actual)?;
     let hashes_good = match &hashes {
         None => false,
@@ -199,15 +207,23 @@ fn check_data<R: ReadAt>(
         };
         let first = page * crate::header::LEAVES_PER_PAGE;
         for index in first..(first + crate::header::LEAVES_PER_PAGE).min(header.chunks) {
-            if let Some(leaves) = &leaves {
-                check_chunk(source, verifier, index, leaves, actual, report)?;
+            let chunk = match &leaves {
+                Some(leaves) => check_chunk(source, verifier, index, leaves, actual, report)?,
+                None => None,
+            };
+            match chunk {
+                Some(chunk) => plaintext.update(&chunk),
+                None => read_whole = false,
             }
             progress(index + 1, header.chunks);
         }
     }
-    Ok(())
+    let mut sha256 = [0; 32];
+    sha256.copy_from_slice(plaintext.finish().as_ref());
+    Ok(read_whole.then_some(sha256))
 }
 
+/// The chunk, good by all that can be checked of it: plaintext with the key, sealed bytes without.
 fn check_chunk<R: ReadAt>(
     source: &R,
     verifier: &Verifier,
@@ -215,41 +231,55 @@ fn check_chunk<R: ReadAt>(
     leaves: &LeafPage,
     actual: u64,
     report: &mut Report,
-) -> Result<(), ImageError> {
+) -> Result<Option<Vec<u8>>, ImageError> {
     let range = verifier.chunk_range(index).ok_or(ImageError::Argument("the image has no such chunk"))?;
-    let Some(mut bytes) = read(source, range, actual)? else { return Ok(()) };
+    let Some(mut bytes) = read(source, range, actual)? else { return Ok(None) };
     let checked = if verifier.can_read() {
         verifier.open_chunk(index, leaves, &mut bytes)
     } else {
         verifier.check_chunk(index, leaves, &bytes)
     };
     report.chunks += 1;
-    if let Err(error) = checked {
-        report.add(Region::Chunk { index }, range, error);
+    match checked {
+        Ok(()) => Ok(Some(bytes)),
+        Err(error) => {
+            report.add(Region::Chunk { index }, range, error);
+            Ok(None)
+        }
     }
-    Ok(())
 }
 
+/// The section's plaintext, if it is good and can be read.
 fn check_section<R: ReadAt>(
     source: &R,
     verifier: &Verifier,
     section: Section,
     actual: u64,
     report: &mut Report,
-) -> Result<(), ImageError> {
+) -> Result<Option<Vec<u8>>, ImageError> {
     let (offset, length, _) = verifier.section_range(section);
-    if length == 0 {
-        return Ok(());
-    }
-    let Some(bytes) = read(source, (offset, length), actual)? else { return Ok(()) };
+    let Some(bytes) = read(source, (offset, length), actual)? else { return Ok(None) };
     let checked = if verifier.can_read() {
-        verifier.open_section(section, bytes).map(drop)
+        verifier.open_section(section, bytes).map(Some)
     } else {
-        verifier.check_section(section, &bytes)
+        verifier.check_section(section, &bytes).map(|()| None)
     };
-    if let Err(error) = checked {
+    checked.or_else(|error| {
         let region = if section == Section::Metadata { Region::Metadata } else { Region::Hints };
         report.add(region, (offset, length), error);
+        Ok(None)
+    })
+}
+
+/// Whether the metadata can be read, and is about this plaintext.
+fn check_metadata(header: &Header, bytes: &[u8], payload: Option<[u8; 32]>, report: &mut Report) {
+    let range = (header.metadata_offset, header.metadata_length);
+    match (Metadata::from_bytes(bytes), payload) {
+        (Err(error), _) => report.add(Region::Metadata, range, error),
+        (Ok(metadata), Some(payload)) if metadata.payload_sha256 != hex::encode(payload) => {
+            let what = "payload_sha256 is not that of the plaintext: whoever sealed the image put another payload into it";
+            report.add(Region::Metadata, range, what);
+        }
+        (Ok(_), _) => {}
     }
-    Ok(())
 }

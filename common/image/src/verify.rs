@@ -11,7 +11,7 @@ use aws_lc_rs::constant_time::verify_slices_are_equal;
 /// What a reader demands of an image before it believes a byte of it.
 #[derive(Clone, Default)]
 pub struct OpenOptions {
-    /// The key; none: a plain image, or a look at what needs no key.
+    /// The key; none: a plain image, or a look at what needs no key. With a key a plain image is refused.
     pub key: Option<Dek>,
     /// The digest it must have.
     pub pinned: Option<[u8; 32]>,
@@ -83,7 +83,8 @@ impl Verifier {
         {
             return Err(ImageError::Serial { minimum, actual: header.serial });
         }
-        if options.require_encrypted && !header.encrypted {
+        // Whoever gives a key was promised a sealed image: a plain one in its place is an attack, or the wrong file.
+        if (options.require_encrypted || options.key.is_some()) && !header.encrypted {
             return Err(ImageError::NotEncrypted);
         }
         let keys = match (&options.key, header.encrypted) {

@@ -1,5 +1,7 @@
 //! Sealing and reading back: any length, any chunk size, with and without a key; random reads against the plaintext.
 
+#![allow(missing_docs, clippy::unwrap_used)]
+
 use moor_image::{Dek, Image, ImageError, Metadata, OpenOptions, Payload, SealOptions, Sealed, Sealer, SignatureFile, SigningKey};
 use proptest::prelude::*;
 use std::io::{Cursor, Write as _};

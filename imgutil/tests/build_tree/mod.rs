@@ -1,0 +1,103 @@
+//! What the tests of `build` and `exec` share: a minimal tree, built once and kept under `target`, copies of it to change,
+//! and the state of the host before and after.
+#![allow(dead_code)] // each test program uses a part
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+pub fn imgutil() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_imgutil"));
+    command.stdin(Stdio::null());
+    command
+}
+
+/// Runs `imgutil exec TREE -- COMMAND…` as a script would.
+pub fn exec(tree: &Path, command: &[&str]) -> Output {
+    imgutil().arg("exec").arg(tree).arg("--").args(command).output().unwrap()
+}
+
+/// Runs a shell command in the tree; it must succeed. What it printed.
+pub fn shell(tree: &Path, script: &str) -> String {
+    let output = exec(tree, &["sh", "-ec", script]);
+    assert!(output.status.success(), "{script}: {}{}", text(&output.stdout), text(&output.stderr));
+    text(&output.stdout)
+}
+
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A minimal Debian 12 tree that no test may change.
+pub fn minimal_tree() -> PathBuf {
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("trees");
+    std::fs::create_dir_all(&directory).unwrap();
+    // Two test programs may come here at once.
+    let lock = File::create(directory.join("minimal.lock")).unwrap();
+    lock.lock().unwrap();
+    let tree = directory.join("minimal");
+    if !tree.exists() {
+        let output = imgutil().args(["build", "--minimal"]).arg(&tree).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    }
+    tree
+}
+
+/// A copy of the minimal tree, to be changed; removed with the returned directory.
+pub fn own_tree() -> (tempfile::TempDir, PathBuf) {
+    let source = minimal_tree();
+    let scratch = scratch();
+    let tree = scratch.path().join("image");
+    let copied = Command::new("cp").args(["-a", "--reflink=auto"]).arg(source).arg(&tree).status().unwrap();
+    assert!(copied.success());
+    (scratch, tree)
+}
+
+/// A directory on the file system of the target directory: /tmp may be small or nodev.
+pub fn scratch() -> tempfile::TempDir {
+    tempfile::Builder::new().prefix("test-").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+/// Mount points below `path`, or anywhere with imgutil's mark.
+pub fn mounts(path: &Path) -> Vec<String> {
+    let path = path.to_str().unwrap();
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    table.lines().filter(|line| line.contains(path) || line.contains(" imgutil ")).map(str::to_owned).collect()
+}
+
+/// Ids of processes whose command line contains `mark`.
+pub fn processes(mark: &str) -> Vec<u32> {
+    let own = std::process::id();
+    std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+        .filter(|pid| *pid != own)
+        .filter(|pid| {
+            std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| text(&line).contains(mark))
+        })
+        .collect()
+}
+
+/// Waits until `done`; fails with `what` after half a minute.
+pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !done() {
+        assert!(Instant::now() < deadline, "waited 30 s for: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Everything about every file of a tree but contents and access times.
+pub fn listing(tree: &Path) -> BTreeSet<String> {
+    let output = Command::new("find")
+        .arg(tree)
+        .args(["-printf", "%P %y %m %U:%G %s %T@ %l %n\\n"])
+        .output()
+        .unwrap();
+    assert!(output.status.success());
+    text(&output.stdout).lines().map(str::to_owned).collect()
+}

@@ -1,0 +1,402 @@
+//! `imgutil exec` from a script: status, streams, signals, what the image sees, and what is left behind.
+#![allow(clippy::unwrap_used)]
+
+mod build_tree;
+
+use build_tree::{exec, imgutil, listing, minimal_tree, mounts, own_tree, processes, scratch, shell, text, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+#[test]
+fn the_status_is_the_commands() {
+    let tree = minimal_tree();
+    for (command, status) in [
+        (&["true"][..], 0),
+        (&["false"], 1),
+        (&["sh", "-c", "exit 7"], 7),
+        (&["sh", "-c", "exit 255"], 255),
+        (&["sh", "-c", "kill -TERM $$"], 143),
+        (&["sh", "-c", "kill -KILL $$"], 137),
+        (&["no-such-command"], 127),
+        (&["/etc/passwd"], 126),
+        (&["/etc"], 126),
+        (&["/usr/bin/id"], 0),
+    ] {
+        let output = exec(&tree, command);
+        assert_eq!(output.status.code(), Some(status), "{command:?}: {}", text(&output.stderr));
+    }
+    let unknown = text(&exec(&tree, &["no-such-command"]).stderr);
+    assert_eq!(unknown, "imgutil: error: there is no command 'no-such-command' in the image\n");
+}
+
+#[test]
+fn trees_that_are_none_are_refused_in_one_line() {
+    let scratch = scratch();
+    let file = scratch.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    for (tree, reason) in [
+        (Path::new("/no/such/tree"), "No such file or directory"),
+        (file.as_path(), "not a directory"),
+        (Path::new("/"), "'/' is the running system, not an image tree"),
+    ] {
+        let output = exec(tree, &["true"]);
+        let message = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        assert!(message.starts_with("imgutil: error: ") && message.contains(reason), "{message}");
+        assert_eq!(message.lines().count(), 1, "{message}");
+    }
+    let empty = scratch.path().join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    let output = exec(&empty, &["true"]);
+    assert_eq!(output.status.code(), Some(127));
+    assert_eq!(std::fs::read_dir(&empty).unwrap().count(), 0, "mount points that were made are removed");
+}
+
+#[test]
+fn an_ordinary_user_is_told_to_use_sudo() {
+    let program = scratch();
+    std::fs::set_permissions(program.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let copy = Path::new("/tmp").join(program.path().file_name().unwrap());
+    std::fs::copy(env!("CARGO_BIN_EXE_imgutil"), &copy).unwrap();
+    let output = Command::new("setpriv")
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+        .arg(&copy)
+        .args(["exec", "/usr", "--", "true"])
+        .output();
+    std::fs::remove_file(&copy).unwrap();
+    let output = output.unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("needs root"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn streams_pass_through_a_pipe_unchanged() {
+    let tree = minimal_tree();
+    let mut child = imgutil()
+        .arg("exec")
+        .arg(&tree)
+        .args(["--", "sh", "-c", "cat; echo problem >&2"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let sent: Vec<u8> = (0..3_000_000_u32).map(|n| u8::try_from(n * 7 % 251).unwrap()).collect();
+    let mut stdin = child.stdin.take().unwrap();
+    let writer = std::thread::spawn({
+        let sent = sent.clone();
+        move || stdin.write_all(&sent).unwrap()
+    });
+    let output = child.wait_with_output().unwrap();
+    writer.join().unwrap();
+    assert!(output.status.success());
+    assert!(output.stdout == sent, "3 MB came back changed");
+    assert_eq!(text(&output.stderr), "problem\n");
+}
+
+/// Starts a script in the tree and waits for its first line.
+fn start(tree: &Path, script: &str) -> Child {
+    let mut child = imgutil()
+        .arg("exec")
+        .arg(tree)
+        .args(["--", "sh", "-c", script])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut first = [0; 6];
+    child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+    assert_eq!(&first, b"ready\n");
+    child
+}
+
+fn send(child: &Child, signal: Signal) {
+    kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), signal).unwrap();
+}
+
+#[test]
+fn signals_reach_the_command_and_its_children() {
+    let tree = minimal_tree();
+    for (signal, trap, status) in [
+        (Signal::SIGTERM, "TERM", 41),
+        (Signal::SIGINT, "INT", 42),
+        (Signal::SIGHUP, "HUP", 43),
+        (Signal::SIGUSR1, "USR1", 44),
+    ] {
+        // `sleep` is a child: the shell's trap runs at once only if the signal ends the sleep too.
+        let script = format!("trap 'exit {status}' {trap}; echo ready; sleep 1000; sleep 1000");
+        let mut child = start(&tree, &script);
+        send(&child, signal);
+        assert_eq!(child.wait().unwrap().code(), Some(status), "{signal}");
+    }
+    let mut child = start(&tree, "echo ready; exec sleep 1000");
+    send(&child, Signal::SIGTERM);
+    assert_eq!(child.wait().unwrap().code(), Some(143));
+}
+
+#[test]
+fn what_the_command_left_running_ends_with_it() {
+    let tree = minimal_tree();
+    shell(&tree, "setsid sleep 91823 >/dev/null 2>&1 & sleep 0.2; nohup sleep 91823 >/dev/null 2>&1 & exit 0");
+    assert_eq!(processes("91823"), Vec::<u32>::new());
+    assert_eq!(mounts(&tree), Vec::<String>::new());
+}
+
+#[test]
+fn nothing_is_left_when_imgutil_is_killed() {
+    let (_scratch, tree) = own_tree();
+    std::fs::remove_file(tree.join("etc/resolv.conf")).unwrap();
+    let before = listing(&tree);
+    for round in 0..5_u64 {
+        let mut child = start(&tree, "setsid sleep 91824 & echo ready; sleep 91824");
+        assert_ne!(processes("91824"), Vec::<u32>::new());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        wait_until("the end of all processes", || processes("91824").is_empty());
+        wait_until("the removal of the mount points", || listing(&tree) == before);
+        assert_eq!(mounts(&tree), Vec::<String>::new());
+
+        // Also at any moment of the set-up.
+        let mut child = imgutil().arg("exec").arg(&tree).args(["--", "sleep", "91824"]).spawn().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(round * 3));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        wait_until("the end of all processes", || processes("91824").is_empty());
+        wait_until("the removal of the mount points", || listing(&tree) == before);
+    }
+    assert_eq!(shell(&tree, "echo fine"), "fine\n");
+}
+
+#[test]
+fn the_tree_is_the_same_afterwards() {
+    let (_scratch, tree) = own_tree();
+    std::fs::remove_file(tree.join("etc/resolv.conf")).unwrap();
+    let before = listing(&tree);
+    let output = imgutil()
+        .args(["exec", "-v", "/usr/share:/new/place", "-v", "/etc/hostname:/etc/new/hostname"])
+        .arg(&tree)
+        .args(["--", "sh", "-ec", "test -d /new/place/doc; test -f /etc/new/hostname; cat /etc/resolv.conf"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(output.stdout, std::fs::read("/etc/resolv.conf").unwrap());
+    let after = listing(&tree);
+    assert_eq!(before.symmetric_difference(&after).collect::<Vec<_>>(), Vec::<&String>::new());
+}
+
+#[test]
+fn a_file_left_by_a_hard_kill_is_taken_away_by_the_next_run() {
+    let (_scratch, tree) = own_tree();
+    let stub = tree.join("usr/sbin/policy-rc.d");
+    std::fs::write(&stub, "").unwrap();
+    std::fs::set_permissions(&stub, std::fs::Permissions::from_mode(0)).unwrap();
+    shell(&tree, "test -x /usr/sbin/policy-rc.d");
+    assert!(!stub.exists());
+
+    std::fs::write(&stub, "#!/bin/sh\nexit 0\n").unwrap();
+    assert_eq!(exec(&tree, &["sh", "/usr/sbin/policy-rc.d"]).status.code(), Some(101), "ours covers the image's");
+    assert_eq!(std::fs::read_to_string(&stub).unwrap(), "#!/bin/sh\nexit 0\n");
+}
+
+#[test]
+fn commands_in_one_tree_do_not_disturb_each_other() {
+    let (_scratch, tree) = own_tree();
+    let mut first = start(&tree, "echo ready; exec sleep 1000");
+    let mut second = start(&tree, "echo ready; exec sleep 1000");
+    send(&first, Signal::SIGTERM);
+    first.wait().unwrap();
+    assert_eq!(exec(&tree, &["/usr/sbin/policy-rc.d"]).status.code(), Some(101));
+    assert!(tree.join("usr/sbin/policy-rc.d").exists(), "the second command still needs the place");
+    send(&second, Signal::SIGTERM);
+    second.wait().unwrap();
+    assert!(!tree.join("usr/sbin/policy-rc.d").exists());
+}
+
+#[test]
+fn read_only_binds_stay_read_only() {
+    let tree = minimal_tree();
+    let host = scratch();
+    std::fs::create_dir(host.path().join("sub")).unwrap();
+    std::fs::write(host.path().join("file"), "host").unwrap();
+    let bind = format!("{}:/mnt", host.path().display());
+    // A mount below the source, in a mount namespace of the test's own.
+    let script = "mount -t tmpfs none \"$1/sub\" && exec \"$2\" exec -v \"$3\" \"$4\" -- sh -c \"$5\"";
+    let attempts = "
+        cat /mnt/file; echo
+        for try in 'echo x >/mnt/file' 'touch /mnt/new' 'touch /mnt/sub/new' 'rm /mnt/file' 'chmod 777 /mnt/file' \
+            'mount -o remount,rw /mnt' 'mount -o remount,bind,rw /mnt' 'umount /mnt' 'mount --bind /mnt /media' \
+            'unshare -m true' 'unshare -Urm sh -c \"mount -o remount,bind,rw /mnt && touch /mnt/new\"' \
+            'unshare -Urm sh -c \"umount /mnt\"'; do
+            sh -c \"$try\" >/dev/null 2>&1 && echo \"could: $try\"
+        done
+        exit 0";
+    let output = Command::new("unshare")
+        .args(["-m", "sh", "-c", script, "sh"])
+        .arg(host.path())
+        .arg(env!("CARGO_BIN_EXE_imgutil"))
+        .arg(&bind)
+        .arg(&tree)
+        .arg(attempts)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stdout), "host\n");
+    assert_eq!(std::fs::read_to_string(host.path().join("file")).unwrap(), "host");
+    assert!(!host.path().join("new").exists());
+}
+
+#[test]
+fn a_bind_can_be_written_when_it_says_so() {
+    let tree = minimal_tree();
+    let host = scratch();
+    let output = imgutil()
+        .args(["exec", "-v", &format!("{}:/mnt:rw", host.path().display())])
+        .arg(&tree)
+        .args(["--", "sh", "-c", "echo from the image >/mnt/file"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(std::fs::read_to_string(host.path().join("file")).unwrap(), "from the image\n");
+
+    let missing = imgutil().args(["exec", "-v", "/no/such:/mnt"]).arg(&tree).args(["--", "true"]).output().unwrap();
+    assert_eq!(missing.status.code(), Some(1));
+    assert!(text(&missing.stderr).contains("'/no/such'"), "{}", text(&missing.stderr));
+}
+
+#[test]
+fn the_image_sees_itself_and_nothing_of_the_host() {
+    let tree = minimal_tree();
+    let seen = shell(&tree, "echo $$; ls /proc | grep -c '^[0-9]'; cat /proc/1/mountinfo");
+    let mut lines = seen.lines();
+    assert_eq!(lines.next(), Some("2"), "the command is the second process");
+    // init, sh, ls, grep
+    assert!(lines.next().unwrap().parse::<u32>().unwrap() <= 4);
+    let points: Vec<&str> = lines.map(|line| line.split(' ').nth(4).unwrap()).collect();
+    assert!(points.contains(&"/") && points.contains(&"/proc") && points.contains(&"/dev/pts"));
+    assert!(!points.iter().any(|point| point.contains("cgroup")), "{points:?}");
+    for (script, expected) in [
+        ("ls -A /dev", "fd\nfull\nnull\nptmx\npts\nrandom\nshm\nstderr\nstdin\nstdout\ntty\nurandom\nzero\n"),
+        ("ls -A /run /dev/shm", "/dev/shm:\n\n/run:\nlock\n"),
+        ("hostname; echo $container", "minimal\nimgutil\n"),
+        ("echo $HOME $USER; pwd; umask", "/root root\n/\n0022\n"),
+        ("env | grep -c CARGO || true", "0\n"),
+        ("ls /proc/self/fd", "0\n1\n2\n3\n"),
+    ] {
+        assert_eq!(shell(&tree, script), expected, "{script}");
+    }
+    assert_ne!(text(&exec(&tree, &["readlink", "/proc/self/ns/ipc"]).stdout), text(&host_namespace("ipc")));
+    assert_ne!(text(&exec(&tree, &["readlink", "/proc/self/ns/cgroup"]).stdout), text(&host_namespace("cgroup")));
+}
+
+fn host_namespace(kind: &str) -> Vec<u8> {
+    format!("{}\n", std::fs::read_link(format!("/proc/self/ns/{kind}")).unwrap().display()).into_bytes()
+}
+
+#[test]
+fn root_in_the_image_cannot_change_the_host() {
+    let (_scratch, tree) = own_tree();
+    // A device file that lies in the image.
+    let device = tree.join("disk");
+    assert!(Command::new("mknod").arg(&device).args(["c", "1", "5"]).status().unwrap().success());
+    let host = |path: &str| {
+        let metadata = std::fs::metadata(path).unwrap();
+        (metadata.mode(), metadata.uid(), metadata.mtime(), metadata.size())
+    };
+    let watched = ["/dev/null", "/etc/hostname", "/etc/resolv.conf", "/etc", "/root", "/usr/sbin"];
+    let before = watched.map(host);
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    let attempts = "
+        hostname changed 2>/dev/null
+        chmod 600 /dev/null; chown daemon /dev/null
+        for try in 'head -c1 /disk' 'mknod /x b 254 0' 'date -s 2001-01-01' 'mount -t tmpfs none /mnt' 'mount -o remount,rw /sys' \
+            'echo x >/proc/sys/kernel/hostname' 'echo 1 >/proc/sys/vm/drop_caches' 'echo x >/etc/resolv.conf' \
+            'echo 0 >/proc/irq/default_smp_affinity' 'test -w /proc/sysrq-trigger' 'rm /etc/resolv.conf' 'dmesg -C' \
+            'test -e /dev/kmsg' 'test -e /dev/vda' 'test -e /sys/fs/cgroup/cgroup.procs' 'touch /sys/x' \
+            'nsenter -t 1 -m true' 'chroot /proc/1/root mount -t tmpfs none /mnt'; do
+            sh -c \"$try\" >/dev/null 2>&1 && echo \"could: $try\"
+        done
+        exit 0";
+    let output = exec(&tree, &["sh", "-c", attempts]);
+    assert_eq!(text(&output.stdout), "");
+    assert_eq!(watched.map(host), before);
+    assert_eq!(std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap(), name);
+}
+
+#[test]
+fn links_in_a_hostile_tree_do_not_lead_out() {
+    let outside = scratch();
+    let target = outside.path().join("target");
+    std::fs::write(&target, "host").unwrap();
+    let target_text = target.to_str().unwrap();
+
+    // A resolver file that is a link: to the host by its absolute path, upwards, to itself, into /run, to nowhere.
+    let (_scratch, tree) = own_tree();
+    let resolver = tree.join("etc/resolv.conf");
+    for (link, resolves) in [
+        (target_text, false),
+        ("../../../../../../../../../../../etc/resolv.conf", false),
+        ("resolv.conf", false),
+        ("/etc/passwd/x", false),
+        ("../run/systemd/resolve/stub-resolv.conf", true),
+        ("/run/resolv.conf", true),
+        ("/var/run/a/../b/resolv.conf", true),
+        ("real", true),
+    ] {
+        std::fs::remove_file(&resolver).unwrap();
+        symlink(link, &resolver).unwrap();
+        let before = listing(&tree);
+        let output = exec(&tree, &["cat", "/etc/resolv.conf"]);
+        let same = output.stdout == std::fs::read("/etc/resolv.conf").unwrap();
+        assert_eq!(same, resolves, "{link}: {}{}", text(&output.stdout), text(&output.stderr));
+        assert_eq!(text(&output.stderr).contains("imgutil: warning: /etc/resolv.conf"), !resolves, "{link}");
+        assert_eq!(listing(&tree), before, "{link}");
+        assert_eq!(std::fs::read_to_string(&target).unwrap(), "host");
+    }
+
+    // Places that must be directories.
+    for place in ["run", "dev", "proc", "sys"] {
+        let (_scratch, tree) = own_tree();
+        assert!(Command::new("rm").arg("-rf").arg(tree.join(place)).status().unwrap().success());
+        symlink("/etc", tree.join(place)).unwrap();
+        let before = listing(&tree);
+        let output = exec(&tree, &["true"]);
+        assert_eq!(output.status.code(), Some(1), "{place}");
+        let message = text(&output.stderr);
+        assert!(message.contains(&format!("'/{place}' in the image is a symbolic link")), "{message}");
+        assert_eq!(message.lines().count(), 1, "{message}");
+        assert_eq!(listing(&tree), before, "{place}");
+    }
+
+    // The place of a bind.
+    symlink(outside.path(), tree.join("out")).unwrap();
+    let output = imgutil()
+        .args(["exec", "-v", "/usr/share:/out/new"])
+        .arg(&tree)
+        .args(["--", "true"])
+        .output()
+        .unwrap();
+    assert_ne!(output.status.code(), Some(0), "the link's target is not in the tree");
+    assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn packages_install_from_a_script_and_start_no_service() {
+    let (_scratch, tree) = own_tree();
+    let install = |packages: &str| {
+        exec(&tree, &["sh", "-c", &format!("apt-get -q update && apt-get -q install -y --no-install-recommends {packages}")])
+    };
+    let output = install("hello cron");
+    let printed = text(&output.stdout) + &text(&output.stderr);
+    assert!(output.status.success(), "{printed}");
+    assert!(printed.contains("policy-rc.d denied execution of start"), "{printed}");
+    assert_eq!(shell(&tree, "hello"), "Hello, world!\n");
+    assert_eq!(processes("/usr/sbin/cron"), Vec::<u32>::new());
+    assert!(!tree.join("usr/sbin/policy-rc.d").exists());
+    assert_eq!(mounts(&tree), Vec::<String>::new());
+
+    assert_eq!(install("no-such-package").status.code(), Some(100), "apt-get's own status");
+}
