@@ -1,0 +1,81 @@
+//! The log of a process that has no standard error any more: the kernel's, opened once, before the root is anybody's.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use tracing::{Level, Metadata};
+use tracing_subscriber::fmt::MakeWriter;
+
+/// Writes to /dev/kmsg with the priority of the message, so that errors reach the console also where the kernel is `quiet`.
+pub struct Kmsg(File);
+
+impl Kmsg {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// There is none, or this process may not write to it.
+    pub fn open() -> io::Result<Self> {
+        OpenOptions::new().write(true).open("/dev/kmsg").map(Self)
+    }
+}
+
+/// One message. It is written as a whole when it is dropped, because each write is a record.
+pub struct Record<'a> {
+    file: &'a File,
+    text: Vec<u8>,
+}
+
+impl Write for Record<'_> {
+    fn write(&mut self, part: &[u8]) -> io::Result<usize> {
+        self.text.extend_from_slice(part);
+        Ok(part.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Record<'_> {
+    fn drop(&mut self) {
+        // A log that cannot be written cannot be complained about.
+        let _ = (&mut &*self.file).write_all(&self.text);
+    }
+}
+
+impl<'a> MakeWriter<'a> for Kmsg {
+    type Writer = Record<'a>;
+
+    fn make_writer(&'a self) -> Self::Writer {
+        self.record(6)
+    }
+
+    fn make_writer_for(&'a self, meta: &Metadata<'_>) -> Self::Writer {
+        self.record(match *meta.level() {
+            Level::ERROR => 3,
+            Level::WARN => 4,
+            Level::INFO => 6,
+            _ => 7,
+        })
+    }
+}
+
+impl Kmsg {
+    fn record(&self, priority: u8) -> Record<'_> {
+        Record { file: &self.0, text: format!("<{priority}>moor-tether: ").into_bytes() }
+    }
+}
+
+/// Sends the log of this process to the kernel's; where there is none, nowhere.
+pub fn log_to_kernel() {
+    if let Ok(kmsg) = Kmsg::open() {
+        let log = tracing_subscriber::fmt().without_time().with_target(false).with_level(false).with_ansi(false);
+        // A second logger is refused; the first one stays.
+        let _ = log.with_max_level(Level::INFO).with_writer(kmsg).try_init();
+    }
+}
+
+/// Sends the log of this process to its standard error.
+pub fn log_to_stderr() {
+    let log = tracing_subscriber::fmt().without_time().with_target(false).with_ansi(false);
+    let _ = log.with_max_level(Level::INFO).with_writer(io::stderr).try_init();
+}

@@ -1,0 +1,67 @@
+//! What a server can do wrong, from the reader's point of view.
+
+use moor_image::ImageError;
+use std::time::Duration;
+
+/// A request did not give what it should. The other members are asked; this one rests for a while.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// No TCP connection.
+    #[error("no connection: {0}; is the server running, and is the address right?")]
+    Connect(String),
+    /// No TCP connection, and no refusal either.
+    #[error("no connection within {:.1} s; is the server running, and is the network up?", .0.as_secs_f32())]
+    Unreachable(Duration),
+    /// Its certificate was not issued by an authority that counts.
+    #[error(
+        "its certificate is not of the expected authority ({0}): give the authority of this server, or the URL of another server"
+    )]
+    Authority(String),
+    /// TLS failed otherwise.
+    #[error("TLS failed: {0}")]
+    Tls(String),
+    /// It stopped sending.
+    #[error("no byte for {:.1} s", .0.as_secs_f32())]
+    Silent(Duration),
+    /// The connection broke.
+    #[error("the connection broke: {0}")]
+    Broken(String),
+    /// Another status than 206.
+    #[error("HTTP status {0}{advice}", advice = if *.0 == 404 { ": there is no image at this URL; correct it" } else { "" })]
+    Status(u16),
+    /// 200: it sends the whole file.
+    #[error("it does not serve ranges (HTTP status 200 instead of 206): an image needs a server that does")]
+    NoRanges,
+    /// The answer is for other bytes than those asked for.
+    #[error("it answered with other bytes than were asked for ({0})")]
+    OtherRange(String),
+    /// The file has another length than the image.
+    #[error("the file there has {actual} bytes, the image has {expected}: it is {}; put the whole image there",
+        if actual < expected { "truncated" } else { "another file, or extended" })]
+    Length {
+        /// By the header.
+        expected: u64,
+        /// By the server.
+        actual: u64,
+    },
+    /// The entity tag is another than before.
+    #[error("the file there was replaced (its entity tag changed)")]
+    Replaced,
+    /// Bytes that do not verify.
+    #[error("{0}")]
+    Wrong(ImageError),
+}
+
+impl Fault {
+    /// Whether it is over time: then the member gets more of it.
+    #[must_use]
+    pub fn is_timeout(&self) -> bool {
+        matches!(self, Self::Unreachable(_) | Self::Silent(_))
+    }
+
+    /// Whether the next attempt may well succeed without anybody's doing.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        self.is_timeout() || matches!(self, Self::Connect(_) | Self::Broken(_) | Self::Status(429 | 500..))
+    }
+}

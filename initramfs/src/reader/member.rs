@@ -1,0 +1,275 @@
+//! One server of the image: how to reach it, how it has behaved, and what it has served.
+
+use super::address::Address;
+use super::fault::Fault;
+use super::link::{Answer, Head, Link};
+use bytes::Bytes;
+use rustls::ClientConfig;
+use serde::{Deserialize, Serialize};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Shortest rest after a fault.
+const REST_MIN: Duration = Duration::from_millis(500);
+/// Longest rest.
+const REST_MAX: Duration = Duration::from_secs(30);
+/// Longest rest while no member answers: a root that stands still must not wait half a minute after the servers are back.
+const REST_MAX_ALONE: Duration = Duration::from_secs(5);
+/// Wrong bytes that exclude a member.
+const WRONG_LIMIT: u32 = 2;
+/// Time limits grow at most this much for a member that runs into them again and again.
+const PATIENCE_MAX: u32 = 16;
+
+/// How a member stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Standing {
+    /// It is asked.
+    Good,
+    /// It rests after a fault, and comes back by a verified read.
+    BackingOff,
+    /// It served wrong bytes twice. It is asked again only when no other member is left.
+    Excluded,
+}
+
+/// What a member has done so far, as others see it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberStatus {
+    /// Its URL.
+    pub url: String,
+    /// Bytes of answers received from it.
+    pub bytes: u64,
+    /// Requests sent to it.
+    pub requests: u64,
+    /// How often it failed.
+    pub faults: u64,
+    /// How it stands.
+    pub state: Standing,
+    /// Its last fault, in words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_fault: Option<String>,
+}
+
+struct Health {
+    standing: Standing,
+    /// Faults in a row.
+    row: u32,
+    wrong: u32,
+    last: Option<String>,
+    etag: Option<Bytes>,
+}
+
+pub(super) struct Member {
+    link: Link,
+    health: Mutex<Health>,
+    patience: AtomicU32,
+    in_flight: AtomicU32,
+    bytes: AtomicU64,
+    requests: AtomicU64,
+    faults: AtomicU64,
+}
+
+/// Counts a request as running, for the choice between members.
+pub(super) struct Running<'a>(&'a AtomicU32);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Member {
+    pub(super) fn new(address: Address, tls: Arc<ClientConfig>) -> Self {
+        Self {
+            link: Link::new(address, tls),
+            health: Mutex::new(Health { standing: Standing::Good, row: 0, wrong: 0, last: None, etag: None }),
+            patience: AtomicU32::new(1),
+            in_flight: AtomicU32::new(0),
+            bytes: AtomicU64::new(0),
+            requests: AtomicU64::new(0),
+            faults: AtomicU64::new(0),
+        }
+    }
+
+    fn health(&self) -> MutexGuard<'_, Health> {
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn url(&self) -> &str {
+        self.link.address().url()
+    }
+
+    pub(super) fn standing(&self) -> Standing {
+        self.health().standing
+    }
+
+    pub(super) fn last_fault(&self) -> Option<String> {
+        self.health().last.clone()
+    }
+
+    pub(super) fn in_flight(&self) -> u32 {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn running(&self) -> Running<'_> {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        Running(&self.in_flight)
+    }
+
+    /// Asks for a range of the file. `total`: the length that the file must have, once it is known.
+    pub(super) async fn get(&self, start: u64, length: u64, total: Option<u64>) -> Result<Answer, Fault> {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        let answer = self.link.get(start, length, self.patience.load(Ordering::Relaxed)).await?;
+        self.check(&answer.head, total)?;
+        Ok(answer)
+    }
+
+    fn check(&self, head: &Head, total: Option<u64>) -> Result<(), Fault> {
+        if let Some(expected) = total
+            && head.total != expected
+        {
+            return Err(Fault::Length { expected, actual: head.total });
+        }
+        let mut health = self.health();
+        match &health.etag {
+            Some(known) if Some(known) != head.etag.as_ref() => {
+                // What comes next is judged by its bytes; the new tag counts from its first verified read on.
+                health.etag = None;
+                Err(Fault::Replaced)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The next bytes of an answer, counted.
+    pub(super) async fn take(&self, answer: &mut Answer, length: usize) -> Result<Vec<u8>, Fault> {
+        answer.take(length, |count| _ = self.bytes.fetch_add(count, Ordering::Relaxed)).await
+    }
+
+    /// Takes a finished answer back. Everything in it was verified.
+    pub(super) fn keep(&self, answer: Answer) {
+        if let Some(etag) = &answer.head.etag {
+            self.health().etag = Some(etag.clone());
+        }
+        self.link.keep(answer);
+    }
+
+    /// A verified read succeeded. Returns whether the member was resting before.
+    pub(super) fn succeeded(&self) -> bool {
+        self.patience.store(1, Ordering::Relaxed);
+        let mut health = self.health();
+        health.row = 0;
+        let was = std::mem::replace(&mut health.standing, Standing::Good);
+        was != Standing::Good
+    }
+
+    /// Something failed. Returns how the member stands now. Requests that were running when the member was found out (`is_trial`
+    /// false, and it is not good any more) count as faults, but say nothing new about it.
+    pub(super) fn failed(&self, fault: &Fault, is_trial: bool) -> Standing {
+        self.link.forget_connections();
+        self.faults.fetch_add(1, Ordering::Relaxed);
+        let mut health = self.health();
+        if health.standing != Standing::Good && !is_trial {
+            return health.standing;
+        }
+        if fault.is_timeout() {
+            // Slow is not dead: a member that is slow for a reason (a storm, an emulated machine) gets more time at each try.
+            let patience = self.patience.load(Ordering::Relaxed);
+            self.patience.store((patience * 2).min(PATIENCE_MAX), Ordering::Relaxed);
+        }
+        health.last = Some(fault.to_string());
+        health.row += 1;
+        if matches!(fault, Fault::Wrong(_)) {
+            health.wrong += 1;
+        }
+        health.standing = if health.wrong >= WRONG_LIMIT { Standing::Excluded } else { Standing::BackingOff };
+        health.standing
+    }
+
+    /// How long to rest before the next try.
+    pub(super) fn rest(&self, alone: bool) -> Duration {
+        let row = self.health().row;
+        let longest = if alone { REST_MAX_ALONE } else { REST_MAX };
+        let rest = REST_MIN.saturating_mul(1 << row.saturating_sub(1).min(10)).min(longest);
+        jitter(rest)
+    }
+
+    pub(super) fn status(&self) -> MemberStatus {
+        let health = self.health();
+        MemberStatus {
+            url: self.url().to_owned(),
+            bytes: self.bytes.load(Ordering::Relaxed),
+            requests: self.requests.load(Ordering::Relaxed),
+            faults: self.faults.load(Ordering::Relaxed),
+            state: health.standing,
+            last_fault: health.last.clone(),
+        }
+    }
+}
+
+/// Between 75 % and 125 % of `duration`, never under the shortest rest, so that a thousand nodes do not come back at one instant.
+fn jitter(duration: Duration) -> Duration {
+    let mut bytes = [0; 2];
+    // Without randomness the clock's low bits spread well enough.
+    if rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::NONBLOCK).is_err() {
+        bytes = (Instant::now().elapsed().subsec_nanos() as u16).to_le_bytes();
+    }
+    let share = 0.75 + f64::from(u16::from_le_bytes(bytes)) / f64::from(u16::MAX) / 2.0;
+    duration.mul_f64(share).max(REST_MIN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn member() -> Member {
+        let roots = rustls::RootCertStore::empty();
+        let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        Member::new(Address::resolve("https://127.0.0.1:1/x").unwrap(), Arc::new(config))
+    }
+
+    #[test]
+    fn rests_grow_from_half_a_second_to_half_a_minute() {
+        let member = member();
+        let mut longest = Duration::ZERO;
+        for row in 0..12 {
+            assert_eq!(member.failed(&Fault::Connect("refused".into()), true), Standing::BackingOff);
+            let rest = member.rest(false);
+            assert!(rest >= REST_MIN && rest <= REST_MAX.mul_f64(1.26), "{row}: {rest:?}");
+            assert!(member.rest(true) <= REST_MAX_ALONE.mul_f64(1.26));
+            longest = longest.max(rest);
+        }
+        assert!(longest > Duration::from_secs(20));
+        assert!(member.succeeded());
+        member.failed(&Fault::Connect("refused".into()), false);
+        assert!(member.rest(false) < Duration::from_secs(1));
+    }
+
+    #[test]
+    fn wrong_bytes_twice_exclude_and_other_faults_never_do() {
+        let member = member();
+        let wrong = || Fault::Wrong(moor_image::ImageError::Argument("x"));
+        assert_eq!(member.failed(&wrong(), false), Standing::BackingOff);
+        assert_eq!(member.failed(&wrong(), false), Standing::BackingOff, "it ran before the member was found out");
+        member.succeeded();
+        assert_eq!(member.failed(&Fault::NoRanges, false), Standing::BackingOff);
+        assert_eq!(member.failed(&wrong(), true), Standing::Excluded);
+        assert_eq!(member.failed(&Fault::NoRanges, true), Standing::Excluded);
+    }
+
+    #[test]
+    fn time_outs_make_patient_and_an_answer_makes_strict_again() {
+        let member = member();
+        for _ in 0..10 {
+            member.failed(&Fault::Silent(Duration::from_secs(2)), true);
+        }
+        assert_eq!(member.patience.load(Ordering::Relaxed), PATIENCE_MAX);
+        member.succeeded();
+        assert_eq!(member.patience.load(Ordering::Relaxed), 1);
+    }
+}

@@ -1,0 +1,158 @@
+//! What the tether tells others: a small JSON file in `/run/mooring`, replaced atomically while something changes.
+
+use crate::reader::{Figures, MemberStatus, Reader};
+use rustix::fs::{AtFlags, Mode, OFlags, open, openat, renameat, unlinkat};
+use serde::{Deserialize, Serialize};
+use std::ffi::OsString;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Where it is unless told otherwise.
+pub const DEFAULT_PATH: &str = "/run/mooring/tether.json";
+/// How often a change is written at most.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// The content of the file. More members may be added.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// The process that serves.
+    pub pid: u32,
+    /// Digest of the image.
+    pub digest: String,
+    /// Size of the sealed image in bytes.
+    pub image_size: u64,
+    /// Bytes of answers received from all members.
+    pub bytes_fetched: u64,
+    /// Whole chunks received.
+    pub chunks_fetched: u64,
+    /// Chunks that verified.
+    pub chunks_verified: u64,
+    /// Bytes of verified chunks in the cache.
+    pub cache_bytes: u64,
+    /// Each member.
+    pub members: Vec<MemberStatus>,
+}
+
+impl State {
+    /// As the reader stands now.
+    #[must_use]
+    pub fn of(reader: &Reader) -> Self {
+        let Figures { bytes_fetched, chunks_fetched, chunks_verified, cache_bytes, members } = reader.figures();
+        Self {
+            pid: std::process::id(),
+            digest: hex::encode(reader.header().digest()),
+            image_size: reader.header().file_length(),
+            bytes_fetched,
+            chunks_fetched,
+            chunks_verified,
+            cache_bytes,
+            members,
+        }
+    }
+
+    /// Reads the file.
+    ///
+    /// # Errors
+    /// It is not there (nothing is tethered), or is something else.
+    pub fn read(path: &Path) -> io::Result<Self> {
+        serde_json::from_slice(&std::fs::read(path)?).map_err(io::Error::from)
+    }
+}
+
+/// For people.
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "image     {}", self.digest)?;
+        // A share of a file's size: the loss of precision is far below what is printed.
+        #[expect(clippy::cast_precision_loss, reason = "printed with one digit after the point")]
+        let share = self.bytes_fetched as f64 * 100.0 / (self.image_size.max(1) as f64);
+        writeln!(f, "fetched   {} of {} bytes ({share:.1} %)", self.bytes_fetched, self.image_size)?;
+        writeln!(f, "chunks    {} received, {} verified", self.chunks_fetched, self.chunks_verified)?;
+        writeln!(f, "cache     {} bytes", self.cache_bytes)?;
+        for member in &self.members {
+            let standing = serde_json::to_value(member.state).unwrap_or_default();
+            write!(
+                f,
+                "server    {}: {}, {} bytes in {} requests, {} faults",
+                member.url,
+                standing.as_str().unwrap_or_default(),
+                member.bytes,
+                member.requests,
+                member.faults
+            )?;
+            match &member.last_fault {
+                Some(fault) => writeln!(f, "; last: {fault}")?,
+                None => writeln!(f)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The file, by its directory's descriptor: at switch_root `/run` moves away from under this process, and the path leads nowhere.
+pub struct StateFile {
+    dir: OwnedFd,
+    name: OsString,
+    temporary: OsString,
+}
+
+impl StateFile {
+    /// Prepares to write `path`; makes its directory (0700) where it is missing.
+    ///
+    /// # Errors
+    /// The directory cannot be made or opened; `path` has no file name.
+    pub fn new(path: &Path) -> io::Result<Self> {
+        let dir = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+        let dir = open(&dir, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let mut temporary = name.clone();
+        temporary.push(".new");
+        Ok(Self { dir, name, temporary })
+    }
+
+    /// Replaces the file.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn write(&self, state: &State) -> io::Result<()> {
+        let flags = OFlags::CREATE | OFlags::TRUNC | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let mut file = File::from(openat(&self.dir, &self.temporary, flags, Mode::from_raw_mode(0o600))?);
+        let mut text = serde_json::to_vec(state)?;
+        text.push(b'\n');
+        file.write_all(&text)?;
+        renameat(&self.dir, &self.temporary, &self.dir, &self.name)?;
+        Ok(())
+    }
+
+    /// Removes the file: nothing is tethered any more.
+    pub fn remove(&self) {
+        for name in [&self.name, &self.temporary] {
+            // Not there is as good.
+            let _ = unlinkat(&self.dir, name, AtFlags::empty());
+        }
+    }
+
+    /// Writes about once a second while something changes. Never returns.
+    pub async fn follow(&self, reader: &Reader) {
+        let mut written = None;
+        loop {
+            let state = State::of(reader);
+            if written.as_ref() != Some(&state) {
+                if let Err(error) = self.write(&state) {
+                    tracing::debug!("cannot write the state: {error}");
+                }
+                written = Some(state);
+            }
+            tokio::time::sleep(EVERY).await;
+        }
+    }
+}
