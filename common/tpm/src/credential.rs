@@ -1,6 +1,7 @@
 //! `TPM2_MakeCredential` in software: a secret that only the TPM with this endorsement key can read, and only if it also holds the
 //! attestation key of this name (Part 1, 24 "Credential Protection", and its annexes B.10.4 and C.6.4).
 
+use crate::der;
 use crate::public::{Key, P256, P384, Public, coordinate_length, uncompressed};
 use crate::wire::put_sized;
 use crate::{TpmError, alg};
@@ -114,12 +115,15 @@ type Seed = (Zeroizing<Vec<u8>>, Vec<u8>);
 fn rsa_seed(name_alg: u16, hash: Hash, modulus: &[u8], exponent: u32) -> Result<Seed, TpmError> {
     let mut seed = Zeroizing::new(vec![0; hash.digest.output_len()]);
     rand::fill(&mut seed).map_err(|_| TpmError::Crypto("making a seed"))?;
-    let der = rsa_spki(modulus, exponent);
-    let key = PublicEncryptingKey::from_der(&der).map_err(|_| TpmError::Key("the endorsement key is not a valid RSA key"))?;
+    let key = PublicEncryptingKey::from_der(&der::rsa_spki(modulus, exponent))
+        .map_err(|_| TpmError::Key("the endorsement key is not a valid RSA key"))?;
     let key = OaepPublicEncryptingKey::new(key).map_err(|_| TpmError::Crypto("setting up OAEP"))?;
     let algorithm = if name_alg == alg::SHA384 { &OAEP_SHA384_MGF1SHA384 } else { &OAEP_SHA256_MGF1SHA256 };
     let mut out = vec![0; key.ciphertext_size()];
-    let length = key.encrypt(algorithm, &seed, &mut out, Some(b"IDENTITY\0")).map_err(|_| TpmError::Crypto("encrypting by OAEP"))?.len();
+    let length = key
+        .encrypt(algorithm, &seed, &mut out, Some(b"IDENTITY\0"))
+        .map_err(|_| TpmError::Crypto("encrypting by OAEP"))?
+        .len();
     out.truncate(length);
     Ok((seed, out))
 }
@@ -132,14 +136,16 @@ fn ecc_seed(hash: Hash, curve: u16, x: &[u8], y: &[u8]) -> Result<Seed, TpmError
         other => return Err(TpmError::Unsupported { what: "curve", value: u32::from(other) }),
     };
     let length = coordinate_length(curve)?;
-    let ephemeral = EphemeralPrivateKey::generate(algorithm, &rand::SystemRandom::new()).map_err(|_| TpmError::Crypto("making an ephemeral key"))?;
+    let ephemeral = EphemeralPrivateKey::generate(algorithm, &rand::SystemRandom::new())
+        .map_err(|_| TpmError::Crypto("making an ephemeral key"))?;
     let public = ephemeral.compute_public_key().map_err(|_| TpmError::Crypto("making an ephemeral key"))?;
     let point = public.as_ref();
     let (own_x, own_y) = (&point[1..=length], &point[1 + length..]);
     let peer = UnparsedPublicKey::new(algorithm, uncompressed(x, y));
-    let seed = agreement::agree_ephemeral(ephemeral, peer, TpmError::Key("the endorsement key is not on its curve"), |z| {
-        Ok(kdf_e(hash, z, b"IDENTITY", own_x, x))
-    })?;
+    let seed =
+        agreement::agree_ephemeral(ephemeral, peer, TpmError::Key("the endorsement key is not on its curve"), |z| {
+            Ok(kdf_e(hash, z, b"IDENTITY", own_x, x))
+        })?;
     let mut encoded = Vec::new();
     put_sized(&mut encoded, own_x)?;
     put_sized(&mut encoded, own_y)?;
@@ -159,40 +165,4 @@ fn encrypt_cfb(key: &[u8], data: &[u8]) -> Result<Vec<u8>, TpmError> {
     written += last.written().len();
     out.truncate(written);
     Ok(out)
-}
-
-/// DER length octets (X.690, 8.1.3).
-fn der_length(out: &mut Vec<u8>, length: usize) {
-    let bytes = length.to_be_bytes();
-    let significant = &bytes[bytes.iter().position(|b| *b != 0).unwrap_or(bytes.len() - 1)..];
-    if length >= 128 {
-        out.push(0x80 | u8::try_from(significant.len()).unwrap_or(0));
-    }
-    out.extend_from_slice(significant);
-}
-
-fn der(tag: u8, content: &[u8]) -> Vec<u8> {
-    let mut out = vec![tag];
-    der_length(&mut out, content.len());
-    out.extend_from_slice(content);
-    out
-}
-
-fn der_integer(bytes: &[u8]) -> Vec<u8> {
-    let start = bytes.iter().position(|b| *b != 0).unwrap_or(bytes.len().saturating_sub(1));
-    let mut content = Vec::new();
-    if bytes.get(start).is_some_and(|b| b & 0x80 != 0) {
-        content.push(0);
-    }
-    content.extend_from_slice(&bytes[start..]);
-    der(0x02, &content)
-}
-
-/// `SubjectPublicKeyInfo` of an RSA key (RFC 3279, 2.3.1).
-fn rsa_spki(modulus: &[u8], exponent: u32) -> Vec<u8> {
-    let key = der(0x30, &[der_integer(modulus), der_integer(&exponent.to_be_bytes())].concat());
-    // rsaEncryption 1.2.840.113549.1.1.1 with NULL parameters.
-    let algorithm = der(0x30, &[0x06, 0x09, 0x2A, 0x86, 0x48, 0x86, 0xF7, 0x0D, 0x01, 0x01, 0x01, 0x05, 0x00]);
-    let bits = der(0x03, &[&[0][..], &key].concat());
-    der(0x30, &[algorithm, bits].concat())
 }
