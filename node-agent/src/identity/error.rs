@@ -104,10 +104,24 @@ pub(super) trait Doing<T> {
     fn doing(self, doing: &'static str) -> Result<T, IdentityError>;
 }
 
-impl<T, E: std::fmt::Display> Doing<T> for Result<T, E> {
+impl<T, E: std::error::Error> Doing<T> for Result<T, E> {
     fn doing(self, doing: &'static str) -> Result<T, IdentityError> {
-        self.map_err(|error| IdentityError::Tpm { doing, cause: error.to_string() })
+        self.map_err(|error| wrong(doing, chain(&error)))
     }
+}
+
+/// All causes in one line: where the library does not know a response code, its number is in the last one.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let more = cause.to_string();
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
+        source = cause.source();
+    }
+    text
 }
 
 /// A TPM that answers, but wrongly.

@@ -4,12 +4,12 @@
 //! nothing has to be stored.
 
 use super::super::IdentityError;
-use super::super::error::{Doing as _, wrong};
+use super::super::error::{Doing as _, chain, wrong};
 use moor_tpm::template;
-use tss_esapi::Context;
 use tss_esapi::abstraction::ek::create_ek_public_from_default_template_2;
 use tss_esapi::abstraction::{AsymmetricAlgorithmSelection, DefaultKey, nv};
 use tss_esapi::constants::CapabilityType;
+use tss_esapi::constants::response_code::Tss2ResponseCodeKind;
 use tss_esapi::handles::{KeyHandle, NvIndexTpmHandle, TpmHandle};
 use tss_esapi::interface_types::algorithm::HashingAlgorithm;
 use tss_esapi::interface_types::ecc::EccCurve;
@@ -17,6 +17,7 @@ use tss_esapi::interface_types::key_bits::RsaKeyBits;
 use tss_esapi::interface_types::resource_handles::{Hierarchy, NvAuth};
 use tss_esapi::structures::{CapabilityData, Public};
 use tss_esapi::traits::{Marshall as _, UnMarshall as _};
+use tss_esapi::{Context, Error};
 
 /// First NV index of endorsement certificates, and how many handles are looked at from there (TCG EK Credential Profile, 2.2.1).
 const CERTIFICATES: (u32, u32) = (0x01C0_0000, 64);
@@ -141,7 +142,15 @@ fn primary(
     template: Public,
     doing: &'static str,
 ) -> Result<(KeyHandle, moor_tpm::Public), IdentityError> {
-    let made = context.create_primary(Hierarchy::Endorsement, template, None, None, None, None).doing(doing)?;
+    let made = context.create_primary(Hierarchy::Endorsement, template, None, None, None, None).map_err(|error| {
+        match error {
+            Error::Tss2Error(code) if code.kind() == Some(Tss2ResponseCodeKind::BadAuth) => wrong(
+                doing,
+                "the endorsement hierarchy has a password; it must be empty: clear the TPM in the firmware's set-up",
+            ),
+            other => wrong(doing, chain(&other)),
+        }
+    })?;
     let parsed = made.out_public.marshall().doing(doing).and_then(|bytes| moor_tpm::Public::parse(&bytes).doing(doing));
     match parsed {
         Ok(public) => Ok((made.key_handle, public)),
@@ -169,10 +178,8 @@ fn read_certificate(context: &mut Context, kind: EndorsementKind) -> Result<Vec<
     let handle = context
         .execute_without_session(|context| context.tr_from_tpm_public(TpmHandle::NvIndex(index)))
         .doing(DOING)?;
-    let result = nv::read_full(context, NvAuth::NvIndex(handle.into()), index).doing(DOING);
-    let mut handle = handle;
-    context.tr_close(&mut handle).doing(DOING)?;
-    result
+    // The reader has the library's one record of this index and closes it.
+    nv::read_full(context, NvAuth::NvIndex(handle.into()), index).doing(DOING)
 }
 
 /// The DER object at the start: some makers fill the index up with zeros or ones. `None`: it is none.

@@ -169,7 +169,7 @@ mod tests {
         // printf 'moor/v1 stage closed' | sha256sum
         assert_eq!(
             hex::encode(event(HashingAlgorithm::Sha256)),
-            "c65e30725e9fe50d3e30227dcfcbeb9548b44b4ad7ec0cc1e1f7d6c516963082"
+            "19221aa155cad7d3ecaf3261bb59a4bf9ea9f382213cfab5fe51a6df9f7fd33d"
         );
     }
 

@@ -122,7 +122,7 @@ fn satisfy(
     policy: AuthSession,
     endorsement: &Endorsement,
 ) -> Result<(), IdentityError> {
-    const DOING: &str = "using the endorsement key (has the endorsement hierarchy a password? it must be empty)";
+    const DOING: &str = "showing the endorsement key's policy";
     let policy = PolicySession::try_from(policy).doing(DOING)?;
     context
         .execute_with_session(Some(session), |context| {
