@@ -14,7 +14,7 @@ const MAX_ATTRIBUTE: u64 = 4096;
 /// Longest serial number that is sent. SMBIOS strings are short; what is longer is cut.
 const MAX_SERIAL: usize = 128;
 
-/// `ARPHRD_ETHER` and `ARPHRD_INFINIBAND` (linux/if_arp.h), as `/sys/class/net/*/type` says them.
+/// `ARPHRD_ETHER` and `ARPHRD_INFINIBAND` (`linux/if_arp.h`), as `/sys/class/net/*/type` says them.
 const LINK_TYPES: [&str; 2] = ["1", "32"];
 
 /// Describes this machine. Never fails.

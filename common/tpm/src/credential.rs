@@ -166,3 +166,74 @@ fn encrypt_cfb(key: &[u8], data: &[u8]) -> Result<Vec<u8>, TpmError> {
     out.truncate(written);
     Ok(out)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(length: u8) -> Vec<u8> {
+        (0..length).collect()
+    }
+
+    fn hash(algorithm: u16) -> Hash {
+        hash_of(algorithm).unwrap()
+    }
+
+    /// Expected values by Python's hmac and hashlib.
+    #[test]
+    fn key_derivation_gives_the_known_answers() {
+        let name = [&[0x00, 0x0B][..], &[0x11; 32]].concat();
+        for (algorithm, key, label, context, bits, wanted) in [
+            (alg::SHA256, 32, &b"STORAGE"[..], &name[..], 128, "4b6977df7782a6d0312cc5f537456667"),
+            (
+                alg::SHA256,
+                32,
+                b"INTEGRITY",
+                &[],
+                256,
+                "bacf689f634ece301e1f1b15b072d9c87db6a69585db42b1a0cb8f73ebe2692e",
+            ),
+            (
+                alg::SHA384,
+                48,
+                b"STORAGE",
+                &name,
+                256,
+                "e14c57415278912f0fb5b68a8bd0a43923f59bdab550f1f0c24d1091668620e7",
+            ),
+            (
+                alg::SHA384,
+                48,
+                b"INTEGRITY",
+                &[],
+                384,
+                "f33d1615c2266b2fa774ff368d6ce3af9d8c0b4227e57eb3e28b810755366e9a668857315ae51d8d7cfac92bb0485639",
+            ),
+        ] {
+            assert_eq!(hex::encode(kdf_a(hash(algorithm), &range(key), label, context, bits)), wanted);
+        }
+        for (algorithm, length, wanted) in [
+            (alg::SHA256, 32, "f59da144d928b82a7aceb16c1dbc3c5b0588ef575d1baefaade7131ba5f2c6a5"),
+            (
+                alg::SHA384,
+                48,
+                "a76fb6010fb8fed02afc60ccd48d86c98317315508b4144e7ab35396516c011466e217194b21be47e57e3ddc3743f950",
+            ),
+        ] {
+            let (z, u, v) = (vec![0x22; length], vec![0x33; length], vec![0x44; length]);
+            assert_eq!(hex::encode(kdf_e(hash(algorithm), &z, b"IDENTITY", &u, &v)), wanted);
+        }
+    }
+
+    /// Expected values by `openssl enc -aes-128-cfb` and `-aes-256-cfb`.
+    #[test]
+    fn encryption_gives_the_known_answers() {
+        let data = [&[0x00, 0x20][..], &[b'0'; 32]].concat();
+        for (key, wanted) in [
+            (16, "c6810b07b7bf6bb25f7fb15291f8e8494e6b07d88aa1dc0dbc4d1a17465e357d8348"),
+            (32, "f2b030861a79afe099c3aa5aed1e47b0194312196dff1ec3688d360b1960f8b085d7"),
+        ] {
+            assert_eq!(hex::encode(encrypt_cfb(&range(key), &data).unwrap()), wanted);
+        }
+    }
+}

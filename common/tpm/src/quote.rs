@@ -123,9 +123,6 @@ pub fn verify(
         return Err(QuoteError::NoStagePcr);
     }
     let quote = Attest::parse(attest)?;
-    if quote.signer != qualified_name(ak) {
-        return Err(QuoteError::Signer);
-    }
     if verify_slices_are_equal(quote.extra_data, expected.extra_data).is_err() {
         return Err(QuoteError::ExtraData);
     }
@@ -146,6 +143,10 @@ pub fn verify(
         return Err(QuoteError::Digest);
     }
     check_signature(ak, attest, signature)?;
+    // After the signature: a quote by another TPM is first of all that.
+    if quote.signer != qualified_name(ak) {
+        return Err(QuoteError::Signer);
+    }
     Ok(Verified {
         pcr15_zero: values.get(&STAGE_PCR).is_some_and(|value| value.iter().all(|byte| *byte == 0)),
         reset_count: quote.reset_count,

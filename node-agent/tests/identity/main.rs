@@ -1,8 +1,10 @@
 //! The identity against real TPMs (swtpm), with tpm2-tools and openssl as independent judges.
 #![allow(clippy::unwrap_used)] // tests and their helpers
 
+mod bus;
 mod swtpm;
 
+use bus::Bus;
 use moor_agent::identity::IdentityError;
 use moor_agent::identity::tpm::{Challenge, Keys, QuoteRequest, TpmIdentity};
 use moor_api::node::{PcrBank, Quote};
@@ -15,6 +17,7 @@ use std::process::Command;
 use swtpm::{Made, Swtpm, good, write};
 
 const SECRET: [u8; 32] = [0x5A; 32];
+const ROUNDS: u8 = 250;
 const PCRS: [u8; 10] = [0, 1, 2, 3, 4, 5, 6, 7, 11, 15];
 
 fn open(tpm: &Swtpm) -> TpmIdentity {
@@ -176,7 +179,43 @@ fn another_tpm_has_other_keys_and_cannot_take_a_challenge() {
     assert_eq!(*first.activate(&challenge(&keys, &SECRET)).unwrap(), SECRET);
     // A quote of the other one is not its own.
     let quote = second.quote(&request([1; 32])).unwrap();
-    assert_eq!(judge(&keys, &quote, &[1; 32]), Err(QuoteError::Signer));
+    assert_eq!(judge(&keys, &quote, &[1; 32]), Err(QuoteError::Signature));
+}
+
+/// `TPM_CC_PCR_Read`, `TPM_CC_PCR_Extend`, `TPM_CC_Quote`, `TPM_CC_ActivateCredential`.
+const COMMANDS: [u32; 4] = [0x17E, 0x182, 0x158, 0x147];
+/// `TPM_ST_SESSIONS`.
+const WITH_SESSIONS: u16 = 0x8002;
+
+#[test]
+fn who_listens_on_the_bus_learns_no_secret_and_every_command_is_authenticated() {
+    let tpm = Swtpm::new(Made::default());
+    let bus = Bus::of(&tpm);
+    let mut identity = TpmIdentity::open(bus.transport()).unwrap();
+    let keys = identity.keys(None).unwrap();
+    assert_eq!(*identity.activate(&challenge(&keys, &SECRET)).unwrap(), SECRET);
+    identity.close_boot_stage().unwrap();
+    let quote = identity.quote(&request([0xAB; 32])).unwrap();
+    drop(identity);
+    assert!(!bus.heard(&SECRET), "the activated secret");
+    assert!(!bus.heard(&[0xAB; 32]), "a parameter that is encrypted like it");
+    assert!(bus.heard(&quote.pcrs[&15].0), "what cannot be encrypted is heard, so the listener works");
+    for command in COMMANDS {
+        let tags = bus.tags(command);
+        assert!(!tags.is_empty() && tags.iter().all(|tag| *tag == WITH_SESSIONS), "{command:#x}: {tags:x?}");
+    }
+}
+
+/// Coordinates and shared secrets with leading zeros come once in 256 times each.
+#[test]
+fn challenges_are_activated_however_their_numbers_fall() {
+    let tpm = Swtpm::new(Made::default());
+    let mut identity = open(&tpm);
+    let keys = identity.keys(None).unwrap();
+    for round in 0..ROUNDS {
+        let secret = [round; 32];
+        assert_eq!(*identity.activate(&challenge(&keys, &secret)).unwrap(), secret, "round {round}");
+    }
 }
 
 #[test]

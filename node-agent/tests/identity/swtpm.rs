@@ -147,7 +147,7 @@ impl Drop for Swtpm {
 }
 
 /// libtss2 takes the port after the TPM's for control.
-fn two_free_ports() -> u16 {
+pub(crate) fn two_free_ports() -> u16 {
     loop {
         let first = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let port = first.local_addr().unwrap().port();
