@@ -1,1 +1,4 @@
-//! Placeholder.
+//! Placeholder: `agent` owns the final one.
+
+pub mod identity;
+pub mod machine;

@@ -1,6 +1,7 @@
 //! `TPM2_MakeCredential` in software: a secret that only the TPM with this endorsement key can read, and only if it also holds the
 //! attestation key of this name (Part 1, 24 "Credential Protection", and its annexes B.10.4 and C.6.4).
 
+use crate::der;
 use crate::public::{Key, P256, P384, Public, coordinate_length, uncompressed};
 use crate::wire::put_sized;
 use crate::{TpmError, alg};
@@ -114,12 +115,15 @@ type Seed = (Zeroizing<Vec<u8>>, Vec<u8>);
 fn rsa_seed(name_alg: u16, hash: Hash, modulus: &[u8], exponent: u32) -> Result<Seed, TpmError> {
     let mut seed = Zeroizing::new(vec![0; hash.digest.output_len()]);
     rand::fill(&mut seed).map_err(|_| TpmError::Crypto("making a seed"))?;
-    let der = rsa_spki(modulus, exponent);
-    let key = PublicEncryptingKey::from_der(&der).map_err(|_| TpmError::Key("the endorsement key is not a valid RSA key"))?;
+    let key = PublicEncryptingKey::from_der(&der::rsa_spki(modulus, exponent))
+        .map_err(|_| TpmError::Key("the endorsement key is not a valid RSA key"))?;
     let key = OaepPublicEncryptingKey::new(key).map_err(|_| TpmError::Crypto("setting up OAEP"))?;
     let algorithm = if name_alg == alg::SHA384 { &OAEP_SHA384_MGF1SHA384 } else { &OAEP_SHA256_MGF1SHA256 };
     let mut out = vec![0; key.ciphertext_size()];
-    let length = key.encrypt(algorithm, &seed, &mut out, Some(b"IDENTITY\0")).map_err(|_| TpmError::Crypto("encrypting by OAEP"))?.len();
+    let length = key
+        .encrypt(algorithm, &seed, &mut out, Some(b"IDENTITY\0"))
+        .map_err(|_| TpmError::Crypto("encrypting by OAEP"))?
+        .len();
     out.truncate(length);
     Ok((seed, out))
 }
@@ -132,14 +136,16 @@ fn ecc_seed(hash: Hash, curve: u16, x: &[u8], y: &[u8]) -> Result<Seed, TpmError
         other => return Err(TpmError::Unsupported { what: "curve", value: u32::from(other) }),
     };
     let length = coordinate_length(curve)?;
-    let ephemeral = EphemeralPrivateKey::generate(algorithm, &rand::SystemRandom::new()).map_err(|_| TpmError::Crypto("making an ephemeral key"))?;
+    let ephemeral = EphemeralPrivateKey::generate(algorithm, &rand::SystemRandom::new())
+        .map_err(|_| TpmError::Crypto("making an ephemeral key"))?;
     let public = ephemeral.compute_public_key().map_err(|_| TpmError::Crypto("making an ephemeral key"))?;
     let point = public.as_ref();
     let (own_x, own_y) = (&point[1..=length], &point[1 + length..]);
     let peer = UnparsedPublicKey::new(algorithm, uncompressed(x, y));
-    let seed = agreement::agree_ephemeral(ephemeral, peer, TpmError::Key("the endorsement key is not on its curve"), |z| {
-        Ok(kdf_e(hash, z, b"IDENTITY", own_x, x))
-    })?;
+    let seed =
+        agreement::agree_ephemeral(ephemeral, peer, TpmError::Key("the endorsement key is not on its curve"), |z| {
+            Ok(kdf_e(hash, z, b"IDENTITY", own_x, x))
+        })?;
     let mut encoded = Vec::new();
     put_sized(&mut encoded, own_x)?;
     put_sized(&mut encoded, own_y)?;
@@ -161,38 +167,73 @@ fn encrypt_cfb(key: &[u8], data: &[u8]) -> Result<Vec<u8>, TpmError> {
     Ok(out)
 }
 
-/// DER length octets (X.690, 8.1.3).
-fn der_length(out: &mut Vec<u8>, length: usize) {
-    let bytes = length.to_be_bytes();
-    let significant = &bytes[bytes.iter().position(|b| *b != 0).unwrap_or(bytes.len() - 1)..];
-    if length >= 128 {
-        out.push(0x80 | u8::try_from(significant.len()).unwrap_or(0));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(length: u8) -> Vec<u8> {
+        (0..length).collect()
     }
-    out.extend_from_slice(significant);
-}
 
-fn der(tag: u8, content: &[u8]) -> Vec<u8> {
-    let mut out = vec![tag];
-    der_length(&mut out, content.len());
-    out.extend_from_slice(content);
-    out
-}
-
-fn der_integer(bytes: &[u8]) -> Vec<u8> {
-    let start = bytes.iter().position(|b| *b != 0).unwrap_or(bytes.len().saturating_sub(1));
-    let mut content = Vec::new();
-    if bytes.get(start).is_some_and(|b| b & 0x80 != 0) {
-        content.push(0);
+    fn hash(algorithm: u16) -> Hash {
+        hash_of(algorithm).unwrap()
     }
-    content.extend_from_slice(&bytes[start..]);
-    der(0x02, &content)
-}
 
-/// `SubjectPublicKeyInfo` of an RSA key (RFC 3279, 2.3.1).
-fn rsa_spki(modulus: &[u8], exponent: u32) -> Vec<u8> {
-    let key = der(0x30, &[der_integer(modulus), der_integer(&exponent.to_be_bytes())].concat());
-    // rsaEncryption 1.2.840.113549.1.1.1 with NULL parameters.
-    let algorithm = der(0x30, &[0x06, 0x09, 0x2A, 0x86, 0x48, 0x86, 0xF7, 0x0D, 0x01, 0x01, 0x01, 0x05, 0x00]);
-    let bits = der(0x03, &[&[0][..], &key].concat());
-    der(0x30, &[algorithm, bits].concat())
+    /// Expected values by Python's hmac and hashlib.
+    #[test]
+    fn key_derivation_gives_the_known_answers() {
+        let name = [&[0x00, 0x0B][..], &[0x11; 32]].concat();
+        for (algorithm, key, label, context, bits, wanted) in [
+            (alg::SHA256, 32, &b"STORAGE"[..], &name[..], 128, "4b6977df7782a6d0312cc5f537456667"),
+            (
+                alg::SHA256,
+                32,
+                b"INTEGRITY",
+                &[],
+                256,
+                "bacf689f634ece301e1f1b15b072d9c87db6a69585db42b1a0cb8f73ebe2692e",
+            ),
+            (
+                alg::SHA384,
+                48,
+                b"STORAGE",
+                &name,
+                256,
+                "e14c57415278912f0fb5b68a8bd0a43923f59bdab550f1f0c24d1091668620e7",
+            ),
+            (
+                alg::SHA384,
+                48,
+                b"INTEGRITY",
+                &[],
+                384,
+                "f33d1615c2266b2fa774ff368d6ce3af9d8c0b4227e57eb3e28b810755366e9a668857315ae51d8d7cfac92bb0485639",
+            ),
+        ] {
+            assert_eq!(hex::encode(kdf_a(hash(algorithm), &range(key), label, context, bits)), wanted);
+        }
+        for (algorithm, length, wanted) in [
+            (alg::SHA256, 32, "f59da144d928b82a7aceb16c1dbc3c5b0588ef575d1baefaade7131ba5f2c6a5"),
+            (
+                alg::SHA384,
+                48,
+                "a76fb6010fb8fed02afc60ccd48d86c98317315508b4144e7ab35396516c011466e217194b21be47e57e3ddc3743f950",
+            ),
+        ] {
+            let (z, u, v) = (vec![0x22; length], vec![0x33; length], vec![0x44; length]);
+            assert_eq!(hex::encode(kdf_e(hash(algorithm), &z, b"IDENTITY", &u, &v)), wanted);
+        }
+    }
+
+    /// Expected values by `openssl enc -aes-128-cfb` and `-aes-256-cfb`.
+    #[test]
+    fn encryption_gives_the_known_answers() {
+        let data = [&[0x00, 0x20][..], &[b'0'; 32]].concat();
+        for (key, wanted) in [
+            (16, "c6810b07b7bf6bb25f7fb15291f8e8494e6b07d88aa1dc0dbc4d1a17465e357d8348"),
+            (32, "f2b030861a79afe099c3aa5aed1e47b0194312196dff1ec3688d360b1960f8b085d7"),
+        ] {
+            assert_eq!(hex::encode(encrypt_cfb(&range(key), &data).unwrap()), wanted);
+        }
+    }
 }

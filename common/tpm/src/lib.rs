@@ -4,6 +4,7 @@
 //! key derivation). Nothing here talks to a TPM.
 
 pub mod credential;
+mod der;
 pub mod public;
 pub mod quote;
 pub mod template;
@@ -41,6 +42,17 @@ pub enum TpmError {
     /// The cryptographic library failed.
     #[error("the cryptographic library failed at {0}")]
     Crypto(&'static str),
+}
+
+/// The content of a sized buffer (`TPM2B_…`) that stands alone; `what` names it in the error.
+///
+/// # Errors
+/// It is shorter or longer than its size field says.
+pub fn content<'a>(bytes: &'a [u8], what: &'static str) -> Result<&'a [u8], TpmError> {
+    let mut reader = wire::Reader::new(bytes, what);
+    let content = reader.sized()?;
+    reader.end()?;
+    Ok(content)
 }
 
 /// Algorithm numbers (Part 2, table "`TPM_ALG_ID` Constants").

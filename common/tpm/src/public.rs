@@ -157,6 +157,16 @@ impl Public {
         out.extend_from_slice(digest::digest(algorithm, &self.bytes).as_ref());
         out
     }
+
+    /// The key as the bit string of an X.509 `SubjectPublicKeyInfo`: PKCS#1 `RSAPublicKey`, or an uncompressed point. An endorsement
+    /// certificate is this key's if its subject's key has these bits (its algorithm may be `rsaEncryption` or `RSAES-OAEP`).
+    #[must_use]
+    pub fn key_bits(&self) -> Vec<u8> {
+        match &self.key {
+            Key::Rsa { modulus, exponent, .. } => crate::der::rsa_public_key(modulus, *exponent),
+            Key::Ecc { x, y, .. } => uncompressed(x, y),
+        }
+    }
 }
 
 /// An uncompressed point (SEC 1, 2.3.3).

@@ -12,6 +12,8 @@ use std::collections::BTreeMap;
 const TPM_GENERATED: u32 = 0xFF54_4347;
 /// `TPM_ST_ATTEST_QUOTE`.
 const ATTEST_QUOTE: u16 = 0x8018;
+/// `TPM_RH_ENDORSEMENT`: the name of the endorsement hierarchy.
+const ENDORSEMENT_HIERARCHY: u32 = 0x4000_000B;
 /// The PCR that closes the boot stage.
 pub const STAGE_PCR: u8 = 15;
 
@@ -80,6 +82,9 @@ pub enum QuoteError {
     /// Another attestation.
     #[error("the attestation is of type {0:#06x}, not a quote")]
     Type(u16),
+    /// By a key elsewhere in the TPM.
+    #[error("the quote was not made by a primary key of the TPM's endorsement hierarchy")]
+    Signer,
     /// For another session.
     #[error("the quote's extraData is for another session or connection")]
     ExtraData,
@@ -124,7 +129,9 @@ pub fn verify(
     if quote.selection != [(expected.bank.alg(), expected.pcrs.to_vec())] {
         return Err(QuoteError::Selection);
     }
-    if !values.keys().copied().eq(expected.pcrs.iter().copied()) || values.values().any(|value| value.len() != expected.bank.length()) {
+    if !values.keys().copied().eq(expected.pcrs.iter().copied())
+        || values.values().any(|value| value.len() != expected.bank.length())
+    {
         return Err(QuoteError::Values);
     }
     // The digest is by the hash of the signing scheme, over the values in ascending order.
@@ -136,6 +143,10 @@ pub fn verify(
         return Err(QuoteError::Digest);
     }
     check_signature(ak, attest, signature)?;
+    // After the signature: a quote by another TPM is first of all that.
+    if quote.signer != qualified_name(ak) {
+        return Err(QuoteError::Signer);
+    }
     Ok(Verified {
         pcr15_zero: values.get(&STAGE_PCR).is_some_and(|value| value.iter().all(|byte| *byte == 0)),
         reset_count: quote.reset_count,
@@ -144,8 +155,21 @@ pub fn verify(
     })
 }
 
+/// The qualified name of a primary key of the endorsement hierarchy (Part 1, 16 "Names"): it says where in the TPM the key is, which
+/// the key's own name does not.
+fn qualified_name(ak: &Public) -> Vec<u8> {
+    // The template fixes SHA-256 as the hash of the name.
+    let mut context = digest::Context::new(&digest::SHA256);
+    context.update(&ENDORSEMENT_HIERARCHY.to_be_bytes());
+    context.update(&ak.name());
+    let mut out = ak.name_alg.to_be_bytes().to_vec();
+    out.extend_from_slice(context.finish().as_ref());
+    out
+}
+
 /// `TPMS_ATTEST` with a quote in it.
 struct Attest<'a> {
+    signer: &'a [u8],
     extra_data: &'a [u8],
     reset_count: u32,
     restart_count: u32,
@@ -165,7 +189,7 @@ impl<'a> Attest<'a> {
         if kind != ATTEST_QUOTE {
             return Err(QuoteError::Type(kind));
         }
-        let _signer = reader.sized()?;
+        let signer = reader.sized()?;
         let extra_data = reader.sized()?;
         let _clock = reader.u64()?;
         let reset_count = reader.u32()?;
@@ -181,13 +205,17 @@ impl<'a> Attest<'a> {
         for _ in 0..count {
             let bank = reader.u16()?;
             let size = reader.u8()?;
-            let bitmap = reader.take(usize::from(size.min(32)))?;
-            let pcrs = (0..u8::try_from(bitmap.len() * 8).unwrap_or(u8::MAX)).filter(|pcr| bitmap[usize::from(pcr / 8)] & (1 << (pcr % 8)) != 0);
+            // A PC Client TPM has 24 PCRs, thus 3 bytes; 31 bytes keep every number within a byte.
+            if size > 31 {
+                return Err(QuoteError::Selection);
+            }
+            let bitmap = reader.take(usize::from(size))?;
+            let pcrs = (0..size * 8).filter(|pcr| bitmap[usize::from(pcr / 8)] & (1 << (pcr % 8)) != 0);
             selection.push((bank, pcrs.collect()));
         }
         let digest = reader.sized()?;
         reader.end()?;
-        Ok(Self { extra_data, reset_count, restart_count, firmware_version, selection, digest })
+        Ok(Self { signer, extra_data, reset_count, restart_count, firmware_version, selection, digest })
     }
 }
 
@@ -207,5 +235,7 @@ fn check_signature(ak: &Public, attest: &[u8], signature: &[u8]) -> Result<(), Q
         }
         fixed[slot + 32 - part.len()..slot + 32].copy_from_slice(part);
     }
-    UnparsedPublicKey::new(&ECDSA_P256_SHA256_FIXED, uncompressed(x, y)).verify(attest, &fixed).map_err(|_| QuoteError::Signature)
+    UnparsedPublicKey::new(&ECDSA_P256_SHA256_FIXED, uncompressed(x, y))
+        .verify(attest, &fixed)
+        .map_err(|_| QuoteError::Signature)
 }
