@@ -121,7 +121,9 @@ impl Phase<'_> {
         let fetched = members.call(async |member| member.script(self.name, name, MAX_SCRIPT).await).await;
         let text = fetched.map_err(|cause| ScriptError::Fetch { phase, name: name.to_owned(), cause })?;
         let path = format!("{DIRECTORY}/{phase}/{name}");
-        Tree::open(self.root.unwrap_or(Path::new("/")))?.write(&path, 0o700, &text)?;
+        let tree = Tree::open(self.root.unwrap_or(Path::new("/")))?;
+        tree.make_directory(DIRECTORY, 0o700)?;
+        tree.write(&path, 0o700, &text)?;
         let run = |cause| ScriptError::Run { phase, name: name.to_owned(), cause };
         let (how, output) = self.execute(&path).await.map_err(run)?;
         let report = LogReport {

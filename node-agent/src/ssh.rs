@@ -100,7 +100,7 @@ mod tests {
             assert_eq!(keygen(&["-y", "-f"], &path).trim(), key.public);
             let public = path.with_extension("pub");
             write(&public, &key.public);
-            keygen(&["-q", "-s", &ca, "-h", "-I", "n1", "-n", "n1"], &public);
+            keygen(&["-q", "-s", &ca, "-h", "-I", "n1", "-n", "n1", "-V", "-5m:+1d"], &public);
             let certificate = dir.path().join(format!("ssh_host_{}_key-cert.pub", key.word));
             certificates.push(std::fs::read_to_string(certificate).unwrap());
         }

@@ -77,14 +77,13 @@ impl Tree {
         self.resolve(path, OFlags::PATH).is_ok()
     }
 
-    /// Writes a file with this mode, owned by root, and the missing directories above it (mode 0755, or 0700 where the file itself
-    /// is for its owner alone).
+    /// Writes a file with this mode, owned by root, and the missing directories above it (mode 0755).
     ///
     /// # Errors
     /// A directory or the file cannot be made.
     pub fn write(&self, path: &str, mode: u32, content: &[u8]) -> Result<(), TreeError> {
         let bits = Mode::from_raw_mode(mode);
-        self.place(path, mode, |directory, temporary| {
+        self.place(path, |directory, temporary| {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let file = rustix::fs::openat(directory, temporary, flags, Mode::from_raw_mode(0o600))?;
             let mut file = File::from(file);
@@ -102,7 +101,7 @@ impl Tree {
     pub fn replace(&self, path: &str, content: &[u8]) -> Result<(), TreeError> {
         let old = self.resolve(path, OFlags::PATH).map_err(|cause| self.error("replace", path, cause))?;
         let stat = rustix::fs::fstat(&old).map_err(|cause| self.error("replace", path, cause))?;
-        self.place(path, stat.st_mode, |directory, temporary| {
+        self.place(path, |directory, temporary| {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let file = rustix::fs::openat(directory, temporary, flags, Mode::from_raw_mode(0o600))?;
             let mut file = File::from(file);
@@ -118,7 +117,17 @@ impl Tree {
     /// # Errors
     /// It cannot be made.
     pub fn link(&self, path: &str, target: &str) -> Result<(), TreeError> {
-        self.place(path, 0o755, |directory, temporary| Ok(rustix::fs::symlinkat(target, directory, temporary)?))
+        self.place(path, |directory, temporary| Ok(rustix::fs::symlinkat(target, directory, temporary)?))
+    }
+
+    /// Makes a directory of this mode, owned by root, where there is none; one that is there stays as it is. Those above it get
+    /// mode 0755.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn make_directory(&self, path: &str, mode: u32) -> Result<(), TreeError> {
+        let result = self.directory(split(path).0, 0o755).and_then(|_| self.directory(path, mode));
+        result.map(drop).map_err(|cause| self.error("make", path, cause))
     }
 
     /// Removes a file or link, if it is there.
@@ -137,15 +146,9 @@ impl Tree {
     }
 
     /// Makes the thing beside its name by `make`, then renames it.
-    fn place(
-        &self,
-        path: &str,
-        mode: u32,
-        make: impl FnOnce(&OwnedFd, &str) -> std::io::Result<()>,
-    ) -> Result<(), TreeError> {
+    fn place(&self, path: &str, make: impl FnOnce(&OwnedFd, &str) -> std::io::Result<()>) -> Result<(), TreeError> {
         let (parent, name) = split(path);
-        let directory_mode = if mode & 0o077 == 0 { 0o700 } else { 0o755 };
-        let directory = self.directory(parent, directory_mode).map_err(|cause| self.error("write", path, cause))?;
+        let directory = self.directory(parent, 0o755).map_err(|cause| self.error("write", path, cause))?;
         let temporary = format!(".{name}.moor-new");
         // Left by a boot that was interrupted.
         let _ = rustix::fs::unlinkat(&directory, &temporary, AtFlags::empty());
@@ -218,13 +221,15 @@ mod tests {
     #[test]
     fn a_file_appears_with_mode_owner_and_directories() {
         let place = Place::new();
+        place.tree().make_directory("/etc/ssh/deep", 0o700).unwrap();
+        place.tree().make_directory("/etc/ssh/deep", 0o755).unwrap();
         place.tree().write("/etc/ssh/deep/key", 0o600, b"secret").unwrap();
         place.tree().write("/etc/hostname", 0o644, b"n1\n").unwrap();
         place.tree().write("/etc/hostname", 0o644, b"n2\n").unwrap();
         let mode = |path: &str| std::fs::metadata(place.path(path)).unwrap().permissions().mode() & 0o7777;
         assert_eq!(
-            [mode("root/etc/ssh/deep/key"), mode("root/etc/ssh"), mode("root/etc/hostname")],
-            [0o600, 0o700, 0o644]
+            [mode("root/etc/ssh/deep/key"), mode("root/etc/ssh/deep"), mode("root/etc/ssh")],
+            [0o600, 0o700, 0o755]
         );
         assert_eq!(place.tree().read("/etc/hostname").unwrap().as_deref(), Some("n2\n"));
         assert_eq!(place.tree().read("/etc/none").unwrap(), None);

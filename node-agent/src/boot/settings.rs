@@ -46,7 +46,7 @@ impl Boot {
         ssh::check_certificates(&publics, &certificates.certificates).map_err(Fault::again)?;
         self.trust = members.call(async |member| member.ssh_trust().await).await.map_err(|error| call_fault(&error))?;
         self.certificates = Some(certificates);
-        Ok(State::Pre)
+        Ok(if self.has_scripts(PhaseName::Pre) { State::Pre } else { State::Image })
     }
 
     pub(super) async fn phase(&mut self, name: PhaseName, root: Option<&Path>, next: State) -> Result<State, Fault> {
@@ -55,7 +55,6 @@ impl Boot {
         };
         let phase = Phase { name, boot: self.boot, document, root };
         match phase.run(members).await {
-            Ok(0) => Ok(next),
             Ok(count) => {
                 self.reporter.note(name.as_str(), &format!("{count} scripts done"));
                 Ok(next)
@@ -63,6 +62,11 @@ impl Boot {
             Err(ScriptError::Fetch { cause, .. }) if cause.is_transient() => Err(Fault::again(cause)),
             Err(error) => Err(Fault::fatal(error)),
         }
+    }
+
+    fn has_scripts(&self, name: PhaseName) -> bool {
+        let phases = self.document.iter().flat_map(|document| &document.phases);
+        phases.into_iter().any(|phase| phase.phase == name && !phase.scripts.is_empty())
     }
 
     pub(super) async fn render(&mut self) -> Result<State, Fault> {
@@ -85,7 +89,7 @@ impl Boot {
         })
         .map_err(Fault::fatal)?;
         self.reporter.note("render", &format!("{count} files written"));
-        Ok(State::Post)
+        Ok(if self.has_scripts(PhaseName::Post) { State::Post } else { State::Close })
     }
 
     fn boot_interface(&self) -> Option<BootInterface> {

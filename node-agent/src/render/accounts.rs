@@ -16,6 +16,7 @@ pub(super) fn files(document: &DeployDocument, facts: &Facts<'_>) -> Result<Vec<
     }
     if !facts.trust.authorized_keys.is_empty() {
         let text = authorized_keys(facts.authorized_keys.as_deref().unwrap_or_default(), &facts.trust.authorized_keys)?;
+        files.push(RenderedFile { path: "/root/.ssh".into(), content: Content::Directory(0o700) });
         files.push(RenderedFile::new(AUTHORIZED_KEYS, 0o600, text));
     }
     Ok(files)

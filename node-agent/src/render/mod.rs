@@ -38,6 +38,8 @@ pub enum Content {
     Replaced(Zeroizing<String>),
     /// A symbolic link.
     Link(String),
+    /// A directory of this mode, where there is none.
+    Directory(u32),
 }
 
 /// A file of the new root.
@@ -67,6 +69,7 @@ impl RenderedFile {
             Content::New(mode, text) => tree.write(&self.path, *mode, text.as_bytes()),
             Content::Replaced(text) => tree.replace(&self.path, text.as_bytes()),
             Content::Link(target) => tree.link(&self.path, target),
+            Content::Directory(mode) => tree.make_directory(&self.path, *mode),
         }
     }
 }
