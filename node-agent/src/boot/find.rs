@@ -1,0 +1,165 @@
+//! From nothing to a member that answers: identity, links, addresses, members.
+
+use super::engine::Fault;
+use super::kernel_arguments::{COMMAND_LINE, KernelArguments};
+use super::states::State;
+use super::{Boot, missing};
+use crate::clock;
+use crate::handover::read_json;
+use crate::identity::Identity;
+use crate::members::Members;
+use crate::network::links::Links;
+use crate::network::{Candidate, Netlink, Search};
+use moor_api::client::session::SessionKey;
+use moor_api::trust::SiteBundle;
+use std::time::Duration;
+
+/// How long a TPM's driver is waited for.
+const TPM_WAIT: Duration = Duration::from_secs(10);
+
+/// How long a second address is waited for when the known ones reached nobody.
+const NEXT_ADDRESS: Duration = Duration::from_secs(5);
+
+impl Boot {
+    pub(super) async fn start(&mut self) -> Result<State, Fault> {
+        self.options.run.create().map_err(Fault::fatal)?;
+        if self.identity.is_none() {
+            // First of all: without it the stage cannot be closed, and then nobody may get a shell.
+            let soft_key = self.options.run.soft_key();
+            let opened = tokio::task::spawn_blocking(move || Identity::open(&soft_key, TPM_WAIT)).await;
+            self.identity = Some(opened.map_err(Fault::fatal)?.map_err(Fault::again)?);
+        }
+        let identity = self.identity.as_mut().ok_or_else(|| missing("identity"))?;
+        if tokio::task::block_in_place(|| identity.is_closed()).map_err(Fault::again)? {
+            self.is_closed = true;
+            return Ok(State::Closed);
+        }
+        let line = std::fs::read_to_string(&self.options.command_line)
+            .map_err(|error| Fault::fatal(format!("cannot read '{COMMAND_LINE}': {error}")))?;
+        self.arguments = KernelArguments::parse(&line).map_err(Fault::fatal)?;
+        let bundle: SiteBundle = read_json(&self.options.site).map_err(|error| {
+            Fault::fatal(format!(
+                "{error}: the site's cpio has to stand behind the initramfs (moor profile boot-files)"
+            ))
+        })?;
+        if let Some(time) = clock::correction(clock::now(), clock::now().max(bundle.built), bundle.built) {
+            self.set_clock(time, "it was before the boot files were made");
+        }
+        let session = SessionKey::generate().map_err(Fault::fatal)?;
+        let mut urls = self.arguments.servers.clone();
+        urls.extend(bundle.members.iter().cloned());
+        self.members = Some(Members::new(&bundle, &session, urls).map_err(Fault::fatal)?);
+        self.session = Some(session);
+        self.bundle = Some(bundle);
+        Ok(State::Links)
+    }
+
+    /// Sets the clock; a kernel that refuses costs a certificate check at most, which then says so.
+    pub(super) fn set_clock(&mut self, time: u64, why: &str) {
+        match clock::set(time) {
+            Ok(()) => self.reporter.note("clock", &format!("set to {time} seconds since 1970: {why}")),
+            Err(error) => self.reporter.note("clock", &format!("cannot be set: {error}")),
+        }
+    }
+
+    pub(super) async fn links(&mut self) -> Result<State, Fault> {
+        if self.search.is_none() {
+            let netlink = Netlink::open().map_err(Fault::fatal)?;
+            self.netlink = Some(netlink.clone());
+            self.search = Some(Search::new(netlink, Links::default(), self.arguments.addresses.clone()));
+        }
+        let search = self.search.as_mut().ok_or_else(|| missing("network"))?;
+        let names = search.take_links().await.map_err(Fault::again)?;
+        if names.is_empty() {
+            return Err(Fault::again(
+                "there is no network interface: its driver may be missing in the initramfs, or it appears late",
+            ));
+        }
+        self.reporter.note("links", &format!("using {}", names.join(", ")));
+        Ok(State::Address)
+    }
+
+    pub(super) async fn address(&mut self) -> Result<State, Fault> {
+        let search = self.search.as_mut().ok_or_else(|| missing("network"))?;
+        // Links whose driver comes late.
+        search.take_links().await.map_err(Fault::again)?;
+        if !self.candidates.is_empty() {
+            // Those known so far reached nobody: a new one gets a moment, then they are tried again.
+            if let Ok(candidate) = tokio::time::timeout(NEXT_ADDRESS, search.next()).await {
+                self.found(candidate);
+            }
+            return Ok(State::Member);
+        }
+        let candidate = search.next().await;
+        self.found(candidate);
+        Ok(State::Member)
+    }
+
+    /// Takes an address into the list, in place of an older one of the same link and origin.
+    fn found(&mut self, candidate: Candidate) {
+        let sentence = format!("'{}' has {}", candidate.link.name, candidate.address);
+        self.reporter.note("address", &sentence);
+        self.candidates.retain(|other| other.link != candidate.link || other.origin != candidate.origin);
+        self.candidates.insert(0, candidate);
+    }
+
+    pub(super) async fn member(&mut self) -> Result<State, Fault> {
+        while let Some(candidate) = self.search.as_mut().and_then(Search::try_next) {
+            self.found(candidate);
+        }
+        let netlink = self.netlink.clone().ok_or_else(|| missing("network"))?;
+        let mut reasons = Vec::new();
+        for candidate in self.candidates.clone() {
+            if let Some(old) = self.way.take_if(|way| *way != candidate) {
+                old.withdraw(&netlink).await;
+            }
+            if let Err(error) = candidate.apply(&netlink).await {
+                reasons.push(error.to_string());
+                candidate.withdraw(&netlink).await;
+                continue;
+            }
+            self.way = Some(candidate.clone());
+            let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
+            members.disconnect();
+            match members.connection().await {
+                Ok(connection) => {
+                    let (url, link) = (connection.url().to_owned(), candidate.link.name.clone());
+                    if let Some(search) = &mut self.search {
+                        search.keep_only(&link);
+                    }
+                    self.reporter.note("member", &format!("{url} answers over '{link}'"));
+                    return Ok(State::Hello);
+                }
+                Err(error) => reasons.push(format!("over '{}': {error}", candidate.link.name)),
+            }
+        }
+        let reason = reasons.join("; ");
+        // A hardware clock in the future makes every certificate look expired: the build time is one at which they were good.
+        if reason.contains("certificate expired") && !self.clock_was_reset {
+            self.clock_was_reset = true;
+            let built = self.bundle.as_ref().map_or(0, |bundle| bundle.built);
+            self.set_clock(built, "the members' certificates had expired by it");
+        }
+        Err(Fault::again(format!("no member answers: {reason}")))
+    }
+
+    /// Takes over what the network says meanwhile (a renewed lease with other values).
+    pub(super) async fn refresh_address(&mut self) {
+        let Some(netlink) = self.netlink.clone() else { return };
+        while let Some(candidate) = self.search.as_mut().and_then(Search::try_next) {
+            let ours =
+                self.way.as_ref().is_some_and(|way| way.link == candidate.link && way.origin == candidate.origin);
+            self.found(candidate.clone());
+            if !ours {
+                continue;
+            }
+            if candidate.apply(&netlink).await.is_ok()
+                && let Some(old) = self.way.replace(candidate.clone())
+                && old.address != candidate.address
+            {
+                // The new address is in use before the old one goes; its routes are the same or were replaced.
+                let _ = netlink.remove_address(&old.link, old.address).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! Who the node is: hello, enrolment, session.
+
+use super::engine::Fault;
+use super::states::State;
+use super::{Boot, call_fault, missing, problem_fault};
+use crate::identity::{self, IdentityError};
+use crate::{clock, machine};
+use moor_api::client::ClientError;
+use moor_api::node::{NextStep, Stage};
+
+impl Boot {
+    /// Also the state `wait`: there it is the same question again.
+    pub(super) async fn hello(&mut self) -> Result<State, Fault> {
+        self.refresh_address().await;
+        let identity = self.identity.as_ref().ok_or_else(|| missing("identity"))?;
+        let mut capabilities = identity.capabilities();
+        capabilities.push("tethered".to_owned());
+        let hello = machine::describe(self.boot, capabilities);
+        let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
+        let result = match members.connection().await {
+            Ok(connection) => connection.hello(&hello).await,
+            Err(error) => Err(error),
+        };
+        let reply = result.map_err(|error| {
+            if error.is_transient() {
+                members.turn();
+            }
+            call_fault(&error)
+        })?;
+        members.learn_endpoints(&reply.members);
+        let bundle = self.bundle.as_ref().ok_or_else(|| missing("site bundle"))?;
+        if reply.collective != bundle.collective {
+            return Err(Fault::refused(format!("the member belongs to another collective, {}", reply.collective)));
+        }
+        // The member proved its role; its time is better than a hardware clock's.
+        if let Some(time) = clock::correction(clock::now(), reply.time, bundle.built) {
+            self.set_clock(time, "the member's time");
+        }
+        if let Some(refusal) = &reply.refusal {
+            return Err(match problem_fault(refusal) {
+                fault @ Fault { class: super::states::Class::Again, .. } => fault,
+                // Whatever it is, a person may change it.
+                fault => Fault::refused(fault.reason),
+            });
+        }
+        let known = reply.node.ok_or_else(|| Fault::refused("the member does not know this machine"))?;
+        let next = match known.next {
+            NextStep::Enroll => State::Enroll,
+            NextStep::SessionTpm | NextStep::SessionSoft => State::Session,
+        };
+        self.reporter.note("hello", &format!("this machine is node '{}'", known.name));
+        self.nonce = Some(known.nonce.clone());
+        self.known = Some(known);
+        Ok(next)
+    }
+
+    pub(super) async fn enroll(&mut self) -> Result<State, Fault> {
+        let Self {
+            members: Some(members), identity: Some(identity), session: Some(session), known: Some(known), ..
+        } = self
+        else {
+            return Err(missing("session"));
+        };
+        let collective = self.bundle.as_ref().map(|bundle| bundle.collective).ok_or_else(|| missing("site bundle"))?;
+        let result = match members.connection().await {
+            Ok(connection) => identity::enroll(connection, identity, collective, known, self.boot, session).await,
+            Err(error) => Err(IdentityError::from(error)),
+        };
+        let enrolled = result.map_err(|error| {
+            if error.is_transient() {
+                members.turn();
+            }
+            identity_fault(&error)
+        })?;
+        self.nonce = Some(enrolled.nonce);
+        Ok(State::Session)
+    }
+
+    pub(super) async fn session(&mut self) -> Result<State, Fault> {
+        let Self {
+            members: Some(members),
+            identity: Some(identity),
+            session: Some(session),
+            known: Some(known),
+            nonce: Some(nonce),
+            ..
+        } = self
+        else {
+            return Err(missing("session"));
+        };
+        let collective = self.bundle.as_ref().map(|bundle| bundle.collective).ok_or_else(|| missing("site bundle"))?;
+        let result = match members.connection().await {
+            Ok(connection) => {
+                let stage = Stage::Boot;
+                identity::session(connection, identity, collective, known, nonce, self.boot, stage, session).await
+            }
+            Err(error) => Err(IdentityError::from(error)),
+        };
+        let reply = result.map_err(|error| {
+            if error.is_transient() {
+                members.turn();
+            }
+            identity_fault(&error)
+        })?;
+        if reply.stage != Stage::Boot {
+            return Err(Fault::refused("the member gave a token for another stage"));
+        }
+        members.set_token(reply.token).map_err(|error| call_fault(&error))?;
+        self.flush().await;
+        Ok(State::Config)
+    }
+}
+
+/// What a failed enrolment or session means for the boot.
+fn identity_fault(error: &IdentityError) -> Fault {
+    match error {
+        // The identity that is bound may be changed by a person while the machine waits.
+        IdentityError::NoTpm(_) | IdentityError::NoSoftKey(_) => Fault::refused(error),
+        IdentityError::Connection(ClientError::Config(_)) => Fault::fatal(error),
+        IdentityError::Connection(_) | IdentityError::Answer(_) => Fault::again(error),
+        IdentityError::Refused(problem) => problem_fault(problem),
+        // Chips answer "retry" and fail once; another try begins with a new nonce.
+        _ => Fault::again(error),
+    }
+}

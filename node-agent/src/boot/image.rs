@@ -1,0 +1,137 @@
+//! The root image: which one, its key, the tether, and the root made of both.
+
+use super::engine::Fault;
+use super::states::State;
+use super::{Boot, call_fault, missing};
+use crate::child;
+use moor_api::deploy::RootMode;
+use moor_api::node::{EnvelopeKind, ImageOffer, KeyEnvelope, KeyRequest};
+use moor_image::Dek;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::time::Duration;
+use tokio::process::Command;
+use zeroize::{Zeroize as _, Zeroizing};
+
+/// Limits of the two calls of the tether; the states have longer ones.
+const MOUNT_LIMIT: Duration = Duration::from_secs(150);
+const ROOT_LIMIT: Duration = Duration::from_secs(150);
+
+impl Boot {
+    pub(super) async fn image(&mut self) -> Result<State, Fault> {
+        let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
+        let offer = members.call(async |member| member.image().await).await.map_err(|error| call_fault(&error))?;
+        if offer.root != RootMode::Tethered {
+            return Err(Fault::refused(
+                "the profile's root mode is not 'tethered', and this agent knows no other: change 'root' in profile.yaml and \
+                 publish the profile",
+            ));
+        }
+        if offer.token_required {
+            return Err(Fault::refused(format!(
+                "image '{}' is not encrypted, and the tether reads sealed images only: pack it without --plain",
+                offer.name
+            )));
+        }
+        let request = KeyRequest { digest: offer.digest };
+        let envelope = members.call(async |member| member.image_key(&request).await).await;
+        let envelope = envelope.map_err(|error| call_fault(&error))?;
+        self.key = Some(self.open_envelope(envelope)?);
+        let mib = offer.size.div_ceil(1 << 20);
+        self.reporter.note("image", &format!("'{}', {mib} MiB, digest {}", offer.name, offer.digest));
+        self.offer = Some(offer);
+        Ok(State::Tether)
+    }
+
+    /// The key in an envelope of type `plain`. Its bytes are wiped whatever comes of it.
+    fn open_envelope(&self, mut envelope: KeyEnvelope) -> Result<Dek, Fault> {
+        let check = || {
+            if self.known.as_ref().map(|known| known.id) != Some(envelope.recipient) {
+                return Err("the image key is for another node");
+            }
+            if envelope.kind != EnvelopeKind::Plain {
+                return Err(
+                    "the image key is wrapped in a way that this agent does not know: the image needs a newer agent",
+                );
+            }
+            let mut bytes: [u8; 32] = envelope
+                .wrapped
+                .0
+                .as_slice()
+                .try_into()
+                .map_err(|_| "the image key has another length than 32 bytes")?;
+            let key = Dek::from_bytes(bytes);
+            bytes.zeroize();
+            if key.key_id().as_slice() != envelope.key_id.0.as_slice() {
+                return Err("the image key does not match its key id");
+            }
+            Ok(key)
+        };
+        let key = check();
+        envelope.wrapped.0.zeroize();
+        key.map_err(Fault::again)
+    }
+
+    pub(super) async fn tether(&mut self) -> Result<State, Fault> {
+        let (Some(offer), Some(key)) = (&self.offer, &self.key) else { return Err(missing("image")) };
+        let run = &self.options.run;
+        let bundle = self.bundle.as_ref().ok_or_else(|| missing("site bundle"))?;
+        let site = run.write_site(bundle).map_err(Fault::fatal)?;
+        let directory = run.path("tether");
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&directory)
+            .map_err(|error| Fault::fatal(format!("cannot make '{}': {error}", directory.display())))?;
+        // Left by a try that got no further.
+        let mut unmount = Command::new(&self.options.tether);
+        unmount.arg("unmount").arg(&directory);
+        if std::fs::symlink_metadata(directory.join("image")).is_ok() {
+            let _ = child::run(unmount, b"", MOUNT_LIMIT).await;
+        }
+        let mut mount = mount_command(&self.options.tether, offer);
+        mount.arg("--site").arg(site);
+        if !offer.signers.is_empty() {
+            let trust = run.write("image.trust", format!("{}\n", offer.signers.join("\n")).as_bytes());
+            mount.arg("--trust").arg(trust.map_err(Fault::fatal)?);
+            let signatures = offer.signatures.as_ref().ok_or_else(|| {
+                Fault::refused(format!(
+                    "image '{}' has no signature, and the profile wants one of its signers'",
+                    offer.name
+                ))
+            })?;
+            mount.arg("--signatures").arg(run.write("image.sig", &signatures.0).map_err(Fault::fatal)?);
+        }
+        mount.arg(&directory);
+        let text: Zeroizing<String> = key.to_hex();
+        child::run(mount, text.as_bytes(), MOUNT_LIMIT).await.map_err(Fault::again)?;
+        Ok(State::Root)
+    }
+
+    pub(super) async fn root(&mut self) -> Result<State, Fault> {
+        // The tether has it; nobody else needs it any more.
+        self.key = None;
+        let document = self.document.as_ref().ok_or_else(|| missing("configuration"))?;
+        let overlay = &document.profile.overlay;
+        let mut root = Command::new(&self.options.tether);
+        root.arg("root").arg("--image").arg(self.options.run.path("tether/image"));
+        root.arg("--overlay-percent").arg(overlay.size_percent.to_string());
+        if let Some(algorithm) = &overlay.algorithm {
+            root.arg("--overlay-algorithm").arg(algorithm);
+        }
+        root.arg(&self.options.root);
+        child::run(root, b"", ROOT_LIMIT).await.map_err(Fault::fatal)?;
+        Ok(State::Render)
+    }
+}
+
+/// The part of the command that comes from the offer. Nothing of it is secret: arguments are world-readable.
+fn mount_command(program: &std::path::Path, offer: &ImageOffer) -> Command {
+    let mut mount = Command::new(program);
+    mount.args(["mount", "--key-file", "-"]);
+    for url in &offer.urls {
+        mount.arg("--url").arg(url);
+    }
+    mount.arg("--digest").arg(offer.digest.to_string()).arg("--lineage").arg(offer.lineage.to_string());
+    mount.arg("--minimum-serial").arg(offer.minimum_serial.to_string());
+    mount
+}

@@ -1,0 +1,168 @@
+//! The members of the collective as one thing to talk to: one connection at a time, another member when one fails.
+
+use moor_api::client::ClientError;
+use moor_api::client::node::NodeConnection;
+use moor_api::client::session::SessionKey;
+use moor_api::client::tls::member_tls_config;
+use moor_api::ids::CollectiveId;
+use moor_api::node::MemberEndpoint;
+use moor_api::trust::SiteBundle;
+use rustls::ClientConfig;
+use std::sync::Arc;
+use std::time::Duration;
+use zeroize::Zeroizing;
+
+/// Bounds a connection with its handshake, and the time to each answer: generous, because an emulated or loaded machine takes
+/// seconds for a handshake, and short enough that a dead member costs a boot little.
+const TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Addresses of members, the connection in use, and the token it carries.
+pub struct Members {
+    urls: Vec<String>,
+    collective: CollectiveId,
+    tls: Arc<ClientConfig>,
+    connection: Option<NodeConnection>,
+    token: Option<Zeroizing<String>>,
+    timeout: Duration,
+}
+
+impl Members {
+    /// Of the bundle's collective. Connections show the certificate of `session`, to which tokens are bound.
+    ///
+    /// # Errors
+    /// The bundle has no usable root; there is no address.
+    pub fn new(bundle: &SiteBundle, session: &SessionKey, urls: Vec<String>) -> Result<Self, ClientError> {
+        let mut members = Self {
+            urls: Vec::new(),
+            collective: bundle.collective,
+            tls: Arc::new(member_tls_config(bundle, Some(session))?),
+            connection: None,
+            token: None,
+            timeout: TIMEOUT,
+        };
+        members.learn(urls);
+        if members.urls.is_empty() {
+            return Err(ClientError::Config(
+                "no address of a member is known: give moor.server=https://ADDRESS:PORT on the kernel command line, or \
+                 make the boot files again"
+                    .into(),
+            ));
+        }
+        Ok(members)
+    }
+
+    /// Their addresses, the one in use first.
+    #[must_use]
+    pub fn urls(&self) -> &[String] {
+        &self.urls
+    }
+
+    /// Adds addresses that are not known yet, behind the known ones.
+    pub fn learn(&mut self, urls: Vec<String>) {
+        for url in urls {
+            let url = url.trim_end_matches('/').to_owned();
+            if !self.urls.contains(&url) {
+                self.urls.push(url);
+            }
+        }
+    }
+
+    /// Adds the addresses of a reply or a deploy document.
+    pub fn learn_endpoints(&mut self, members: &[MemberEndpoint]) {
+        self.learn(members.iter().flat_map(|member| member.urls.iter().cloned()).collect());
+    }
+
+    /// The token for calls from now on, on this connection and those to come.
+    ///
+    /// # Errors
+    /// It has characters that no header may have.
+    pub fn set_token(&mut self, token: String) -> Result<(), ClientError> {
+        let token = Zeroizing::new(token);
+        if let Some(connection) = &mut self.connection {
+            connection.set_token(&token)?;
+        }
+        self.token = Some(token);
+        Ok(())
+    }
+
+    /// Whether calls carry a token.
+    #[must_use]
+    pub fn has_token(&self) -> bool {
+        self.token.is_some()
+    }
+
+    /// Ends the connection, keeps the token.
+    pub fn disconnect(&mut self) {
+        self.connection = None;
+    }
+
+    /// Ends the connection and forgets the token: a new session is due.
+    pub fn forget(&mut self) {
+        self.connection = None;
+        self.token = None;
+    }
+
+    /// The connection: the open one, or a new one to the first member that answers. The order turns, so that the next try after a
+    /// failure begins with another member.
+    ///
+    /// # Errors
+    /// No member answers: the reasons of all.
+    pub async fn connection(&mut self) -> Result<&mut NodeConnection, ClientError> {
+        if self.connection.as_ref().is_none_or(NodeConnection::is_closed) {
+            self.connection = None;
+            self.connection = Some(self.connect().await?);
+        }
+        self.connection.as_mut().ok_or_else(|| ClientError::Config("no connection".into()))
+    }
+
+    async fn connect(&mut self) -> Result<NodeConnection, ClientError> {
+        let mut reasons = Vec::new();
+        for _ in 0..self.urls.len() {
+            match NodeConnection::connect(&self.urls[0], self.collective, self.tls.clone(), self.timeout).await {
+                Ok(mut connection) => {
+                    if let Some(token) = &self.token {
+                        connection.set_token(token)?;
+                    }
+                    return Ok(connection);
+                }
+                Err(error) => reasons.push(error.to_string()),
+            }
+            self.urls.rotate_left(1);
+        }
+        Err(ClientError::Connect { to: "any member".into(), cause: reasons.join("; ") })
+    }
+
+    /// Turns to the next member, as after a failure of the current one.
+    pub fn turn(&mut self) {
+        self.connection = None;
+        self.urls.rotate_left(1);
+    }
+
+    /// Calls a member; when the connection breaks or the member has a fault of its own, the others, each once.
+    ///
+    /// # Errors
+    /// A refusal, at once; the last failure, when no member could answer.
+    pub async fn call<T>(
+        &mut self,
+        mut call: impl AsyncFnMut(&mut NodeConnection) -> Result<T, ClientError>,
+    ) -> Result<T, ClientError> {
+        // A kept connection may have died unnoticed: that costs one more try.
+        let mut tries = self.urls.len() + usize::from(self.connection.is_some());
+        loop {
+            let result = match self.connection().await {
+                Ok(connection) => call(connection).await,
+                // All members were tried just now.
+                Err(error) => return Err(error),
+            };
+            tries = tries.saturating_sub(1);
+            match result {
+                Err(error) if error.is_transient() && tries > 0 => self.turn(),
+                Err(error) if error.is_transient() => {
+                    self.turn();
+                    return Err(error);
+                }
+                other => return other,
+            }
+        }
+    }
+}

@@ -1,0 +1,316 @@
+//! The run stage: a session of its own, the phase `onboot`, the report that the system is up, and then, for as long as the node is up,
+//! heartbeats and the renewal of host certificates. Members may come and go: it asks on for ever.
+
+mod renew;
+mod system;
+
+use crate::boot::jitter;
+use crate::boot::reporter::Reporter;
+use crate::handover::{BootRecord, HandoverError, RunDir};
+use crate::identity::{self, Identity, IdentityError};
+use crate::members::Members;
+use crate::scripts::{Phase, ScriptError};
+use crate::{clock, machine};
+use moor_api::client::ClientError;
+use moor_api::client::node::NodeConnection;
+use moor_api::client::session::SessionKey;
+use moor_api::deploy::PhaseName;
+use moor_api::node::{Heartbeat, LogReport, Stage};
+use moor_api::problem::{Code, Problem};
+use moor_api::trust::SiteBundle;
+use std::convert::Infallible;
+use std::time::{Duration, Instant};
+use system::Outcome;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// The first and the longest pause after a failure.
+const PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_mins(1));
+
+/// A new session is made so long before the token expires.
+const RENEW_TOKEN: u64 = 120;
+
+/// How long the system may take to be up.
+const UP_LIMIT: Duration = Duration::from_mins(15);
+
+/// Heartbeats come no more and no less often than this, whatever a member says.
+const HEARTBEAT: (u32, u32) = (5, 3600);
+
+/// The run stage cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum OnbootError {
+    /// The boot stage left nothing.
+    #[error("{0}: the node was not booted by 'moor-agent boot'")]
+    Handover(#[from] HandoverError),
+    /// The identity does not open.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The session key or the trust is not usable.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// The runtime fails.
+    #[error("cannot wait for signals: {0}")]
+    Signal(#[from] std::io::Error),
+}
+
+/// Serves until it is told to end (SIGTERM).
+///
+/// # Errors
+/// It cannot begin.
+pub async fn run(run: RunDir) -> Result<(), OnbootError> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut duty = Duty::new(run)?;
+    tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        never = duty.serve() => match never {},
+    }
+}
+
+struct Duty {
+    run: RunDir,
+    record: BootRecord,
+    bundle: SiteBundle,
+    identity: Identity,
+    session: SessionKey,
+    members: Members,
+    reporter: Reporter,
+    /// Unix seconds.
+    expires: u64,
+}
+
+impl Duty {
+    fn new(run: RunDir) -> Result<Self, OnbootError> {
+        let (record, bundle) = (run.boot()?, run.site()?);
+        let soft_key = run.soft_key();
+        let identity = tokio::task::block_in_place(|| Identity::open(&soft_key, Duration::from_secs(30)))?;
+        let session = SessionKey::generate()?;
+        let members = Members::new(&bundle, &session, record.members.clone())?;
+        let reporter = Reporter::new(record.boot, record.sequence);
+        Ok(Self { run, record, bundle, identity, session, members, reporter, expires: 0 })
+    }
+
+    async fn serve(&mut self) -> Infallible {
+        if !self.record.is_up {
+            self.note("onboot", "the system has started").await;
+            match self.come_up().await {
+                Ok(()) => {
+                    self.record.is_up = true;
+                    self.remember();
+                }
+                Err(reason) => self.note("failed", &reason).await,
+            }
+        }
+        self.accompany().await
+    }
+
+    /// The phase `onboot`, then the report of a system that is up.
+    async fn come_up(&mut self) -> Result<(), String> {
+        let document =
+            self.ask(async |member| member.config().await).await.map_err(|problem| format!("config: {problem}"))?;
+        let count = loop {
+            let phase = Phase { name: PhaseName::Onboot, boot: self.record.boot, document: &document, root: None };
+            match phase.run(&mut self.members).await {
+                Ok(count) => break count,
+                // It did not begin to run: a member away, a token that expired while the script before it ran.
+                Err(ScriptError::Fetch { cause, .. }) if retries(&cause) => self.after_failure(&cause, 1).await,
+                Err(error) => return Err(error.to_string()),
+            }
+        };
+        if count > 0 {
+            self.note("onboot", &format!("{count} scripts done")).await;
+        }
+        match system::wait_up(UP_LIMIT).await {
+            Outcome::Running => self.booted("the system is running").await,
+            Outcome::Degraded(units) => {
+                let text = system::journal(&units).await;
+                let report = LogReport { boot: self.record.boot, phase: None, text };
+                if let Err(problem) = self.ask(async |member| member.log(&report).await).await {
+                    crate::console::say("onboot", &format!("the log was not taken: {problem}"));
+                }
+                self.booted(&format!("the system is up, but degraded: failed units: {}", units.join(", "))).await;
+            }
+            Outcome::NotUp(reason) => return Err(reason),
+        }
+        Ok(())
+    }
+
+    async fn booted(&mut self, sentence: &str) {
+        crate::console::say("booted", sentence);
+        self.reporter.report("booted", sentence, system::figures(&self.run));
+        self.deliver().await;
+    }
+
+    async fn note(&mut self, word: &str, sentence: &str) {
+        self.reporter.note(word, sentence);
+        self.deliver().await;
+    }
+
+    /// Sends what is to be reported, for as long as it takes.
+    async fn deliver(&mut self) {
+        self.remember();
+        let mut attempt = 0;
+        loop {
+            self.ensure_session().await;
+            self.reporter.flush(&mut self.members).await;
+            if self.reporter.is_empty() {
+                return;
+            }
+            attempt += 1;
+            self.rest(attempt).await;
+        }
+    }
+
+    /// A restart of the agent counts on from here.
+    fn remember(&mut self) {
+        self.record.sequence = self.reporter.sequence();
+        self.record.members = self.members.urls().to_vec();
+        if let Err(error) = self.run.write_boot(&self.record) {
+            crate::console::say("onboot", &error.to_string());
+        }
+    }
+
+    /// Heartbeats and certificates.
+    async fn accompany(&mut self) -> Infallible {
+        let mut beat = Instant::now();
+        let mut renew_at = self.record.renew_after;
+        loop {
+            if Instant::now() >= beat {
+                beat = Instant::now() + self.heartbeat().await;
+            }
+            if renew_at != 0 && clock::now() >= renew_at {
+                renew_at = self.renew().await;
+            }
+            // The clock may be set meanwhile, so the renewal is looked at with each heartbeat, and at least once a minute.
+            let wait = beat.saturating_duration_since(Instant::now()).min(Duration::from_mins(1));
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    async fn heartbeat(&mut self) -> Duration {
+        let beat = Heartbeat { boot: self.record.boot, trust_version: self.bundle.version };
+        match self.ask(async |member| member.heartbeat(&beat).await).await {
+            Ok(reply) => {
+                if reply.generation.is_some_and(|generation| generation != self.record.generation) {
+                    crate::console::say("onboot", "another generation is to be run: the next boot takes it");
+                }
+                let seconds = reply.interval.clamp(HEARTBEAT.0, HEARTBEAT.1);
+                // A thousand nodes that booted together come apart.
+                Duration::from_secs(u64::from(seconds)).mul_f64(0.9 + jitter() / 5.0)
+            }
+            Err(problem) => {
+                crate::console::say("onboot", &format!("heartbeat: {problem}"));
+                Duration::from_mins(1)
+            }
+        }
+    }
+
+    /// New certificates; returns when the next are due.
+    async fn renew(&mut self) -> u64 {
+        match self.try_renew().await {
+            Ok(renew_after) => {
+                crate::console::say("onboot", "the host certificates were renewed");
+                self.record.renew_after = renew_after;
+                self.remember();
+                renew_after
+            }
+            Err(reason) => {
+                crate::console::say("onboot", &format!("the host certificates were not renewed: {reason}"));
+                clock::now() + 300
+            }
+        }
+    }
+
+    async fn try_renew(&mut self) -> Result<u64, String> {
+        let keys = renew::public_keys().map_err(|error| error.to_string())?;
+        let request = renew::request(&keys);
+        let answer = self.ask(async |member| member.host_certificates(&request).await).await;
+        let answer = answer.map_err(|problem| problem.to_string())?;
+        renew::install(&keys, &answer).await.map_err(|error| format!("{error:#}"))?;
+        // A member that wants them renewed at once would be asked without pause.
+        Ok(answer.renew_after.max(clock::now() + 60))
+    }
+
+    /// A call that is made until a member answers; a refusal is an answer.
+    async fn ask<T>(
+        &mut self,
+        call: impl AsyncFn(&mut NodeConnection) -> Result<T, ClientError>,
+    ) -> Result<T, Problem> {
+        let mut attempt = 0;
+        loop {
+            self.ensure_session().await;
+            match self.members.call(&call).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) if retries(&error) => {
+                    attempt += 1;
+                    self.after_failure(&error, attempt).await;
+                }
+                Err(ClientError::Problem(problem)) => return Err(problem),
+                Err(error) => return Err(Problem::new(Code::Other, error.to_string())),
+            }
+        }
+    }
+
+    async fn after_failure(&mut self, error: &ClientError, attempt: u32) {
+        if is_token_void(error) {
+            self.members.forget();
+            // A member that gives tokens which it does not take would be asked without pause.
+            if attempt == 1 {
+                return;
+            }
+        }
+        crate::console::say("onboot", &error.to_string());
+        self.rest(attempt).await;
+    }
+
+    async fn rest(&mut self, attempt: u32) {
+        let pause = PAUSE.0.saturating_mul(1 << attempt.saturating_sub(1).min(8)).min(PAUSE.1);
+        tokio::time::sleep(pause.mul_f64(0.5 + jitter() / 2.0)).await;
+    }
+
+    /// A token that is good for a while, however long it takes to get one.
+    async fn ensure_session(&mut self) {
+        let mut attempt = 0;
+        while !self.members.has_token() || clock::now().saturating_add(RENEW_TOKEN) >= self.expires {
+            match self.open_session().await {
+                Ok(()) => return,
+                Err(reason) => {
+                    self.members.turn();
+                    attempt += 1;
+                    crate::console::say("onboot", &format!("no session: {reason}"));
+                    self.rest(attempt).await;
+                }
+            }
+        }
+    }
+
+    async fn open_session(&mut self) -> Result<(), String> {
+        self.members.forget();
+        let hello = machine::describe(self.record.boot, self.identity.capabilities());
+        let connection = self.members.connection().await.map_err(|error| error.to_string())?;
+        let reply = connection.hello(&hello).await.map_err(|error| error.to_string())?;
+        if let Some(refusal) = reply.refusal {
+            return Err(refusal.to_string());
+        }
+        let known = reply.node.ok_or("the member does not know this machine")?;
+        if known.id != self.record.node || reply.collective != self.record.collective {
+            return Err(format!("the member takes this machine for node '{}' ({})", known.name, known.id));
+        }
+        let (collective, stage) = (reply.collective, Stage::Run);
+        let (identity, boot) = (&mut self.identity, self.record.boot);
+        let session =
+            identity::session(connection, identity, collective, &known, &known.nonce, boot, stage, &self.session);
+        let session = session.await.map_err(|error| error.to_string())?;
+        self.expires = session.expires;
+        self.members.set_token(session.token).map_err(|error| error.to_string())?;
+        self.members.learn_endpoints(&reply.members);
+        Ok(())
+    }
+}
+
+/// Whether to ask again: after a fault of a member, of the way to it, or with a token that is void.
+fn retries(error: &ClientError) -> bool {
+    error.is_transient() || is_token_void(error)
+}
+
+fn is_token_void(error: &ClientError) -> bool {
+    error.problem().is_some_and(|problem| problem.code == Code::TokenInvalid)
+}
