@@ -7,8 +7,8 @@ use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair as _};
 use moor_api::ids::{CollectiveId, MemberId};
 use moor_api::trust::{authority_uri, member_uri};
 use rcgen::{
-    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
+    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
 };
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -71,16 +71,19 @@ impl Files {
     }
 
     fn key(&self, name: &str) -> anyhow::Result<KeyPair> {
-        KeyPair::from_pem(&self.read(name)?).with_context(|| format!("'{}' is not a private key", self.path(name).display()))
+        KeyPair::from_pem(&self.read(name)?)
+            .with_context(|| format!("'{}' is not a private key", self.path(name).display()))
     }
 
     fn issuer(&self, role: &str) -> anyhow::Result<Issuer<'static, KeyPair>> {
         let key = self.key(&format!("{role}-ca.key"))?;
-        Issuer::from_ca_cert_pem(&self.read(&format!("{role}-ca.pem"))?, key).with_context(|| format!("the {role} authority is not usable"))
+        Issuer::from_ca_cert_pem(&self.read(&format!("{role}-ca.pem"))?, key)
+            .with_context(|| format!("the {role} authority is not usable"))
     }
 
     fn ssh(&self, name: &str) -> anyhow::Result<PrivateKey> {
-        PrivateKey::from_openssh(&*self.read(name)?).with_context(|| format!("'{}' is not an SSH key", self.path(name).display()))
+        PrivateKey::from_openssh(&*self.read(name)?)
+            .with_context(|| format!("'{}' is not an SSH key", self.path(name).display()))
     }
 }
 
@@ -122,7 +125,11 @@ impl Authority {
         let root_issuer = Issuer::new(root_params, root_key);
         for role in ROLES {
             let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-            let mut params = authority_params(&format!("{name} {role} authority"), INTERMEDIATE_DAYS, BasicConstraints::Constrained(0))?;
+            let mut params = authority_params(
+                &format!("{name} {role} authority"),
+                INTERMEDIATE_DAYS,
+                BasicConstraints::Constrained(0),
+            )?;
             params.subject_alt_names.push(uri(authority_uri(collective, role))?);
             let certificate = params.signed_by(&key, &root_issuer)?;
             files.write(&format!("{role}-ca.key"), &key.serialize_pem(), 0o600)?;
@@ -153,20 +160,25 @@ impl Authority {
         leaf.subject_alt_names.push(uri(member_uri(collective, member))?);
         leaf.subject_alt_names.extend(addresses.ips.iter().copied().map(SanType::IpAddress));
         for name in &addresses.names {
-            leaf.subject_alt_names.push(SanType::DnsName(name.clone().try_into().with_context(|| format!("'{name}' is not a DNS name"))?));
+            leaf.subject_alt_names.push(SanType::DnsName(
+                name.clone().try_into().with_context(|| format!("'{name}' is not a DNS name"))?,
+            ));
         }
         leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         let certificate = leaf.signed_by(&key, &files.issuer("member")?)?;
-        let intermediate = CertificateDer::from_pem_slice(files.read("member-ca.pem")?.as_bytes()).context("the member authority is not a certificate")?;
+        let intermediate = CertificateDer::from_pem_slice(files.read("member-ca.pem")?.as_bytes())
+            .context("the member authority is not a certificate")?;
         let token_key = files.key("token.key")?;
-        let token = Ed25519KeyPair::from_pkcs8(&token_key.serialize_der()).map_err(|error| anyhow::anyhow!("the token key is not usable: {error}"))?;
+        let token = Ed25519KeyPair::from_pkcs8(&token_key.serialize_der())
+            .map_err(|error| anyhow::anyhow!("the token key is not usable: {error}"))?;
         let ssh_host = files.ssh("ssh-host-ca")?;
         ensure!(ssh_host.algorithm() == Algorithm::Ed25519, "the SSH host authority is not an Ed25519 key");
         Ok(Self {
             root_pem: files.read("root.pem")?.to_string(),
             chain: vec![certificate.der().clone(), intermediate],
-            key: PrivateKeyDer::try_from(key.serialize_der()).map_err(|error| anyhow::anyhow!("the member's key is not usable: {error}"))?,
+            key: PrivateKeyDer::try_from(key.serialize_der())
+                .map_err(|error| anyhow::anyhow!("the member's key is not usable: {error}"))?,
             token,
             ssh_host,
             ssh_user: files.ssh("ssh-user-ca")?,

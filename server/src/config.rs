@@ -57,10 +57,15 @@ impl Config {
     /// In one line: the file, the place in it, and what is wrong.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
         use anyhow::Context as _;
-        let text = std::fs::read_to_string(path).with_context(|| format!("reading the configuration '{}'", path.display()))?;
-        let config: Self =
-            toml::from_str(&text).map_err(|error| anyhow::anyhow!("'{}': {}", path.display(), error.to_string().replace('\n', " ")))?;
-        anyhow::ensure!(!config.urls.is_empty(), "'{}': 'urls' is empty: say how nodes reach this member", path.display());
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("reading the configuration '{}'", path.display()))?;
+        let config: Self = toml::from_str(&text)
+            .map_err(|error| anyhow::anyhow!("'{}': {}", path.display(), error.to_string().replace('\n', " ")))?;
+        anyhow::ensure!(
+            !config.urls.is_empty(),
+            "'{}': 'urls' is empty: say how nodes reach this member",
+            path.display()
+        );
         for url in &config.urls {
             moor_api::client::node::parse_https(url).with_context(|| format!("'{}': 'urls'", path.display()))?;
         }

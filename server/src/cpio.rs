@@ -35,7 +35,21 @@ impl Archive {
     fn entry(&mut self, name: &str, mode: u32, content: &[u8]) {
         let links = if mode & 0o040_000 == 0 { 1 } else { 2 };
         // Inode, mode, uid, gid, links, mtime, size, device and special device (major, minor each), name length, checksum.
-        let fields = [self.inode, mode, 0, 0, links, 0, u32::try_from(content.len()).unwrap_or(u32::MAX), 0, 0, 0, 0, u32::try_from(name.len() + 1).unwrap_or(u32::MAX), 0];
+        let fields = [
+            self.inode,
+            mode,
+            0,
+            0,
+            links,
+            0,
+            u32::try_from(content.len()).unwrap_or(u32::MAX),
+            0,
+            0,
+            0,
+            0,
+            u32::try_from(name.len() + 1).unwrap_or(u32::MAX),
+            0,
+        ];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
             self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
@@ -66,7 +80,12 @@ mod tests {
         archive.file("etc/a", 0o644, b"content\n");
         archive.file("etc/empty", 0o600, b"");
         let dir = tempfile::tempdir().unwrap();
-        let mut cpio = Command::new("cpio").args(["-id", "--quiet"]).current_dir(dir.path()).stdin(Stdio::piped()).spawn().unwrap();
+        let mut cpio = Command::new("cpio")
+            .args(["-id", "--quiet"])
+            .current_dir(dir.path())
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
         cpio.stdin.take().unwrap().write_all(&archive.finish()).unwrap();
         assert!(cpio.wait().unwrap().success());
         assert_eq!(std::fs::read(dir.path().join("etc/a")).unwrap(), b"content\n");

@@ -91,7 +91,8 @@ impl IntoResponse for Failure {
 /// # Errors
 /// [`Code::BadRequest`].
 pub fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
-    serde_json::from_slice(body).map_err(|error| Failure(Problem::new(Code::BadRequest, format!("the body is not understood: {error}"))))
+    serde_json::from_slice(body)
+        .map_err(|error| Failure(Problem::new(Code::BadRequest, format!("the body is not understood: {error}"))))
 }
 
 /// Makes a problem of refusals that the framework answers in plain text (no such path, a body that is too large).

@@ -9,10 +9,10 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use moor_api::proof::{EXPORTER_LABEL, EXPORTER_LENGTH};
+use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{DigitallySignedStruct, DistinguishedName, Error, ProtocolVersion, ServerConfig, SignatureScheme};
-use rustls::client::danger::HandshakeSignatureValid;
 use rustls_pki_types::{CertificateDer, UnixTime};
 use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
@@ -45,18 +45,33 @@ impl ClientCertVerifier for AnyKey {
         false
     }
 
-    fn verify_client_cert(&self, end_entity: &CertificateDer<'_>, _: &[CertificateDer<'_>], _: UnixTime) -> Result<ClientCertVerified, Error> {
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
         match X509Certificate::from_der(end_entity) {
             Ok(_) => Ok(ClientCertVerified::assertion()),
             Err(_) => Err(Error::InvalidCertificate(rustls::CertificateError::BadEncoding)),
         }
     }
 
-    fn verify_tls12_signature(&self, message: &[u8], cert: &CertificateDer<'_>, dss: &DigitallySignedStruct) -> Result<HandshakeSignatureValid, Error> {
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
         verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
     }
 
-    fn verify_tls13_signature(&self, message: &[u8], cert: &CertificateDer<'_>, dss: &DigitallySignedStruct) -> Result<HandshakeSignatureValid, Error> {
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
         verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
     }
 
@@ -101,7 +116,8 @@ pub async fn serve(member: Arc<Member>, app: Router, stop: CancellationToken) ->
     let _ = std::fs::remove_file(socket);
     let listener = UnixListener::bind(socket).with_context(|| format!("listening on '{}'", socket.display()))?;
     // Anybody may connect: the peer's credentials decide.
-    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o666)).with_context(|| format!("opening '{}' to users", socket.display()))?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o666))
+        .with_context(|| format!("opening '{}' to users", socket.display()))?;
     loops.spawn(accept_unix(listener, app, permits.clone(), stop.clone()));
     stop.cancelled().await;
     loops.join_all().await;
@@ -127,7 +143,13 @@ async fn next<T>(stop: &CancellationToken, accept: impl Future<Output = std::io:
     }
 }
 
-async fn accept_tls(listener: TcpListener, acceptor: TlsAcceptor, app: Router, permits: Arc<Semaphore>, stop: CancellationToken) {
+async fn accept_tls(
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    app: Router,
+    permits: Arc<Semaphore>,
+    stop: CancellationToken,
+) {
     while !stop.is_cancelled() {
         let Ok(permit) = permits.clone().acquire_owned().await else { return };
         let Some((tcp, address)) = next(&stop, listener.accept()).await else { continue };
@@ -139,7 +161,11 @@ async fn accept_tls(listener: TcpListener, acceptor: TlsAcceptor, app: Router, p
     }
 }
 
-async fn handshake(acceptor: TlsAcceptor, tcp: TcpStream, address: std::net::SocketAddr) -> Option<(tokio_rustls::server::TlsStream<TcpStream>, Peer)> {
+async fn handshake(
+    acceptor: TlsAcceptor,
+    tcp: TcpStream,
+    address: std::net::SocketAddr,
+) -> Option<(tokio_rustls::server::TlsStream<TcpStream>, Peer)> {
     let _ = tcp.set_nodelay(true);
     let tls = match tokio::time::timeout(HANDSHAKE, acceptor.accept(tcp)).await {
         Ok(Ok(tls)) => tls,
@@ -156,10 +182,9 @@ async fn handshake(acceptor: TlsAcceptor, tcp: TcpStream, address: std::net::Soc
     let exporter = (session.protocol_version() == Some(ProtocolVersion::TLSv1_3))
         .then(|| session.export_keying_material([0; EXPORTER_LENGTH], EXPORTER_LABEL, None).ok())
         .flatten();
-    let client_key = session
-        .peer_certificates()
-        .and_then(<[_]>::first)
-        .and_then(|certificate| X509Certificate::from_der(certificate).ok().map(|(_, certificate)| certificate.public_key().raw.to_vec()));
+    let client_key = session.peer_certificates().and_then(<[_]>::first).and_then(|certificate| {
+        X509Certificate::from_der(certificate).ok().map(|(_, certificate)| certificate.public_key().raw.to_vec())
+    });
     Some((tls, Peer::Tls { address, client_key, exporter }))
 }
 

@@ -60,22 +60,37 @@ pub fn create(member: &Member, request: &CreateProfile) -> Result<ProfileView, P
     let template: ProfileName = request.template.parse().map_err(|error| bad(format!("{error}")))?;
     let from = member.config.templates.join(template.as_str());
     if !from.join("profile.yaml").is_file() {
-        return Err(Problem::new(Code::NotFound, format!("no shipped profile '{template}' in '{}'", member.config.templates.display())));
+        return Err(Problem::new(
+            Code::NotFound,
+            format!("no shipped profile '{template}' in '{}'", member.config.templates.display()),
+        ));
     }
     let to = member.config.profiles().join(request.name.as_str());
     if to.exists() {
-        return Err(Problem::new(Code::Conflict, format!("'{}' exists already: edit it, then `moor profile publish {}`", to.display(), request.name)));
+        return Err(Problem::new(
+            Code::Conflict,
+            format!("'{}' exists already: edit it, then `moor profile publish {}`", to.display(), request.name),
+        ));
     }
     let beside = member.config.profiles().join(format!(".{}.new", request.name));
     let _ = std::fs::remove_dir_all(&beside);
     copy(&from, &beside)?;
     let settings = beside.join("profile.yaml");
     let text = std::fs::read_to_string(&settings).map_err(io(&settings))?;
-    let edited: Vec<String> =
-        text.lines().map(|line| if line.starts_with("image:") { format!("image: {}", request.image) } else { line.to_owned() }).collect();
+    let edited: Vec<String> = text
+        .lines()
+        .map(|line| if line.starts_with("image:") { format!("image: {}", request.image) } else { line.to_owned() })
+        .collect();
     std::fs::write(&settings, edited.join("\n") + "\n").map_err(io(&settings))?;
     std::fs::rename(&beside, &to).map_err(io(&to))?;
-    Ok(ProfileView { name: request.name.clone(), generation: None, serial: 0, published: 0, image: None, modified: true })
+    Ok(ProfileView {
+        name: request.name.clone(),
+        generation: None,
+        serial: 0,
+        published: 0,
+        image: None,
+        modified: true,
+    })
 }
 
 fn copy(from: &Path, to: &Path) -> Result<(), Problem> {
@@ -100,9 +115,14 @@ fn find_image(view: &Snapshot, text: &str) -> Result<ImageRecord, Problem> {
         return images.into_iter().find(|image| image.digest == digest).ok_or_else(|| missing_image(text));
     }
     let (name, serial) = match text.split_once('@') {
-        Some((name, serial)) => {
-            (name, Some(serial.parse::<u64>().map_err(|_| bad(format!("profile.yaml: image '{text}': '{serial}' is not a serial")))?))
-        }
+        Some((name, serial)) => (
+            name,
+            Some(
+                serial
+                    .parse::<u64>()
+                    .map_err(|_| bad(format!("profile.yaml: image '{text}': '{serial}' is not a serial")))?,
+            ),
+        ),
         None => (text, None),
     };
     let name: ImageName = name.parse().map_err(|error| bad(format!("profile.yaml: image: {error}")))?;
@@ -114,7 +134,12 @@ fn find_image(view: &Snapshot, text: &str) -> Result<ImageRecord, Problem> {
 }
 
 fn missing_image(text: &str) -> Problem {
-    Problem::new(Code::NotFound, format!("profile.yaml names the image '{text}', which is not in the catalogue: `moor image list` shows what is, `moor image import` adds one"))
+    Problem::new(
+        Code::NotFound,
+        format!(
+            "profile.yaml names the image '{text}', which is not in the catalogue: `moor image list` shows what is, `moor image import` adds one"
+        ),
+    )
 }
 
 /// A file as it was read.
@@ -133,7 +158,10 @@ fn read_tree(dir: &Path, prefix: &str, out: &mut Vec<Source>) -> Result<(), Prob
     };
     names.sort_by_key(std::fs::DirEntry::file_name);
     for entry in names {
-        let name = entry.file_name().into_string().map_err(|name| bad(format!("'{}': the name {name:?} is not UTF-8", dir.display())))?;
+        let name = entry
+            .file_name()
+            .into_string()
+            .map_err(|name| bad(format!("'{}': the name {name:?} is not UTF-8", dir.display())))?;
         if name.starts_with('.') || name.ends_with('~') {
             continue;
         }
@@ -144,12 +172,19 @@ fn read_tree(dir: &Path, prefix: &str, out: &mut Vec<Source>) -> Result<(), Prob
         } else if kind.is_file() {
             let meta = entry.metadata().map_err(io(&entry.path()))?;
             if meta.len() > MAX_FILE || out.len() >= MAX_FILES {
-                return Err(bad(format!("'{}': a profile has at most {MAX_FILES} files of at most {} MiB", entry.path().display(), MAX_FILE >> 20)));
+                return Err(bad(format!(
+                    "'{}': a profile has at most {MAX_FILES} files of at most {} MiB",
+                    entry.path().display(),
+                    MAX_FILE >> 20
+                )));
             }
             let modified = meta.modified().map_err(io(&entry.path()))?;
             out.push(Source { path, modified, bytes: std::fs::read(entry.path()).map_err(io(&entry.path()))? });
         } else {
-            return Err(bad(format!("'{}' is neither a file nor a directory: profiles hold no links or devices", entry.path().display())));
+            return Err(bad(format!(
+                "'{}' is neither a file nor a directory: profiles hold no links or devices",
+                entry.path().display()
+            )));
         }
     }
     Ok(())
@@ -172,14 +207,24 @@ fn phase_of(path: &str) -> Option<(PhaseName, &str)> {
 fn manifest(member: &Member, view: &Snapshot, name: &ProfileName) -> Result<Manifest, Problem> {
     let dir = member.config.profiles().join(name.as_str());
     if !dir.is_dir() {
-        return Err(Problem::new(Code::NotFound, format!("no profile '{name}': '{}' is not there; `moor profile create {name} --image IMAGE` makes it", dir.display())));
+        return Err(Problem::new(
+            Code::NotFound,
+            format!(
+                "no profile '{name}': '{}' is not there; `moor profile create {name} --image IMAGE` makes it",
+                dir.display()
+            ),
+        ));
     }
     let mut sources = Vec::new();
     read_tree(&dir, "", &mut sources)?;
-    let settings = sources.iter().find(|source| source.path == "profile.yaml").ok_or_else(|| bad(format!("'{}/profile.yaml' is missing", dir.display())))?;
+    let settings = sources
+        .iter()
+        .find(|source| source.path == "profile.yaml")
+        .ok_or_else(|| bad(format!("'{}/profile.yaml' is missing", dir.display())))?;
     let text = std::str::from_utf8(&settings.bytes).map_err(|_| bad("profile.yaml is not UTF-8"))?;
-    let settings: Settings = serde_saphyr::from_str(text)
-        .map_err(|error| bad(format!("'{}/profile.yaml': {}", dir.display(), error.to_string().lines().next().unwrap_or_default())))?;
+    let settings: Settings = serde_saphyr::from_str(text).map_err(|error| {
+        bad(format!("'{}/profile.yaml': {}", dir.display(), error.to_string().lines().next().unwrap_or_default()))
+    })?;
     if !(1..=400).contains(&settings.overlay.size_percent) {
         return Err(bad(format!("profile.yaml: overlay.size_percent is {}: 1 to 400", settings.overlay.size_percent)));
     }
@@ -189,7 +234,10 @@ fn manifest(member: &Member, view: &Snapshot, name: &ProfileName) -> Result<Mani
     for source in &sources {
         if let Some(path) = source.path.strip_prefix("private/") {
             let place = Place { table: "profiles", id: name.as_str(), field: path };
-            let sealed = member.secrets.seal(place, &source.bytes).map_err(|error| Problem::new(Code::Internal, format!("{error:#}")))?;
+            let sealed = member
+                .secrets
+                .seal(place, &source.bytes)
+                .map_err(|error| Problem::new(Code::Internal, format!("{error:#}")))?;
             private.insert(path.to_owned(), sealed);
         } else if let Some((phase, script)) = phase_of(&source.path) {
             let blob = content::add(&blobs, &source.bytes).map_err(io(&blobs))?;
@@ -197,7 +245,11 @@ fn manifest(member: &Member, view: &Snapshot, name: &ProfileName) -> Result<Mani
         } else if let Some(path) = source.path.strip_prefix("files/") {
             files.insert(path.to_owned(), content::add(&blobs, &source.bytes).map_err(io(&blobs))?);
         } else if source.path.starts_with("scripts/") {
-            return Err(bad(format!("'{}/{}': phases are pre, post, firstboot and onboot", dir.display(), source.path)));
+            return Err(bad(format!(
+                "'{}/{}': phases are pre, post, firstboot and onboot",
+                dir.display(),
+                source.path
+            )));
         }
     }
     unchanged(&dir, &sources)?;
@@ -223,7 +275,10 @@ fn unchanged(dir: &Path, sources: &[Source]) -> Result<(), Problem> {
         if now.is_ok_and(|now| now == source.modified) {
             continue;
         }
-        return Err(Problem::new(Code::Conflict, format!("'{}' changed while it was read: publish again when you are done", path.display())));
+        return Err(Problem::new(
+            Code::Conflict,
+            format!("'{}' changed while it was read: publish again when you are done", path.display()),
+        ));
     }
     Ok(())
 }
@@ -244,7 +299,13 @@ pub async fn publish(member: &std::sync::Arc<Member>, name: ProfileName) -> Resu
     let record = tokio::task::spawn_blocking(move || {
         let view = reader.view()?;
         let manifest = manifest(&reader, &view, &name)?;
-        Ok::<_, Problem>(ProfileRecord { name, generation: digest_of(&manifest)?, serial: 0, published: now(), manifest })
+        Ok::<_, Problem>(ProfileRecord {
+            name,
+            generation: digest_of(&manifest)?,
+            serial: 0,
+            published: now(),
+            manifest,
+        })
     })
     .await
     .map_err(|error| Problem::new(Code::Internal, error.to_string()))??;
@@ -267,7 +328,14 @@ pub fn list(member: &Member) -> Result<Vec<ProfileView>, Problem> {
     }
     for entry in std::fs::read_dir(member.config.profiles()).into_iter().flatten().flatten() {
         let Some(name) = entry.file_name().to_str().and_then(|name| name.parse::<ProfileName>().ok()) else { continue };
-        out.entry(name.clone()).or_insert(ProfileView { name, generation: None, serial: 0, published: 0, image: None, modified: true });
+        out.entry(name.clone()).or_insert(ProfileView {
+            name,
+            generation: None,
+            serial: 0,
+            published: 0,
+            image: None,
+            modified: true,
+        });
     }
     Ok(out.into_values().collect())
 }

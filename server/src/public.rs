@@ -35,7 +35,12 @@ fn not_found(what: impl Into<String>) -> Failure {
     Failure(Problem::new(Code::NotFound, what))
 }
 
-async fn image(State(member): State<Arc<Member>>, Path(digest): Path<String>, method: Method, headers: HeaderMap) -> Result<Response, Failure> {
+async fn image(
+    State(member): State<Arc<Member>>,
+    Path(digest): Path<String>,
+    method: Method,
+    headers: HeaderMap,
+) -> Result<Response, Failure> {
     let digest: Sha256Digest = digest.parse().map_err(|_| not_found("an image is named by 64 hexadecimal digits"))?;
     let image = member.view()?.image(&digest.to_string())?.filter(|image| image.encrypted);
     let image = image.ok_or_else(|| not_found(format!("no public image {digest} here")))?;
@@ -43,7 +48,12 @@ async fn image(State(member): State<Arc<Member>>, Path(digest): Path<String>, me
 }
 
 /// An image's bytes, whole or by one range.
-pub fn image_response(member: &Member, image: &ImageRecord, method: &Method, headers: &HeaderMap) -> Result<Response, Failure> {
+pub fn image_response(
+    member: &Member,
+    image: &ImageRecord,
+    method: &Method,
+    headers: &HeaderMap,
+) -> Result<Response, Failure> {
     let path = content::path_of(&member.config.blobs(), image.blob);
     let file = File::open(&path).map_err(|error| anyhow::anyhow!("opening '{}': {error}", path.display()))?;
     Ok(ranges(file, image.size, &format!("\"{}\"", image.digest), method, headers))
@@ -79,7 +89,10 @@ fn ranges(file: File, size: u64, etag: &str, method: &Method, headers: &HeaderMa
             let shown = format!("bytes {}-{}/{size}", range.start, range.end - 1);
             (builder.status(StatusCode::PARTIAL_CONTENT).header(header::CONTENT_RANGE, shown), range)
         }
-        Err(()) => (builder.status(StatusCode::RANGE_NOT_SATISFIABLE).header(header::CONTENT_RANGE, format!("bytes */{size}")), 0..0),
+        Err(()) => (
+            builder.status(StatusCode::RANGE_NOT_SATISFIABLE).header(header::CONTENT_RANGE, format!("bytes */{size}")),
+            0..0,
+        ),
     };
     let builder = builder.header(header::CONTENT_LENGTH, range.end - range.start);
     let body = if *method == Method::HEAD || range.is_empty() { Body::empty() } else { stream(file, range) };
@@ -105,14 +118,21 @@ fn stream(file: File, range: Range<u64>) -> Body {
     Body::from_stream(ReceiverStream::new(receiver))
 }
 
-async fn boot(State(member): State<Arc<Member>>, Path((profile, name)): Path<(String, String)>, method: Method, headers: HeaderMap) -> Result<Response, Failure> {
+async fn boot(
+    State(member): State<Arc<Member>>,
+    Path((profile, name)): Path<(String, String)>,
+    method: Method,
+    headers: HeaderMap,
+) -> Result<Response, Failure> {
     if name == "site.cpio" {
         let bytes = site_archive(&member)?;
         return Response::builder().body(Body::from(bytes)).map_err(|error| anyhow::Error::from(error).into());
     }
     let view = member.view()?;
     let record = view.profile(&profile)?.ok_or_else(|| not_found(format!("no published profile '{profile}'")))?;
-    let image = view.image(&record.manifest.image.to_string())?.ok_or_else(|| not_found(format!("the image of profile '{profile}' is gone")))?;
+    let image = view
+        .image(&record.manifest.image.to_string())?
+        .ok_or_else(|| not_found(format!("the image of profile '{profile}' is gone")))?;
     let blob = match name.as_str() {
         "kernel" => image.kernel,
         "initramfs" => image.initramfs,

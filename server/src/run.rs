@@ -22,7 +22,9 @@ const USER: &str = "mooring";
 /// In one line: what failed, where, and what to do.
 pub fn main(cli: Cli) -> anyhow::Result<()> {
     // Everything else may use TLS or keys.
-    rustls::crypto::aws_lc_rs::default_provider().install_default().map_err(|_| anyhow::anyhow!("another cryptographic provider is installed"))?;
+    rustls::crypto::aws_lc_rs::default_provider()
+        .install_default()
+        .map_err(|_| anyhow::anyhow!("another cryptographic provider is installed"))?;
     // A core dump would hold every key of the site.
     nix::sys::prctl::set_dumpable(false).context("switching core dumps off")?;
     let filter = tracing_subscriber::EnvFilter::try_from_env("MOORD_LOG").unwrap_or_else(|_| "info".into());
@@ -32,7 +34,9 @@ pub fn main(cli: Cli) -> anyhow::Result<()> {
         Command::Init { config, addresses, name } => runtime.block_on(init(&config, addresses, name)),
         Command::Run { config } => {
             if geteuid().is_root() {
-                bail!("moord does not run as root: start it as the user that owns its state (`systemctl start moord`, or `setpriv --reuid {USER} …`)");
+                bail!(
+                    "moord does not run as root: start it as the user that owns its state (`systemctl start moord`, or `setpriv --reuid {USER} …`)"
+                );
             }
             let done = runtime.block_on(run(Config::read(&config)?));
             // A watcher that never ends must not keep the process.
@@ -44,7 +48,8 @@ pub fn main(cli: Cli) -> anyhow::Result<()> {
 
 async fn init(path: &Path, addresses: Vec<String>, name: Option<String>) -> anyhow::Result<()> {
     for address in &addresses {
-        let is_name = !address.is_empty() && address.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-'));
+        let is_name =
+            !address.is_empty() && address.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-'));
         if address.parse::<IpAddr>().is_err() && !is_name {
             bail!("'{address}' is neither an IP address nor a host name");
         }
@@ -66,7 +71,10 @@ async fn init(path: &Path, addresses: Vec<String>, name: Option<String>) -> anyh
 /// A first configuration, from what is known: how the member is reached.
 fn write_config(path: &Path, addresses: &[String]) -> anyhow::Result<()> {
     if addresses.is_empty() {
-        bail!("there is no configuration '{}': give `--address ADDRESS` (how nodes reach this machine), and one is written", path.display());
+        bail!(
+            "there is no configuration '{}': give `--address ADDRESS` (how nodes reach this machine), and one is written",
+            path.display()
+        );
     }
     let urls: Vec<String> = addresses
         .iter()
@@ -94,10 +102,14 @@ fn become_owner(state: &Path) -> anyhow::Result<()> {
         None => {
             let user = User::from_name(USER).context("looking the user up")?;
             let Some(user) = user else {
-                bail!("moord does not run as root, and there is no user '{USER}': `install -d -o USER {}`, and try again", state.display());
+                bail!(
+                    "moord does not run as root, and there is no user '{USER}': `install -d -o USER {}`, and try again",
+                    state.display()
+                );
             };
             std::fs::create_dir_all(state).with_context(|| format!("making '{}'", state.display()))?;
-            chown(state, Some(user.uid.as_raw()), Some(user.gid.as_raw())).with_context(|| format!("giving '{}' to {USER}", state.display()))?;
+            chown(state, Some(user.uid.as_raw()), Some(user.gid.as_raw()))
+                .with_context(|| format!("giving '{}' to {USER}", state.display()))?;
             (user.uid, user.gid)
         }
     };

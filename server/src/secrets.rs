@@ -56,9 +56,11 @@ impl DataKey {
     /// # Errors
     /// The file is not there or not a key.
     pub fn open(path: &Path, collective: CollectiveId) -> anyhow::Result<Self> {
-        let text = Zeroizing::new(std::fs::read_to_string(path).with_context(|| format!("reading '{}'", path.display()))?);
+        let text =
+            Zeroizing::new(std::fs::read_to_string(path).with_context(|| format!("reading '{}'", path.display()))?);
         let mut bytes = Zeroizing::new([0; 32]);
-        hex::decode_to_slice(text.trim_end(), &mut *bytes).with_context(|| format!("'{}' is not a data key", path.display()))?;
+        hex::decode_to_slice(text.trim_end(), &mut *bytes)
+            .with_context(|| format!("'{}' is not a data key", path.display()))?;
         let key = UnboundKey::new(&AES_256_GCM, &*bytes).context("setting up the data key")?;
         Ok(Self { key: LessSafeKey::new(key), version: 1, collective })
     }
@@ -92,14 +94,21 @@ impl DataKey {
     /// # Errors
     /// Another key, another place, or changed bytes.
     pub fn open_secret(&self, place: Place<'_>, secret: &SealedSecret) -> anyhow::Result<Zeroizing<Vec<u8>>> {
-        anyhow::ensure!(secret.key_version == self.version, "the secret is under data key {}, this is {}", secret.key_version, self.version);
+        anyhow::ensure!(
+            secret.key_version == self.version,
+            "the secret is under data key {}, this is {}",
+            secret.key_version,
+            self.version
+        );
         let mut nonce = [0; 12];
         hex::decode_to_slice(&secret.nonce, &mut nonce).context("the secret's nonce is damaged")?;
         let mut data = Zeroizing::new(hex::decode(&secret.ciphertext).context("the secret is damaged")?);
         let length = self
             .key
             .open_in_place(Nonce::assume_unique_for_key(nonce), Aad::from(self.additional(place)), &mut data)
-            .map_err(|_| anyhow::anyhow!("the secret '{}' of {} '{}' does not decrypt", place.field, place.table, place.id))?
+            .map_err(|_| {
+                anyhow::anyhow!("the secret '{}' of {} '{}' does not decrypt", place.field, place.table, place.id)
+            })?
             .len();
         data.truncate(length);
         Ok(data)

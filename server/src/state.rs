@@ -58,7 +58,11 @@ pub fn now_ms() -> u64 {
 
 fn make_dir(path: &Path, mode: u32) -> anyhow::Result<()> {
     use std::os::unix::fs::DirBuilderExt as _;
-    std::fs::DirBuilder::new().recursive(true).mode(mode).create(path).with_context(|| format!("making '{}'", path.display()))
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(path)
+        .with_context(|| format!("making '{}'", path.display()))
 }
 
 /// Makes a new collective: its authorities, its store, its first member.
@@ -125,10 +129,17 @@ impl Member {
     /// There is none; it is damaged; another process runs it.
     pub fn open(config: Config) -> anyhow::Result<Arc<Self>> {
         let database = config.database();
-        anyhow::ensure!(database.exists(), "'{}' holds no member: make one with `moord init`", config.state_dir.display());
+        anyhow::ensure!(
+            database.exists(),
+            "'{}' holds no member: make one with `moord init`",
+            config.state_dir.display()
+        );
         let store = Local::open(&database).with_context(|| format!("opening the store '{}'", database.display()))?;
         let site = store.snapshot()?.site()?.with_context(|| {
-            format!("'{}' was not initialised to its end: move it away and run `moord init` again", config.state_dir.display())
+            format!(
+                "'{}' was not initialised to its end: move it away and run `moord init` again",
+                config.state_dir.display()
+            )
         })?;
         let addresses = addresses(&config, &site)?;
         let authority = Authority::open(&config.keys(), site.collective, site.member, &addresses)?;

@@ -99,7 +99,9 @@ pub(super) async fn import(State(member): State<Arc<Member>>, body: Bytes) -> Re
     let body = Zeroizing::new(body.to_vec());
     let request: ImportImage = parse(&body)?;
     let opener = member.clone();
-    let record = tokio::task::spawn_blocking(move || inspect(&opener, request)).await.map_err(|error| anyhow::anyhow!("importing: {error}"))??;
+    let record = tokio::task::spawn_blocking(move || inspect(&opener, request))
+        .await
+        .map_err(|error| anyhow::anyhow!("importing: {error}"))??;
     let view = view_of(&record, 0);
     member.propose(Command::PutImage { image: record }).await?;
     Ok(Json(view))
@@ -111,15 +113,23 @@ fn inspect(member: &Member, request: ImportImage) -> Result<ImageRecord, Failure
     let blobs = member.config.blobs();
     for (what, blob) in [("image", request.image), ("kernel", request.kernel), ("initramfs", request.initramfs)] {
         if !path_of(&blobs, blob).exists() {
-            return Err(Failure(Problem::new(Code::NotFound, format!("the {what} (blob {blob}) is not on this member: send it first"))));
+            return Err(Failure(Problem::new(
+                Code::NotFound,
+                format!("the {what} (blob {blob}) is not on this member: send it first"),
+            )));
         }
     }
     let key = request.key.map(Zeroizing::new);
-    let dek = key.as_ref().map(|key| Dek::from_hex(key.as_bytes())).transpose().map_err(|error| bad(format!("the image's key: {error}")))?;
+    let dek = key
+        .as_ref()
+        .map(|key| Dek::from_hex(key.as_bytes()))
+        .transpose()
+        .map_err(|error| bad(format!("the image's key: {error}")))?;
     let path = path_of(&blobs, request.image);
     let file = File::open(&path).map_err(|error| anyhow::anyhow!("opening '{}': {error}", path.display()))?;
     let size = file.metadata().map_err(|error| anyhow::anyhow!("reading '{}': {error}", path.display()))?.len();
-    let image = Image::open(file, &OpenOptions { key: dek.clone(), ..OpenOptions::default() }).map_err(|error| bad(format!("the image: {error}")))?;
+    let image = Image::open(file, &OpenOptions { key: dek.clone(), ..OpenOptions::default() })
+        .map_err(|error| bad(format!("the image: {error}")))?;
     let header = image.header().clone();
     if header.encrypted && dek.is_none() {
         return Err(bad("the image is encrypted: its key belongs into the catalogue (`--key-file`)".into()));
@@ -127,7 +137,9 @@ fn inspect(member: &Member, request: ImportImage) -> Result<ImageRecord, Failure
     let metadata = image.metadata().map_err(|error| bad(format!("the image: {error}")))?;
     let digest = Sha256Digest(header.digest);
     let name = digest.to_string();
-    let sealed = dek.map(|dek| member.secrets.seal(Place { table: "images", id: &name, field: "dek" }, dek.as_bytes())).transpose()?;
+    let sealed = dek
+        .map(|dek| member.secrets.seal(Place { table: "images", id: &name, field: "dek" }, dek.as_bytes()))
+        .transpose()?;
     Ok(ImageRecord {
         name: request.name,
         digest,
@@ -151,7 +163,10 @@ pub(super) async fn profiles(State(member): State<Arc<Member>>) -> Result<Json<V
     Ok(Json(list.map_err(|error| anyhow::anyhow!("listing profiles: {error}"))??))
 }
 
-pub(super) async fn create_profile(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<ProfileView>, Failure> {
+pub(super) async fn create_profile(
+    State(member): State<Arc<Member>>,
+    body: Bytes,
+) -> Result<Json<ProfileView>, Failure> {
     let request: CreateProfile = parse(&body)?;
     let made = tokio::task::spawn_blocking(move || profile::create(&member, &request)).await;
     Ok(Json(made.map_err(|error| anyhow::anyhow!("making a profile: {error}"))??))
@@ -161,20 +176,30 @@ fn profile_name(text: &str) -> Result<ProfileName, Failure> {
     text.parse().map_err(|error: moor_api::ids::InvalidId| Failure(Problem::new(Code::BadRequest, error.to_string())))
 }
 
-pub(super) async fn publish(State(member): State<Arc<Member>>, Path(name): Path<String>) -> Result<Json<ProfileView>, Failure> {
+pub(super) async fn publish(
+    State(member): State<Arc<Member>>,
+    Path(name): Path<String>,
+) -> Result<Json<ProfileView>, Failure> {
     Ok(Json(profile::publish(&member, profile_name(&name)?).await?))
 }
 
-pub(super) async fn boot_files(State(member): State<Arc<Member>>, Path(name): Path<String>) -> Result<Json<BootFiles>, Failure> {
+pub(super) async fn boot_files(
+    State(member): State<Arc<Member>>,
+    Path(name): Path<String>,
+) -> Result<Json<BootFiles>, Failure> {
     let name = profile_name(&name)?;
     let view = member.view()?;
-    let record = view
-        .profile(name.as_str())?
-        .ok_or_else(|| Problem::new(Code::NotFound, format!("profile '{name}' was never published: `moor profile publish {name}`")))?;
+    let record = view.profile(name.as_str())?.ok_or_else(|| {
+        Problem::new(Code::NotFound, format!("profile '{name}' was never published: `moor profile publish {name}`"))
+    })?;
     let image = view
         .image(&record.manifest.image.to_string())?
         .ok_or_else(|| Problem::new(Code::NotFound, format!("the image of profile '{name}' is gone")))?;
     let servers = member.config.urls.join(",");
     let command_line = format!("boot=moor moor.server={servers} {}", record.manifest.kernel_arguments);
-    Ok(Json(BootFiles { kernel: image.kernel, initramfs: image.initramfs, command_line: command_line.trim().to_owned() }))
+    Ok(Json(BootFiles {
+        kernel: image.kernel,
+        initramfs: image.initramfs,
+        command_line: command_line.trim().to_owned(),
+    }))
 }

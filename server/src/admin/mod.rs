@@ -46,12 +46,19 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
 }
 
 /// Who may ask: root, the member's own user and the configured ones on the socket; the holder of a token over TLS 1.3.
-async fn authorize(State(member): State<Arc<Member>>, Extension(connection): Extension<Connection>, request: Request, next: Next) -> Response {
+async fn authorize(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    request: Request,
+    next: Next,
+) -> Response {
     let refused = |detail: String| Failure(Problem::new(Code::Forbidden, detail)).into_response();
     match &connection.peer {
         Peer::Socket { uid } => {
             if *uid != 0 && *uid != nix::unistd::getuid().as_raw() && !member.config.admin_uids.contains(uid) {
-                return refused(format!("user id {uid} may not administer this collective: root may, or list it in 'admin_uids' of moord.toml"));
+                return refused(format!(
+                    "user id {uid} may not administer this collective: root may, or list it in 'admin_uids' of moord.toml"
+                ));
             }
         }
         Peer::Tls { exporter, .. } => {
@@ -102,7 +109,11 @@ async fn site(State(member): State<Arc<Member>>) -> Result<Json<SiteInfo>, Failu
     }))
 }
 
-async fn create_token(State(member): State<Arc<Member>>, Extension(connection): Extension<Connection>, body: Bytes) -> Result<Json<TokenCreated>, Failure> {
+async fn create_token(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    body: Bytes,
+) -> Result<Json<TokenCreated>, Failure> {
     if !matches!(connection.peer, Peer::Socket { .. }) {
         return Err(Problem::new(Code::Forbidden, "tokens are made on a member, over its socket").into());
     }
@@ -115,6 +126,8 @@ async fn create_token(State(member): State<Arc<Member>>, Extension(connection): 
     let token = format!("moora_{}", hex::encode(*bytes));
     let expires = now() + request.lifetime;
     member.audit("token-created", serde_json::json!({ "name": request.name, "expires": expires })).await?;
-    member.propose(Command::PutToken { hash: hash_of(&token), token: TokenRecord { name: request.name, expires } }).await?;
+    member
+        .propose(Command::PutToken { hash: hash_of(&token), token: TokenRecord { name: request.name, expires } })
+        .await?;
     Ok(Json(TokenCreated { token, expires }))
 }

@@ -45,7 +45,10 @@ fn ndjson(body: Body) -> Result<Response, Failure> {
     response.map_err(|error| anyhow::Error::from(error).into())
 }
 
-pub(super) async fn status(State(member): State<Arc<Member>>, Query(query): Query<StatusQuery>) -> Result<Response, Failure> {
+pub(super) async fn status(
+    State(member): State<Arc<Member>>,
+    Query(query): Query<StatusQuery>,
+) -> Result<Response, Failure> {
     // Watch first: nothing falls between the snapshot and the stream.
     let events = query.watch.then(|| member.store.watch());
     let view = member.view()?;
@@ -74,7 +77,11 @@ pub(super) async fn status(State(member): State<Arc<Member>>, Query(query): Quer
     ndjson(Body::from_stream(ReceiverStream::new(receiver)))
 }
 
-async fn follow(mut events: broadcast::Receiver<Event>, wanted: Option<BTreeSet<moor_api::ids::NodeId>>, sender: mpsc::Sender<Result<Bytes, std::io::Error>>) {
+async fn follow(
+    mut events: broadcast::Receiver<Event>,
+    wanted: Option<BTreeSet<moor_api::ids::NodeId>>,
+    sender: mpsc::Sender<Result<Bytes, std::io::Error>>,
+) {
     loop {
         let next = match tokio::time::timeout(SIGN_OF_LIFE, events.recv()).await {
             Err(_) => Ok(Bytes::from_static(b"\n")),
@@ -107,7 +114,9 @@ pub(super) async fn why(State(member): State<Arc<Member>>, Path(subject): Path<S
     } else if refusals.is_empty() {
         return Err(Problem::new(
             Code::NotFound,
-            format!("'{subject}' is no node, and no machine with this UUID or MAC was refused: it has not been heard of"),
+            format!(
+                "'{subject}' is no node, and no machine with this UUID or MAC was refused: it has not been heard of"
+            ),
         )
         .into());
     }
@@ -124,7 +133,12 @@ fn canonical(subject: &str) -> String {
     subject.parse::<moor_api::ids::HwAddr>().map_or_else(|_| subject.to_owned(), |address| address.to_string())
 }
 
-fn advice(view: &Snapshot, node: Option<&NodeRecord>, refusals: &[Refusal], state: Option<&moor_api::admin::StatusEvent>) -> Result<Vec<String>, Failure> {
+fn advice(
+    view: &Snapshot,
+    node: Option<&NodeRecord>,
+    refusals: &[Refusal],
+    state: Option<&moor_api::admin::StatusEvent>,
+) -> Result<Vec<String>, Failure> {
     let mut out = Vec::new();
     let Some(node) = node else {
         out.push("no node has this machine's UUID or MAC: `moor node define NAME id.uuid=UUID`".into());
@@ -142,7 +156,9 @@ fn advice(view: &Snapshot, node: Option<&NodeRecord>, refusals: &[Refusal], stat
         out.push(format!("it has no identity and may not enrol: `moor arm {name}`"));
     }
     if !node.attributes.keys().any(|attribute| attribute == "id.uuid" || attribute.ends_with("hwaddr")) {
-        out.push(format!("no machine can be known as it: set id.uuid or net.hwaddr (`moor node set {name} id.uuid=UUID`)"));
+        out.push(format!(
+            "no machine can be known as it: set id.uuid or net.hwaddr (`moor node set {name} id.uuid=UUID`)"
+        ));
     }
     // Only what is newer than the last state says why it stands still now.
     let newest = refusals.first().filter(|refusal| state.is_none_or(|state| refusal.time_ms >= state.time_ms));

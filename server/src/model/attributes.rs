@@ -71,10 +71,18 @@ pub const TABLE: &[Attribute] = &[
     attribute("net.*.hostname", Kind::Text, "name on this interface"),
     attribute("net.*.interface_names", Kind::Text, "names of the interface to try, comma-separated"),
     attribute("net.*.mtu", Kind::Number(576, 65_520), "MTU in bytes"),
-    attribute("net.*.ipv4_method", Kind::OneOf(&["static", "dhcp", "firmwaredhcp", "none"]), "where the IPv4 address comes from"),
+    attribute(
+        "net.*.ipv4_method",
+        Kind::OneOf(&["static", "dhcp", "firmwaredhcp", "none"]),
+        "where the IPv4 address comes from",
+    ),
     attribute("net.*.ipv4_address", Kind::Cidr, "IPv4 address with prefix length"),
     attribute("net.*.ipv4_gateway", Kind::Address, "IPv4 gateway"),
-    attribute("net.*.ipv6_method", Kind::OneOf(&["static", "dhcp", "firmwaredhcp", "none"]), "where the IPv6 address comes from"),
+    attribute(
+        "net.*.ipv6_method",
+        Kind::OneOf(&["static", "dhcp", "firmwaredhcp", "none"]),
+        "where the IPv6 address comes from",
+    ),
     attribute("net.*.ipv6_address", Kind::Cidr, "IPv6 address with prefix length"),
     attribute("net.*.ipv6_gateway", Kind::Address, "IPv6 gateway"),
     attribute("ntp.servers", Kind::Hosts, "NTP servers"),
@@ -112,7 +120,10 @@ fn matches(pattern: &str, name: &str) -> bool {
     }
     let label = name.strip_prefix(head).and_then(|rest| rest.strip_suffix(tail));
     label.is_some_and(|label| {
-        !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-') || (tail.is_empty() && b == b'.'))
+        !label.is_empty()
+            && label
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-') || (tail.is_empty() && b == b'.'))
     })
 }
 
@@ -130,7 +141,8 @@ pub fn validate(name: &str, value: &str) -> Result<(), Problem> {
     let bad = |detail: String| Problem::new(Code::BadRequest, detail);
     let Some(attribute) = find(name) else {
         let category = name.split('.').next().unwrap_or_default();
-        let near: Vec<&str> = TABLE.iter().map(|a| a.name).filter(|known| known.split('.').next() == Some(category)).collect();
+        let near: Vec<&str> =
+            TABLE.iter().map(|a| a.name).filter(|known| known.split('.').next() == Some(category)).collect();
         let hint = if near.is_empty() { String::new() } else { format!("; there are {}", near.join(", ")) };
         return Err(bad(format!("no attribute '{name}'{hint}")));
     };
@@ -141,7 +153,9 @@ pub fn validate(name: &str, value: &str) -> Result<(), Problem> {
     if value.len() > 16_384 {
         return Err(bad(format!("{name}: a value has at most 16384 bytes")));
     }
-    check(attribute.kind, value).map_err(|why| if is_secret(name) { bad(format!("{name}: {why}")) } else { bad(format!("{name}: '{value}' {why}")) })
+    check(attribute.kind, value).map_err(|why| {
+        if is_secret(name) { bad(format!("{name}: {why}")) } else { bad(format!("{name}: '{value}' {why}")) }
+    })
 }
 
 fn check(kind: Kind, value: &str) -> Result<(), String> {
@@ -157,7 +171,9 @@ fn check(kind: Kind, value: &str) -> Result<(), String> {
         Kind::Cidr => value.parse::<Cidr>().is_ok(),
         Kind::Address => value.parse::<IpAddr>().is_ok(),
         Kind::Addresses => list().all(|part| part.parse::<IpAddr>().is_ok()),
-        Kind::Hosts => list().all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b':'))),
+        Kind::Hosts => list().all(|part| {
+            !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b':'))
+        }),
         Kind::Number(low, high) => value.parse::<u64>().is_ok_and(|number| (low..=high).contains(&number)),
         Kind::OneOf(words) => words.contains(&value),
         Kind::Profile => value.parse::<ProfileName>().is_ok(),

@@ -52,7 +52,9 @@ fn expand(text: &str) -> Result<Vec<String>, String> {
         let mut numbers = Vec::new();
         for piece in inner.split(',') {
             let (range, step) = match piece.split_once(':').filter(|(range, _)| range.contains('-')) {
-                Some((range, step)) => (range, step.parse::<u64>().ok().filter(|step| *step > 0).ok_or("a step is a number from 1")?),
+                Some((range, step)) => {
+                    (range, step.parse::<u64>().ok().filter(|step| *step > 0).ok_or("a step is a number from 1")?)
+                }
                 None => (piece, 1),
             };
             match range.split_once(['-', ':']) {
@@ -64,7 +66,10 @@ fn expand(text: &str) -> Result<Vec<String>, String> {
         if numbers.len().saturating_mul(tails.len()) > MAX_NODES {
             return Err(format!("it names more than {MAX_NODES} nodes"));
         }
-        return Ok(numbers.iter().flat_map(|number| tails.iter().map(move |tail| format!("{head}{number}{tail}"))).collect());
+        return Ok(numbers
+            .iter()
+            .flat_map(|number| tails.iter().map(move |tail| format!("{head}{number}{tail}")))
+            .collect());
     }
     for separator in ["..", ":", "-"] {
         if let Some((first, last)) = text.split_once(separator)

@@ -12,7 +12,8 @@ use axum::extract::{Extension, State};
 use axum::response::{IntoResponse as _, Response};
 use http::{HeaderMap, HeaderValue, header};
 use moor_api::deploy::{
-    Cidr, DeployDocument, DeploySecrets, DnsSection, Interface, IpMethod, LocaleSection, NodeSection, Phase, ProfileSection, SCHEMA,
+    Cidr, DeployDocument, DeploySecrets, DnsSection, Interface, IpMethod, LocaleSection, NodeSection, Phase,
+    ProfileSection, SCHEMA,
 };
 use moor_api::ids::CollectiveId;
 use moor_api::node::Stage;
@@ -23,9 +24,16 @@ use std::sync::Arc;
 
 type Attributes = BTreeMap<String, String>;
 
-pub(super) async fn config(State(member): State<Arc<Member>>, Extension(mut caller): Extension<Caller>, headers: HeaderMap) -> Result<Response, Failure> {
+pub(super) async fn config(
+    State(member): State<Arc<Member>>,
+    Extension(mut caller): Extension<Caller>,
+    headers: HeaderMap,
+) -> Result<Response, Failure> {
     // The boot may have begun before the administrator said what to boot.
-    if caller.claims.stage == Stage::Boot && caller.boot().is_some_and(|boot| boot.plan.is_none()) && caller.node.deployment.is_some() {
+    if caller.claims.stage == Stage::Boot
+        && caller.boot().is_some_and(|boot| boot.plan.is_none())
+        && caller.node.deployment.is_some()
+    {
         member.propose(Command::Boot { id: caller.node.id, boot: caller.claims.boot, evidence: None }).await?;
         if let Some(node) = member.view()?.node(caller.node.id)? {
             caller.node = node;
@@ -33,9 +41,11 @@ pub(super) async fn config(State(member): State<Arc<Member>>, Extension(mut call
     }
     let profile = caller.generation(&member.view()?)?;
     let document = document(&member, &caller, &profile)?;
-    let wants_yaml = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).is_some_and(|accept| accept.contains("yaml"));
+    let wants_yaml =
+        headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).is_some_and(|accept| accept.contains("yaml"));
     let mut response = if wants_yaml {
-        let text = serde_saphyr::to_string(&document).map_err(|error| anyhow::anyhow!("writing the document of {} as YAML: {error}", caller.node.name))?;
+        let text = serde_saphyr::to_string(&document)
+            .map_err(|error| anyhow::anyhow!("writing the document of {} as YAML: {error}", caller.node.name))?;
         let mut response = text.into_response();
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/yaml"));
         response
@@ -68,12 +78,19 @@ fn document(member: &Member, caller: &Caller, profile: &ProfileRecord) -> Result
     let phases = manifest
         .scripts
         .iter()
-        .map(|(phase, scripts)| Phase { phase: *phase, scripts: scripts.iter().map(|(name, _)| name.clone()).collect() })
+        .map(|(phase, scripts)| Phase {
+            phase: *phase,
+            scripts: scripts.iter().map(|(name, _)| name.clone()).collect(),
+        })
         .collect();
     Ok(DeployDocument {
         schema: SCHEMA,
         deployment: caller.boot().and_then(|boot| boot.plan.as_ref()).map(|plan| plan.deployment),
-        node: NodeSection { id: node.id, name: node.name.clone(), machine_id: machine_id(member.site.collective, node) },
+        node: NodeSection {
+            id: node.id,
+            name: node.name.clone(),
+            machine_id: machine_id(member.site.collective, node),
+        },
         profile: ProfileSection {
             name: profile.name.clone(),
             generation: profile.generation,
@@ -112,7 +129,11 @@ fn text(attributes: &Attributes, name: &str) -> Option<String> {
 
 /// A comma-separated list; values were checked when they were set.
 fn list<T: FromStr>(attributes: &Attributes, name: &str) -> Vec<T> {
-    text(attributes, name).iter().flat_map(|value| value.split(',')).filter_map(|part| part.trim().parse().ok()).collect()
+    text(attributes, name)
+        .iter()
+        .flat_map(|value| value.split(','))
+        .filter_map(|part| part.trim().parse().ok())
+        .collect()
 }
 
 fn value<T: FromStr>(attributes: &Attributes, name: &str) -> Option<T> {
@@ -151,7 +172,12 @@ fn interface(node: &NodeRecord, label: &str) -> Result<Interface, Problem> {
             (Some("firmwaredhcp"), None) => IpMethod::None,
             (_, Some(_)) => IpMethod::Static,
             (Some(_), None) => {
-                let detail = format!("{}: {} is static, and {} is not set", node.name, name(&format!("{family}_method")), name(&format!("{family}_address")));
+                let detail = format!(
+                    "{}: {} is static, and {} is not set",
+                    node.name,
+                    name(&format!("{family}_method")),
+                    name(&format!("{family}_address"))
+                );
                 return Err(Problem::new(Code::Conflict, detail));
             }
         };
@@ -169,15 +195,27 @@ fn interface(node: &NodeRecord, label: &str) -> Result<Interface, Problem> {
         ipv4,
         ipv6,
         addresses,
-        gateways: gateways.iter().filter(|(method, _)| *method == IpMethod::Static).filter_map(|(_, leaf)| value(attributes, &name(leaf))).collect(),
+        gateways: gateways
+            .iter()
+            .filter(|(method, _)| *method == IpMethod::Static)
+            .filter_map(|(_, leaf)| value(attributes, &name(leaf)))
+            .collect(),
         mtu: value(attributes, &name("mtu")),
     })
 }
 
 /// The node's own attributes; secrets of the site's own (`custom.nodesecret.*`) in the boot stage.
-pub(super) async fn attributes(State(member): State<Arc<Member>>, Extension(caller): Extension<Caller>) -> Result<Json<Attributes>, Failure> {
+pub(super) async fn attributes(
+    State(member): State<Arc<Member>>,
+    Extension(caller): Extension<Caller>,
+) -> Result<Json<Attributes>, Failure> {
     let node = &caller.node;
-    let mut out: Attributes = node.attributes.iter().filter(|(name, _)| !attributes::is_secret(name)).map(|(k, v)| (k.clone(), v.clone())).collect();
+    let mut out: Attributes = node
+        .attributes
+        .iter()
+        .filter(|(name, _)| !attributes::is_secret(name))
+        .map(|(k, v)| (k.clone(), v.clone()))
+        .collect();
     let trusted = match caller.generation(&member.view()?) {
         Ok(profile) => caller.is_trusted(&profile),
         Err(_) => node.identity.as_ref().is_some_and(|identity| !identity.is_unproven()),
@@ -231,7 +269,10 @@ mod tests {
                 &[("net.ipv4_address", "10.0.0.5/24"), ("net.ipv4_gateway", "10.0.0.1"), ("net.ipv6_method", "none")],
                 &["'' Static None [10.0.0.5/24] [10.0.0.1]"],
             ),
-            (&[("net.ipv4_method", "firmwaredhcp"), ("net.ipv4_address", "10.0.0.5/24")], &["'' Static Dhcp [10.0.0.5/24] []"]),
+            (
+                &[("net.ipv4_method", "firmwaredhcp"), ("net.ipv4_address", "10.0.0.5/24")],
+                &["'' Static Dhcp [10.0.0.5/24] []"],
+            ),
             (&[("net.ipv4_method", "firmwaredhcp")], &["'' None Dhcp [] []"]),
             (&[("net.ipv4_method", "none"), ("net.ipv4_address", "10.0.0.5/24")], &["'' None Dhcp [] []"]),
             (&[("net.ipv4_method", "dhcp"), ("net.ipv4_gateway", "10.0.0.1")], &["'' Dhcp Dhcp [] []"]),

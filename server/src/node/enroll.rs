@@ -82,8 +82,12 @@ fn invalid(detail: impl Into<String>) -> Problem {
 
 /// The uncompressed point of a P-256 `SubjectPublicKeyInfo`.
 pub(super) fn p256_point(spki: &[u8]) -> Result<Vec<u8>, Problem> {
-    let (rest, parsed) = SubjectPublicKeyInfo::from_der(spki).map_err(|_| invalid("the public key is not a SubjectPublicKeyInfo"))?;
-    let oids = (parsed.algorithm.algorithm.to_id_string(), parsed.algorithm.parameters.as_ref().and_then(|curve| curve.as_oid().ok()).map(|oid| oid.to_id_string()));
+    let (rest, parsed) =
+        SubjectPublicKeyInfo::from_der(spki).map_err(|_| invalid("the public key is not a SubjectPublicKeyInfo"))?;
+    let oids = (
+        parsed.algorithm.algorithm.to_id_string(),
+        parsed.algorithm.parameters.as_ref().and_then(|curve| curve.as_oid().ok()).map(|oid| oid.to_id_string()),
+    );
     if !rest.is_empty() || oids != ("1.2.840.10045.2.1".into(), Some("1.2.840.10045.3.1.7".into())) {
         return Err(invalid("the public key is not on P-256"));
     }
@@ -96,7 +100,11 @@ pub(super) fn p256_point(spki: &[u8]) -> Result<Vec<u8>, Problem> {
 
 /// An endorsement key has to be one: only a restricted decryption key of the TPM itself activates credentials honestly.
 fn check_ek(ek: &Public) -> Result<(), Problem> {
-    let wanted = attribute::FIXED_TPM | attribute::FIXED_PARENT | attribute::SENSITIVE_DATA_ORIGIN | attribute::RESTRICTED | attribute::DECRYPT;
+    let wanted = attribute::FIXED_TPM
+        | attribute::FIXED_PARENT
+        | attribute::SENSITIVE_DATA_ORIGIN
+        | attribute::RESTRICTED
+        | attribute::DECRYPT;
     if ek.attributes & wanted != wanted || ek.attributes & attribute::SIGN != 0 {
         return Err(invalid("the endorsement key has not the attributes of one"));
     }
@@ -105,19 +113,26 @@ fn check_ek(ek: &Public) -> Result<(), Problem> {
 
 /// The certificate is recorded; here it only has to be of this key.
 fn check_ek_certificate(certificate: &[u8], ek: &Public) -> Result<(), Problem> {
-    let (_, certificate) = X509Certificate::from_der(certificate).map_err(|_| invalid("the certificate of the endorsement key is no X.509 certificate"))?;
+    let (_, certificate) = X509Certificate::from_der(certificate)
+        .map_err(|_| invalid("the certificate of the endorsement key is no X.509 certificate"))?;
     let same = match (certificate.public_key().parsed(), &ek.key) {
         (Ok(PublicKey::RSA(rsa)), Key::Rsa { modulus, exponent, .. }) => {
             let trimmed = &rsa.modulus[rsa.modulus.iter().position(|byte| *byte != 0).unwrap_or(0)..];
             trimmed == modulus && rsa.try_exponent() == Ok(u64::from(*exponent))
         }
-        (Ok(PublicKey::EC(point)), Key::Ecc { x, y, .. }) => point.data() == [&[4], x.as_slice(), y.as_slice()].concat(),
+        (Ok(PublicKey::EC(point)), Key::Ecc { x, y, .. }) => {
+            point.data() == [&[4], x.as_slice(), y.as_slice()].concat()
+        }
         _ => false,
     };
     if same { Ok(()) } else { Err(invalid("the certificate is not that of the endorsement key")) }
 }
 
-pub(super) async fn enroll(State(member): State<Arc<Member>>, Extension(connection): Extension<Connection>, body: Bytes) -> Result<Json<EnrollReply>, Failure> {
+pub(super) async fn enroll(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    body: Bytes,
+) -> Result<Json<EnrollReply>, Failure> {
     let peer = &connection.peer;
     let request: EnrollRequest = recorded(&member, peer, "POST enroll", &Subject::default(), parse(&body)).await?;
     let reply = begin(&member, peer, &request).await;
@@ -142,7 +157,8 @@ fn may_enroll(node: &NodeRecord, offered: &Identity) -> Result<(), Problem> {
 async fn begin(member: &Member, peer: &Peer, request: &EnrollRequest) -> Result<EnrollReply, Failure> {
     let channel = Channel::of(peer)?;
     let node = member.view()?.node(request.node)?;
-    let node = node.ok_or_else(|| Problem::new(Code::UnknownNode, "there is no node with this id: begin with hello"))?;
+    let node =
+        node.ok_or_else(|| Problem::new(Code::UnknownNode, "there is no node with this id: begin with hello"))?;
     member.nonces.redeem(node.id, &request.nonce.0)?;
     match &request.method {
         EnrollMethod::Soft { public_key, signature } => {
@@ -169,7 +185,8 @@ async fn begin(member: &Member, peer: &Peer, request: &EnrollRequest) -> Result<
             template::check_ak(&ak).map_err(|error| invalid(error.to_string()))?;
             let mut secret = Zeroizing::new([0; 32]);
             rand::fill(&mut *secret).map_err(|_| Problem::new(Code::Internal, "the member has no randomness"))?;
-            let challenge = credential::make(&ek, &ak.name(), &secret).map_err(|error| invalid(format!("the endorsement key: {error}")))?;
+            let challenge = credential::make(&ek, &ak.name(), &secret)
+                .map_err(|error| invalid(format!("the endorsement key: {error}")))?;
             let enrollment = member.enrollments.add(Open {
                 node: node.id,
                 boot: request.boot,
@@ -182,20 +199,38 @@ async fn begin(member: &Member, peer: &Peer, request: &EnrollRequest) -> Result<
                 exporter: *channel.exporter,
                 since: Instant::now(),
             })?;
-            Ok(EnrollReply::Challenge { enrollment, credential: challenge.id_object.into(), secret: challenge.encrypted_secret.into() })
+            Ok(EnrollReply::Challenge {
+                enrollment,
+                credential: challenge.id_object.into(),
+                secret: challenge.encrypted_secret.into(),
+            })
         }
     }
 }
 
-async fn bind(member: &Member, node: &NodeRecord, identity: Identity, boot: BootId, method: &str) -> Result<Enrolled, Failure> {
-    member.audit("enroll", serde_json::json!({ "node": node.id, "name": node.name, "method": method, "boot": boot })).await?;
+async fn bind(
+    member: &Member,
+    node: &NodeRecord,
+    identity: Identity,
+    boot: BootId,
+    method: &str,
+) -> Result<Enrolled, Failure> {
+    member
+        .audit("enroll", serde_json::json!({ "node": node.id, "name": node.name, "method": method, "boot": boot }))
+        .await?;
     let outcome = member.propose(Command::Bind { id: node.id, identity, boot, now: now() }).await?;
-    let Outcome::Number(epoch) = outcome else { return Err(anyhow::anyhow!("binding {} gave no epoch", node.name).into()) };
+    let Outcome::Number(epoch) = outcome else {
+        return Err(anyhow::anyhow!("binding {} gave no epoch", node.name).into());
+    };
     tracing::info!("{} is enrolled ({method})", node.name);
     Ok(Enrolled { epoch, nonce: member.nonces.issue(node.id)? })
 }
 
-pub(super) async fn complete(State(member): State<Arc<Member>>, Extension(connection): Extension<Connection>, body: Bytes) -> Result<Json<Enrolled>, Failure> {
+pub(super) async fn complete(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    body: Bytes,
+) -> Result<Json<Enrolled>, Failure> {
     let peer = &connection.peer;
     let call = "POST enroll/complete";
     let request: EnrollComplete = recorded(&member, peer, call, &Subject::default(), parse(&body)).await?;
@@ -207,15 +242,22 @@ pub(super) async fn complete(State(member): State<Arc<Member>>, Extension(connec
 async fn finish(member: &Member, peer: &Peer, request: &EnrollComplete) -> Result<Enrolled, Failure> {
     let channel = Channel::of(peer)?;
     let open = member.enrollments.take(request.enrollment);
-    let open = open.ok_or_else(|| invalid(format!("no such enrolment is open (they wait for {} s): begin again with hello", WINDOW.as_secs())))?;
+    let open = open.ok_or_else(|| {
+        invalid(format!("no such enrolment is open (they wait for {} s): begin again with hello", WINDOW.as_secs()))
+    })?;
     if open.client_key != channel.client_key || open.exporter != *channel.exporter {
         return Err(invalid("the enrolment began on another connection: begin again with hello").into());
     }
     // Without the secret nothing else is looked at: it says that the key and the endorsement key are in one TPM.
-    verify_slices_are_equal(&request.secret.0, &*open.secret).map_err(|_| invalid("the TPM did not activate the credential: the keys are not in one TPM"))?;
+    verify_slices_are_equal(&request.secret.0, &*open.secret)
+        .map_err(|_| invalid("the TPM did not activate the credential: the keys are not in one TPM"))?;
     let digest = proof_digest(member, &channel, Purpose::Enroll, open.node, open.boot, &open.nonce.0);
-    check_quote(&open.ak, &request.quote, &digest, open.bank).map_err(|error: QuoteError| invalid(error.to_string()))?;
-    let node = member.view()?.node(open.node)?.ok_or_else(|| Problem::new(Code::UnknownNode, "the node was removed meanwhile"))?;
+    check_quote(&open.ak, &request.quote, &digest, open.bank)
+        .map_err(|error: QuoteError| invalid(error.to_string()))?;
+    let node = member
+        .view()?
+        .node(open.node)?
+        .ok_or_else(|| Problem::new(Code::UnknownNode, "the node was removed meanwhile"))?;
     bind(member, &node, open.identity, open.boot, "tpm").await
 }
 

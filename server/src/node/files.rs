@@ -19,22 +19,33 @@ fn not_found(what: String) -> Failure {
 }
 
 fn bytes(content: impl Into<Body>) -> Result<Response, Failure> {
-    let response = Response::builder().header(header::CONTENT_TYPE, "application/octet-stream").header(header::CACHE_CONTROL, "no-store");
+    let response = Response::builder()
+        .header(header::CONTENT_TYPE, "application/octet-stream")
+        .header(header::CACHE_CONTROL, "no-store");
     response.body(content.into()).map_err(|error| anyhow::Error::from(error).into())
 }
 
 async fn blob(member: &Member, blob: Sha256Digest) -> Result<Response, Failure> {
     let path = content::path_of(&member.config.blobs(), blob);
-    let content = tokio::fs::read(&path).await.map_err(|error| anyhow::anyhow!("reading '{}': {error}", path.display()))?;
+    let content =
+        tokio::fs::read(&path).await.map_err(|error| anyhow::anyhow!("reading '{}': {error}", path.display()))?;
     bytes(content)
 }
 
-pub(super) async fn file(State(member): State<Arc<Member>>, Extension(caller): Extension<Caller>, Path(path): Path<String>) -> Result<Response, Failure> {
+pub(super) async fn file(
+    State(member): State<Arc<Member>>,
+    Extension(caller): Extension<Caller>,
+    Path(path): Path<String>,
+) -> Result<Response, Failure> {
     let profile = caller.generation(&member.view()?)?;
     if let Some(private) = path.strip_prefix("private/") {
         caller.boot_stage("a private file")?;
         caller.proven(&profile, "private files")?;
-        let sealed = profile.manifest.private.get(private).ok_or_else(|| not_found(format!("profile '{}' has no private file '{private}'", profile.name)))?;
+        let sealed = profile
+            .manifest
+            .private
+            .get(private)
+            .ok_or_else(|| not_found(format!("profile '{}' has no private file '{private}'", profile.name)))?;
         let place = Place { table: "profiles", id: profile.name.as_str(), field: private };
         return bytes(member.secrets.open_secret(place, sealed)?.to_vec());
     }
@@ -44,7 +55,9 @@ pub(super) async fn file(State(member): State<Arc<Member>>, Extension(caller): E
 
 /// The phase that a word names.
 pub(crate) fn phase(word: &str) -> Option<PhaseName> {
-    [PhaseName::Pre, PhaseName::Post, PhaseName::Firstboot, PhaseName::Onboot].into_iter().find(|phase| phase.as_str() == word)
+    [PhaseName::Pre, PhaseName::Post, PhaseName::Firstboot, PhaseName::Onboot]
+        .into_iter()
+        .find(|phase| phase.as_str() == word)
 }
 
 pub(super) async fn script(
@@ -53,8 +66,10 @@ pub(super) async fn script(
     Path((word, path)): Path<(String, String)>,
 ) -> Result<Response, Failure> {
     let profile = caller.generation(&member.view()?)?;
-    let phase = phase(&word).ok_or_else(|| not_found(format!("'{word}' is no phase: pre, post, firstboot or onboot")))?;
+    let phase =
+        phase(&word).ok_or_else(|| not_found(format!("'{word}' is no phase: pre, post, firstboot or onboot")))?;
     let scripts = profile.manifest.scripts.get(&phase).map(Vec::as_slice).unwrap_or_default();
     let found = scripts.iter().find(|(name, _)| *name == path).map(|(_, blob)| *blob);
-    blob(&member, found.ok_or_else(|| not_found(format!("profile '{}' has no script '{word}/{path}'", profile.name)))?).await
+    blob(&member, found.ok_or_else(|| not_found(format!("profile '{}' has no script '{word}/{path}'", profile.name)))?)
+        .await
 }

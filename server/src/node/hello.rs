@@ -82,7 +82,10 @@ fn identify(view: &Snapshot, hello: &Hello) -> Result<Result<NodeRecord, (Vec<No
     let ids: Vec<NodeId> = nodes.iter().map(|node| node.id).collect();
     if nodes.len() > 1 {
         let names: Vec<&str> = nodes.iter().map(|node| node.name.as_str()).collect();
-        let detail = format!("this machine is more than one node by its UUID and MACs: {}. Correct id.uuid or net.*.hwaddr of all but one", names.join(", "));
+        let detail = format!(
+            "this machine is more than one node by its UUID and MACs: {}. Correct id.uuid or net.*.hwaddr of all but one",
+            names.join(", ")
+        );
         return Ok(Err((ids, Problem::new(Code::Ambiguous, detail))));
     }
     let Some(node) = nodes.pop() else {
@@ -91,8 +94,13 @@ fn identify(view: &Snapshot, hello: &Hello) -> Result<Result<NodeRecord, (Vec<No
             known = vec![format!("UUID {uuid}, which many machines have")];
         }
         known.extend(hello.macs.iter().take(8).map(|mac| format!("MAC {mac}")));
-        known.extend(hello.serial.iter().take(1).map(|serial| format!("serial number '{}'", super::report::clean(serial, 64))));
-        let detail = format!("no node is this machine ({}): define one with `moor node define NAME id.uuid=… net.hwaddr=…`", known.join(", "));
+        known.extend(
+            hello.serial.iter().take(1).map(|serial| format!("serial number '{}'", super::report::clean(serial, 64))),
+        );
+        let detail = format!(
+            "no node is this machine ({}): define one with `moor node define NAME id.uuid=… net.hwaddr=…`",
+            known.join(", ")
+        );
         return Ok(Err((ids, Problem::new(Code::UnknownNode, detail))));
     };
     let wanted = node.attributes.get("id.uuid").and_then(|uuid| Uuid::parse_str(uuid).ok());
@@ -128,7 +136,11 @@ pub(crate) fn quote_request(node: &NodeRecord) -> PcrRequest {
     PcrRequest { bank, pcrs: QUOTED_PCRS.to_vec() }
 }
 
-pub(super) async fn hello(State(member): State<Arc<Member>>, Extension(connection): Extension<Connection>, body: Bytes) -> Result<Json<HelloReply>, Failure> {
+pub(super) async fn hello(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    body: Bytes,
+) -> Result<Json<HelloReply>, Failure> {
     let peer = &connection.peer;
     if peer.ip().is_some_and(|ip| !member.hellos.allow(ip)) {
         let problem = Problem::new(Code::RateLimited, "too many hellos from this address: wait a few seconds");
@@ -136,7 +148,10 @@ pub(super) async fn hello(State(member): State<Arc<Member>>, Extension(connectio
     }
     let parsed = parse::<Hello>(&body).and_then(|hello| {
         if hello.macs.len() > MAX_MACS {
-            return Err(Failure(Problem::new(Code::BadRequest, format!("a hello has at most {MAX_MACS} hardware addresses"))));
+            return Err(Failure(Problem::new(
+                Code::BadRequest,
+                format!("a hello has at most {MAX_MACS} hardware addresses"),
+            )));
         }
         Ok(hello)
     });
@@ -154,7 +169,9 @@ async fn answer(member: &Member, peer: &Peer, hello: &Hello) -> Result<HelloRepl
         time: now(),
     };
     let outcome = match identify(&member.view()?, hello)? {
-        Ok(node) => next_step(&node, reply.time).map(|next| (node.clone(), next)).map_err(|problem| (vec![node.id], problem)),
+        Ok(node) => {
+            next_step(&node, reply.time).map(|next| (node.clone(), next)).map_err(|problem| (vec![node.id], problem))
+        }
         Err(refused) => Err(refused),
     };
     match outcome {
@@ -178,11 +195,25 @@ mod tests {
 
     #[test]
     fn what_many_boards_share_is_a_dummy() {
-        for uuid in ["00000000-0000-0000-0000-000000000000", "FFFFFFFF-FFFF-FFFF-FFFF-FFFFFFFFFFFF", "03000200-0400-0500-0006-000700080009"] {
+        for uuid in [
+            "00000000-0000-0000-0000-000000000000",
+            "FFFFFFFF-FFFF-FFFF-FFFF-FFFFFFFFFFFF",
+            "03000200-0400-0500-0006-000700080009",
+        ] {
             assert!(is_dummy_uuid(Uuid::parse_str(uuid).unwrap()), "{uuid}");
         }
         assert!(!is_dummy_uuid(Uuid::parse_str("5f1e7a52-30a3-4f6c-9d3e-6c2f9a1b0c01").unwrap()));
-        for serial in ["", " ", "0", "00000000", "To Be Filled By O.E.M.", "Default string", "None", "..................", "System Serial Number"] {
+        for serial in [
+            "",
+            " ",
+            "0",
+            "00000000",
+            "To Be Filled By O.E.M.",
+            "Default string",
+            "None",
+            "..................",
+            "System Serial Number",
+        ] {
             assert!(is_dummy_serial(serial), "{serial}");
         }
         for serial in ["CZ1234ABCD", "7XK9012", "VM-1"] {

@@ -5,8 +5,8 @@ use crate::http::{Failure, parse};
 use crate::public::image_response;
 use crate::secrets::Place;
 use crate::state::Member;
-use crate::store::{Command, Snapshot};
 use crate::store::records::{ImageRecord, ProfileRecord};
+use crate::store::{Command, Snapshot};
 use axum::Json;
 use axum::extract::{Extension, Path, State};
 use axum::response::Response;
@@ -19,17 +19,33 @@ use std::sync::Arc;
 
 fn image_of(view: &Snapshot, profile: &ProfileRecord) -> Result<ImageRecord, Failure> {
     let digest = profile.manifest.image;
-    let gone = || Problem::new(Code::NoProfile, format!("profile '{}' boots image {digest}, which is not in the catalogue any more: publish it anew", profile.name));
+    let gone = || {
+        Problem::new(
+            Code::NoProfile,
+            format!(
+                "profile '{}' boots image {digest}, which is not in the catalogue any more: publish it anew",
+                profile.name
+            ),
+        )
+    };
     Ok(view.image(&digest.to_string())?.ok_or_else(gone)?)
 }
 
-pub(super) async fn offer(State(member): State<Arc<Member>>, Extension(caller): Extension<Caller>) -> Result<Json<ImageOffer>, Failure> {
+pub(super) async fn offer(
+    State(member): State<Arc<Member>>,
+    Extension(caller): Extension<Caller>,
+) -> Result<Json<ImageOffer>, Failure> {
     caller.boot_stage("the image")?;
     let view = member.view()?;
     let profile = caller.generation(&view)?;
     let image = image_of(&view, &profile)?;
     let prefix = if image.encrypted { "public" } else { "node/v1" };
-    let urls = member.config.urls.iter().map(|url| format!("{}/{prefix}/images/{}", url.trim_end_matches('/'), image.digest)).collect();
+    let urls = member
+        .config
+        .urls
+        .iter()
+        .map(|url| format!("{}/{prefix}/images/{}", url.trim_end_matches('/'), image.digest))
+        .collect();
     Ok(Json(ImageOffer {
         name: image.name,
         digest: image.digest,
@@ -45,7 +61,11 @@ pub(super) async fn offer(State(member): State<Arc<Member>>, Extension(caller): 
 }
 
 /// Nothing leaves before the audit line and the pin are on disk.
-pub(super) async fn key(State(member): State<Arc<Member>>, Extension(caller): Extension<Caller>, body: Bytes) -> Result<Json<KeyEnvelope>, Failure> {
+pub(super) async fn key(
+    State(member): State<Arc<Member>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> Result<Json<KeyEnvelope>, Failure> {
     caller.boot_stage("the image key")?;
     let request: KeyRequest = parse(&body)?;
     let (image, sealed) = {
@@ -53,7 +73,10 @@ pub(super) async fn key(State(member): State<Arc<Member>>, Extension(caller): Ex
         let profile = caller.generation(&view)?;
         let image = image_of(&view, &profile)?;
         if image.digest != request.digest {
-            let detail = format!("this boot of {} is for image {}, not {}: ask for the image again", caller.node.name, image.digest, request.digest);
+            let detail = format!(
+                "this boot of {} is for image {}, not {}: ask for the image again",
+                caller.node.name, image.digest, request.digest
+            );
             return Err(Problem::new(Code::Conflict, detail).into());
         }
         caller.proven(&profile, "image key")?;
@@ -61,12 +84,14 @@ pub(super) async fn key(State(member): State<Arc<Member>>, Extension(caller): Ex
         (image, sealed.ok_or_else(|| Problem::new(Code::Conflict, "the image is plain: it has no key"))?)
     };
     let id = caller.node.id;
-    let fields = serde_json::json!({ "node": id, "name": caller.node.name, "boot": caller.claims.boot, "image": image.digest });
+    let fields =
+        serde_json::json!({ "node": id, "name": caller.node.name, "boot": caller.claims.boot, "image": image.digest });
     member.audit("image-key", fields).await?;
     member.propose(Command::Pin { id, digest: image.digest }).await?;
     let digest = image.digest.to_string();
     let opened = member.secrets.open_secret(Place { table: "images", id: &digest, field: "dek" }, &sealed)?;
-    let bytes: [u8; 32] = opened.as_slice().try_into().map_err(|_| anyhow::anyhow!("the key of image {digest} has not 32 bytes"))?;
+    let bytes: [u8; 32] =
+        opened.as_slice().try_into().map_err(|_| anyhow::anyhow!("the key of image {digest} has not 32 bytes"))?;
     let dek = Dek::from_bytes(bytes);
     Ok(Json(KeyEnvelope {
         kind: EnvelopeKind::Plain,

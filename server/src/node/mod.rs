@@ -86,8 +86,13 @@ pub(crate) struct Channel<'a> {
 impl<'a> Channel<'a> {
     fn of(peer: &'a Peer) -> Result<Self, Problem> {
         match peer {
-            Peer::Tls { client_key: Some(client_key), exporter: Some(exporter), .. } => Ok(Self { client_key, exporter }),
-            _ => Err(Problem::new(Code::ProofInvalid, "the connection shows no client certificate: make one on the session key (RFC 8705)")),
+            Peer::Tls { client_key: Some(client_key), exporter: Some(exporter), .. } => {
+                Ok(Self { client_key, exporter })
+            }
+            _ => Err(Problem::new(
+                Code::ProofInvalid,
+                "the connection shows no client certificate: make one on the session key (RFC 8705)",
+            )),
         }
     }
 }
@@ -111,7 +116,10 @@ impl Caller {
     fn boot_stage(&self, what: &str) -> Result<(), Problem> {
         match self.claims.stage {
             Stage::Boot => Ok(()),
-            Stage::Run => Err(Problem::new(Code::StageForbidden, format!("{what} is given out in the boot stage only; this token is for the run stage"))),
+            Stage::Run => Err(Problem::new(
+                Code::StageForbidden,
+                format!("{what} is given out in the boot stage only; this token is for the run stage"),
+            )),
         }
     }
 
@@ -120,14 +128,24 @@ impl Caller {
         let name = &self.node.name;
         let plan = self.boot().and_then(|boot| boot.plan.as_ref());
         let plan = plan.ok_or_else(|| match &self.node.deployment {
-            None => Problem::new(Code::NoProfile, format!("node {name} has no profile: `moor deploy {name} -n PROFILE`")),
+            None => {
+                Problem::new(Code::NoProfile, format!("node {name} has no profile: `moor deploy {name} -n PROFILE`"))
+            }
             Some(order) => Problem::new(
                 Code::NoProfile,
-                format!("this boot of {name} began before profile '{}' was published: open a new session", order.profile),
+                format!(
+                    "this boot of {name} began before profile '{}' was published: open a new session",
+                    order.profile
+                ),
             ),
         })?;
         let generation = view.generation(&plan.generation.to_string())?;
-        let gone = || Problem::new(Code::NoProfile, format!("generation {} of profile '{}' is gone: reboot", plan.generation, plan.profile));
+        let gone = || {
+            Problem::new(
+                Code::NoProfile,
+                format!("generation {} of profile '{}' is gone: reboot", plan.generation, plan.profile),
+            )
+        };
         Ok(generation.ok_or_else(gone)?)
     }
 
@@ -156,7 +174,11 @@ impl Caller {
 /// Who the bearer of a token is.
 fn caller(member: &Member, request: &Request, peer: &Peer) -> Result<Caller, (Subject, Failure)> {
     let invalid = |subject: Subject, detail: String| (subject, Failure(Problem::new(Code::TokenInvalid, detail)));
-    let bearer = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).and_then(|value| value.strip_prefix("Bearer "));
+    let bearer = request
+        .headers()
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.to_str().ok())
+        .and_then(|value| value.strip_prefix("Bearer "));
     let Some(bearer) = bearer else {
         return Err(invalid(Subject::default(), "the call needs a token: open a session first".into()));
     };
@@ -164,13 +186,20 @@ fn caller(member: &Member, request: &Request, peer: &Peer) -> Result<Caller, (Su
     let claims = token::read(member.authority.token_public(), member.site.collective, bearer, client_key, now())
         .map_err(|error| invalid(error.node().map(Subject::node).unwrap_or_default(), error.to_string()))?;
     let subject = Subject::node(claims.node);
-    let node = member.view().and_then(|view| view.node(claims.node)).map_err(|error| (subject.clone(), error.into()))?;
+    let node =
+        member.view().and_then(|view| view.node(claims.node)).map_err(|error| (subject.clone(), error.into()))?;
     let Some(node) = node else { return Err(invalid(Subject::default(), "the node was removed".into())) };
     if node.epoch != claims.epoch || node.identity.is_none() {
-        return Err(invalid(subject, format!("the identity of {} changed since the token was issued: begin again with hello", node.name)));
+        return Err(invalid(
+            subject,
+            format!("the identity of {} changed since the token was issued: begin again with hello", node.name),
+        ));
     }
     let caller = Caller { node, claims };
-    if caller.claims.stage == Stage::Boot && request.uri().path() != STAGE_CLOSED && caller.boot().is_none_or(|boot| boot.closed) {
+    if caller.claims.stage == Stage::Boot
+        && request.uri().path() != STAGE_CLOSED
+        && caller.boot().is_none_or(|boot| boot.closed)
+    {
         let problem = Problem::new(Code::StageClosed, store::closed(&caller.node.name));
         return Err((subject, Failure(problem)));
     }
@@ -178,7 +207,12 @@ fn caller(member: &Member, request: &Request, peer: &Peer) -> Result<Caller, (Su
 }
 
 /// Checks the token, hands the node to the handler, and records what was refused.
-async fn authenticate(State(member): State<Arc<Member>>, Extension(connection): Extension<Connection>, mut request: Request, next: Next) -> Response {
+async fn authenticate(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let call = format!("{} {}", request.method(), request.uri().path().trim_start_matches("/node/v1/"));
     let (subject, response) = match caller(&member, &request, &connection.peer) {
         Ok(caller) => {
@@ -196,7 +230,13 @@ async fn authenticate(State(member): State<Arc<Member>>, Extension(connection): 
 }
 
 /// Records a refusal of a call that comes without a token.
-async fn recorded<T>(member: &Member, peer: &Peer, call: &str, subject: &Subject, result: Result<T, Failure>) -> Result<T, Failure> {
+async fn recorded<T>(
+    member: &Member,
+    peer: &Peer,
+    call: &str,
+    subject: &Subject,
+    result: Result<T, Failure>,
+) -> Result<T, Failure> {
     if let Err(Failure(problem)) = &result {
         refusals::record(member, peer, call, subject, problem).await;
     }

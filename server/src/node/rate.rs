@@ -80,7 +80,8 @@ impl RateLimit {
         }
         // The address first: one that asks too often must not use up what is there for all.
         let fresh = Bucket { tokens: BURST, filled: now };
-        buckets.each.entry(group(address)).or_insert(fresh).take(now, RATE, BURST) && buckets.all.take(now, RATE_ALL, BURST_ALL)
+        buckets.each.entry(group(address)).or_insert(fresh).take(now, RATE, BURST)
+            && buckets.all.take(now, RATE_ALL, BURST_ALL)
     }
 }
 
@@ -107,7 +108,8 @@ mod tests {
     #[test]
     fn all_together_are_limited_and_memory_is_bounded() {
         let limit = RateLimit::default();
-        let total: usize = (0..10_000_u32).map(|n| allowed(&limit, &std::net::Ipv4Addr::from(n).to_string(), 0.0, 1)).sum();
+        let total: usize =
+            (0..10_000_u32).map(|n| allowed(&limit, &std::net::Ipv4Addr::from(n).to_string(), 0.0, 1)).sum();
         assert_eq!(total, 4000);
         for n in 0..100_000_u32 {
             allowed(&limit, &std::net::Ipv4Addr::from(n).to_string(), f64::from(n), 1);

@@ -56,17 +56,24 @@ fn own_boot(caller: &Caller, boot: BootId) -> Result<(), Failure> {
 
 /// A word: `booted`, `switch-root`.
 fn is_word(text: &str, maximum: usize) -> bool {
-    (1..=maximum).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+    (1..=maximum).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
 }
 
-pub(super) async fn status(State(member): State<Arc<Member>>, Extension(caller): Extension<Caller>, body: Bytes) -> Result<StatusCode, Failure> {
+pub(super) async fn status(
+    State(member): State<Arc<Member>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> Result<StatusCode, Failure> {
     let report: StatusReport = parse(&body)?;
     own_boot(&caller, report.boot)?;
     if !is_word(&report.state, 32) {
         return Err(bad("a state is a word of at most 32 letters, digits, '-', '_' and '.'"));
     }
     if report.figures.len() > MAX_FIGURES || report.figures.keys().any(|name| !is_word(name, 64)) {
-        return Err(bad(format!("a report has at most {MAX_FIGURES} figures, whose names are words of at most 64 characters")));
+        return Err(bad(format!(
+            "a report has at most {MAX_FIGURES} figures, whose names are words of at most 64 characters"
+        )));
     }
     let event = StatusEvent {
         node: caller.node.name.clone(),
@@ -81,7 +88,11 @@ pub(super) async fn status(State(member): State<Arc<Member>>, Extension(caller):
     Ok(StatusCode::NO_CONTENT)
 }
 
-pub(super) async fn log(State(member): State<Arc<Member>>, Extension(caller): Extension<Caller>, body: Bytes) -> Result<StatusCode, Failure> {
+pub(super) async fn log(
+    State(member): State<Arc<Member>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> Result<StatusCode, Failure> {
     let report: LogReport = parse(&body)?;
     own_boot(&caller, report.boot)?;
     if report.text.len() > MAX_LOG {
@@ -94,7 +105,11 @@ pub(super) async fn log(State(member): State<Arc<Member>>, Extension(caller): Ex
     Ok(StatusCode::NO_CONTENT)
 }
 
-pub(super) async fn stage_closed(State(member): State<Arc<Member>>, Extension(caller): Extension<Caller>, body: Bytes) -> Result<StatusCode, Failure> {
+pub(super) async fn stage_closed(
+    State(member): State<Arc<Member>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> Result<StatusCode, Failure> {
     let report: StageClosed = parse(&body)?;
     own_boot(&caller, report.boot)?;
     if caller.boot().is_none_or(|boot| !boot.closed) {
@@ -103,7 +118,11 @@ pub(super) async fn stage_closed(State(member): State<Arc<Member>>, Extension(ca
     Ok(StatusCode::NO_CONTENT)
 }
 
-pub(super) async fn heartbeat(State(member): State<Arc<Member>>, Extension(caller): Extension<Caller>, body: Bytes) -> Result<Json<HeartbeatReply>, Failure> {
+pub(super) async fn heartbeat(
+    State(member): State<Arc<Member>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> Result<Json<HeartbeatReply>, Failure> {
     let report: Heartbeat = parse(&body)?;
     own_boot(&caller, report.boot)?;
     member.heartbeats.note(caller.node.id);
@@ -123,7 +142,14 @@ mod tests {
     fn what_a_node_says_does_not_reach_a_terminal_raw() {
         assert_eq!(clean("a\u{1b}[2Jb\nc", 100), "a [2Jb c");
         assert_eq!(clean("äöü", 2), "äö");
-        for (word, good) in [("booted", true), ("switch-root", true), ("image.bytes_fetched", true), ("", false), ("a b", false), ("a\u{1b}", false)] {
+        for (word, good) in [
+            ("booted", true),
+            ("switch-root", true),
+            ("image.bytes_fetched", true),
+            ("", false),
+            ("a b", false),
+            ("a\u{1b}", false),
+        ] {
             assert_eq!(is_word(word, 32), good, "{word:?}");
         }
         assert!(!is_word(&"x".repeat(33), 32));

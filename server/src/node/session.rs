@@ -23,7 +23,14 @@ use std::sync::Arc;
 const MAX_EVENT_LOG: usize = 512 << 10;
 
 /// The digest that this connection's proof is over, made from what the member knows itself.
-pub(super) fn proof_digest(member: &Member, channel: &Channel<'_>, purpose: Purpose, node: NodeId, boot: BootId, nonce: &[u8]) -> [u8; 32] {
+pub(super) fn proof_digest(
+    member: &Member,
+    channel: &Channel<'_>,
+    purpose: Purpose,
+    node: NodeId,
+    boot: BootId,
+    nonce: &[u8],
+) -> [u8; 32] {
     Proof {
         purpose,
         collective: member.site.collective,
@@ -45,7 +52,12 @@ pub(super) fn bank_of(bank: PcrBank) -> Bank {
 }
 
 /// Checks a quote over `digest`.
-pub(super) fn check_quote(ak: &Public, quote: &Quote, digest: &[u8; 32], bank: PcrBank) -> Result<Verified, QuoteError> {
+pub(super) fn check_quote(
+    ak: &Public,
+    quote: &Quote,
+    digest: &[u8; 32],
+    bank: PcrBank,
+) -> Result<Verified, QuoteError> {
     let values = quote.pcrs.iter().map(|(number, value)| (*number, value.0.clone())).collect();
     let expected = Expected { extra_data: digest, bank: bank_of(bank), pcrs: &super::hello::QUOTED_PCRS };
     moor_tpm::quote::verify(ak, &quote.attest.0, &quote.signature.0, &expected, &values)
@@ -64,7 +76,11 @@ pub(super) async fn evidence(member: &Arc<Member>, quote: &Quote, verified: &Ver
     let event_log = match &quote.event_log {
         None => None,
         Some(log) if log.0.len() > MAX_EVENT_LOG => {
-            return Err(Problem::new(Code::BadRequest, format!("the event log is larger than {} KiB", MAX_EVENT_LOG >> 10)).into());
+            return Err(Problem::new(
+                Code::BadRequest,
+                format!("the event log is larger than {} KiB", MAX_EVENT_LOG >> 10),
+            )
+            .into());
         }
         Some(log) => {
             let (member, log) = (member.clone(), log.0.clone());
@@ -81,7 +97,11 @@ pub(super) async fn evidence(member: &Arc<Member>, quote: &Quote, verified: &Ver
     })
 }
 
-pub(super) async fn session(State(member): State<Arc<Member>>, Extension(connection): Extension<Connection>, body: Bytes) -> Result<Json<SessionReply>, Failure> {
+pub(super) async fn session(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    body: Bytes,
+) -> Result<Json<SessionReply>, Failure> {
     let peer = &connection.peer;
     let request: SessionRequest = recorded(&member, peer, "POST session", &Subject::default(), parse(&body)).await?;
     let reply = open(&member, peer, &request).await;
@@ -91,7 +111,8 @@ pub(super) async fn session(State(member): State<Arc<Member>>, Extension(connect
 async fn open(member: &Arc<Member>, peer: &Peer, request: &SessionRequest) -> Result<SessionReply, Failure> {
     let channel = Channel::of(peer)?;
     let node = member.view()?.node(request.node)?;
-    let node = node.ok_or_else(|| Problem::new(Code::UnknownNode, "there is no node with this id: begin with hello"))?;
+    let node =
+        node.ok_or_else(|| Problem::new(Code::UnknownNode, "there is no node with this id: begin with hello"))?;
     member.nonces.redeem(node.id, &request.nonce.0)?;
     let digest = proof_digest(member, &channel, Purpose::Session, node.id, request.boot, &request.nonce.0);
     let evidence = prove(member, &node, request, &digest).await?;
@@ -123,21 +144,32 @@ async fn open(member: &Arc<Member>, peer: &Peer, request: &SessionRequest) -> Re
 }
 
 /// Checks the proof by the bound identity, and no other. The method is pinned: a node that is known by its TPM has no other way in.
-async fn prove(member: &Arc<Member>, node: &NodeRecord, request: &SessionRequest, digest: &[u8; 32]) -> Result<Option<Evidence>, Failure> {
-    let mismatch = |bound: &Identity, offered: &Identity| Failure(Problem::new(Code::IdentityMismatch, store::mismatch(&node.name, bound, offered)));
+async fn prove(
+    member: &Arc<Member>,
+    node: &NodeRecord,
+    request: &SessionRequest,
+    digest: &[u8; 32],
+) -> Result<Option<Evidence>, Failure> {
+    let mismatch = |bound: &Identity, offered: &Identity| {
+        Failure(Problem::new(Code::IdentityMismatch, store::mismatch(&node.name, bound, offered)))
+    };
     let Some(bound) = &node.identity else {
         return Err(Problem::new(Code::NotArmed, store::not_armed(&node.name)).into());
     };
     match (bound, &request.proof) {
         (Identity::Tpm { ak_public, bank, .. }, SessionProof::Tpm { quote }) => {
-            let ak = Public::parse(&ak_public.0).map_err(|error| anyhow::anyhow!("the attestation key of {} in the store: {error}", node.name))?;
+            let ak = Public::parse(&ak_public.0)
+                .map_err(|error| anyhow::anyhow!("the attestation key of {} in the store: {error}", node.name))?;
             let verified = check_quote(&ak, quote, digest, *bank).map_err(|error| match error {
                 // Signed by a key that is not the node's: the machine has another TPM.
                 QuoteError::Signature => mismatch(bound, bound),
                 other => Failure(Problem::new(Code::ProofInvalid, other.to_string())),
             })?;
             if request.stage == Stage::Boot && !verified.pcr15_zero {
-                let detail = format!("PCR 15 of {} is closed already (after kexec, or a second try): a cold reboot opens it", node.name);
+                let detail = format!(
+                    "PCR 15 of {} is closed already (after kexec, or a second try): a cold reboot opens it",
+                    node.name
+                );
                 return Err(Problem::new(Code::StageClosed, detail).into());
             }
             Ok(Some(evidence(member, quote, &verified).await?))

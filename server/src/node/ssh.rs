@@ -5,8 +5,8 @@ use super::Caller;
 use crate::admin::nodes::select;
 use crate::http::{Failure, parse};
 use crate::state::{Member, now};
-use crate::store::{Command, Outcome};
 use crate::store::records::NodeRecord;
+use crate::store::{Command, Outcome};
 use anyhow::Context as _;
 use axum::Json;
 use axum::extract::{Extension, State};
@@ -38,7 +38,9 @@ fn value<'a>(node: &'a NodeRecord, name: &str) -> Option<&'a str> {
 fn principals(node: &NodeRecord) -> BTreeSet<String> {
     let mut names: BTreeSet<String> = BTreeSet::from([node.name.to_string()]);
     let mut addresses = BTreeSet::new();
-    for (attribute, value) in node.attributes.iter().filter(|(name, value)| name.starts_with("net.") && !value.is_empty()) {
+    for (attribute, value) in
+        node.attributes.iter().filter(|(name, value)| name.starts_with("net.") && !value.is_empty())
+    {
         if attribute.ends_with(".hostname") {
             names.insert(value.clone());
         } else if attribute.ends_with(".ipv4_address") || attribute.ends_with(".ipv6_address") {
@@ -46,7 +48,8 @@ fn principals(node: &NodeRecord) -> BTreeSet<String> {
         }
     }
     if let Some(domain) = value(node, "dns.domain") {
-        let full: Vec<String> = names.iter().filter(|name| !name.contains('.')).map(|name| format!("{name}.{domain}")).collect();
+        let full: Vec<String> =
+            names.iter().filter(|name| !name.contains('.')).map(|name| format!("{name}.{domain}")).collect();
         names.extend(full);
     }
     names.extend(addresses);
@@ -77,7 +80,8 @@ pub(super) async fn host_certificates(
     }
     let mut keys = Vec::new();
     for line in &request.public_keys {
-        let mut key = PublicKey::from_openssh(line.trim()).map_err(|error| bad(format!("a public key is not an OpenSSH one: {error}")))?;
+        let mut key = PublicKey::from_openssh(line.trim())
+            .map_err(|error| bad(format!("a public key is not an OpenSSH one: {error}")))?;
         if !matches!(key.algorithm(), Algorithm::Ed25519 | Algorithm::Ecdsa { .. } | Algorithm::Rsa { .. }) {
             return Err(bad(format!("host keys are ed25519, ecdsa or rsa, not {}", key.algorithm())));
         }
@@ -89,16 +93,23 @@ pub(super) async fn host_certificates(
     let mut serials = Vec::new();
     for key in keys {
         let outcome = member.propose(Command::NextCertificate).await?;
-        let Outcome::Number(serial) = outcome else { return Err(anyhow::anyhow!("a certificate got no serial number").into()) };
+        let Outcome::Number(serial) = outcome else {
+            return Err(anyhow::anyhow!("a certificate got no serial number").into());
+        };
         serials.push(serial);
-        certificates.push(certify(&member.authority.ssh_host, key, &caller.node, serial, now).context("certifying a host key")?);
+        certificates.push(
+            certify(&member.authority.ssh_host, key, &caller.node, serial, now).context("certifying a host key")?,
+        );
     }
     let fields = serde_json::json!({ "node": caller.node.id, "name": caller.node.name, "boot": caller.claims.boot, "serials": serials });
     member.audit("host-certificates", fields).await?;
     Ok(Json(HostCertificates { certificates, renew_after: now + RENEW }))
 }
 
-pub(super) async fn trust(State(member): State<Arc<Member>>, Extension(caller): Extension<Caller>) -> Result<Json<SshTrust>, Failure> {
+pub(super) async fn trust(
+    State(member): State<Arc<Member>>,
+    Extension(caller): Extension<Caller>,
+) -> Result<Json<SshTrust>, Failure> {
     let view = member.view()?;
     let node = &caller.node;
     let profile = caller.generation(&view)?;
@@ -113,7 +124,9 @@ pub(super) async fn trust(State(member): State<Arc<Member>>, Extension(caller): 
         shosts.push(name);
     }
     let mut authorized_keys = profile.manifest.authorized_keys.clone();
-    authorized_keys.extend(value(node, "pubkeys.ssh").into_iter().flat_map(str::lines).filter(|line| !line.is_empty()).map(str::to_owned));
+    authorized_keys.extend(
+        value(node, "pubkeys.ssh").into_iter().flat_map(str::lines).filter(|line| !line.is_empty()).map(str::to_owned),
+    );
     let host = member.authority.ssh_host_line()?;
     Ok(Json(SshTrust {
         known_hosts: vec![format!("@cert-authority * {host}")],
@@ -174,7 +187,11 @@ mod tests {
             let shown = Process::new("ssh-keygen").arg("-L").arg("-f").arg(&path).output().unwrap();
             let text = String::from_utf8_lossy(&shown.stdout).into_owned();
             for part in ["host certificate", "Serial: 42", "n1.x.example", "Key ID: \"n1 07070707"] {
-                assert!(text.contains(part), "{kind}: {part} is missing in\n{text}{}", String::from_utf8_lossy(&shown.stderr));
+                assert!(
+                    text.contains(part),
+                    "{kind}: {part} is missing in\n{text}{}",
+                    String::from_utf8_lossy(&shown.stderr)
+                );
             }
         }
     }

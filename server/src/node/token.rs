@@ -99,7 +99,13 @@ pub fn mint(key: &Ed25519KeyPair, claims: &Claims) -> anyhow::Result<String> {
 ///
 /// # Errors
 /// It is not good there and then.
-pub fn read(public: &[u8], collective: CollectiveId, token: &str, client_key: Option<&[u8]>, now: u64) -> Result<Claims, TokenError> {
+pub fn read(
+    public: &[u8],
+    collective: CollectiveId,
+    token: &str,
+    client_key: Option<&[u8]>,
+    now: u64,
+) -> Result<Claims, TokenError> {
     let foreign = TokenError::Foreign;
     if token.len() > MAX_LENGTH {
         return Err(foreign);
@@ -168,11 +174,19 @@ mod tests {
             bytes[at] = if bytes[at] == b'A' { b'B' } else { b'A' };
             let changed = String::from_utf8(bytes).unwrap();
             if changed != token {
-                assert_eq!(read(key.public_key().as_ref(), collective, &changed, Some(KEY), 0), Err(TokenError::Foreign), "{at}");
+                assert_eq!(
+                    read(key.public_key().as_ref(), collective, &changed, Some(KEY), 0),
+                    Err(TokenError::Foreign),
+                    "{at}"
+                );
             }
         }
         for bad in ["", "moorn1.", "moorn1..", "moorn2.a.b", &"x".repeat(5000)] {
-            assert_eq!(read(key.public_key().as_ref(), collective, bad, Some(KEY), 0), Err(TokenError::Foreign), "{bad}");
+            assert_eq!(
+                read(key.public_key().as_ref(), collective, bad, Some(KEY), 0),
+                Err(TokenError::Foreign),
+                "{bad}"
+            );
         }
     }
 

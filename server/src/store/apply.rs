@@ -1,13 +1,13 @@
 //! The state machine: applies a command inside one write transaction. Deterministic: no clock, no randomness, no order of a hash map.
 //! A command that is refused has changed nothing, because every check comes before the first write.
 
-use super::{StoreError, index};
 use super::command::{Command, Outcome};
 use super::records::{
-    Armed, BootRecord, Evidence, Identity, ImageRecord, MAX_BOOTS, MAX_EVENTS, MAX_LOGS, MAX_REFUSALS, MAX_STRANGERS, NodeRecord, Order,
-    Plan, ProfileRecord, Refusals,
+    Armed, BootRecord, Evidence, Identity, ImageRecord, MAX_BOOTS, MAX_EVENTS, MAX_LOG_BYTES, MAX_LOGS, MAX_REFUSALS,
+    MAX_STRANGERS, NodeRecord, Order, Plan, ProfileRecord, Refusals,
 };
 use super::tables::{self, Write};
+use super::{StoreError, index};
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
 use moor_api::ids::{BootId, NodeId};
 use moor_api::problem::{Code, Problem};
@@ -108,10 +108,7 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
             change(write, id, |node| node.pin = Some(digest))
         }
         Command::Status { id, sequence, event } => status(write, id, sequence, event),
-        Command::Log { id, event } => {
-            push::<LogEvent>(write, tables::LOGS, id, event, MAX_LOGS)?;
-            Ok(Outcome::Done)
-        }
+        Command::Log { id, event } => log(write, id, event),
         Command::Refuse { nodes, strangers, refusal } => refuse(write, &nodes, &strangers, &refusal),
         Command::PutImage { image } => put_image(write, &image),
         Command::PutProfile { mut profile } => {
@@ -198,7 +195,8 @@ fn bind(write: &Write<'_>, id: NodeId, mut identity: Identity, boot: BootId, now
             // The same machine once more, because the answer was lost: the window may be closed by now.
             return Ok(Outcome::Number(node.epoch));
         }
-        let replaceable = matches!((bound, &identity, node.armed), (Identity::Soft { .. }, Identity::Soft { .. }, Armed::Continuous));
+        let replaceable =
+            matches!((bound, &identity, node.armed), (Identity::Soft { .. }, Identity::Soft { .. }, Armed::Continuous));
         if !replaceable {
             return refused(Code::IdentityMismatch, super::mismatch(&node.name, bound, &identity));
         }
@@ -210,7 +208,9 @@ fn bind(write: &Write<'_>, id: NodeId, mut identity: Identity, boot: BootId, now
         let name = self::node(write, other)?.map_or_else(|| other.to_string(), |other| other.name.to_string());
         return refused(
             Code::IdentityMismatch,
-            format!("the identity of this machine is that of node {name}: a machine is one node (`moor node trust rearm {name}` drops it there)"),
+            format!(
+                "the identity of this machine is that of node {name}: a machine is one node (`moor node trust rearm {name}` drops it there)"
+            ),
         );
     }
     if let Identity::Soft { unproven, .. } = &mut identity {
@@ -242,6 +242,26 @@ fn status(write: &Write<'_>, id: NodeId, sequence: Option<u64>, event: StatusEve
         put_node(write, &node)?;
     }
     push(write, tables::EVENTS, id, event, MAX_EVENTS)?;
+    Ok(Outcome::Done)
+}
+
+fn log(write: &Write<'_>, id: NodeId, event: LogEvent) -> Result<Outcome, StoreError> {
+    if node(write, id)?.is_none() {
+        return no_such_node();
+    }
+    let key = id.to_string();
+    let mut list: Vec<LogEvent> = write.get(tables::LOGS, &key)?.unwrap_or_default();
+    list.push(event);
+    let mut bytes: usize = list.iter().map(|event| event.text.len()).sum();
+    let mut drop = list.len().saturating_sub(MAX_LOGS);
+    bytes -= list[..drop].iter().map(|event| event.text.len()).sum::<usize>();
+    // The newest stays, however long it is.
+    while bytes > MAX_LOG_BYTES && drop + 1 < list.len() {
+        bytes -= list[drop].text.len();
+        drop += 1;
+    }
+    list.drain(..drop);
+    write.put(tables::LOGS, &key, &list)?;
     Ok(Outcome::Done)
 }
 
@@ -303,7 +323,10 @@ fn put_image(write: &Write<'_>, image: &ImageRecord) -> Result<Outcome, StoreErr
     let others: Vec<ImageRecord> = write.all(tables::IMAGES)?;
     for other in others.iter().filter(|other| other.name == image.name) {
         if other.digest == image.digest {
-            return refused(Code::Conflict, format!("image {} is in the catalogue already, as {} @{}", image.digest, other.name, other.serial));
+            return refused(
+                Code::Conflict,
+                format!("image {} is in the catalogue already, as {} @{}", image.digest, other.name, other.serial),
+            );
         }
         if other.lineage != image.lineage {
             return refused(
@@ -317,7 +340,10 @@ fn put_image(write: &Write<'_>, image: &ImageRecord) -> Result<Outcome, StoreErr
         if other.serial >= image.serial {
             return refused(
                 Code::Conflict,
-                format!("'{}' has generation @{} already, this one is @{}: pack it with a larger `--serial`", image.name, other.serial, image.serial),
+                format!(
+                    "'{}' has generation @{} already, this one is @{}: pack it with a larger `--serial`",
+                    image.name, other.serial, image.serial
+                ),
             );
         }
     }
@@ -328,7 +354,13 @@ fn put_image(write: &Write<'_>, image: &ImageRecord) -> Result<Outcome, StoreErr
 /// Appends to this member's audit chain: each line carries the hash of the one before, so that none can be cut out unseen.
 fn audit(write: &Write<'_>, entry: &serde_json::Value) -> Result<Outcome, StoreError> {
     let number = next(write, "audit")?;
-    let before: Option<String> = if number > 1 { write.get::<serde_json::Value>(tables::AUDIT, &ordered_key(number - 1))?.and_then(|line| line["hash"].as_str().map(str::to_owned)) } else { None };
+    let before: Option<String> = if number > 1 {
+        write
+            .get::<serde_json::Value>(tables::AUDIT, &ordered_key(number - 1))?
+            .and_then(|line| line["hash"].as_str().map(str::to_owned))
+    } else {
+        None
+    };
     let before = before.unwrap_or_default();
     let text = entry.to_string();
     let mut context = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
@@ -337,7 +369,11 @@ fn audit(write: &Write<'_>, entry: &serde_json::Value) -> Result<Outcome, StoreE
     context.update(&number.to_le_bytes());
     context.update(text.as_bytes());
     let hash = hex::encode(context.finish());
-    write.put(tables::AUDIT, &ordered_key(number), &serde_json::json!({ "entry": entry, "previous": before, "hash": hash }))?;
+    write.put(
+        tables::AUDIT,
+        &ordered_key(number),
+        &serde_json::json!({ "entry": entry, "previous": before, "hash": hash }),
+    )?;
     Ok(Outcome::Number(number))
 }
 

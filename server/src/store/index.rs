@@ -50,7 +50,11 @@ fn keys_of(node: &NodeRecord) -> BTreeSet<String> {
 }
 
 /// Brings the index from what a node was to what it is.
-pub(super) fn update(write: &Write<'_>, before: Option<&NodeRecord>, after: Option<&NodeRecord>) -> Result<(), StoreError> {
+pub(super) fn update(
+    write: &Write<'_>,
+    before: Option<&NodeRecord>,
+    after: Option<&NodeRecord>,
+) -> Result<(), StoreError> {
     let (old, new) = (before.map(keys_of).unwrap_or_default(), after.map(keys_of).unwrap_or_default());
     let Some(id) = after.or(before).map(|node| node.id) else { return Ok(()) };
     for key in old.difference(&new) {

@@ -16,7 +16,7 @@ use moor_api::admin::{Refusal, StatusEvent};
 use moor_api::ids::{NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
 use records::{Identity, ImageRecord, NodeRecord, ProfileRecord, Refusals, SiteRecord};
-use redb::{Database, ReadableDatabase as _};
+use redb::Database;
 use std::path::Path;
 use std::sync::{Arc, mpsc};
 use tokio::sync::{broadcast, oneshot};
@@ -197,7 +197,9 @@ pub fn mismatch(name: &NodeName, bound: &Identity, offered: &Identity) -> String
     let what = match (bound, offered) {
         (Identity::Tpm { .. }, Identity::Tpm { .. }) => "this machine has another TPM than the node",
         (Identity::Tpm { .. }, Identity::Soft { .. }) => "this machine shows no TPM, and the node is known by its TPM",
-        (Identity::Soft { .. }, Identity::Tpm { .. }) => "this machine shows a TPM, and the node is known by a key in a file",
+        (Identity::Soft { .. }, Identity::Tpm { .. }) => {
+            "this machine shows a TPM, and the node is known by a key in a file"
+        }
         (Identity::Soft { .. }, Identity::Soft { .. }) => "this machine has another key than the node",
     };
     format!("{what} {name}: if the hardware was replaced, `moor node trust rearm {name}`")

@@ -3,7 +3,9 @@
 use crate::secrets::SealedSecret;
 use moor_api::admin::Refusal;
 use moor_api::deploy::{Overlay, PhaseName, RootMode};
-use moor_api::ids::{BootId, CollectiveId, DeploymentId, ImageDigest, ImageName, MemberId, NodeId, NodeName, ProfileName, Sha256Digest};
+use moor_api::ids::{
+    BootId, CollectiveId, DeploymentId, ImageDigest, ImageName, MemberId, NodeId, NodeName, ProfileName, Sha256Digest,
+};
 use moor_api::node::{Base64, PcrBank};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -171,7 +173,9 @@ impl Identity {
     #[must_use]
     pub fn same_holder(&self, other: &Self) -> bool {
         match (self, other) {
-            (Self::Tpm { ek_public: a, ak_public: b, .. }, Self::Tpm { ek_public: c, ak_public: d, .. }) => a == c && b == d,
+            (Self::Tpm { ek_public: a, ak_public: b, .. }, Self::Tpm { ek_public: c, ak_public: d, .. }) => {
+                a == c && b == d
+            }
             (Self::Soft { public_key: a, .. }, Self::Soft { public_key: b, .. }) => a == b,
             _ => false,
         }
@@ -285,6 +289,9 @@ pub const MAX_EVENTS: usize = 500;
 
 /// Log events that are kept for each node.
 pub const MAX_LOGS: usize = 500;
+
+/// Bytes of log that are kept for each node: the list is one record, rewritten whole.
+pub const MAX_LOG_BYTES: usize = 512 << 10;
 
 /// Machines that nobody knows, whose refusals are kept.
 pub const MAX_STRANGERS: usize = 1000;

@@ -1,7 +1,10 @@
 //! The tables, and JSON records in them. A thin layer over redb, so that only this module and `mod.rs` know it.
 
 use super::StoreError;
-use redb::{ReadTransaction, ReadableDatabase as _, ReadableTable as _, ReadableTableMetadata as _, TableDefinition, WriteTransaction};
+use redb::{
+    ReadTransaction, ReadableDatabase as _, ReadableTable as _, ReadableTableMetadata as _, TableDefinition,
+    WriteTransaction,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -37,8 +40,22 @@ pub const COUNTERS: Table = TableDefinition::new("counters");
 /// The audit chain by number.
 pub const AUDIT: Table = TableDefinition::new("audit");
 
-const ALL: [Table; 14] =
-    [SITE, NODES, NAMES, INDEX, EVENTS, LOGS, REFUSALS, STRANGERS, IMAGES, PROFILES, GENERATIONS, TOKENS, COUNTERS, AUDIT];
+const ALL: [Table; 14] = [
+    SITE,
+    NODES,
+    NAMES,
+    INDEX,
+    EVENTS,
+    LOGS,
+    REFUSALS,
+    STRANGERS,
+    IMAGES,
+    PROFILES,
+    GENERATIONS,
+    TOKENS,
+    COUNTERS,
+    AUDIT,
+];
 
 /// Makes every table, so that readers find them.
 pub(super) fn create(transaction: &WriteTransaction) -> Result<(), StoreError> {
@@ -50,7 +67,11 @@ pub(super) fn create(transaction: &WriteTransaction) -> Result<(), StoreError> {
 
 fn decode<T: DeserializeOwned>(table: Table, key: &str, bytes: &[u8]) -> Result<T, StoreError> {
     use redb::TableHandle as _;
-    serde_json::from_slice(bytes).map_err(|error| StoreError::Record { table: table.name().to_owned(), key: key.to_owned(), cause: error.to_string() })
+    serde_json::from_slice(bytes).map_err(|error| StoreError::Record {
+        table: table.name().to_owned(),
+        key: key.to_owned(),
+        cause: error.to_string(),
+    })
 }
 
 /// A write transaction.
