@@ -1,1 +1,37 @@
-//! Placeholder.
+//! The library behind `moord`, a member of a collective: the store, the authorities, content, and the two APIs over them.
+//!
+//! Requests come in by [`listener`], pass [`http`] and end in [`node`] (nodes), [`admin`] (administrators) or [`public`] (anybody).
+//! Each handler reads a snapshot of the [`store`] and proposes commands to it; nothing else changes state.
+
+pub mod admin;
+pub mod args;
+pub mod authority;
+pub mod config;
+pub mod content;
+pub mod cpio;
+pub mod files;
+pub mod http;
+pub mod listener;
+pub mod model;
+pub mod node;
+pub mod profile;
+pub mod public;
+pub mod run;
+pub mod secrets;
+pub mod state;
+pub mod store;
+
+use axum::Router;
+use axum::middleware::from_fn;
+use state::Member;
+use std::sync::Arc;
+
+/// All that a member answers.
+pub fn router(member: &Arc<Member>) -> Router {
+    Router::new()
+        .merge(public::router())
+        .merge(node::router(member))
+        .merge(admin::router(member))
+        .layer(from_fn(http::problems))
+        .with_state(member.clone())
+}

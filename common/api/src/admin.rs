@@ -148,6 +148,8 @@ pub enum TrustState {
     Tpm,
     /// A soft key is bound.
     Soft,
+    /// A soft key that was bound under continuous arming: it proves nothing but the machine's addresses.
+    Unproven,
 }
 
 /// A change of state, with its time.

@@ -1,0 +1,133 @@
+//! `/admin/v1`: what administrators may do, over the socket by who they are and over HTTPS by a token.
+
+mod content;
+pub(crate) mod nodes;
+mod view;
+
+use crate::http::{Connection, Failure, Peer, parse};
+use crate::state::{Member, now};
+use crate::store::Command;
+use crate::store::records::TokenRecord;
+use crate::store::tables;
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::{get, post, put};
+use axum::{Extension, Json, Router};
+use bytes::Bytes;
+use http::header;
+use moor_api::admin::{SiteInfo, TokenCreated, TokenRequest};
+use moor_api::problem::{Code, Problem};
+use std::sync::Arc;
+
+/// Longest lifetime of a token: a week.
+const MAX_TOKEN_LIFETIME: u64 = 7 * 86_400;
+
+/// The routes, behind the check who asks.
+pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
+    Router::new()
+        .route("/admin/v1/site", get(site))
+        .route("/admin/v1/nodes", get(nodes::list).post(nodes::define))
+        .route("/admin/v1/nodes/remove", post(nodes::remove))
+        .route("/admin/v1/nodes/set", post(nodes::set))
+        .route("/admin/v1/nodes/arm", post(nodes::arm))
+        .route("/admin/v1/nodes/rearm", post(nodes::rearm))
+        .route("/admin/v1/nodes/deploy", post(nodes::deploy))
+        .route("/admin/v1/status", get(view::status))
+        .route("/admin/v1/why/{subject}", get(view::why))
+        .route("/admin/v1/log/{node}", get(view::log))
+        .route("/admin/v1/blobs", put(content::add_blob))
+        .route("/admin/v1/images", get(content::images).post(content::import))
+        .route("/admin/v1/profiles", get(content::profiles).post(content::create_profile))
+        .route("/admin/v1/profiles/{name}/publish", post(content::publish))
+        .route("/admin/v1/profiles/{name}/boot", get(content::boot_files))
+        .route("/admin/v1/tokens", post(create_token))
+        .layer(axum::middleware::from_fn_with_state(member.clone(), authorize))
+}
+
+/// Who may ask: root, the member's own user and the configured ones on the socket; the holder of a token over TLS 1.3.
+async fn authorize(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let refused = |detail: String| Failure(Problem::new(Code::Forbidden, detail)).into_response();
+    match &connection.peer {
+        Peer::Socket { uid } => {
+            if *uid != 0 && *uid != nix::unistd::getuid().as_raw() && !member.config.admin_uids.contains(uid) {
+                return refused(format!(
+                    "user id {uid} may not administer this collective: root may, or list it in 'admin_uids' of moord.toml"
+                ));
+            }
+        }
+        Peer::Tls { exporter, .. } => {
+            if exporter.is_none() {
+                return refused("the admin API wants TLS 1.3".into());
+            }
+            let token = request
+                .headers()
+                .get(header::AUTHORIZATION)
+                .and_then(|value| value.to_str().ok())
+                .and_then(|value| value.strip_prefix("Bearer "));
+            match token.map(|token| token_holder(&member, token)) {
+                Some(Ok(Some(name))) => tracing::info!("{} {} by {name}", request.method(), request.uri().path()),
+                Some(Err(failure)) => return failure.into_response(),
+                _ => {
+                    return Failure(Problem::new(
+                        Code::TokenInvalid,
+                        "no valid administrator's token: `moor token create` on a member makes one",
+                    ))
+                    .into_response();
+                }
+            }
+        }
+    }
+    next.run(request).await
+}
+
+fn hash_of(token: &str) -> String {
+    hex::encode(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, token.as_bytes()))
+}
+
+/// Looked up by hash: an attacker learns nothing of other tokens from the time it takes.
+fn token_holder(member: &Member, token: &str) -> Result<Option<String>, Failure> {
+    let record: Option<TokenRecord> = member.view()?.get(tables::TOKENS, &hash_of(token))?;
+    Ok(record.filter(|record| record.expires > now()).map(|record| record.name))
+}
+
+async fn site(State(member): State<Arc<Member>>) -> Result<Json<SiteInfo>, Failure> {
+    let bundle = member.bundle()?;
+    Ok(Json(SiteInfo {
+        version: env!("CARGO_PKG_VERSION").into(),
+        collective: member.site.collective,
+        name: member.site.name.clone(),
+        member: member.site.member,
+        members: member.endpoints(),
+        known_hosts: bundle.ssh_host_authorities.iter().map(|line| format!("@cert-authority * {line}")).collect(),
+        bundle,
+    }))
+}
+
+async fn create_token(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    body: Bytes,
+) -> Result<Json<TokenCreated>, Failure> {
+    if !matches!(connection.peer, Peer::Socket { .. }) {
+        return Err(Problem::new(Code::Forbidden, "tokens are made on a member, over its socket").into());
+    }
+    let request: TokenRequest = parse(&body)?;
+    if request.lifetime == 0 || request.lifetime > MAX_TOKEN_LIFETIME {
+        return Err(Problem::new(Code::BadRequest, "a token is good for 1 second to 7 days").into());
+    }
+    let mut bytes = zeroize::Zeroizing::new([0; 32]);
+    aws_lc_rs::rand::fill(&mut *bytes).map_err(|_| Problem::new(Code::Internal, "no randomness"))?;
+    let token = format!("moora_{}", hex::encode(*bytes));
+    let expires = now() + request.lifetime;
+    member.audit("token-created", serde_json::json!({ "name": request.name, "expires": expires })).await?;
+    member
+        .propose(Command::PutToken { hash: hash_of(&token), token: TokenRecord { name: request.name, expires } })
+        .await?;
+    Ok(Json(TokenCreated { token, expires }))
+}

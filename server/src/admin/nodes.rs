@@ -1,0 +1,281 @@
+//! Calls on nodes: each evaluates a range, then proposes one command per node.
+
+use crate::http::{Failure, parse};
+use crate::model::{attributes, noderange};
+use crate::secrets::Place;
+use crate::state::{Member, now_ms};
+use crate::store::records::{Armed, Identity, NodeRecord};
+use crate::store::{Command, Outcome, Snapshot, Store as _};
+use axum::Json;
+use axum::extract::{Query, State};
+use bytes::Bytes;
+use moor_api::admin::{
+    ArmRequest, Changed, DefineNodes, DeployRequest, NodeView, RangeRequest, SetAttributes, TrustState,
+};
+use moor_api::ids::{DeploymentId, NodeId, NodeName};
+use moor_api::problem::{Code, Problem};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+/// Nodes of a snapshot, for range evaluation.
+struct Nodes(BTreeMap<String, NodeRecord>);
+
+impl Nodes {
+    fn new(view: &Snapshot) -> Result<Self, Failure> {
+        Ok(Self(view.nodes()?.into_iter().map(|node| (node.name.to_string(), node)).collect()))
+    }
+}
+
+impl noderange::Lookup for Nodes {
+    fn all(&self) -> Vec<NodeName> {
+        self.0.values().map(|node| node.name.clone()).collect()
+    }
+
+    fn exists(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
+    fn group(&self, name: &str) -> Option<Vec<NodeName>> {
+        if name == "everything" {
+            return Some(self.all());
+        }
+        let has = |node: &&NodeRecord| {
+            node.attributes.get("groups").is_some_and(|groups| groups.split(',').any(|group| group.trim() == name))
+        };
+        let members: Vec<NodeName> = self.0.values().filter(has).map(|node| node.name.clone()).collect();
+        (!members.is_empty()).then_some(members)
+    }
+}
+
+/// The nodes of a range, in its order; none: all.
+pub(crate) fn select(view: &Snapshot, range: Option<&str>) -> Result<Vec<NodeRecord>, Failure> {
+    let mut nodes = Nodes::new(view)?;
+    let names = match range {
+        Some(range) => noderange::evaluate(range, &nodes)?,
+        None => noderange::Lookup::all(&nodes),
+    };
+    Ok(names.iter().filter_map(|name| nodes.0.remove(name.as_str())).collect())
+}
+
+/// A range in the query.
+#[derive(Debug, Deserialize)]
+pub(super) struct RangeQuery {
+    range: Option<String>,
+}
+
+pub(super) async fn list(
+    State(member): State<Arc<Member>>,
+    Query(query): Query<RangeQuery>,
+) -> Result<Json<Vec<NodeView>>, Failure> {
+    let nodes = select(&member.view()?, query.range.as_deref())?;
+    Ok(Json(nodes.into_iter().map(view_of).collect()))
+}
+
+fn view_of(node: NodeRecord) -> NodeView {
+    let mut attributes = node.attributes;
+    for name in node.secrets.keys() {
+        attributes.insert(name.clone(), "********".into());
+    }
+    let armed = match node.armed {
+        Armed::No => None,
+        Armed::Once => Some("once".into()),
+        Armed::Continuous => Some("continuous".into()),
+        Armed::Until(end) => i64::try_from(end)
+            .ok()
+            .and_then(|end| OffsetDateTime::from_unix_timestamp(end).ok())
+            .and_then(|end| end.format(&Rfc3339).ok()),
+    };
+    if let Some(armed) = armed {
+        attributes.insert("deployment.apiarmed".into(), armed);
+    }
+    // What it booted last is an attribute; what it is to boot is shown as long as that is something else.
+    if let Some(order) = node
+        .deployment
+        .as_ref()
+        .filter(|order| attributes.get("deployment.profile").is_none_or(|booted| *booted != order.profile.as_str()))
+    {
+        attributes.insert("deployment.pendingprofile".into(), order.profile.to_string());
+    }
+    let trust = match node.identity {
+        None => TrustState::Unenrolled,
+        Some(Identity::Tpm { .. }) => TrustState::Tpm,
+        Some(Identity::Soft { unproven: true, .. }) => TrustState::Unproven,
+        Some(Identity::Soft { .. }) => TrustState::Soft,
+    };
+    NodeView { id: node.id, name: node.name, attributes, trust, pin: node.pin }
+}
+
+fn check(set: &BTreeMap<String, String>) -> Result<(), Problem> {
+    set.iter().try_for_each(|(name, value)| attributes::validate(name, value))
+}
+
+/// Splits values into plain and sealed ones.
+fn split(
+    member: &Member,
+    id: NodeId,
+    set: &BTreeMap<String, String>,
+) -> Result<(BTreeMap<String, String>, BTreeMap<String, crate::secrets::SealedSecret>), Failure> {
+    let (mut plain, mut secret) = (BTreeMap::new(), BTreeMap::new());
+    for (name, value) in set {
+        if attributes::is_secret(name) {
+            let id = id.to_string();
+            secret.insert(
+                name.clone(),
+                member.secrets.seal(Place { table: "nodes", id: &id, field: name }, value.as_bytes())?,
+            );
+        } else {
+            plain.insert(name.clone(), canonical(name, value));
+        }
+    }
+    Ok((plain, secret))
+}
+
+/// Hardware addresses and UUIDs have many spellings and are compared in one.
+fn canonical(name: &str, value: &str) -> String {
+    match attributes::find(name).map(|attribute| attribute.kind) {
+        Some(attributes::Kind::HwAddr) => {
+            value.parse().map_or_else(|_| value.to_owned(), |address: moor_api::ids::HwAddr| address.to_string())
+        }
+        Some(attributes::Kind::Uuid) => {
+            uuid::Uuid::parse_str(value).map_or_else(|_| value.to_owned(), |uuid| uuid.to_string())
+        }
+        _ => value.to_owned(),
+    }
+}
+
+/// Proposes one command for each node and gathers what was refused.
+async fn each(
+    member: &Member,
+    nodes: Vec<NodeRecord>,
+    command: impl Fn(&NodeRecord) -> Result<Command, Failure>,
+) -> Result<Json<Changed>, Failure> {
+    let mut changed = Changed { nodes: Vec::new(), refused: BTreeMap::new() };
+    let mut waiting = Vec::new();
+    for node in nodes {
+        let command = command(&node)?;
+        waiting.push(async move { (node.name, member.store.propose(command).await) });
+    }
+    // All at once: the store commits them together.
+    for (name, outcome) in futures_util::future::join_all(waiting).await {
+        match outcome? {
+            Outcome::Refused(problem) => {
+                changed.refused.insert(name, problem);
+            }
+            _ => changed.nodes.push(name),
+        }
+    }
+    Ok(Json(changed))
+}
+
+pub(super) async fn define(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<Changed>, Failure> {
+    let request: DefineNodes = parse(&body)?;
+    check(&request.attributes)?;
+    if let Some(name) = request.attributes.keys().find(|name| attributes::is_secret(name)) {
+        return Err(
+            Problem::new(Code::BadRequest, format!("'{name}' is a secret: define the node, then set it")).into()
+        );
+    }
+    let names = noderange::evaluate_pure(&request.range)?;
+    let mut changed = Changed { nodes: Vec::new(), refused: BTreeMap::new() };
+    for name in names {
+        let attributes =
+            request.attributes.iter().map(|(name, value)| (name.clone(), canonical(name, value))).collect();
+        match member.store.propose(Command::DefineNode { id: NodeId::random(), name: name.clone(), attributes }).await?
+        {
+            Outcome::Refused(problem) => {
+                changed.refused.insert(name, problem);
+            }
+            _ => changed.nodes.push(name),
+        }
+    }
+    Ok(Json(changed))
+}
+
+pub(super) async fn remove(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<Changed>, Failure> {
+    let request: RangeRequest = parse(&body)?;
+    let nodes = select(&member.view()?, Some(&request.range))?;
+    each(&member, nodes, |node| Ok(Command::RemoveNode { id: node.id })).await
+}
+
+pub(super) async fn set(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<Changed>, Failure> {
+    let request: SetAttributes = parse(&body)?;
+    check(&request.set)?;
+    for name in &request.clear {
+        if attributes::find(name).is_none() {
+            return Err(Problem::new(Code::BadRequest, format!("no attribute '{name}' to clear")).into());
+        }
+    }
+    let nodes = select(&member.view()?, Some(&request.range))?;
+    each(&member, nodes, |node| {
+        let (set, secrets) = split(&member, node.id, &request.set)?;
+        Ok(Command::SetAttributes { id: node.id, set, secrets, clear: request.clear.clone() })
+    })
+    .await
+}
+
+pub(super) async fn arm(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<Changed>, Failure> {
+    let request: ArmRequest = parse(&body)?;
+    let armed = match request.until.as_str() {
+        "" => Armed::No,
+        "once" => Armed::Once,
+        "continuous" => Armed::Continuous,
+        text => {
+            let time = OffsetDateTime::parse(text, &Rfc3339)
+                .ok()
+                .and_then(|time| u64::try_from(time.unix_timestamp()).ok())
+                .ok_or_else(|| {
+                    Problem::new(
+                        Code::BadRequest,
+                        format!("'{text}' is not once, continuous or a time such as 2026-11-23T18:00:00Z"),
+                    )
+                })?;
+            Armed::Until(time)
+        }
+    };
+    let nodes = select(&member.view()?, Some(&request.range))?;
+    member.audit("arm", serde_json::json!({ "range": request.range, "until": request.until })).await?;
+    each(&member, nodes, |node| Ok(Command::Arm { id: node.id, armed })).await
+}
+
+pub(super) async fn rearm(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<Changed>, Failure> {
+    let request: RangeRequest = parse(&body)?;
+    let nodes = select(&member.view()?, Some(&request.range))?;
+    if nodes.len() != 1 {
+        return Err(Problem::new(
+            Code::BadRequest,
+            format!(
+                "'{}' is {} nodes: an identity is dropped for one named node at a time",
+                request.range,
+                nodes.len()
+            ),
+        )
+        .into());
+    }
+    member.audit("rearm", serde_json::json!({ "node": nodes[0].id, "name": nodes[0].name })).await?;
+    each(&member, nodes, |node| Ok(Command::Rearm { id: node.id })).await
+}
+
+pub(super) async fn deploy(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<Changed>, Failure> {
+    let request: DeployRequest = parse(&body)?;
+    let view = member.view()?;
+    if view.profile(request.profile.as_str())?.is_none() {
+        return Err(Problem::new(
+            Code::NoProfile,
+            format!("profile '{0}' was never published: `moor profile publish {0}`", request.profile),
+        )
+        .into());
+    }
+    let nodes = select(&view, Some(&request.range))?;
+    each(&member, nodes, |node| {
+        Ok(Command::Deploy {
+            id: node.id,
+            deployment: DeploymentId::random(),
+            profile: request.profile.clone(),
+            time_ms: now_ms(),
+        })
+    })
+    .await
+}

@@ -1,0 +1,47 @@
+//! The command line of `moord`.
+
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+
+/// A member of a Mooring collective.
+#[derive(Debug, Parser)]
+#[command(name = "moord", version, max_term_width = 120)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a new collective with this member as its first: authorities, keys, store.
+    Init {
+        /// Configuration of the member; written when it is not there and an address is given.
+        #[arg(long, default_value = "/etc/mooring/moord.toml")]
+        config: PathBuf,
+        /// A further address or name at which this member is reached, for its certificate.
+        #[arg(long = "address", value_name = "ADDRESS")]
+        addresses: Vec<String>,
+        /// Name of the collective, instead of the configuration's.
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// Run until SIGTERM.
+    Run {
+        /// Configuration of the member.
+        #[arg(long, default_value = "/etc/mooring/moord.toml")]
+        config: PathBuf,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_definitions_are_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,209 @@
+//! The authorities of the collective: the X.509 root with its three intermediates, the token key, the two SSH authorities. Made by
+//! `moord init`, each private key in a 0600 file of its own.
+
+use crate::files;
+use anyhow::{Context as _, ensure};
+use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair as _};
+use moor_api::ids::{CollectiveId, MemberId};
+use moor_api::trust::{authority_uri, member_uri};
+use rcgen::{
+    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
+};
+use rustls_pki_types::pem::PemObject as _;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use ssh_key::rand_core::OsRng;
+use ssh_key::{Algorithm, LineEnding, PrivateKey};
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use time::{Duration, OffsetDateTime};
+use zeroize::Zeroizing;
+
+/// Roles of the intermediates, as their URI names them.
+const ROLES: [&str; 3] = ["member", "node", "token"];
+/// Days that a root is valid.
+const ROOT_DAYS: i64 = 3650;
+/// Days that an intermediate is valid.
+const INTERMEDIATE_DAYS: i64 = 1825;
+/// Days that a member's certificate is valid; it is renewed at each start.
+const MEMBER_DAYS: i64 = 90;
+
+/// Where a member is reached, for the SANs that firmware and browsers want.
+#[derive(Debug, Clone, Default)]
+pub struct Addresses {
+    /// IP addresses.
+    pub ips: Vec<IpAddr>,
+    /// Host names.
+    pub names: Vec<String>,
+}
+
+/// The key material of a running member. No `Debug`.
+pub struct Authority {
+    /// Root certificate, PEM.
+    pub root_pem: String,
+    /// The member's chain: leaf, member intermediate.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// The member's private key.
+    pub key: PrivateKeyDer<'static>,
+    /// Signs tokens.
+    pub token: Ed25519KeyPair,
+    /// Signs host certificates.
+    pub ssh_host: PrivateKey,
+    /// Signs user certificates.
+    pub ssh_user: PrivateKey,
+}
+
+struct Files(PathBuf);
+
+impl Files {
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    fn write(&self, name: &str, text: &str, mode: u32) -> anyhow::Result<()> {
+        let path = self.path(name);
+        files::write(&path, text.as_bytes(), mode).with_context(|| format!("writing '{}'", path.display()))
+    }
+
+    fn read(&self, name: &str) -> anyhow::Result<Zeroizing<String>> {
+        let path = self.path(name);
+        Ok(Zeroizing::new(std::fs::read_to_string(&path).with_context(|| format!("reading '{}'", path.display()))?))
+    }
+
+    fn key(&self, name: &str) -> anyhow::Result<KeyPair> {
+        KeyPair::from_pem(&self.read(name)?)
+            .with_context(|| format!("'{}' is not a private key", self.path(name).display()))
+    }
+
+    fn issuer(&self, role: &str) -> anyhow::Result<Issuer<'static, KeyPair>> {
+        let key = self.key(&format!("{role}-ca.key"))?;
+        Issuer::from_ca_cert_pem(&self.read(&format!("{role}-ca.pem"))?, key)
+            .with_context(|| format!("the {role} authority is not usable"))
+    }
+
+    fn ssh(&self, name: &str) -> anyhow::Result<PrivateKey> {
+        PrivateKey::from_openssh(&*self.read(name)?)
+            .with_context(|| format!("'{}' is not an SSH key", self.path(name).display()))
+    }
+}
+
+fn params(name: &str, days: i64) -> anyhow::Result<CertificateParams> {
+    let mut params = CertificateParams::new(Vec::new())?;
+    let mut subject = DistinguishedName::new();
+    subject.push(DnType::CommonName, name);
+    params.distinguished_name = subject;
+    let now = OffsetDateTime::now_utc();
+    // Clocks of nodes differ; an hour of grace costs nothing.
+    params.not_before = now - Duration::hours(1);
+    params.not_after = now + Duration::days(days);
+    Ok(params)
+}
+
+fn uri(text: String) -> anyhow::Result<SanType> {
+    Ok(SanType::URI(text.try_into().context("making a URI name")?))
+}
+
+fn authority_params(name: &str, days: i64, constraint: BasicConstraints) -> anyhow::Result<CertificateParams> {
+    let mut params = params(name, days)?;
+    params.is_ca = IsCa::Ca(constraint);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    Ok(params)
+}
+
+impl Authority {
+    /// Makes all authorities of a new collective in `dir`, which must be empty.
+    ///
+    /// # Errors
+    /// The directory is not writable; no randomness.
+    pub fn create(dir: &Path, collective: CollectiveId, name: &str) -> anyhow::Result<()> {
+        let files = Files(dir.to_owned());
+        let root_key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let root_params = authority_params(&format!("{name} root"), ROOT_DAYS, BasicConstraints::Constrained(1))?;
+        let root: Certificate = root_params.self_signed(&root_key)?;
+        files.write("root.key", &root_key.serialize_pem(), 0o600)?;
+        files.write("root.pem", &root.pem(), 0o644)?;
+        let root_issuer = Issuer::new(root_params, root_key);
+        for role in ROLES {
+            let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+            let mut params = authority_params(
+                &format!("{name} {role} authority"),
+                INTERMEDIATE_DAYS,
+                BasicConstraints::Constrained(0),
+            )?;
+            params.subject_alt_names.push(uri(authority_uri(collective, role))?);
+            let certificate = params.signed_by(&key, &root_issuer)?;
+            files.write(&format!("{role}-ca.key"), &key.serialize_pem(), 0o600)?;
+            files.write(&format!("{role}-ca.pem"), &certificate.pem(), 0o644)?;
+        }
+        let token = KeyPair::generate_for(&rcgen::PKCS_ED25519)?;
+        let mut token_params = params(&format!("{name} tokens"), INTERMEDIATE_DAYS)?;
+        token_params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        let token_certificate = token_params.signed_by(&token, &files.issuer("token")?)?;
+        files.write("token.key", &token.serialize_pem(), 0o600)?;
+        files.write("token.pem", &token_certificate.pem(), 0o644)?;
+        for (file, comment) in [("ssh-host-ca", "host authority"), ("ssh-user-ca", "user authority")] {
+            let mut key = PrivateKey::random(&mut OsRng, Algorithm::Ed25519).context("making an SSH authority")?;
+            key.set_comment(format!("{name} {comment}"));
+            files.write(file, &key.to_openssh(LineEnding::LF)?, 0o600)?;
+        }
+        Ok(())
+    }
+
+    /// Issues the member's certificate anew and opens everything.
+    ///
+    /// # Errors
+    /// A key file is missing or damaged.
+    pub fn open(dir: &Path, collective: CollectiveId, member: MemberId, addresses: &Addresses) -> anyhow::Result<Self> {
+        let files = Files(dir.to_owned());
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let mut leaf = params(&format!("member {member}"), MEMBER_DAYS)?;
+        leaf.subject_alt_names.push(uri(member_uri(collective, member))?);
+        leaf.subject_alt_names.extend(addresses.ips.iter().copied().map(SanType::IpAddress));
+        for name in &addresses.names {
+            leaf.subject_alt_names.push(SanType::DnsName(
+                name.clone().try_into().with_context(|| format!("'{name}' is not a DNS name"))?,
+            ));
+        }
+        leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let certificate = leaf.signed_by(&key, &files.issuer("member")?)?;
+        let intermediate = CertificateDer::from_pem_slice(files.read("member-ca.pem")?.as_bytes())
+            .context("the member authority is not a certificate")?;
+        let token_key = files.key("token.key")?;
+        let token = Ed25519KeyPair::from_pkcs8(&token_key.serialize_der())
+            .map_err(|error| anyhow::anyhow!("the token key is not usable: {error}"))?;
+        let ssh_host = files.ssh("ssh-host-ca")?;
+        ensure!(ssh_host.algorithm() == Algorithm::Ed25519, "the SSH host authority is not an Ed25519 key");
+        Ok(Self {
+            root_pem: files.read("root.pem")?.to_string(),
+            chain: vec![certificate.der().clone(), intermediate],
+            key: PrivateKeyDer::try_from(key.serialize_der())
+                .map_err(|error| anyhow::anyhow!("the member's key is not usable: {error}"))?,
+            token,
+            ssh_host,
+            ssh_user: files.ssh("ssh-user-ca")?,
+        })
+    }
+
+    /// The key that checks tokens.
+    #[must_use]
+    pub fn token_public(&self) -> &[u8] {
+        self.token.public_key().as_ref()
+    }
+
+    /// `ssh-ed25519 …` line of the host authority.
+    ///
+    /// # Errors
+    /// Never, for keys that were opened.
+    pub fn ssh_host_line(&self) -> anyhow::Result<String> {
+        Ok(self.ssh_host.public_key().to_openssh()?)
+    }
+
+    /// `ssh-ed25519 …` line of the user authority.
+    ///
+    /// # Errors
+    /// Never, for keys that were opened.
+    pub fn ssh_user_line(&self) -> anyhow::Result<String> {
+        Ok(self.ssh_user.public_key().to_openssh()?)
+    }
+}

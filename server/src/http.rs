@@ -1,0 +1,119 @@
+//! What all handlers share: who is at the other end, and problems as answers.
+
+use axum::extract::Request;
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use http::{HeaderValue, StatusCode, header};
+use moor_api::problem::{CONTENT_TYPE, Code, Problem};
+use moor_api::proof::EXPORTER_LENGTH;
+use std::net::{IpAddr, SocketAddr};
+
+/// The connection a request came over.
+#[derive(Debug, Clone)]
+pub struct Connection {
+    /// From where.
+    pub peer: Peer,
+}
+
+/// Who is at the other end.
+#[derive(Debug, Clone)]
+pub enum Peer {
+    /// A TLS connection.
+    Tls {
+        /// Address and port.
+        address: SocketAddr,
+        /// The client certificate's `SubjectPublicKeyInfo`, proven by the handshake.
+        client_key: Option<Vec<u8>>,
+        /// Exporter value of the connection; absent below TLS 1.3.
+        exporter: Option<[u8; EXPORTER_LENGTH]>,
+    },
+    /// The unix socket, with the peer's user id.
+    Socket {
+        /// User id.
+        uid: u32,
+    },
+}
+
+impl Peer {
+    /// The address without the port; none on the socket.
+    #[must_use]
+    pub fn ip(&self) -> Option<IpAddr> {
+        if let Self::Tls { address, .. } = self { Some(address.ip().to_canonical()) } else { None }
+    }
+}
+
+impl std::fmt::Display for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Tls { address, .. } => address.fmt(f),
+            Self::Socket { uid } => write!(f, "uid {uid}"),
+        }
+    }
+}
+
+/// A problem as an answer.
+#[derive(Debug)]
+pub struct Failure(pub Problem);
+
+impl From<Problem> for Failure {
+    fn from(problem: Problem) -> Self {
+        Self(problem)
+    }
+}
+
+impl From<crate::store::StoreError> for Failure {
+    fn from(error: crate::store::StoreError) -> Self {
+        Self(error.into())
+    }
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        tracing::error!("{error:#}");
+        Self(Problem::new(Code::Internal, "the member failed: its log says more"))
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.0.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let body = serde_json::to_vec(&self.0).unwrap_or_default();
+        let mut response = (status, body).into_response();
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(CONTENT_TYPE));
+        // For the layers around the handler, which record refusals.
+        response.extensions_mut().insert(self.0);
+        response
+    }
+}
+
+/// Parses a JSON body; the error says what is wrong with it.
+///
+/// # Errors
+/// [`Code::BadRequest`].
+pub fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
+    serde_json::from_slice(body)
+        .map_err(|error| Failure(Problem::new(Code::BadRequest, format!("the body is not understood: {error}"))))
+}
+
+/// Makes a problem of refusals that the framework answers in plain text (no such path, a body that is too large).
+pub async fn problems(request: Request, next: Next) -> Response {
+    let call = format!("{} {}", request.method(), request.uri().path());
+    let response = next.run(request).await;
+    let status = response.status();
+    if !(status.is_client_error() || status.is_server_error()) || response.extensions().get::<Problem>().is_some() {
+        return response;
+    }
+    let code = match status {
+        StatusCode::NOT_FOUND => Code::NotFound,
+        status if status.is_server_error() => Code::Internal,
+        _ => Code::BadRequest,
+    };
+    let reason = match status {
+        StatusCode::NOT_FOUND => "there is no such call here",
+        StatusCode::METHOD_NOT_ALLOWED => "the call has another method",
+        StatusCode::PAYLOAD_TOO_LARGE => "the body is larger than this call takes",
+        StatusCode::RANGE_NOT_SATISFIABLE => return response,
+        other => other.canonical_reason().unwrap_or("refused"),
+    };
+    Failure(Problem { status: status.as_u16(), code, detail: format!("{call}: {reason}") }).into_response()
+}

@@ -1,0 +1,223 @@
+//! Listening: HTTPS with an accept loop of our own, which hands each request its peer's key and exporter; and the unix socket, which
+//! hands it the peer's user id. A connection that misbehaves ends alone.
+
+use crate::http::{Connection, Peer};
+use crate::state::Member;
+use anyhow::Context as _;
+use axum::{Extension, Router};
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use moor_api::proof::{EXPORTER_LABEL, EXPORTER_LENGTH};
+use rustls::client::danger::HandshakeSignatureValid;
+use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{DigitallySignedStruct, DistinguishedName, Error, ProtocolVersion, ServerConfig, SignatureScheme};
+use rustls_pki_types::{CertificateDer, UnixTime};
+use std::os::unix::fs::PermissionsExt as _;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+/// Connections at a time.
+const MAX_CONNECTIONS: usize = 16_384;
+/// A handshake takes at most this long.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// The head of a request takes at most this long.
+const HEAD: Duration = Duration::from_secs(30);
+
+/// Takes any client certificate whose handshake signature is good: it only says which key the client holds (RFC 8705 §2.2), and
+/// tokens name that key.
+#[derive(Debug)]
+struct AnyKey(Arc<CryptoProvider>);
+
+impl ClientCertVerifier for AnyKey {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        false
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        match X509Certificate::from_der(end_entity) {
+            Ok(_) => Ok(ClientCertVerified::assertion()),
+            Err(_) => Err(Error::InvalidCertificate(rustls::CertificateError::BadEncoding)),
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// TLS as this member speaks it.
+fn tls_config(member: &Member) -> anyhow::Result<ServerConfig> {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let mut config = ServerConfig::builder_with_provider(provider.clone())
+        // TLS 1.2 is for boot loaders that fetch public files; /node and /admin ask for the exporter of 1.3.
+        .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
+        .with_client_cert_verifier(Arc::new(AnyKey(provider)))
+        .with_single_cert(member.authority.chain.clone(), member.authority.key.clone_key())?;
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    // A resumed session has no client certificate of its own: each connection proves its key anew.
+    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(config)
+}
+
+/// Serves until `stop`; then open requests have a moment to end.
+///
+/// # Errors
+/// An address or the socket is not to be had.
+pub async fn serve(member: Arc<Member>, app: Router, stop: CancellationToken) -> anyhow::Result<()> {
+    let acceptor = TlsAcceptor::from(Arc::new(tls_config(&member).context("setting up TLS")?));
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut loops = tokio::task::JoinSet::new();
+    for address in &member.config.listen {
+        let listener = TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))?;
+        tracing::info!("listening on https://{address}");
+        loops.spawn(accept_tls(listener, acceptor.clone(), app.clone(), permits.clone(), stop.clone()));
+    }
+    let socket = &member.config.socket;
+    // A socket that a killed member left is in the way; one that answers is somebody's.
+    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
+        anyhow::bail!("another member answers on '{}'", socket.display());
+    }
+    let _ = std::fs::remove_file(socket);
+    let listener = UnixListener::bind(socket).with_context(|| format!("listening on '{}'", socket.display()))?;
+    // Anybody may connect: the peer's credentials decide.
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o666))
+        .with_context(|| format!("opening '{}' to users", socket.display()))?;
+    loops.spawn(accept_unix(listener, app, permits.clone(), stop.clone()));
+    stop.cancelled().await;
+    loops.join_all().await;
+    let all = u32::try_from(MAX_CONNECTIONS).unwrap_or(u32::MAX);
+    // Streams that watch go on for ever: they are cut off after a moment.
+    let _ = tokio::time::timeout(Duration::from_secs(3), permits.acquire_many(all)).await;
+    let _ = std::fs::remove_file(socket);
+    Ok(())
+}
+
+/// The next connection. An error of `accept` (too many open files, a peer that left) ends nothing; it is tried again soon.
+async fn next<T>(stop: &CancellationToken, accept: impl Future<Output = std::io::Result<T>>) -> Option<T> {
+    tokio::select! {
+        () = stop.cancelled() => None,
+        accepted = accept => match accepted {
+            Ok(accepted) => Some(accepted),
+            Err(error) => {
+                tracing::warn!("accepting a connection: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                None
+            }
+        },
+    }
+}
+
+async fn accept_tls(
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    app: Router,
+    permits: Arc<Semaphore>,
+    stop: CancellationToken,
+) {
+    while !stop.is_cancelled() {
+        let Ok(permit) = permits.clone().acquire_owned().await else { return };
+        let Some((tcp, address)) = next(&stop, listener.accept()).await else { continue };
+        let (acceptor, app, stop) = (acceptor.clone(), app.clone(), stop.clone());
+        tokio::spawn(async move {
+            let Some((tls, peer)) = handshake(acceptor, tcp, address).await else { return };
+            connection(tls, peer, app, permit, stop).await;
+        });
+    }
+}
+
+async fn handshake(
+    acceptor: TlsAcceptor,
+    tcp: TcpStream,
+    address: std::net::SocketAddr,
+) -> Option<(tokio_rustls::server::TlsStream<TcpStream>, Peer)> {
+    let _ = tcp.set_nodelay(true);
+    let tls = match tokio::time::timeout(HANDSHAKE, acceptor.accept(tcp)).await {
+        Ok(Ok(tls)) => tls,
+        Ok(Err(error)) => {
+            tracing::info!("{address}: no TLS: {error}");
+            return None;
+        }
+        Err(_) => {
+            tracing::info!("{address}: no TLS within {} s", HANDSHAKE.as_secs());
+            return None;
+        }
+    };
+    let session = tls.get_ref().1;
+    let exporter = (session.protocol_version() == Some(ProtocolVersion::TLSv1_3))
+        .then(|| session.export_keying_material([0; EXPORTER_LENGTH], EXPORTER_LABEL, None).ok())
+        .flatten();
+    let client_key = session.peer_certificates().and_then(<[_]>::first).and_then(|certificate| {
+        X509Certificate::from_der(certificate).ok().map(|(_, certificate)| certificate.public_key().raw.to_vec())
+    });
+    Some((tls, Peer::Tls { address, client_key, exporter }))
+}
+
+async fn accept_unix(listener: UnixListener, app: Router, permits: Arc<Semaphore>, stop: CancellationToken) {
+    while !stop.is_cancelled() {
+        let Ok(permit) = permits.clone().acquire_owned().await else { return };
+        let Some((stream, _)) = next(&stop, listener.accept()).await else { continue };
+        // A peer whose credentials are not to be had is nobody; the loop goes on.
+        let Ok(credentials) = stream.peer_cred() else { continue };
+        tokio::spawn(connection(stream, Peer::Socket { uid: credentials.uid() }, app.clone(), permit, stop.clone()));
+    }
+}
+
+async fn connection<S>(stream: S, peer: Peer, app: Router, permit: OwnedSemaphorePermit, stop: CancellationToken)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let service = TowerToHyperService::new(app.layer(Extension(Connection { peer: peer.clone() })));
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD)
+        .max_headers(64)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!("{peer}: {error}");
+    }
+    drop(permit);
+}

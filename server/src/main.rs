@@ -1,0 +1,14 @@
+//! `moord`: parses arguments and calls the library.
+
+use clap::Parser as _;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match moord::run::main(moord::args::Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("moord: error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! What nodes report: states, output, the end of the boot stage, signs of life.
+
+use super::Caller;
+use crate::http::{Failure, parse};
+use crate::state::{Member, now, now_ms};
+use crate::store::Command;
+use axum::Json;
+use axum::extract::{Extension, State};
+use bytes::Bytes;
+use http::StatusCode;
+use moor_api::admin::{LogEvent, StatusEvent};
+use moor_api::ids::{BootId, NodeId};
+use moor_api::node::{Heartbeat, HeartbeatReply, LogReport, StageClosed, StatusReport};
+use moor_api::problem::{Code, Problem};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Longest text of a log report, in bytes.
+const MAX_LOG: usize = 64 << 10;
+/// Longest sentence of a status report, in characters.
+const MAX_DETAIL: usize = 1000;
+/// Most figures of a status report.
+const MAX_FIGURES: usize = 64;
+/// Seconds between two heartbeats.
+pub const HEARTBEAT: u32 = 60;
+
+/// When nodes were last heard of, Unix seconds. In memory: it is worth no write.
+#[derive(Default)]
+pub struct Heartbeats(Mutex<HashMap<NodeId, u64>>);
+
+impl Heartbeats {
+    fn note(&self, node: NodeId) {
+        // A thread that panicked here left the map whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(node, now());
+    }
+
+    /// Seconds since the last one; `None` when there was none since this member was started.
+    #[must_use]
+    pub fn age(&self, node: NodeId) -> Option<u64> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&node).map(|last| now().saturating_sub(*last))
+    }
+}
+
+/// Text of a node as it may go to an administrator's terminal: no control characters, and not too long.
+pub(super) fn clean(text: &str, maximum: usize) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(maximum).collect()
+}
+
+fn bad(detail: impl Into<String>) -> Failure {
+    Failure(Problem::new(Code::BadRequest, detail))
+}
+
+fn own_boot(caller: &Caller, boot: BootId) -> Result<(), Failure> {
+    if caller.claims.boot == boot { Ok(()) } else { Err(bad("the report is of another boot than the token")) }
+}
+
+/// A word: `booted`, `switch-root`.
+fn is_word(text: &str, maximum: usize) -> bool {
+    (1..=maximum).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+}
+
+pub(super) async fn status(
+    State(member): State<Arc<Member>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> Result<StatusCode, Failure> {
+    let report: StatusReport = parse(&body)?;
+    own_boot(&caller, report.boot)?;
+    if !is_word(&report.state, 32) {
+        return Err(bad("a state is a word of at most 32 letters, digits, '-', '_' and '.'"));
+    }
+    if report.figures.len() > MAX_FIGURES || report.figures.keys().any(|name| !is_word(name, 64)) {
+        return Err(bad(format!(
+            "a report has at most {MAX_FIGURES} figures, whose names are words of at most 64 characters"
+        )));
+    }
+    let event = StatusEvent {
+        node: caller.node.name.clone(),
+        boot: Some(report.boot),
+        state: report.state,
+        detail: clean(&report.detail, MAX_DETAIL),
+        time_ms: now_ms(),
+        uptime_ms: report.uptime_ms,
+        figures: report.figures,
+    };
+    member.propose(Command::Status { id: caller.node.id, sequence: Some(report.sequence), event }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(super) async fn log(
+    State(member): State<Arc<Member>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> Result<StatusCode, Failure> {
+    let report: LogReport = parse(&body)?;
+    own_boot(&caller, report.boot)?;
+    if report.text.len() > MAX_LOG {
+        return Err(bad(format!("a log report has at most {} KiB of text", MAX_LOG >> 10)));
+    }
+    let lines: Vec<String> = report.text.lines().map(|line| clean(line, MAX_LOG)).collect();
+    let phase = report.phase.map_or("agent", moor_api::deploy::PhaseName::as_str).to_owned();
+    let event = LogEvent { time_ms: now_ms(), phase, text: lines.join("\n") };
+    member.propose(Command::Log { id: caller.node.id, event }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(super) async fn stage_closed(
+    State(member): State<Arc<Member>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> Result<StatusCode, Failure> {
+    let report: StageClosed = parse(&body)?;
+    own_boot(&caller, report.boot)?;
+    if caller.boot().is_none_or(|boot| !boot.closed) {
+        member.propose(Command::CloseStage { id: caller.node.id, boot: report.boot }).await?;
+    }
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(super) async fn heartbeat(
+    State(member): State<Arc<Member>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> Result<Json<HeartbeatReply>, Failure> {
+    let report: Heartbeat = parse(&body)?;
+    own_boot(&caller, report.boot)?;
+    member.heartbeats.note(caller.node.id);
+    let view = member.view()?;
+    let generation = match &caller.node.deployment {
+        Some(order) => view.profile(order.profile.as_str())?.map(|profile| profile.generation),
+        None => None,
+    };
+    Ok(Json(HeartbeatReply { interval: HEARTBEAT, trust_version: member.site.bundle_version, generation }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_node_says_does_not_reach_a_terminal_raw() {
+        assert_eq!(clean("a\u{1b}[2Jb\nc", 100), "a [2Jb c");
+        assert_eq!(clean("äöü", 2), "äö");
+        for (word, good) in [
+            ("booted", true),
+            ("switch-root", true),
+            ("image.bytes_fetched", true),
+            ("", false),
+            ("a b", false),
+            ("a\u{1b}", false),
+        ] {
+            assert_eq!(is_word(word, 32), good, "{word:?}");
+        }
+        assert!(!is_word(&"x".repeat(33), 32));
+    }
+}

@@ -1,0 +1,201 @@
+//! Tokens of nodes: who, which boot, which stage, until when, and on which key (RFC 8705: the thumbprint of the session key, which the
+//! connection's client certificate proves). Signed by the token key; any member can check one.
+//!
+//! `moorn1.` BASE64URL(claims in JSON) `.` BASE64URL(Ed25519 over "moor/v1 token\0" ‖ claims). Opaque to nodes.
+
+use aws_lc_rs::digest;
+use aws_lc_rs::signature::{ED25519, Ed25519KeyPair, UnparsedPublicKey};
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64;
+use moor_api::ids::{BootId, CollectiveId, MemberId, NodeId, Sha256Digest};
+use moor_api::node::Stage;
+use serde::{Deserialize, Serialize};
+
+/// Says what it is and in which version.
+const PREFIX: &str = "moorn1.";
+/// Keeps signatures of tokens apart from all others of this key.
+const LABEL: &[u8] = b"moor/v1 token\0";
+/// Longest token that is looked at, in bytes.
+const MAX_LENGTH: usize = 2048;
+
+/// What a token says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claims {
+    /// The collective.
+    pub collective: CollectiveId,
+    /// The member that issued it.
+    pub member: MemberId,
+    /// The node.
+    pub node: NodeId,
+    /// Its boot.
+    pub boot: BootId,
+    /// The stage of that boot.
+    pub stage: Stage,
+    /// The node's epoch when it was issued.
+    pub epoch: u64,
+    /// Unix seconds after which it is refused.
+    pub expires: u64,
+    /// SHA-256 of the session key's `SubjectPublicKeyInfo`.
+    pub key: Sha256Digest,
+}
+
+/// Why a token is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum TokenError {
+    /// Not a token at all, or not signed by this collective.
+    #[error("the token is not one of this collective")]
+    Foreign,
+    /// Too old.
+    #[error("the token expired: open a new session")]
+    Expired(NodeId),
+    /// On a connection with another key.
+    #[error("the token belongs to another session key than the one that this connection shows")]
+    OtherKey(NodeId),
+}
+
+impl TokenError {
+    /// The node it was issued to; known when the signature is good.
+    #[must_use]
+    pub const fn node(self) -> Option<NodeId> {
+        match self {
+            Self::Foreign => None,
+            Self::Expired(node) | Self::OtherKey(node) => Some(node),
+        }
+    }
+}
+
+/// Seconds that a token of this stage is good.
+#[must_use]
+pub const fn lifetime(stage: Stage) -> u64 {
+    match stage {
+        Stage::Boot => 3600,
+        Stage::Run => 24 * 3600,
+    }
+}
+
+/// The thumbprint of a session key.
+#[must_use]
+pub fn thumbprint(public_key: &[u8]) -> Sha256Digest {
+    let mut out = [0; 32];
+    out.copy_from_slice(digest::digest(&digest::SHA256, public_key).as_ref());
+    Sha256Digest(out)
+}
+
+fn signed(claims: &[u8]) -> Vec<u8> {
+    [LABEL, claims].concat()
+}
+
+/// Makes a token.
+///
+/// # Errors
+/// Never, for claims that serialise.
+pub fn mint(key: &Ed25519KeyPair, claims: &Claims) -> anyhow::Result<String> {
+    let claims = serde_json::to_vec(claims)?;
+    let signature = key.sign(&signed(&claims));
+    Ok(format!("{PREFIX}{}.{}", BASE64.encode(&claims), BASE64.encode(signature)))
+}
+
+/// Reads a token that came over a connection with this client key.
+///
+/// # Errors
+/// It is not good there and then.
+pub fn read(
+    public: &[u8],
+    collective: CollectiveId,
+    token: &str,
+    client_key: Option<&[u8]>,
+    now: u64,
+) -> Result<Claims, TokenError> {
+    let foreign = TokenError::Foreign;
+    if token.len() > MAX_LENGTH {
+        return Err(foreign);
+    }
+    let (claims, signature) = token.strip_prefix(PREFIX).and_then(|rest| rest.split_once('.')).ok_or(foreign)?;
+    let claims = BASE64.decode(claims).map_err(|_| foreign)?;
+    let signature = BASE64.decode(signature).map_err(|_| foreign)?;
+    UnparsedPublicKey::new(&ED25519, public).verify(&signed(&claims), &signature).map_err(|_| foreign)?;
+    let claims: Claims = serde_json::from_slice(&claims).map_err(|_| foreign)?;
+    if claims.collective != collective {
+        return Err(foreign);
+    }
+    if now >= claims.expires {
+        return Err(TokenError::Expired(claims.node));
+    }
+    if client_key.map(thumbprint) != Some(claims.key) {
+        return Err(TokenError::OtherKey(claims.node));
+    }
+    Ok(claims)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use aws_lc_rs::signature::KeyPair as _;
+
+    const KEY: &[u8] = b"a session key";
+
+    fn claims(collective: CollectiveId) -> Claims {
+        Claims {
+            collective,
+            member: MemberId::random(),
+            node: NodeId::random(),
+            boot: BootId::random(),
+            stage: Stage::Boot,
+            epoch: 7,
+            expires: 1000,
+            key: thumbprint(KEY),
+        }
+    }
+
+    #[test]
+    fn a_token_is_good_until_it_expires_and_on_its_key_alone() {
+        let key = Ed25519KeyPair::generate().unwrap();
+        let public = key.public_key().as_ref();
+        let collective = CollectiveId::random();
+        let claims = claims(collective);
+        let node = claims.node;
+        let token = mint(&key, &claims).unwrap();
+        assert_eq!(read(public, collective, &token, Some(KEY), 999), Ok(claims));
+        assert_eq!(read(public, collective, &token, Some(KEY), 1000), Err(TokenError::Expired(node)));
+        assert_eq!(read(public, collective, &token, Some(b"another key"), 999), Err(TokenError::OtherKey(node)));
+        assert_eq!(read(public, collective, &token, None, 999), Err(TokenError::OtherKey(node)));
+        assert_eq!(read(public, CollectiveId::random(), &token, Some(KEY), 999), Err(TokenError::Foreign));
+        let other = Ed25519KeyPair::generate().unwrap();
+        assert_eq!(read(other.public_key().as_ref(), collective, &token, Some(KEY), 999), Err(TokenError::Foreign));
+    }
+
+    #[test]
+    fn a_changed_token_is_foreign() {
+        let key = Ed25519KeyPair::generate().unwrap();
+        let collective = CollectiveId::random();
+        let token = mint(&key, &claims(collective)).unwrap();
+        for at in 0..token.len() {
+            let mut bytes = token.clone().into_bytes();
+            bytes[at] = if bytes[at] == b'A' { b'B' } else { b'A' };
+            let changed = String::from_utf8(bytes).unwrap();
+            if changed != token {
+                assert_eq!(
+                    read(key.public_key().as_ref(), collective, &changed, Some(KEY), 0),
+                    Err(TokenError::Foreign),
+                    "{at}"
+                );
+            }
+        }
+        for bad in ["", "moorn1.", "moorn1..", "moorn2.a.b", &"x".repeat(5000)] {
+            assert_eq!(
+                read(key.public_key().as_ref(), collective, bad, Some(KEY), 0),
+                Err(TokenError::Foreign),
+                "{bad}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_signature_of_something_else_is_no_token() {
+        let key = Ed25519KeyPair::generate().unwrap();
+        let collective = CollectiveId::random();
+        let body = serde_json::to_vec(&claims(collective)).unwrap();
+        let token = format!("{PREFIX}{}.{}", BASE64.encode(&body), BASE64.encode(key.sign(&body)));
+        assert_eq!(read(key.public_key().as_ref(), collective, &token, Some(KEY), 0), Err(TokenError::Foreign));
+    }
+}

@@ -1,0 +1,360 @@
+//! Profiles: a working directory that the admin edits, and generations that nodes get. Publishing reads the directory whole, or
+//! refuses with the place at fault.
+
+use crate::content;
+use crate::secrets::Place;
+use crate::state::{Member, now};
+use crate::store::records::{ImageRecord, Manifest, ProfileRecord};
+use crate::store::{Command, Snapshot};
+use moor_api::admin::{CreateProfile, ProfileView};
+use moor_api::deploy::{Overlay, PhaseName, RootMode};
+use moor_api::ids::{ImageName, ProfileName, Sha256Digest};
+use moor_api::problem::{Code, Problem};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::SystemTime;
+
+/// Largest file of a profile, in bytes.
+const MAX_FILE: u64 = 64 << 20;
+/// Most files of a profile.
+const MAX_FILES: usize = 10_000;
+
+/// `profile.yaml`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Settings {
+    image: String,
+    #[serde(default = "tethered")]
+    root: RootMode,
+    #[serde(default)]
+    overlay: Overlay,
+    #[serde(default)]
+    kernel_arguments: String,
+    #[serde(default)]
+    signers: Vec<String>,
+    #[serde(default)]
+    allow_unproven: bool,
+    #[serde(default)]
+    authorized_keys: Vec<String>,
+}
+
+fn tethered() -> RootMode {
+    RootMode::Tethered
+}
+
+fn bad(detail: impl Into<String>) -> Problem {
+    Problem::new(Code::BadRequest, detail)
+}
+
+fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Problem {
+    let path = path.display().to_string();
+    move |error| bad(format!("'{path}': {error}"))
+}
+
+/// Makes a working directory from a shipped profile.
+///
+/// # Errors
+/// It exists; there is no such template.
+pub fn create(member: &Member, request: &CreateProfile) -> Result<ProfileView, Problem> {
+    let template: ProfileName = request.template.parse().map_err(|error| bad(format!("{error}")))?;
+    let from = member.config.templates.join(template.as_str());
+    if !from.join("profile.yaml").is_file() {
+        return Err(Problem::new(
+            Code::NotFound,
+            format!("no shipped profile '{template}' in '{}'", member.config.templates.display()),
+        ));
+    }
+    let to = member.config.profiles().join(request.name.as_str());
+    if to.exists() {
+        return Err(Problem::new(
+            Code::Conflict,
+            format!("'{}' exists already: edit it, then `moor profile publish {}`", to.display(), request.name),
+        ));
+    }
+    let beside = member.config.profiles().join(format!(".{}.new", request.name));
+    let _ = std::fs::remove_dir_all(&beside);
+    copy(&from, &beside)?;
+    let settings = beside.join("profile.yaml");
+    let text = std::fs::read_to_string(&settings).map_err(io(&settings))?;
+    let edited: Vec<String> = text
+        .lines()
+        .map(|line| if line.starts_with("image:") { format!("image: {}", request.image) } else { line.to_owned() })
+        .collect();
+    std::fs::write(&settings, edited.join("\n") + "\n").map_err(io(&settings))?;
+    std::fs::rename(&beside, &to).map_err(io(&to))?;
+    Ok(ProfileView {
+        name: request.name.clone(),
+        generation: None,
+        serial: 0,
+        published: 0,
+        image: None,
+        modified: true,
+    })
+}
+
+fn copy(from: &Path, to: &Path) -> Result<(), Problem> {
+    std::fs::create_dir_all(to).map_err(io(to))?;
+    for entry in std::fs::read_dir(from).map_err(io(from))? {
+        let entry = entry.map_err(io(from))?;
+        let target = to.join(entry.file_name());
+        let kind = entry.file_type().map_err(io(&entry.path()))?;
+        if kind.is_dir() {
+            copy(&entry.path(), &target)?;
+        } else if kind.is_file() {
+            std::fs::copy(entry.path(), &target).map_err(io(&target))?;
+        }
+    }
+    Ok(())
+}
+
+/// The image that `NAME`, `NAME@SERIAL` or a digest names.
+fn find_image(view: &Snapshot, text: &str) -> Result<ImageRecord, Problem> {
+    let images = view.images()?;
+    if let Ok(digest) = text.parse::<Sha256Digest>() {
+        return images.into_iter().find(|image| image.digest == digest).ok_or_else(|| missing_image(text));
+    }
+    let (name, serial) = match text.split_once('@') {
+        Some((name, serial)) => (
+            name,
+            Some(
+                serial
+                    .parse::<u64>()
+                    .map_err(|_| bad(format!("profile.yaml: image '{text}': '{serial}' is not a serial")))?,
+            ),
+        ),
+        None => (text, None),
+    };
+    let name: ImageName = name.parse().map_err(|error| bad(format!("profile.yaml: image: {error}")))?;
+    images
+        .into_iter()
+        .filter(|image| image.name == name && serial.is_none_or(|serial| image.serial == serial))
+        .max_by_key(|image| image.serial)
+        .ok_or_else(|| missing_image(text))
+}
+
+fn missing_image(text: &str) -> Problem {
+    Problem::new(
+        Code::NotFound,
+        format!(
+            "profile.yaml names the image '{text}', which is not in the catalogue: `moor image list` shows what is, `moor image import` adds one"
+        ),
+    )
+}
+
+/// A file as it was read.
+struct Source {
+    path: String,
+    modified: SystemTime,
+    bytes: Vec<u8>,
+}
+
+/// Reads every file below `dir`, by path relative to it, in order. Names that begin with a dot, and editors' copies, are left out.
+fn read_tree(dir: &Path, prefix: &str, out: &mut Vec<Source>) -> Result<(), Problem> {
+    let mut names: Vec<_> = match std::fs::read_dir(dir) {
+        Ok(entries) => entries.collect::<Result<_, _>>().map_err(io(dir))?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(io(dir)(error)),
+    };
+    names.sort_by_key(std::fs::DirEntry::file_name);
+    for entry in names {
+        let name = entry
+            .file_name()
+            .into_string()
+            .map_err(|name| bad(format!("'{}': the name {name:?} is not UTF-8", dir.display())))?;
+        if name.starts_with('.') || name.ends_with('~') {
+            continue;
+        }
+        let path = if prefix.is_empty() { name } else { format!("{prefix}/{name}") };
+        let kind = entry.file_type().map_err(io(&entry.path()))?;
+        if kind.is_dir() {
+            read_tree(&entry.path(), &path, out)?;
+        } else if kind.is_file() {
+            let meta = entry.metadata().map_err(io(&entry.path()))?;
+            if meta.len() > MAX_FILE || out.len() >= MAX_FILES {
+                return Err(bad(format!(
+                    "'{}': a profile has at most {MAX_FILES} files of at most {} MiB",
+                    entry.path().display(),
+                    MAX_FILE >> 20
+                )));
+            }
+            let modified = meta.modified().map_err(io(&entry.path()))?;
+            out.push(Source { path, modified, bytes: std::fs::read(entry.path()).map_err(io(&entry.path()))? });
+        } else {
+            return Err(bad(format!(
+                "'{}' is neither a file nor a directory: profiles hold no links or devices",
+                entry.path().display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn phase_of(path: &str) -> Option<(PhaseName, &str)> {
+    let rest = path.strip_prefix("scripts/")?;
+    let (phase, name) = rest.split_once('/')?;
+    let phase = match phase {
+        "pre" => PhaseName::Pre,
+        "post" => PhaseName::Post,
+        "firstboot" => PhaseName::Firstboot,
+        "onboot" => PhaseName::Onboot,
+        _ => return None,
+    };
+    Some((phase, name))
+}
+
+/// Reads the working directory into a manifest; blobs are added.
+fn manifest(member: &Member, view: &Snapshot, name: &ProfileName) -> Result<Manifest, Problem> {
+    let dir = member.config.profiles().join(name.as_str());
+    if !dir.is_dir() {
+        return Err(Problem::new(
+            Code::NotFound,
+            format!(
+                "no profile '{name}': '{}' is not there; `moor profile create {name} --image IMAGE` makes it",
+                dir.display()
+            ),
+        ));
+    }
+    let mut sources = Vec::new();
+    read_tree(&dir, "", &mut sources)?;
+    let settings = sources
+        .iter()
+        .find(|source| source.path == "profile.yaml")
+        .ok_or_else(|| bad(format!("'{}/profile.yaml' is missing", dir.display())))?;
+    let text = std::str::from_utf8(&settings.bytes).map_err(|_| bad("profile.yaml is not UTF-8"))?;
+    let settings: Settings = serde_saphyr::from_str(text).map_err(|error| {
+        bad(format!("'{}/profile.yaml': {}", dir.display(), error.to_string().lines().next().unwrap_or_default()))
+    })?;
+    if !(1..=400).contains(&settings.overlay.size_percent) {
+        return Err(bad(format!("profile.yaml: overlay.size_percent is {}: 1 to 400", settings.overlay.size_percent)));
+    }
+    let image = find_image(view, &settings.image)?;
+    let (mut scripts, mut files, mut private) = (BTreeMap::<_, Vec<_>>::new(), BTreeMap::new(), BTreeMap::new());
+    let blobs = member.config.blobs();
+    for source in &sources {
+        if let Some(path) = source.path.strip_prefix("private/") {
+            let place = Place { table: "profiles", id: name.as_str(), field: path };
+            let sealed = member
+                .secrets
+                .seal(place, &source.bytes)
+                .map_err(|error| Problem::new(Code::Internal, format!("{error:#}")))?;
+            private.insert(path.to_owned(), sealed);
+        } else if let Some((phase, script)) = phase_of(&source.path) {
+            let blob = content::add(&blobs, &source.bytes).map_err(io(&blobs))?;
+            scripts.entry(phase).or_default().push((script.to_owned(), blob));
+        } else if let Some(path) = source.path.strip_prefix("files/") {
+            files.insert(path.to_owned(), content::add(&blobs, &source.bytes).map_err(io(&blobs))?);
+        } else if source.path.starts_with("scripts/") {
+            return Err(bad(format!(
+                "'{}/{}': phases are pre, post, firstboot and onboot",
+                dir.display(),
+                source.path
+            )));
+        }
+    }
+    unchanged(&dir, &sources)?;
+    Ok(Manifest {
+        image: image.digest,
+        root: settings.root,
+        overlay: settings.overlay,
+        kernel_arguments: settings.kernel_arguments,
+        signers: settings.signers,
+        allow_unproven: settings.allow_unproven,
+        authorized_keys: settings.authorized_keys,
+        scripts,
+        files,
+        private,
+    })
+}
+
+/// Refuses what an editor was half way through: times are compared once more after everything was read.
+fn unchanged(dir: &Path, sources: &[Source]) -> Result<(), Problem> {
+    for source in sources {
+        let path = dir.join(&source.path);
+        let now = std::fs::metadata(&path).and_then(|meta| meta.modified());
+        if now.is_ok_and(|now| now == source.modified) {
+            continue;
+        }
+        return Err(Problem::new(
+            Code::Conflict,
+            format!("'{}' changed while it was read: publish again when you are done", path.display()),
+        ));
+    }
+    Ok(())
+}
+
+fn digest_of(manifest: &Manifest) -> Result<Sha256Digest, Problem> {
+    let bytes = serde_json::to_vec(manifest).map_err(|error| Problem::new(Code::Internal, error.to_string()))?;
+    let mut out = [0; 32];
+    out.copy_from_slice(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &bytes).as_ref());
+    Ok(Sha256Digest(out))
+}
+
+/// Makes the working directory the newest generation.
+///
+/// # Errors
+/// What is wrong with it, in one line.
+pub async fn publish(member: &std::sync::Arc<Member>, name: ProfileName) -> Result<ProfileView, Problem> {
+    let reader = member.clone();
+    let record = tokio::task::spawn_blocking(move || {
+        let view = reader.view()?;
+        let manifest = manifest(&reader, &view, &name)?;
+        Ok::<_, Problem>(ProfileRecord {
+            name,
+            generation: digest_of(&manifest)?,
+            serial: 0,
+            published: now(),
+            manifest,
+        })
+    })
+    .await
+    .map_err(|error| Problem::new(Code::Internal, error.to_string()))??;
+    let name = record.name.clone();
+    member.propose(Command::PutProfile { profile: record }).await?;
+    let view = member.view()?;
+    let record = view.profile(name.as_str())?.ok_or_else(|| Problem::new(Code::Internal, "the profile vanished"))?;
+    Ok(view_of(&record, false))
+}
+
+/// All profiles: published ones, and working directories that never were.
+///
+/// # Errors
+/// The store failed.
+pub fn list(member: &Member) -> Result<Vec<ProfileView>, Problem> {
+    let view = member.view()?;
+    let mut out: BTreeMap<ProfileName, ProfileView> = BTreeMap::new();
+    for record in view.profiles()? {
+        out.insert(record.name.clone(), view_of(&record, is_modified(member, &record)));
+    }
+    for entry in std::fs::read_dir(member.config.profiles()).into_iter().flatten().flatten() {
+        let Some(name) = entry.file_name().to_str().and_then(|name| name.parse::<ProfileName>().ok()) else { continue };
+        out.entry(name.clone()).or_insert(ProfileView {
+            name,
+            generation: None,
+            serial: 0,
+            published: 0,
+            image: None,
+            modified: true,
+        });
+    }
+    Ok(out.into_values().collect())
+}
+
+/// Whether a file of the working directory is newer than the generation.
+fn is_modified(member: &Member, record: &ProfileRecord) -> bool {
+    let published = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(record.published + 1);
+    let mut sources = Vec::new();
+    let read = read_tree(&member.config.profiles().join(record.name.as_str()), "", &mut sources);
+    read.is_err() || sources.iter().any(|source| source.modified > published)
+}
+
+fn view_of(record: &ProfileRecord, modified: bool) -> ProfileView {
+    ProfileView {
+        name: record.name.clone(),
+        generation: Some(record.generation),
+        serial: record.serial,
+        published: record.published,
+        image: Some(record.manifest.image),
+        modified,
+    }
+}

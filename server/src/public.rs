@@ -1,0 +1,191 @@
+//! `/public`: encrypted images by range, and boot files. Nobody is asked who they are: what is here protects itself (images are sealed)
+//! or holds no secret (boot files).
+
+use crate::content;
+use crate::cpio::Archive;
+use crate::http::Failure;
+use crate::state::Member;
+use crate::store::records::ImageRecord;
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Path, State};
+use axum::response::Response;
+use axum::routing::get;
+use bytes::Bytes;
+use http::{HeaderMap, Method, StatusCode, header};
+use moor_api::ids::Sha256Digest;
+use moor_api::problem::{Code, Problem};
+use moor_api::trust::SITE_FILE;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+/// Bytes per write: rustls is fastest at 64 KiB.
+const PIECE: usize = 64 << 10;
+
+/// The routes.
+pub fn router() -> Router<Arc<Member>> {
+    Router::new().route("/public/images/{digest}", get(image)).route("/public/boot/{profile}/{file}", get(boot))
+}
+
+fn not_found(what: impl Into<String>) -> Failure {
+    Failure(Problem::new(Code::NotFound, what))
+}
+
+async fn image(
+    State(member): State<Arc<Member>>,
+    Path(digest): Path<String>,
+    method: Method,
+    headers: HeaderMap,
+) -> Result<Response, Failure> {
+    let digest: Sha256Digest = digest.parse().map_err(|_| not_found("an image is named by 64 hexadecimal digits"))?;
+    let image = member.view()?.image(&digest.to_string())?.filter(|image| image.encrypted);
+    let image = image.ok_or_else(|| not_found(format!("no public image {digest} here")))?;
+    image_response(&member, &image, &method, &headers)
+}
+
+/// An image's bytes, whole or by one range.
+pub fn image_response(
+    member: &Member,
+    image: &ImageRecord,
+    method: &Method,
+    headers: &HeaderMap,
+) -> Result<Response, Failure> {
+    let path = content::path_of(&member.config.blobs(), image.blob);
+    let file = File::open(&path).map_err(|error| anyhow::anyhow!("opening '{}': {error}", path.display()))?;
+    Ok(ranges(file, image.size, &format!("\"{}\"", image.digest), method, headers))
+}
+
+/// The range that a request asks for (RFC 9110 §14): `None` the whole, `Err` outside of the object. Several ranges are answered by
+/// the whole, which every client has to take.
+fn wanted(headers: &HeaderMap, size: u64, etag: &str) -> Result<Option<Range<u64>>, ()> {
+    let Some(text) = headers.get(header::RANGE).and_then(|value| value.to_str().ok()) else { return Ok(None) };
+    if headers.get(header::IF_RANGE).is_some_and(|value| value.as_bytes() != etag.as_bytes()) {
+        return Ok(None);
+    }
+    let Some(spec) = text.strip_prefix("bytes=") else { return Ok(None) };
+    let Some((first, last)) = spec.split_once('-') else { return Ok(None) };
+    let range = match (first.parse::<u64>(), last.parse::<u64>()) {
+        (Ok(first), Ok(last)) if first <= last => first..last.saturating_add(1).min(size),
+        (Ok(first), Err(_)) if last.is_empty() => first..size,
+        (Err(_), Ok(count)) if first.is_empty() => size.saturating_sub(count)..size,
+        _ => return Ok(None),
+    };
+    if range.start >= range.end { Err(()) } else { Ok(Some(range)) }
+}
+
+fn ranges(file: File, size: u64, etag: &str, method: &Method, headers: &HeaderMap) -> Response {
+    let builder = Response::builder()
+        .header(header::ACCEPT_RANGES, "bytes")
+        .header(header::ETAG, etag)
+        .header(header::CACHE_CONTROL, "public, max-age=31536000, immutable")
+        .header(header::CONTENT_TYPE, "application/octet-stream");
+    let (builder, range) = match wanted(headers, size, etag) {
+        Ok(None) => (builder.status(StatusCode::OK), 0..size),
+        Ok(Some(range)) => {
+            let shown = format!("bytes {}-{}/{size}", range.start, range.end - 1);
+            (builder.status(StatusCode::PARTIAL_CONTENT).header(header::CONTENT_RANGE, shown), range)
+        }
+        Err(()) => (
+            builder.status(StatusCode::RANGE_NOT_SATISFIABLE).header(header::CONTENT_RANGE, format!("bytes */{size}")),
+            0..0,
+        ),
+    };
+    let builder = builder.header(header::CONTENT_LENGTH, range.end - range.start);
+    let body = if *method == Method::HEAD || range.is_empty() { Body::empty() } else { stream(file, range) };
+    builder.body(body).unwrap_or_else(|_| Response::new(Body::empty()))
+}
+
+/// Reads on a blocking thread, a few pieces ahead of the network.
+fn stream(file: File, range: Range<u64>) -> Body {
+    let (sender, receiver) = mpsc::channel::<Result<Bytes, std::io::Error>>(8);
+    tokio::task::spawn_blocking(move || {
+        let mut at = range.start;
+        while at < range.end {
+            let length = usize::try_from(range.end - at).map_or(PIECE, |left| left.min(PIECE));
+            let mut piece = vec![0; length];
+            let read = file.read_exact_at(&mut piece, at).map(|()| Bytes::from(piece));
+            let failed = read.is_err();
+            if sender.blocking_send(read).is_err() || failed {
+                return;
+            }
+            at += length as u64;
+        }
+    });
+    Body::from_stream(ReceiverStream::new(receiver))
+}
+
+async fn boot(
+    State(member): State<Arc<Member>>,
+    Path((profile, name)): Path<(String, String)>,
+    method: Method,
+    headers: HeaderMap,
+) -> Result<Response, Failure> {
+    if name == "site.cpio" {
+        let bytes = site_archive(&member)?;
+        return Response::builder().body(Body::from(bytes)).map_err(|error| anyhow::Error::from(error).into());
+    }
+    let view = member.view()?;
+    let record = view.profile(&profile)?.ok_or_else(|| not_found(format!("no published profile '{profile}'")))?;
+    let image = view
+        .image(&record.manifest.image.to_string())?
+        .ok_or_else(|| not_found(format!("the image of profile '{profile}' is gone")))?;
+    let blob = match name.as_str() {
+        "kernel" => image.kernel,
+        "initramfs" => image.initramfs,
+        _ => return Err(not_found("boot files are kernel, initramfs and site.cpio")),
+    };
+    let path = content::path_of(&member.config.blobs(), blob);
+    let file = File::open(&path).map_err(|error| anyhow::anyhow!("opening '{}': {error}", path.display()))?;
+    let size = file.metadata().map_err(|error| anyhow::anyhow!("reading '{}': {error}", path.display()))?.len();
+    Ok(ranges(file, size, &format!("\"{blob}\""), &method, &headers))
+}
+
+/// What stands behind the image's initramfs: the site bundle.
+fn site_archive(member: &Member) -> Result<Vec<u8>, Failure> {
+    let bundle = serde_json::to_vec_pretty(&member.bundle()?).map_err(anyhow::Error::from)?;
+    let mut archive = Archive::default();
+    let path = SITE_FILE.trim_start_matches('/');
+    for (at, _) in path.match_indices('/') {
+        archive.directory(&path[..at]);
+    }
+    archive.file(path, 0o644, &bundle);
+    Ok(archive.finish())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_those_of_the_rfc() {
+        let etag = "\"x\"";
+        for (text, expected) in [
+            (None, Ok(None)),
+            (Some("bytes=0-0"), Ok(Some(0..1))),
+            (Some("bytes=5-"), Ok(Some(5..10))),
+            (Some("bytes=-3"), Ok(Some(7..10))),
+            (Some("bytes=-30"), Ok(Some(0..10))),
+            (Some("bytes=0-99"), Ok(Some(0..10))),
+            (Some("bytes=10-"), Err(())),
+            (Some("bytes=-0"), Err(())),
+            (Some("bytes=3-2"), Ok(None)),
+            (Some("bytes=0-1,3-4"), Ok(None)),
+            (Some("lines=0-1"), Ok(None)),
+            (Some("bytes=x"), Ok(None)),
+        ] {
+            let mut headers = HeaderMap::new();
+            if let Some(text) = text {
+                headers.insert(header::RANGE, text.parse().unwrap());
+            }
+            assert_eq!(wanted(&headers, 10, etag), expected, "{text:?}");
+        }
+        let mut headers = HeaderMap::new();
+        headers.insert(header::RANGE, "bytes=0-1".parse().unwrap());
+        headers.insert(header::IF_RANGE, "\"other\"".parse().unwrap());
+        assert_eq!(wanted(&headers, 10, etag), Ok(None));
+    }
+}

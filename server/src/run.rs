@@ -1,0 +1,142 @@
+//! `moord init` and `moord run`: from arguments to a member, as whom it runs, and how it ends.
+
+use crate::args::{Cli, Command};
+use crate::config::Config;
+use crate::state::{self, Member};
+use crate::{listener, router};
+use anyhow::{Context as _, bail};
+use nix::unistd::{Gid, Uid, User, geteuid, setgroups, setresgid, setresuid};
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::os::unix::fs::{MetadataExt as _, chown};
+use std::path::Path;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// The user that packages make for the member.
+const USER: &str = "mooring";
+
+/// Runs a command.
+///
+/// # Errors
+/// In one line: what failed, where, and what to do.
+pub fn main(cli: Cli) -> anyhow::Result<()> {
+    // Everything else may use TLS or keys.
+    rustls::crypto::aws_lc_rs::default_provider()
+        .install_default()
+        .map_err(|_| anyhow::anyhow!("another cryptographic provider is installed"))?;
+    // A core dump would hold every key of the site.
+    nix::sys::prctl::set_dumpable(false).context("switching core dumps off")?;
+    let filter = tracing_subscriber::EnvFilter::try_from_env("MOORD_LOG").unwrap_or_else(|_| "info".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting")?;
+    match cli.command {
+        Command::Init { config, addresses, name } => runtime.block_on(init(&config, addresses, name)),
+        Command::Run { config } => {
+            if geteuid().is_root() {
+                bail!(
+                    "moord does not run as root: start it as the user that owns its state (`systemctl start moord`, or `setpriv --reuid {USER} …`)"
+                );
+            }
+            let done = runtime.block_on(run(Config::read(&config)?));
+            // A watcher that never ends must not keep the process.
+            runtime.shutdown_background();
+            done
+        }
+    }
+}
+
+async fn init(path: &Path, addresses: Vec<String>, name: Option<String>) -> anyhow::Result<()> {
+    for address in &addresses {
+        let is_name =
+            !address.is_empty() && address.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-'));
+        if address.parse::<IpAddr>().is_err() && !is_name {
+            bail!("'{address}' is neither an IP address nor a host name");
+        }
+    }
+    if !path.exists() {
+        write_config(path, &addresses)?;
+    }
+    let mut config = Config::read(path)?;
+    if let Some(name) = name {
+        config.name = name;
+    }
+    become_owner(&config.state_dir)?;
+    let site = state::init(&config, addresses).await?;
+    println!("collective {} ({}), member {}", site.name, site.collective, site.member);
+    println!("reached at {}; start it with `moord run --config {}`", config.urls.join(", "), path.display());
+    Ok(())
+}
+
+/// A first configuration, from what is known: how the member is reached.
+fn write_config(path: &Path, addresses: &[String]) -> anyhow::Result<()> {
+    if addresses.is_empty() {
+        bail!(
+            "there is no configuration '{}': give `--address ADDRESS` (how nodes reach this machine), and one is written",
+            path.display()
+        );
+    }
+    let urls: Vec<String> = addresses
+        .iter()
+        .map(|address| match address.parse::<IpAddr>() {
+            Ok(IpAddr::V6(v6)) => format!("\"https://[{v6}]\""),
+            _ => format!("\"https://{address}\""),
+        })
+        .collect();
+    let mut text = String::from("# How nodes reach this member, best first.\n");
+    writeln!(text, "urls = [{}]", urls.join(", "))?;
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).with_context(|| format!("making '{}'", parent.display()))?;
+    }
+    crate::files::write(path, text.as_bytes(), 0o644).with_context(|| format!("writing '{}'", path.display()))
+}
+
+/// Root hands the state to the user that the member runs as, and becomes that user: nothing of it may end up root's.
+fn become_owner(state: &Path) -> anyhow::Result<()> {
+    if !geteuid().is_root() {
+        return Ok(());
+    }
+    let owner = std::fs::metadata(state).ok().map(|meta| (meta.uid(), meta.gid())).filter(|(uid, _)| *uid != 0);
+    let (uid, gid) = match owner {
+        Some((uid, gid)) => (Uid::from_raw(uid), Gid::from_raw(gid)),
+        None => {
+            let user = User::from_name(USER).context("looking the user up")?;
+            let Some(user) = user else {
+                bail!(
+                    "moord does not run as root, and there is no user '{USER}': `install -d -o USER {}`, and try again",
+                    state.display()
+                );
+            };
+            std::fs::create_dir_all(state).with_context(|| format!("making '{}'", state.display()))?;
+            chown(state, Some(user.uid.as_raw()), Some(user.gid.as_raw()))
+                .with_context(|| format!("giving '{}' to {USER}", state.display()))?;
+            (user.uid, user.gid)
+        }
+    };
+    setgroups(&[gid]).context("dropping groups")?;
+    setresgid(gid, gid, gid).context("changing the group")?;
+    setresuid(uid, uid, uid).context("changing the user")?;
+    // The kernel switches it on or off with the user.
+    nix::sys::prctl::set_dumpable(false).context("switching core dumps off")
+}
+
+async fn run(config: Config) -> anyhow::Result<()> {
+    let stop = CancellationToken::new();
+    let mut terminate = signal(SignalKind::terminate()).context("waiting for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("waiting for SIGINT")?;
+    let asked = stop.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("asked to stop");
+        asked.cancel();
+    });
+    let member = Member::open(config)?;
+    tracing::info!("member {} of collective {} ({})", member.site.member, member.site.name, member.site.collective);
+    let app = router(&member);
+    listener::serve(member, app, stop).await?;
+    tracing::info!("stopped");
+    Ok(())
+}

@@ -1,0 +1,383 @@
+//! The state machine: applies a command inside one write transaction. Deterministic: no clock, no randomness, no order of a hash map.
+//! A command that is refused has changed nothing, because every check comes before the first write.
+
+use super::command::{Command, Outcome};
+use super::records::{
+    Armed, BootRecord, Evidence, Identity, ImageRecord, MAX_BOOTS, MAX_EVENTS, MAX_LOG_BYTES, MAX_LOGS, MAX_REFUSALS,
+    MAX_STRANGERS, NodeRecord, Order, Plan, ProfileRecord, Refusals,
+};
+use super::tables::{self, Write};
+use super::{StoreError, index};
+use moor_api::admin::{LogEvent, Refusal, StatusEvent};
+use moor_api::ids::{BootId, NodeId};
+use moor_api::problem::{Code, Problem};
+
+fn refused(code: Code, detail: impl Into<String>) -> Result<Outcome, StoreError> {
+    Ok(Outcome::Refused(Problem::new(code, detail)))
+}
+
+fn no_such_node() -> Result<Outcome, StoreError> {
+    refused(Code::NotFound, "the node was removed meanwhile")
+}
+
+/// Applies one command.
+pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, StoreError> {
+    match command {
+        Command::Found { site } => {
+            if write.get::<serde_json::Value>(tables::SITE, "site")?.is_some() {
+                return refused(Code::Conflict, "the collective exists already");
+            }
+            write.put(tables::SITE, "site", &site)?;
+            Ok(Outcome::Done)
+        }
+        Command::DefineNode { id, name, attributes } => {
+            if write.get::<NodeId>(tables::NAMES, name.as_str())?.is_some() {
+                return refused(Code::Conflict, format!("a node '{name}' exists already: `moor node set` changes it"));
+            }
+            write.put(tables::NAMES, name.as_str(), &id)?;
+            let record = NodeRecord {
+                id,
+                name,
+                attributes,
+                secrets: std::collections::BTreeMap::default(),
+                identity: None,
+                epoch: next(write, "epoch")?,
+                armed: Armed::No,
+                deployment: None,
+                pin: None,
+                boots: Vec::new(),
+            };
+            index::update(write, None, Some(&record))?;
+            put_node(write, &record)?;
+            Ok(Outcome::Done)
+        }
+        Command::RemoveNode { id } => {
+            let Some(node) = node(write, id)? else { return no_such_node() };
+            index::update(write, Some(&node), None)?;
+            write.remove(tables::NAMES, node.name.as_str())?;
+            for table in [tables::NODES, tables::EVENTS, tables::LOGS, tables::REFUSALS] {
+                write.remove(table, &id.to_string())?;
+            }
+            Ok(Outcome::Done)
+        }
+        Command::SetAttributes { id, set, secrets, clear } => {
+            let Some(before) = node(write, id)? else { return no_such_node() };
+            let mut node = before.clone();
+            for name in &clear {
+                node.attributes.remove(name);
+                node.secrets.remove(name);
+            }
+            node.attributes.extend(set);
+            node.secrets.extend(secrets);
+            index::update(write, Some(&before), Some(&node))?;
+            put_node(write, &node)?;
+            Ok(Outcome::Done)
+        }
+        Command::Arm { id, armed } => change(write, id, |node| node.armed = armed),
+        Command::Rearm { id } => {
+            let Some(before) = node(write, id)? else { return no_such_node() };
+            let mut node = NodeRecord { identity: None, boots: Vec::new(), armed: Armed::Once, ..before.clone() };
+            node.epoch = next(write, "epoch")?;
+            index::update(write, Some(&before), Some(&node))?;
+            put_node(write, &node)?;
+            Ok(Outcome::Number(node.epoch))
+        }
+        Command::Deploy { id, deployment, profile, time_ms } => {
+            let Some(mut node) = node(write, id)? else { return no_such_node() };
+            node.deployment = Some(Order { id: deployment, profile: profile.clone() });
+            let event = StatusEvent {
+                node: node.name.clone(),
+                boot: None,
+                state: "pending".into(),
+                detail: profile.to_string(),
+                time_ms,
+                uptime_ms: 0,
+                figures: std::collections::BTreeMap::default(),
+            };
+            put_node(write, &node)?;
+            push(write, tables::EVENTS, id, event, MAX_EVENTS)?;
+            Ok(Outcome::Done)
+        }
+        Command::Bind { id, identity, boot, now } => bind(write, id, identity, boot, now),
+        Command::Boot { id, boot, evidence } => begin_boot(write, id, boot, evidence),
+        Command::CloseStage { id, boot } => change(write, id, |node| boot_record(node, boot).closed = true),
+        Command::Pin { id, digest } => {
+            if write.get::<ImageRecord>(tables::IMAGES, &digest.to_string())?.is_none() {
+                return refused(Code::NotFound, format!("image {digest} is not in the catalogue"));
+            }
+            change(write, id, |node| node.pin = Some(digest))
+        }
+        Command::Status { id, sequence, event } => status(write, id, sequence, event),
+        Command::Log { id, event } => log(write, id, event),
+        Command::Refuse { nodes, strangers, refusal } => refuse(write, &nodes, &strangers, &refusal),
+        Command::PutImage { image } => put_image(write, &image),
+        Command::PutProfile { mut profile } => {
+            let before: Option<ProfileRecord> = write.get(tables::PROFILES, profile.name.as_str())?;
+            profile.serial = before.map_or(0, |before| before.serial) + 1;
+            write.put(tables::PROFILES, profile.name.as_str(), &profile)?;
+            write.put(tables::GENERATIONS, &profile.generation.to_string(), &profile)?;
+            Ok(Outcome::Number(profile.serial))
+        }
+        Command::PutToken { hash, token } => {
+            write.put(tables::TOKENS, &hash, &token)?;
+            Ok(Outcome::Done)
+        }
+        Command::NextCertificate => Ok(Outcome::Number(next(write, "ssh-certificate")?)),
+        Command::Audit { entry } => audit(write, &entry),
+    }
+}
+
+fn node(write: &Write<'_>, id: NodeId) -> Result<Option<NodeRecord>, StoreError> {
+    write.get(tables::NODES, &id.to_string())
+}
+
+fn put_node(write: &Write<'_>, node: &NodeRecord) -> Result<(), StoreError> {
+    write.put(tables::NODES, &node.id.to_string(), node)
+}
+
+fn change(write: &Write<'_>, id: NodeId, edit: impl FnOnce(&mut NodeRecord)) -> Result<Outcome, StoreError> {
+    let Some(mut node) = node(write, id)? else { return no_such_node() };
+    edit(&mut node);
+    put_node(write, &node)?;
+    Ok(Outcome::Done)
+}
+
+/// The next number of a counter of the collective; never given twice.
+fn next(write: &Write<'_>, counter: &str) -> Result<u64, StoreError> {
+    let value = write.get::<u64>(tables::COUNTERS, counter)?.unwrap_or(0) + 1;
+    write.put(tables::COUNTERS, counter, &value)?;
+    Ok(value)
+}
+
+fn boot_record(node: &mut NodeRecord, boot: BootId) -> &mut BootRecord {
+    let at = if let Some(at) = node.boots.iter().position(|record| record.boot == boot) {
+        at
+    } else {
+        if node.boots.len() == MAX_BOOTS {
+            node.boots.remove(0);
+        }
+        node.boots.push(BootRecord { boot, closed: false, sequence: None, plan: None, evidence: None });
+        node.boots.len() - 1
+    };
+    &mut node.boots[at]
+}
+
+fn begin_boot(write: &Write<'_>, id: NodeId, boot: BootId, evidence: Option<Evidence>) -> Result<Outcome, StoreError> {
+    let Some(mut node) = node(write, id)? else { return no_such_node() };
+    let plan = match &node.deployment {
+        None => None,
+        Some(order) => write.get::<ProfileRecord>(tables::PROFILES, order.profile.as_str())?.map(|profile| Plan {
+            deployment: order.id,
+            profile: profile.name,
+            generation: profile.generation,
+        }),
+    };
+    if node.boots.iter().any(|record| record.boot == boot && record.closed) {
+        return refused(Code::StageClosed, super::closed(&node.name));
+    }
+    for other in node.boots.iter_mut().filter(|record| record.boot != boot) {
+        other.closed = true;
+    }
+    let record = boot_record(&mut node, boot);
+    record.plan = plan;
+    if evidence.is_some() {
+        record.evidence = evidence;
+    }
+    put_node(write, &node)?;
+    Ok(Outcome::Done)
+}
+
+fn bind(write: &Write<'_>, id: NodeId, mut identity: Identity, boot: BootId, now: u64) -> Result<Outcome, StoreError> {
+    let Some(before) = node(write, id)? else { return no_such_node() };
+    let mut node = before.clone();
+    if let Some(bound) = &node.identity {
+        if bound.same_holder(&identity) {
+            // The same machine once more, because the answer was lost: the window may be closed by now.
+            return Ok(Outcome::Number(node.epoch));
+        }
+        let replaceable =
+            matches!((bound, &identity, node.armed), (Identity::Soft { .. }, Identity::Soft { .. }, Armed::Continuous));
+        if !replaceable {
+            return refused(Code::IdentityMismatch, super::mismatch(&node.name, bound, &identity));
+        }
+    }
+    if !node.armed.is_open(now) {
+        return refused(Code::NotArmed, super::not_armed(&node.name));
+    }
+    if let Some(other) = index::holder_of_key(write, &identity, id)? {
+        let name = self::node(write, other)?.map_or_else(|| other.to_string(), |other| other.name.to_string());
+        return refused(
+            Code::IdentityMismatch,
+            format!(
+                "the identity of this machine is that of node {name}: a machine is one node (`moor node trust rearm {name}` drops it there)"
+            ),
+        );
+    }
+    if let Identity::Soft { unproven, .. } = &mut identity {
+        *unproven = node.armed == Armed::Continuous;
+    }
+    node.epoch = next(write, "epoch")?;
+    node.identity = Some(identity);
+    if node.armed == Armed::Once {
+        node.armed = Armed::No;
+    }
+    boot_record(&mut node, boot);
+    index::update(write, Some(&before), Some(&node))?;
+    put_node(write, &node)?;
+    Ok(Outcome::Number(node.epoch))
+}
+
+fn status(write: &Write<'_>, id: NodeId, sequence: Option<u64>, event: StatusEvent) -> Result<Outcome, StoreError> {
+    let Some(mut node) = node(write, id)? else { return no_such_node() };
+    if let (Some(sequence), Some(boot)) = (sequence, event.boot) {
+        let record = boot_record(&mut node, boot);
+        if record.sequence.is_some_and(|last| sequence <= last) {
+            return Ok(Outcome::Done);
+        }
+        record.sequence = Some(sequence);
+        let booted = record.plan.as_ref().filter(|_| event.state == "booted").map(|plan| plan.profile.to_string());
+        if let Some(profile) = booted {
+            node.attributes.insert("deployment.profile".into(), profile);
+        }
+        put_node(write, &node)?;
+    }
+    push(write, tables::EVENTS, id, event, MAX_EVENTS)?;
+    Ok(Outcome::Done)
+}
+
+fn log(write: &Write<'_>, id: NodeId, event: LogEvent) -> Result<Outcome, StoreError> {
+    if node(write, id)?.is_none() {
+        return no_such_node();
+    }
+    let key = id.to_string();
+    let mut list: Vec<LogEvent> = write.get(tables::LOGS, &key)?.unwrap_or_default();
+    list.push(event);
+    let mut bytes: usize = list.iter().map(|event| event.text.len()).sum();
+    let mut drop = list.len().saturating_sub(MAX_LOGS);
+    bytes -= list[..drop].iter().map(|event| event.text.len()).sum::<usize>();
+    // The newest stays, however long it is.
+    while bytes > MAX_LOG_BYTES && drop + 1 < list.len() {
+        bytes -= list[drop].text.len();
+        drop += 1;
+    }
+    list.drain(..drop);
+    write.put(tables::LOGS, &key, &list)?;
+    Ok(Outcome::Done)
+}
+
+fn push<T: serde::Serialize + serde::de::DeserializeOwned>(
+    write: &Write<'_>,
+    table: tables::Table,
+    id: NodeId,
+    item: T,
+    maximum: usize,
+) -> Result<(), StoreError> {
+    let key = id.to_string();
+    let mut list: Vec<T> = write.get(table, &key)?.unwrap_or_default();
+    if list.len() >= maximum {
+        list.drain(..=list.len() - maximum);
+    }
+    list.push(item);
+    write.put(table, &key, &list)
+}
+
+fn refuse(write: &Write<'_>, nodes: &[NodeId], strangers: &[String], refusal: &Refusal) -> Result<Outcome, StoreError> {
+    for id in nodes {
+        add_refusal(write, &id.to_string(), refusal)?;
+    }
+    for subject in strangers {
+        if write.get::<Refusals>(tables::REFUSALS, subject)?.is_none() {
+            let number = next(write, "stranger")?;
+            write.put(tables::STRANGERS, &ordered_key(number), subject)?;
+            if write.count(tables::STRANGERS)? > MAX_STRANGERS as u64
+                && let Some(oldest) = write.pop_first::<String>(tables::STRANGERS)?
+            {
+                write.remove(tables::REFUSALS, &oldest)?;
+            }
+        }
+        add_refusal(write, subject, refusal)?;
+    }
+    Ok(Outcome::Done)
+}
+
+/// Adds one to a subject's list; one equal to the last is counted there.
+fn add_refusal(write: &Write<'_>, subject: &str, refusal: &Refusal) -> Result<(), StoreError> {
+    let mut refusals: Refusals = write.get(tables::REFUSALS, subject)?.unwrap_or_default();
+    match refusals.list.last_mut() {
+        Some(last) if last.problem == refusal.problem && last.call == refusal.call => {
+            last.count = last.count.saturating_add(refusal.count);
+            last.time_ms = refusal.time_ms;
+            last.peer.clone_from(&refusal.peer);
+        }
+        _ => {
+            if refusals.list.len() >= MAX_REFUSALS {
+                refusals.list.remove(0);
+            }
+            refusals.list.push(refusal.clone());
+        }
+    }
+    write.put(tables::REFUSALS, subject, &refusals)
+}
+
+fn put_image(write: &Write<'_>, image: &ImageRecord) -> Result<Outcome, StoreError> {
+    let others: Vec<ImageRecord> = write.all(tables::IMAGES)?;
+    for other in others.iter().filter(|other| other.name == image.name) {
+        if other.digest == image.digest {
+            return refused(
+                Code::Conflict,
+                format!("image {} is in the catalogue already, as {} @{}", image.digest, other.name, other.serial),
+            );
+        }
+        if other.lineage != image.lineage {
+            return refused(
+                Code::Conflict,
+                format!(
+                    "'{}' has lineage {}, this image has {}: pack it with `--lineage {0} --serial N`, or import it under another name",
+                    image.name, other.lineage, image.lineage
+                ),
+            );
+        }
+        if other.serial >= image.serial {
+            return refused(
+                Code::Conflict,
+                format!(
+                    "'{}' has generation @{} already, this one is @{}: pack it with a larger `--serial`",
+                    image.name, other.serial, image.serial
+                ),
+            );
+        }
+    }
+    write.put(tables::IMAGES, &image.digest.to_string(), image)?;
+    Ok(Outcome::Done)
+}
+
+/// Appends to this member's audit chain: each line carries the hash of the one before, so that none can be cut out unseen.
+fn audit(write: &Write<'_>, entry: &serde_json::Value) -> Result<Outcome, StoreError> {
+    let number = next(write, "audit")?;
+    let before: Option<String> = if number > 1 {
+        write
+            .get::<serde_json::Value>(tables::AUDIT, &ordered_key(number - 1))?
+            .and_then(|line| line["hash"].as_str().map(str::to_owned))
+    } else {
+        None
+    };
+    let before = before.unwrap_or_default();
+    let text = entry.to_string();
+    let mut context = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
+    context.update(b"moor/v1 audit\0");
+    context.update(before.as_bytes());
+    context.update(&number.to_le_bytes());
+    context.update(text.as_bytes());
+    let hash = hex::encode(context.finish());
+    write.put(
+        tables::AUDIT,
+        &ordered_key(number),
+        &serde_json::json!({ "entry": entry, "previous": before, "hash": hash }),
+    )?;
+    Ok(Outcome::Number(number))
+}
+
+/// Zero-padded, so that the order of keys is the order of lines.
+pub(super) fn ordered_key(number: u64) -> String {
+    format!("{number:020}")
+}

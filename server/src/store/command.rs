@@ -1,0 +1,163 @@
+//! Every change of the store, as data. A command carries all it needs (times, ids, random values), so that applying it gives the same
+//! result on every member, whenever it is applied.
+
+use super::records::{Armed, Evidence, Identity, ImageRecord, ProfileRecord, SiteRecord, TokenRecord};
+use crate::secrets::SealedSecret;
+use moor_api::admin::{LogEvent, Refusal, StatusEvent};
+use moor_api::ids::{BootId, DeploymentId, ImageDigest, NodeId, NodeName, ProfileName};
+use moor_api::problem::Problem;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// A change. Variants and fields are only ever added: logs of an older version stay readable.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "command")]
+pub enum Command {
+    /// The collective itself; once.
+    Found {
+        /// What it is.
+        site: SiteRecord,
+    },
+    /// A new node.
+    DefineNode {
+        /// Drawn by the proposer.
+        id: NodeId,
+        /// Must be free.
+        name: NodeName,
+        /// Checked by the proposer.
+        attributes: BTreeMap<String, String>,
+    },
+    /// Forgets a node and all that is kept of it.
+    RemoveNode {
+        /// Which.
+        id: NodeId,
+    },
+    /// Changes attributes.
+    SetAttributes {
+        /// Which node.
+        id: NodeId,
+        /// New values.
+        set: BTreeMap<String, String>,
+        /// New secret values.
+        secrets: BTreeMap<String, SealedSecret>,
+        /// Names to clear.
+        clear: Vec<String>,
+    },
+    /// Opens or closes the enrolment window.
+    Arm {
+        /// Which node.
+        id: NodeId,
+        /// How.
+        armed: Armed,
+    },
+    /// Drops the identity and arms once.
+    Rearm {
+        /// Which node.
+        id: NodeId,
+    },
+    /// Orders a deployment.
+    Deploy {
+        /// Which node.
+        id: NodeId,
+        /// Drawn by the proposer.
+        deployment: DeploymentId,
+        /// What to boot.
+        profile: ProfileName,
+        /// Unix milliseconds.
+        time_ms: u64,
+    },
+    /// Binds an identity, if the node is armed at `now` or has the same one already; consumes `once`.
+    Bind {
+        /// Which node.
+        id: NodeId,
+        /// What proved itself.
+        identity: Identity,
+        /// In which boot.
+        boot: BootId,
+        /// Unix seconds.
+        now: u64,
+    },
+    /// The boot stage of a boot begins: it takes what it boots, and the boot stages of all earlier boots end.
+    Boot {
+        /// Which node.
+        id: NodeId,
+        /// Which boot.
+        boot: BootId,
+        /// What its TPM said; none leaves what was there.
+        evidence: Option<Evidence>,
+    },
+    /// Ends the boot stage of a boot.
+    CloseStage {
+        /// Which node.
+        id: NodeId,
+        /// Which boot.
+        boot: BootId,
+    },
+    /// The node gets this image's key.
+    Pin {
+        /// Which node.
+        id: NodeId,
+        /// Which image.
+        digest: ImageDigest,
+    },
+    /// A status report; taken once by sequence.
+    Status {
+        /// Which node.
+        id: NodeId,
+        /// Sequence in its boot; none: from the server.
+        sequence: Option<u64>,
+        /// The event.
+        event: StatusEvent,
+    },
+    /// Output.
+    Log {
+        /// Which node.
+        id: NodeId,
+        /// The event.
+        event: LogEvent,
+    },
+    /// A refusal, for `moor why`.
+    Refuse {
+        /// The nodes it belongs to.
+        nodes: Vec<NodeId>,
+        /// What else it is found under, where it belongs to no node: a UUID, MACs, an address.
+        strangers: Vec<String>,
+        /// What.
+        refusal: Refusal,
+    },
+    /// A generation of an image.
+    PutImage {
+        /// It.
+        image: ImageRecord,
+    },
+    /// A generation of a profile.
+    PutProfile {
+        /// It; its serial is set here.
+        profile: ProfileRecord,
+    },
+    /// An administrator's token.
+    PutToken {
+        /// SHA-256 of the token, hexadecimal.
+        hash: String,
+        /// It.
+        token: TokenRecord,
+    },
+    /// The next number of an SSH certificate.
+    NextCertificate,
+    /// A line of the audit log; chained to the one before.
+    Audit {
+        /// What happened, in JSON.
+        entry: serde_json::Value,
+    },
+}
+
+/// What a command did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// Done.
+    Done,
+    /// Done, with a number (epoch, serial).
+    Number(u64),
+    /// Not done; nothing was changed.
+    Refused(Problem),
+}

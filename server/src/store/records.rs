@@ -1,0 +1,297 @@
+//! What the store keeps, as records. They are serialised as JSON: self-describing, so that a later version reads them.
+
+use crate::secrets::SealedSecret;
+use moor_api::admin::Refusal;
+use moor_api::deploy::{Overlay, PhaseName, RootMode};
+use moor_api::ids::{
+    BootId, CollectiveId, DeploymentId, ImageDigest, ImageName, MemberId, NodeId, NodeName, ProfileName, Sha256Digest,
+};
+use moor_api::node::{Base64, PcrBank};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use uuid::Uuid;
+
+/// The collective.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SiteRecord {
+    /// Its id.
+    pub collective: CollectiveId,
+    /// Its name.
+    pub name: String,
+    /// This member.
+    pub member: MemberId,
+    /// Version of the trust bundle.
+    pub bundle_version: u64,
+    /// When the collective was made, Unix seconds.
+    pub created: u64,
+    /// Further addresses and names of this member's certificate (`moord init --address`).
+    #[serde(default)]
+    pub addresses: Vec<String>,
+}
+
+/// A node.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NodeRecord {
+    /// Immutable id.
+    pub id: NodeId,
+    /// Name.
+    pub name: NodeName,
+    /// Attributes that are no secrets.
+    pub attributes: BTreeMap<String, String>,
+    /// Secret attributes.
+    #[serde(default)]
+    pub secrets: BTreeMap<String, SealedSecret>,
+    /// Its identity.
+    #[serde(default)]
+    pub identity: Option<Identity>,
+    /// Raised at each binding and each drop; tokens of another epoch are refused.
+    #[serde(default)]
+    pub epoch: u64,
+    /// Whether it may enrol.
+    #[serde(default)]
+    pub armed: Armed,
+    /// The order it carries out.
+    #[serde(default)]
+    pub deployment: Option<Order>,
+    /// The image generation it last got the key of.
+    #[serde(default)]
+    pub pin: Option<ImageDigest>,
+    /// Its last boots, newest last, at most [`MAX_BOOTS`].
+    #[serde(default)]
+    pub boots: Vec<BootRecord>,
+}
+
+/// Boots that are remembered for each node.
+pub const MAX_BOOTS: usize = 16;
+
+/// One boot.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct BootRecord {
+    /// Its id.
+    pub boot: BootId,
+    /// Whether its boot stage is over.
+    pub closed: bool,
+    /// The last status report that was taken.
+    pub sequence: Option<u64>,
+    /// What it boots: taken when its boot stage begins, so that a publish in between cannot mix two generations.
+    #[serde(default)]
+    pub plan: Option<Plan>,
+    /// What the TPM said of it.
+    #[serde(default)]
+    pub evidence: Option<Evidence>,
+}
+
+/// What one boot boots.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// The order.
+    pub deployment: DeploymentId,
+    /// The profile.
+    pub profile: ProfileName,
+    /// Its generation.
+    pub generation: Sha256Digest,
+}
+
+/// What a quote and the event log beside it said; recorded, not judged.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Evidence {
+    /// PCR values, hexadecimal.
+    pub pcrs: BTreeMap<u8, String>,
+    /// Blob of the firmware's event log.
+    #[serde(default)]
+    pub event_log: Option<Sha256Digest>,
+    /// TPM resets so far.
+    pub reset_count: u32,
+    /// Version of the TPM's firmware.
+    pub firmware_version: u64,
+}
+
+/// An order to deploy.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Order {
+    /// Its id.
+    pub id: DeploymentId,
+    /// What to boot.
+    pub profile: ProfileName,
+}
+
+/// When a node may enrol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Armed {
+    /// Not.
+    #[default]
+    No,
+    /// One enrolment.
+    Once,
+    /// Each boot.
+    Continuous,
+    /// Until this time, Unix seconds.
+    Until(u64),
+}
+
+impl Armed {
+    /// Whether the window is open at `now` (Unix seconds).
+    #[must_use]
+    pub fn is_open(self, now: u64) -> bool {
+        match self {
+            Self::No => false,
+            Self::Once | Self::Continuous => true,
+            Self::Until(end) => now < end,
+        }
+    }
+}
+
+/// What proves that a machine is the node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "type")]
+pub enum Identity {
+    /// A TPM's attestation key.
+    Tpm {
+        /// `TPMT_PUBLIC` of the endorsement key: it is the TPM.
+        ek_public: Base64,
+        /// Its certificate, where there is one; recorded.
+        #[serde(default)]
+        ek_certificate: Option<Base64>,
+        /// `TPMT_PUBLIC` of the attestation key.
+        ak_public: Base64,
+        /// The bank of its quotes.
+        bank: PcrBank,
+    },
+    /// A key in a file.
+    Soft {
+        /// DER `SubjectPublicKeyInfo`.
+        public_key: Base64,
+        /// Bound under continuous arming: whoever came with the node's addresses. Set when it is bound.
+        #[serde(default)]
+        unproven: bool,
+    },
+}
+
+impl Identity {
+    /// Whether two identities are of the same machine: the same TPM, or the same key.
+    #[must_use]
+    pub fn same_holder(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Tpm { ek_public: a, ak_public: b, .. }, Self::Tpm { ek_public: c, ak_public: d, .. }) => {
+                a == c && b == d
+            }
+            (Self::Soft { public_key: a, .. }, Self::Soft { public_key: b, .. }) => a == b,
+            _ => false,
+        }
+    }
+
+    /// Whether it says no more than that the machine knows the node's addresses.
+    #[must_use]
+    pub fn is_unproven(&self) -> bool {
+        matches!(self, Self::Soft { unproven: true, .. })
+    }
+}
+
+/// A generation of an image.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ImageRecord {
+    /// Name.
+    pub name: ImageName,
+    /// Header hash.
+    pub digest: ImageDigest,
+    /// Blob of the sealed file.
+    pub blob: Sha256Digest,
+    /// Size of the sealed file.
+    pub size: u64,
+    /// Lineage.
+    pub lineage: Uuid,
+    /// Serial.
+    pub serial: u64,
+    /// When it was sealed, Unix seconds.
+    pub created: u64,
+    /// Whether it is encrypted.
+    pub encrypted: bool,
+    /// Its key.
+    #[serde(default)]
+    pub key: Option<SealedSecret>,
+    /// Detached signatures.
+    #[serde(default)]
+    pub signatures: Option<Base64>,
+    /// Blob of the kernel.
+    pub kernel: Sha256Digest,
+    /// Blob of the initramfs.
+    pub initramfs: Sha256Digest,
+    /// From the metadata.
+    #[serde(default)]
+    pub kernel_version: Option<String>,
+    /// From the metadata.
+    #[serde(default)]
+    pub os: Option<String>,
+}
+
+/// A profile and its published generation.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ProfileRecord {
+    /// Name.
+    pub name: ProfileName,
+    /// Digest of the generation's manifest.
+    pub generation: Sha256Digest,
+    /// Counts publishes.
+    pub serial: u64,
+    /// When, Unix seconds.
+    pub published: u64,
+    /// What was published.
+    pub manifest: Manifest,
+}
+
+/// A generation of a profile: everything a node may get of it, by digest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// The image.
+    pub image: ImageDigest,
+    /// How the root comes.
+    pub root: RootMode,
+    /// The overlay.
+    pub overlay: Overlay,
+    /// Kernel arguments of the profile.
+    pub kernel_arguments: String,
+    /// Signers of which one must have signed the image.
+    pub signers: Vec<String>,
+    /// Whether a node without a proven identity gets secrets.
+    pub allow_unproven: bool,
+    /// Lines for root's `authorized_keys`.
+    pub authorized_keys: Vec<String>,
+    /// Scripts by phase, in order: name and blob.
+    pub scripts: BTreeMap<PhaseName, Vec<(String, Sha256Digest)>>,
+    /// Files by path: blob.
+    pub files: BTreeMap<String, Sha256Digest>,
+    /// Private files by path: encrypted, in the record.
+    pub private: BTreeMap<String, SealedSecret>,
+}
+
+/// An administrator's token.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TokenRecord {
+    /// For whom.
+    pub name: String,
+    /// Unix seconds.
+    pub expires: u64,
+}
+
+/// Refusals of one subject, newest last.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Refusals {
+    /// At most [`MAX_REFUSALS`].
+    pub list: Vec<Refusal>,
+}
+
+/// Refusals that are kept for each subject.
+pub const MAX_REFUSALS: usize = 50;
+
+/// Status events that are kept for each node.
+pub const MAX_EVENTS: usize = 500;
+
+/// Log events that are kept for each node.
+pub const MAX_LOGS: usize = 500;
+
+/// Bytes of log that are kept for each node: the list is one record, rewritten whole.
+pub const MAX_LOG_BYTES: usize = 512 << 10;
+
+/// Machines that nobody knows, whose refusals are kept.
+pub const MAX_STRANGERS: usize = 1000;

@@ -1,0 +1,166 @@
+//! The tables, and JSON records in them. A thin layer over redb, so that only this module and `mod.rs` know it.
+
+use super::StoreError;
+use redb::{
+    ReadTransaction, ReadableDatabase as _, ReadableTable as _, ReadableTableMetadata as _, TableDefinition,
+    WriteTransaction,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// A table: text to JSON.
+pub type Table = TableDefinition<'static, &'static str, &'static [u8]>;
+
+/// The collective.
+pub const SITE: Table = TableDefinition::new("site");
+/// Nodes by id.
+pub const NODES: Table = TableDefinition::new("nodes");
+/// Node ids by name.
+pub const NAMES: Table = TableDefinition::new("names");
+/// Status events by node id.
+pub const EVENTS: Table = TableDefinition::new("events");
+/// Log events by node id.
+pub const LOGS: Table = TableDefinition::new("logs");
+/// Node ids by what machines are known by, and by their keys.
+pub const INDEX: Table = TableDefinition::new("index");
+/// Generations of profiles by digest: a boot keeps the one it began with.
+pub const GENERATIONS: Table = TableDefinition::new("generations");
+/// Refusals by node id, UUID, MAC or address.
+pub const REFUSALS: Table = TableDefinition::new("refusals");
+/// Subjects of refusals that are no nodes, by the order they came in: the oldest make room.
+pub const STRANGERS: Table = TableDefinition::new("strangers");
+/// Images by digest.
+pub const IMAGES: Table = TableDefinition::new("images");
+/// Profiles by name.
+pub const PROFILES: Table = TableDefinition::new("profiles");
+/// Administrators' tokens by hash.
+pub const TOKENS: Table = TableDefinition::new("tokens");
+/// Counters by name.
+pub const COUNTERS: Table = TableDefinition::new("counters");
+/// The audit chain by number.
+pub const AUDIT: Table = TableDefinition::new("audit");
+
+const ALL: [Table; 14] = [
+    SITE,
+    NODES,
+    NAMES,
+    INDEX,
+    EVENTS,
+    LOGS,
+    REFUSALS,
+    STRANGERS,
+    IMAGES,
+    PROFILES,
+    GENERATIONS,
+    TOKENS,
+    COUNTERS,
+    AUDIT,
+];
+
+/// Makes every table, so that readers find them.
+pub(super) fn create(transaction: &WriteTransaction) -> Result<(), StoreError> {
+    for table in ALL {
+        transaction.open_table(table)?;
+    }
+    Ok(())
+}
+
+fn decode<T: DeserializeOwned>(table: Table, key: &str, bytes: &[u8]) -> Result<T, StoreError> {
+    use redb::TableHandle as _;
+    serde_json::from_slice(bytes).map_err(|error| StoreError::Record {
+        table: table.name().to_owned(),
+        key: key.to_owned(),
+        cause: error.to_string(),
+    })
+}
+
+/// A write transaction.
+pub(super) struct Write<'a>(pub(super) &'a WriteTransaction);
+
+impl Write<'_> {
+    pub(super) fn get<T: DeserializeOwned>(&self, table: Table, key: &str) -> Result<Option<T>, StoreError> {
+        let open = self.0.open_table(table)?;
+        let value = open.get(key)?;
+        value.map(|value| decode(table, key, value.value())).transpose()
+    }
+
+    pub(super) fn put<T: Serialize>(&self, table: Table, key: &str, value: &T) -> Result<(), StoreError> {
+        let bytes = serde_json::to_vec(value).map_err(|error| StoreError::Encode(error.to_string()))?;
+        self.0.open_table(table)?.insert(key, bytes.as_slice())?;
+        Ok(())
+    }
+
+    pub(super) fn remove(&self, table: Table, key: &str) -> Result<(), StoreError> {
+        self.0.open_table(table)?.remove(key)?;
+        Ok(())
+    }
+
+    /// Takes out the first record.
+    pub(super) fn pop_first<T: DeserializeOwned>(&self, table: Table) -> Result<Option<T>, StoreError> {
+        let mut open = self.0.open_table(table)?;
+        let first = open.pop_first()?;
+        first.map(|(key, value)| decode(table, key.value(), value.value())).transpose()
+    }
+
+    pub(super) fn count(&self, table: Table) -> Result<u64, StoreError> {
+        Ok(self.0.open_table(table)?.len()?)
+    }
+
+    pub(super) fn all<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<T>, StoreError> {
+        let open = self.0.open_table(table)?;
+        let mut out = Vec::new();
+        for item in open.iter()? {
+            let (key, value) = item?;
+            out.push(decode(table, key.value(), value.value())?);
+        }
+        Ok(out)
+    }
+}
+
+/// A consistent view of the store at one moment.
+pub struct Snapshot(ReadTransaction);
+
+impl Snapshot {
+    pub(super) fn new(database: &redb::Database) -> Result<Self, StoreError> {
+        Ok(Self(database.begin_read()?))
+    }
+
+    /// One record.
+    ///
+    /// # Errors
+    /// The database is damaged.
+    pub fn get<T: DeserializeOwned>(&self, table: Table, key: &str) -> Result<Option<T>, StoreError> {
+        let open = self.0.open_table(table)?;
+        let value = open.get(key)?;
+        value.map(|value| decode(table, key, value.value())).transpose()
+    }
+
+    /// All records of a table, by key.
+    ///
+    /// # Errors
+    /// The database is damaged.
+    pub fn all<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<T>, StoreError> {
+        let open = self.0.open_table(table)?;
+        let mut out = Vec::new();
+        for item in open.iter()? {
+            let (key, value) = item?;
+            out.push(decode(table, key.value(), value.value())?);
+        }
+        Ok(out)
+    }
+}
+
+impl Snapshot {
+    /// All keys of a table, in order.
+    ///
+    /// # Errors
+    /// The database is damaged.
+    pub fn keys(&self, table: Table) -> Result<Vec<String>, StoreError> {
+        let open = self.0.open_table(table)?;
+        let mut out = Vec::new();
+        for item in open.iter()? {
+            out.push(item?.0.value().to_owned());
+        }
+        Ok(out)
+    }
+}

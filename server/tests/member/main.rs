@@ -1,0 +1,4 @@
+//! The real `moord`, as nodes and administrators meet it.
+
+mod node_api;
+mod support;

@@ -1,0 +1,393 @@
+//! A real `moord` under another uid on loopback, an administrator and a node with a soft key.
+
+use anyhow::{Context as _, ensure};
+use aws_lc_rs::encoding::{AsDer as _, PublicKeyX509Der};
+use aws_lc_rs::rand::SystemRandom;
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair as _};
+use moor_api::admin::{ArmRequest, DefineNodes, DeployRequest, ImageView, ImportImage, SiteInfo};
+use moor_api::client::ClientError;
+use moor_api::client::admin::AdminClient;
+use moor_api::client::node::NodeConnection;
+use moor_api::client::session::SessionKey;
+use moor_api::client::tls::member_tls_config;
+use moor_api::ids::{BootId, NodeId};
+use moor_api::node::{
+    EnrollMethod, EnrollReply, EnrollRequest, Hello, HelloReply, KnownNode, NextStep, SessionProof, SessionReply,
+    SessionRequest, Stage,
+};
+use moor_api::proof::{Proof, Purpose};
+use moor_api::trust::SiteBundle;
+use moor_image::{Dek, Metadata, Payload, SealOptions, Sealer};
+use std::io::{Cursor, Write as _};
+use std::net::TcpListener;
+use std::os::unix::fs::{PermissionsExt as _, chown};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use uuid::Uuid;
+
+/// Nobody's uid.
+const UID: u32 = 61_235;
+const TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A member in a folder of its own.
+pub(crate) struct Member {
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) port: u16,
+    child: Option<Child>,
+}
+
+fn as_user(arguments: &[&str]) -> Command {
+    let id = UID.to_string();
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", &id, "--regid", &id, "--clear-groups", "--inh-caps=-all", "--pdeathsig", "KILL", "--"]);
+    command.arg(env!("CARGO_BIN_EXE_moord")).args(arguments).stdin(Stdio::null());
+    command
+}
+
+impl Member {
+    /// `moord init`; not started.
+    pub(crate) fn init() -> anyhow::Result<Self> {
+        let dir = tempfile::Builder::new().prefix("moord-test-").tempdir()?;
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755))?;
+        // Free now; taken a moment later.
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let member = Self { dir, port, child: None };
+        std::fs::create_dir(member.path("state"))?;
+        std::fs::write(
+            member.path("moord.toml"),
+            format!(
+                "name = \"test\"\nstate_dir = \"{0}/state\"\nsocket = \"{0}/api.sock\"\nlisten = [\"127.0.0.1:{port}\"]\n\
+                 urls = [\"https://127.0.0.1:{port}\"]\ntemplates = \"{1}/../profiles\"\n",
+                member.dir.path().display(),
+                env!("CARGO_MANIFEST_DIR")
+            ),
+        )?;
+        for path in [member.dir.path().to_owned(), member.path("state")] {
+            chown(path, Some(UID), Some(UID))?;
+        }
+        let output = member.moord("init", &["--address", "127.0.0.1"])?;
+        ensure!(output.status.success(), "moord init: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(member)
+    }
+
+    /// A member that runs.
+    pub(crate) fn start() -> anyhow::Result<Self> {
+        let mut member = Self::init()?;
+        member.run()?;
+        Ok(member)
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("https://127.0.0.1:{}", self.port)
+    }
+
+    fn config(&self) -> String {
+        self.path("moord.toml").display().to_string()
+    }
+
+    /// Runs `moord VERB` to its end.
+    pub(crate) fn moord(&self, verb: &str, more: &[&str]) -> anyhow::Result<Output> {
+        let config = self.config();
+        Ok(as_user(&[&[verb, "--config", &config], more].concat()).output()?)
+    }
+
+    /// Starts `moord run` and waits until it answers.
+    pub(crate) fn run(&mut self) -> anyhow::Result<()> {
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(self.path("log"))?;
+        let config = self.config();
+        let mut child = as_user(&["run", "--config", &config]).stdout(log.try_clone()?).stderr(log).spawn()?;
+        let end = Instant::now() + TIMEOUT;
+        while std::os::unix::net::UnixStream::connect(self.path("api.sock")).is_err() {
+            ensure!(child.try_wait()?.is_none(), "moord ended:\n{}", self.log());
+            ensure!(Instant::now() < end, "moord does not answer:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        self.child = Some(child);
+        Ok(())
+    }
+
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    /// SIGKILL.
+    pub(crate) fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    /// SIGTERM; true when it ended well and in time.
+    pub(crate) fn terminate(&mut self) -> anyhow::Result<bool> {
+        let mut child = self.child.take().context("not running")?;
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
+        let end = Instant::now() + TIMEOUT;
+        while Instant::now() < end {
+            if let Some(status) = child.try_wait()? {
+                return Ok(status.success());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let _ = child.kill();
+        let _ = child.wait();
+        Ok(false)
+    }
+
+    pub(crate) async fn admin(&self) -> anyhow::Result<AdminClient> {
+        Ok(AdminClient::unix(&self.path("api.sock")).await?)
+    }
+
+    pub(crate) async fn site(&self) -> anyhow::Result<SiteInfo> {
+        Ok(self.admin().await?.site().await?)
+    }
+
+    /// Puts a small sealed image into the catalogue and publishes a profile `p` that boots it. Returns it with its key.
+    pub(crate) async fn publish(&self) -> anyhow::Result<(ImageView, Dek)> {
+        let mut admin = self.admin().await?;
+        let dek = Dek::generate()?;
+        let view = import(&mut admin, "root", [7; 16], 1, Some(&dek)).await?;
+        admin
+            .create_profile(&moor_api::admin::CreateProfile {
+                name: "p".parse()?,
+                image: "root".parse()?,
+                template: "debian-diskless".into(),
+            })
+            .await?;
+        admin.publish(&"p".parse()?).await?;
+        Ok((view, dek))
+    }
+
+    /// The working directory of a profile.
+    pub(crate) fn profile_dir(&self, name: &str) -> PathBuf {
+        self.path("state/profiles").join(name)
+    }
+
+    /// Writes a file of a profile as the administrator does.
+    pub(crate) fn write_profile(&self, profile: &str, path: &str, content: &str) -> anyhow::Result<()> {
+        let file = self.profile_dir(profile).join(path);
+        std::fs::create_dir_all(file.parent().context("no parent")?)?;
+        std::fs::write(&file, content)?;
+        Ok(())
+    }
+
+    pub(crate) async fn define(&self, name: &str, uuid: Uuid) -> anyhow::Result<()> {
+        let attributes = [("id.uuid".to_owned(), uuid.to_string())].into();
+        let changed = self.admin().await?.define(&DefineNodes { range: name.into(), attributes }).await?;
+        ensure!(changed.refused.is_empty(), "{changed:?}");
+        Ok(())
+    }
+
+    pub(crate) async fn arm(&self, name: &str, until: &str) -> anyhow::Result<()> {
+        self.admin().await?.arm(&ArmRequest { range: name.into(), until: until.into() }).await?;
+        Ok(())
+    }
+
+    pub(crate) async fn deploy(&self, name: &str) -> anyhow::Result<()> {
+        self.admin().await?.deploy(&DeployRequest { range: name.into(), profile: "p".parse()? }).await?;
+        Ok(())
+    }
+
+    /// All that `moor why` says, as text.
+    pub(crate) async fn why(&self, subject: &str) -> anyhow::Result<String> {
+        let why = self.admin().await?.why(subject).await?;
+        Ok(why.refusals.iter().map(|refusal| format!("{}: {}\n", refusal.call, refusal.problem.detail)).collect())
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.kill();
+        if std::thread::panicking() {
+            eprintln!("moord's log:\n{}", self.log());
+        }
+    }
+}
+
+/// Seals 200,000 bytes and imports them.
+pub(crate) async fn import(
+    admin: &mut AdminClient,
+    name: &str,
+    lineage: [u8; 16],
+    serial: u64,
+    dek: Option<&Dek>,
+) -> anyhow::Result<ImageView> {
+    let options = SealOptions {
+        lineage,
+        serial,
+        created: 1_700_000_000,
+        chunk_log2: 16,
+        payload: Payload::Opaque,
+        key: dek.cloned(),
+    };
+    let mut sealer = Sealer::new(Cursor::new(Vec::new()), options)?;
+    sealer.write_all(&vec![42; 200_000])?;
+    let metadata = |summary: moor_image::PayloadSummary| Metadata {
+        name: name.to_owned(),
+        os: "test-1".into(),
+        payload_sha256: hex::encode(summary.sha256),
+        ..Metadata::default()
+    };
+    let (file, _) = sealer.finish(metadata, None)?;
+    let image = admin.add_blob(Cursor::new(file.into_inner()), |_| {}).await?.blob;
+    let kernel = admin.add_blob(Cursor::new(b"kernel".to_vec()), |_| {}).await?.blob;
+    let initramfs = admin.add_blob(Cursor::new(b"initramfs".to_vec()), |_| {}).await?.blob;
+    let key = dek.map(|dek| dek.to_hex().to_string());
+    Ok(admin
+        .import_image(&ImportImage { name: name.parse()?, image, key, signatures: None, kernel, initramfs })
+        .await?)
+}
+
+/// A machine with a soft key.
+pub(crate) struct Machine {
+    pub(crate) uuid: Uuid,
+    pub(crate) key: EcdsaKeyPair,
+    pub(crate) boot: BootId,
+    pub(crate) session: SessionKey,
+    pub(crate) bundle: SiteBundle,
+    url: String,
+}
+
+pub(crate) fn soft_key() -> anyhow::Result<EcdsaKeyPair> {
+    EcdsaKeyPair::generate(&ECDSA_P256_SHA256_ASN1_SIGNING).context("making a key")
+}
+
+impl Machine {
+    pub(crate) async fn new(member: &Member) -> anyhow::Result<Self> {
+        let bundle = member.site().await?.bundle;
+        Ok(Self {
+            uuid: Uuid::new_v4(),
+            key: soft_key()?,
+            boot: BootId::random(),
+            session: SessionKey::generate()?,
+            bundle,
+            url: member.url(),
+        })
+    }
+
+    /// Power cycle: another boot, another session key.
+    pub(crate) fn reboot(&mut self) -> anyhow::Result<()> {
+        self.boot = BootId::random();
+        self.session = SessionKey::generate()?;
+        Ok(())
+    }
+
+    pub(crate) async fn connect_with(&self, session: &SessionKey) -> Result<NodeConnection, ClientError> {
+        let config = Arc::new(member_tls_config(&self.bundle, Some(session))?);
+        NodeConnection::connect(&self.url, self.bundle.collective, config, TIMEOUT).await
+    }
+
+    pub(crate) async fn connect(&self) -> Result<NodeConnection, ClientError> {
+        self.connect_with(&self.session).await
+    }
+
+    pub(crate) fn hello(&self) -> Hello {
+        Hello {
+            agent_version: "0.1.0".into(),
+            capabilities: vec!["soft-key".into()],
+            uuid: Some(self.uuid),
+            serial: None,
+            macs: Vec::new(),
+            arch: "x86_64".into(),
+            boot: self.boot,
+        }
+    }
+
+    /// Who it is; the member must know it.
+    pub(crate) async fn known(&self, connection: &mut NodeConnection) -> anyhow::Result<KnownNode> {
+        let reply: HelloReply = connection.hello(&self.hello()).await?;
+        reply.node.with_context(|| format!("refused: {:?}", reply.refusal))
+    }
+
+    pub(crate) fn sign(
+        &self,
+        connection: &NodeConnection,
+        purpose: Purpose,
+        node: NodeId,
+        nonce: &[u8],
+    ) -> anyhow::Result<Vec<u8>> {
+        let digest = Proof {
+            purpose,
+            collective: self.bundle.collective,
+            member: connection.member(),
+            node,
+            boot: self.boot,
+            nonce,
+            session_public_key: &self.session.public_key(),
+            exporter: connection.exporter(),
+        }
+        .digest();
+        Ok(self.key.sign(&SystemRandom::new(), &digest).context("signing")?.as_ref().to_vec())
+    }
+
+    pub(crate) fn enroll_request(
+        &self,
+        connection: &NodeConnection,
+        known: &KnownNode,
+    ) -> anyhow::Result<EnrollRequest> {
+        let public: PublicKeyX509Der<'_> = self.key.public_key().as_der().context("encoding a key")?;
+        let signature = self.sign(connection, Purpose::Enroll, known.id, &known.nonce.0)?.into();
+        let method = EnrollMethod::Soft { public_key: public.as_ref().to_vec().into(), signature };
+        Ok(EnrollRequest { node: known.id, boot: self.boot, nonce: known.nonce.clone(), method })
+    }
+
+    pub(crate) fn session_request(
+        &self,
+        connection: &NodeConnection,
+        node: NodeId,
+        nonce: &[u8],
+        stage: Stage,
+    ) -> anyhow::Result<SessionRequest> {
+        let signature = self.sign(connection, Purpose::Session, node, nonce)?.into();
+        Ok(SessionRequest {
+            node,
+            boot: self.boot,
+            nonce: nonce.to_vec().into(),
+            stage,
+            proof: SessionProof::Soft { signature },
+        })
+    }
+
+    /// hello, enrolment where the member asks for it, session; the token is in use.
+    pub(crate) async fn log_in(&self, connection: &mut NodeConnection, stage: Stage) -> anyhow::Result<SessionReply> {
+        let known = self.known(connection).await?;
+        let nonce = if known.next == NextStep::Enroll {
+            match connection.enroll(&self.enroll_request(connection, &known)?).await? {
+                EnrollReply::Enrolled(enrolled) => enrolled.nonce,
+                EnrollReply::Challenge { .. } => anyhow::bail!("a challenge for a soft key"),
+            }
+        } else {
+            known.nonce
+        };
+        let reply = connection.session(&self.session_request(connection, known.id, &nonce.0, stage)?).await?;
+        connection.set_token(&reply.token)?;
+        Ok(reply)
+    }
+}
+
+/// The code and the sentence of a refusal.
+pub(crate) fn refusal<T: std::fmt::Debug>(result: Result<T, ClientError>) -> (moor_api::problem::Code, String) {
+    match result {
+        Err(ClientError::Problem(problem)) => {
+            assert!(!problem.detail.contains('\n'), "more than one line: {problem:?}");
+            (problem.code, problem.detail)
+        }
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+/// Whether a file is there.
+pub(crate) fn exists(path: &Path) -> bool {
+    path.exists()
+}
