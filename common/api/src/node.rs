@@ -246,10 +246,17 @@ pub struct Quote {
     /// `TPMT_SIGNATURE`.
     pub signature: Base64,
     /// The quoted values, by PCR number.
+    #[serde(deserialize_with = "numbered")]
     pub pcrs: BTreeMap<u8, HexBytes>,
     /// The firmware's event log, where there is one (at most 512 KiB; recorded).
     #[serde(default)]
     pub event_log: Option<Base64>,
+}
+
+/// The keys of a JSON object are text, and inside a tagged enum ([`SessionProof`]) serde does not make numbers of it.
+fn numbered<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<u8, HexBytes>, D::Error> {
+    let values = BTreeMap::<String, HexBytes>::deserialize(deserializer)?.into_iter();
+    values.map(|(key, value)| Ok((key.parse().map_err(serde::de::Error::custom)?, value))).collect()
 }
 
 /// Bytes in hexadecimal (PCR values, as every tool prints them).
