@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "each test program uses its own part")]
 
 pub mod authority;
+pub mod namespace;
+pub mod nginx;
 pub mod server;
 
 use moor_image::{Dek, Metadata, Payload, SealOptions, Sealed, Sealer};
