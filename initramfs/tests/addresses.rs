@@ -1,4 +1,5 @@
 //! Which URLs name a server.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use moor_tether::reader::{Address, AddressError};
 

@@ -1,4 +1,5 @@
 //! What a user may get wrong with `mount`: one line on standard error that says what, where and what to do, and status 1.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 

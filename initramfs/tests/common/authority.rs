@@ -7,20 +7,20 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use std::net::Ipv4Addr;
 
 /// A server's certificate chain and key.
-pub struct Identity {
+pub(crate) struct Identity {
     pub chain: Vec<CertificateDer<'static>>,
     pub key: KeyPair,
     pub chain_pem: String,
 }
 
 impl Identity {
-    pub fn private_key(&self) -> PrivateKeyDer<'static> {
+    pub(crate) fn private_key(&self) -> PrivateKeyDer<'static> {
         PrivatePkcs8KeyDer::from(self.key.serialize_der()).into()
     }
 }
 
 /// An authority that vouches for addresses.
-pub struct Authority {
+pub(crate) struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
 }
 
@@ -35,18 +35,18 @@ fn uri(text: String) -> SanType {
 }
 
 impl Authority {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut params = params("test authority");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         Self { issuer: CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap() }
     }
 
-    pub fn pem(&self) -> String {
+    pub(crate) fn pem(&self) -> String {
         self.issuer.pem()
     }
 
     /// For a server on 127.0.0.1.
-    pub fn identity(&self) -> Identity {
+    pub(crate) fn identity(&self) -> Identity {
         let mut params = params("server");
         params.subject_alt_names = vec![SanType::IpAddress(Ipv4Addr::LOCALHOST.into())];
         let key = KeyPair::generate().unwrap();
@@ -56,20 +56,20 @@ impl Authority {
 }
 
 /// A collective: root, and intermediates of its roles.
-pub struct Collective {
+pub(crate) struct Collective {
     pub id: CollectiveId,
     root: CertifiedIssuer<'static, KeyPair>,
 }
 
 impl Collective {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut params = params("site root");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let root = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
         Self { id: CollectiveId::random(), root }
     }
 
-    pub fn bundle(&self) -> SiteBundle {
+    pub(crate) fn bundle(&self) -> SiteBundle {
         SiteBundle {
             version: 1,
             collective: self.id,
@@ -82,7 +82,7 @@ impl Collective {
     }
 
     /// A leaf under the intermediate of `role`; its address is never looked at.
-    pub fn identity(&self, role: &str) -> Identity {
+    pub(crate) fn identity(&self, role: &str) -> Identity {
         let mut intermediate = params(role);
         intermediate.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         intermediate.subject_alt_names = vec![uri(authority_uri(self.id, role))];

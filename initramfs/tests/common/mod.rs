@@ -1,20 +1,20 @@
 //! What the tests share: an authority, HTTPS servers that can be made to misbehave, and sealed images.
 #![allow(dead_code, reason = "each test program uses its own part")]
 
-pub mod authority;
-pub mod namespace;
-pub mod nginx;
-pub mod server;
+pub(crate) mod authority;
+pub(crate) mod namespace;
+pub(crate) mod nginx;
+pub(crate) mod server;
 
 use moor_image::{Dek, Metadata, Payload, SealOptions, Sealed, Sealer};
 use std::io::{Cursor, Write as _};
 use std::sync::Arc;
 
 /// Lineage of all test images.
-pub const LINEAGE: [u8; 16] = [7; 16];
+pub(crate) const LINEAGE: [u8; 16] = [7; 16];
 
 /// A sealed image with all that is known about it.
-pub struct Sample {
+pub(crate) struct Sample {
     pub file: Arc<Vec<u8>>,
     pub plaintext: Vec<u8>,
     pub key: Dek,
@@ -22,7 +22,7 @@ pub struct Sample {
 }
 
 /// Bytes that do not repeat within a chunk, and differ by `seed`.
-pub fn noise(length: usize, seed: u64) -> Vec<u8> {
+pub(crate) fn noise(length: usize, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut out = Vec::with_capacity(length + 8);
     while out.len() < length {
@@ -36,7 +36,7 @@ pub fn noise(length: usize, seed: u64) -> Vec<u8> {
 }
 
 /// Seals `plaintext` with a new key.
-pub fn seal(plaintext: Vec<u8>, chunk_log2: u8) -> Sample {
+pub(crate) fn seal(plaintext: Vec<u8>, chunk_log2: u8) -> Sample {
     let key = Dek::generate().unwrap();
     let options = SealOptions {
         lineage: LINEAGE,

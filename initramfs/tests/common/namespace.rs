@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 const MARK: &str = "MOOR_TETHER_TEST_IN_NAMESPACE";
 
 /// Runs `body` in new namespaces, by starting this test program once more for the test `name` alone.
-pub fn in_namespace(name: &str, body: impl FnOnce()) {
+pub(crate) fn in_namespace(name: &str, body: impl FnOnce()) {
     if std::env::var_os(MARK).is_some() {
         body();
         return;

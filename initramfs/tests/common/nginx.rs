@@ -6,14 +6,14 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-pub struct Nginx {
+pub(crate) struct Nginx {
     child: Child,
     port: u16,
 }
 
 impl Nginx {
     /// Serves the files in `dir/web`.
-    pub fn start(dir: &Path, name: &str, authority: &Authority) -> Self {
+    pub(crate) fn start(dir: &Path, name: &str, authority: &Authority) -> Self {
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
         let home = dir.join(name);
         std::fs::create_dir(&home).unwrap();
@@ -21,10 +21,9 @@ impl Nginx {
         std::fs::write(home.join("cert.pem"), &identity.chain_pem).unwrap();
         std::fs::write(home.join("key.pem"), identity.key.serialize_pem()).unwrap();
         let (at, web) = (home.display(), dir.join("web"));
-        let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
-            .iter()
+        let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
             .map(|kind| format!("{kind}_temp_path {at}/{kind};\n"))
-            .collect();
+            .concat();
         let text = format!(
             "daemon off; master_process off; pid {at}/pid; error_log {at}/error.log; events {{}}\n\
              http {{ access_log off; {temporary} server {{ listen 127.0.0.1:{port} ssl; root {};\n\
@@ -49,12 +48,12 @@ impl Nginx {
         nginx
     }
 
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("https://127.0.0.1:{}/image.moor", self.port)
     }
 
     /// SIGKILL.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

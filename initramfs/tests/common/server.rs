@@ -22,7 +22,7 @@ use tokio_rustls::TlsAcceptor;
 
 /// What the server does with a request.
 #[derive(Debug, Clone)]
-pub enum Conduct {
+pub(crate) enum Conduct {
     /// Serves the file.
     Good,
     /// Takes the request and never answers.
@@ -51,7 +51,7 @@ struct Shared {
     requests: AtomicU64,
 }
 
-pub struct Server {
+pub(crate) struct Server {
     shared: Arc<Shared>,
     tls: Arc<rustls::ServerConfig>,
     address: SocketAddr,
@@ -59,7 +59,7 @@ pub struct Server {
 }
 
 impl Server {
-    pub fn new(file: &Arc<Vec<u8>>, identity: &Identity) -> Self {
+    pub(crate) fn new(file: &Arc<Vec<u8>>, identity: &Identity) -> Self {
         let tls = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
             .with_safe_default_protocol_versions()
             .unwrap()
@@ -74,7 +74,7 @@ impl Server {
     }
 
     /// Starts it on the port that it had before, if it had one.
-    pub fn start(&mut self) {
+    pub(crate) fn start(&mut self) {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         // Its own runtime: `stop` ends every connection with it, as a killed server would.
         let listener = std::thread::scope(|scope| {
@@ -86,7 +86,7 @@ impl Server {
     }
 
     /// Ends it and all its connections.
-    pub fn stop(&mut self) {
+    pub(crate) fn stop(&mut self) {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
@@ -96,15 +96,15 @@ impl Server {
         }
     }
 
-    pub fn behave(&self, conduct: Conduct) {
+    pub(crate) fn behave(&self, conduct: Conduct) {
         *self.shared.conduct.lock().unwrap() = conduct;
     }
 
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("https://{}/image.moor", self.address)
     }
 
-    pub fn requests(&self) -> u64 {
+    pub(crate) fn requests(&self) -> u64 {
         self.shared.requests.load(Ordering::Relaxed)
     }
 }
@@ -178,7 +178,7 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Answe
         return Ok(response.header(header::CONTENT_RANGE, format!("bytes */{}", file.len())).body(body).unwrap());
     }
     let last = last.min(file.len() - 1);
-    let shift = if matches!(conduct, Conduct::ShiftsRanges) && start > 0 { 1 } else { 0 };
+    let shift = usize::from(matches!(conduct, Conduct::ShiftsRanges) && start > 0);
     let mut bytes = file[start - shift..=last - shift].to_vec();
     if matches!(conduct, Conduct::FlipsBits) {
         let middle = bytes.len() / 2;
