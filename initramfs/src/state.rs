@@ -94,7 +94,7 @@ impl fmt::Display for State {
     }
 }
 
-/// The file, by its directory's descriptor: at switch_root `/run` moves away from under this process, and the path leads nowhere.
+/// The file, by its directory's descriptor: at `switch_root` `/run` moves away from under this process, and the path leads nowhere.
 pub struct StateFile {
     dir: OwnedFd,
     name: OsString,

@@ -6,7 +6,7 @@ use nix::sys::signal::{SigSet, Signal};
 use std::fs::File;
 use std::io;
 
-/// systemd kills what is left of the initramfs at switch_root and everything at shutdown, except processes of root whose argv[0]
+/// systemd kills what is left of the initramfs at `switch_root` and everything at shutdown, except processes of root whose argv[0]
 /// begins with `@` (systemd: killall.c; <https://systemd.io/ROOT_STORAGE_DAEMONS/>).
 pub const NAME: &str = "@moor-tether";
 

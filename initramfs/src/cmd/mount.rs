@@ -44,7 +44,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N")]
     minimum_serial: Option<u64>,
     /// One of these keys (ssh-ed25519 lines) must have signed the image
-    #[arg(long, value_name = "FILE", requires = "signatures")]
+    #[arg(long, value_name = "FILE")]
     trust: Option<PathBuf>,
     /// The image's signatures, its FILE.moor.sig
     #[arg(long, value_name = "FILE")]

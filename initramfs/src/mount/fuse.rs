@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 /// The file's inode; the directory is [`INodeNo::ROOT`].
 const FILE: INodeNo = INodeNo(2);
 /// Nothing ever changes.
-const TTL: Duration = Duration::from_secs(24 * 3600);
+const TTL: Duration = Duration::from_hours(24);
 /// Longest read in one request. The kernel derives it from the longest *write* that a file system takes; none comes, because the
 /// mount is read-only.
 const LONGEST_READ: u32 = 1 << 20;

@@ -47,16 +47,12 @@ impl Cache {
             return Lookup::Cached(bytes.clone());
         }
         let (sender, receiver) = oneshot::channel();
-        match self.flights.get_mut(&chunk) {
-            Some(waiting) => {
-                waiting.push(sender);
-                Lookup::Waiting(receiver)
-            }
-            None => {
-                self.flights.insert(chunk, vec![sender]);
-                Lookup::Missing(receiver)
-            }
+        if let Some(waiting) = self.flights.get_mut(&chunk) {
+            waiting.push(sender);
+            return Lookup::Waiting(receiver);
         }
+        self.flights.insert(chunk, vec![sender]);
+        Lookup::Missing(receiver)
     }
 
     /// Starts a flight that nobody waits for yet. `false`: the chunk is there or on its way.
@@ -106,24 +102,24 @@ impl Cache {
 mod tests {
     use super::*;
 
-    fn chunk(byte: u8) -> Landed {
-        Ok(Bytes::from(vec![byte; 10]))
+    fn chunk(byte: u8) -> Bytes {
+        Bytes::from(vec![byte; 10])
     }
 
     #[test]
     fn the_bound_holds_and_the_least_recently_used_goes_first() {
         let mut cache = Cache::new(30);
         for index in 0..3 {
-            cache.land(index, &chunk(0));
+            cache.land(index, &Ok(chunk(0)));
         }
         assert!(matches!(cache.lookup(0), Lookup::Cached(_)));
-        cache.land(3, &chunk(3));
+        cache.land(3, &Ok(chunk(3)));
         assert_eq!(cache.size(), 30);
         assert!(matches!(cache.lookup(1), Lookup::Missing(_)));
         for index in [0, 2, 3] {
             assert!(matches!(cache.lookup(index), Lookup::Cached(_)), "{index}");
         }
-        cache.land(3, &chunk(4));
+        cache.land(3, &Ok(chunk(4)));
         assert_eq!(cache.size(), 30);
     }
 
@@ -133,7 +129,7 @@ mod tests {
         let Lookup::Missing(mut first) = cache.lookup(7) else { panic!("somebody fetches it") };
         let Lookup::Waiting(mut second) = cache.lookup(7) else { panic!("a second flight") };
         assert!(!cache.claim(7));
-        cache.land(7, &chunk(1));
+        cache.land(7, &Ok(chunk(1)));
         assert_eq!(first.try_recv().unwrap().unwrap(), second.try_recv().unwrap().unwrap());
         assert!(!cache.claim(7));
         assert!(cache.claim(8));

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 /// How often an outage is named on the console.
-const SAY_EVERY: Duration = Duration::from_secs(60);
+const SAY_EVERY: Duration = Duration::from_mins(1);
 
 pub(super) struct Fleet {
     members: Vec<Arc<Member>>,

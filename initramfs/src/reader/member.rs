@@ -8,7 +8,7 @@ use rustls::ClientConfig;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Shortest rest after a fault.
 const REST_MIN: Duration = Duration::from_millis(500);
@@ -211,10 +211,8 @@ impl Member {
 /// Between 75 % and 125 % of `duration`, never under the shortest rest, so that a thousand nodes do not come back at one instant.
 fn jitter(duration: Duration) -> Duration {
     let mut bytes = [0; 2];
-    // Without randomness the clock's low bits spread well enough.
-    if rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::NONBLOCK).is_err() {
-        bytes = (Instant::now().elapsed().subsec_nanos() as u16).to_le_bytes();
-    }
+    // Without randomness all rest alike: not even, but right.
+    let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::NONBLOCK);
     let share = 0.75 + f64::from(u16::from_le_bytes(bytes)) / f64::from(u16::MAX) / 2.0;
     duration.mul_f64(share).max(REST_MIN)
 }

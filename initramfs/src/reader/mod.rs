@@ -188,10 +188,9 @@ impl Reader {
         let mut out = Vec::with_capacity(length);
         for (chunk, lookup) in (first..).zip(waiting) {
             let bytes = self.0.arrive(chunk, lookup).await?;
-            let from = offset.saturating_sub(chunk * size).min(bytes.len() as u64);
-            let to = (end - chunk * size).min(bytes.len() as u64);
-            // Both are at most the length of a chunk in memory.
-            out.extend_from_slice(&bytes[from as usize..to as usize]);
+            let from = within(offset.saturating_sub(chunk * size), &bytes);
+            let to = within(end - chunk * size, &bytes);
+            out.extend_from_slice(&bytes[from..to]);
         }
         Ok(out)
     }
@@ -384,6 +383,11 @@ impl Run {
     }
 }
 
+/// An offset relative to a chunk, at most its end.
+fn within(offset: u64, chunk: &Bytes) -> usize {
+    usize::try_from(offset).map_or(chunk.len(), |offset| offset.min(chunk.len()))
+}
+
 /// Joins chunks (in ascending order) into ranges of at most [`RANGE`] bytes that stay within one page of the table.
 fn runs(chunks: &[u64], chunk_size: u64) -> Vec<Range<u64>> {
     let longest = (RANGE / chunk_size).max(1);
@@ -391,7 +395,7 @@ fn runs(chunks: &[u64], chunk_size: u64) -> Vec<Range<u64>> {
     for &chunk in chunks {
         match runs.last_mut() {
             Some(run) if run.end == chunk && run.end - run.start < longest && chunk % LEAVES_PER_PAGE != 0 => {
-                run.end += 1
+                run.end += 1;
             }
             _ => runs.push(chunk..chunk + 1),
         }
@@ -404,7 +408,6 @@ mod tests {
     use super::*;
 
     #[test]
-    #[expect(clippy::single_range_in_vec_init, reason = "ranges are what is compared")]
     fn adjacent_chunks_join_into_ranges() {
         let size = 64 << 10;
         assert_eq!(runs(&[], size), []);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Pauses between rounds over all members, when nothing but passing faults was met.
-const ROUNDS: [Duration; 2] = [Duration::from_millis(500), Duration::from_millis(1000)];
+const ROUNDS: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(1)];
 
 /// No member gave an image that passes.
 #[derive(Debug, thiserror::Error)]

@@ -17,7 +17,7 @@ use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Where the work mounts are unless told otherwise: on `/run`, which moves into the new root at switch_root.
+/// Where the work mounts are unless told otherwise: on `/run`, which moves into the new root at `switch_root`.
 pub const DEFAULT_WORK: &str = "/run/mooring/root";
 
 /// How to make the root.

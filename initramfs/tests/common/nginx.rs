@@ -1,0 +1,66 @@
+//! A real web server, as a process of its own that can be killed.
+
+use super::authority::Authority;
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+pub(crate) struct Nginx {
+    child: Child,
+    port: u16,
+}
+
+impl Nginx {
+    /// Serves the files in `dir/web`.
+    pub(crate) fn start(dir: &Path, name: &str, authority: &Authority) -> Self {
+        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+        let home = dir.join(name);
+        std::fs::create_dir(&home).unwrap();
+        let identity = authority.identity();
+        std::fs::write(home.join("cert.pem"), &identity.chain_pem).unwrap();
+        std::fs::write(home.join("key.pem"), identity.key.serialize_pem()).unwrap();
+        let (at, web) = (home.display(), dir.join("web"));
+        let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+            .map(|kind| format!("{kind}_temp_path {at}/{kind};\n"))
+            .concat();
+        let text = format!(
+            "daemon off; master_process off; pid {at}/pid; error_log {at}/error.log; events {{}}\n\
+             http {{ access_log off; {temporary} server {{ listen 127.0.0.1:{port} ssl; root {};\n\
+             ssl_certificate {at}/cert.pem; ssl_certificate_key {at}/key.pem; }} }}\n",
+            web.display()
+        );
+        std::fs::write(home.join("nginx.conf"), text).unwrap();
+        let child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "--", "nginx", "-c"])
+            .arg(home.join("nginx.conf"))
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let nginx = Self { child, port };
+        let end = Instant::now() + Duration::from_secs(20);
+        while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
+            let log = || std::fs::read_to_string(home.join("error.log")).unwrap_or_default();
+            assert!(Instant::now() < end, "nginx does not start: {}", log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        nginx
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("https://127.0.0.1:{}/image.moor", self.port)
+    }
+
+    /// SIGKILL.
+    pub(crate) fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}

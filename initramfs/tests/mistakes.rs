@@ -1,0 +1,185 @@
+//! What a user may get wrong with `mount`: one line on standard error that says what, where and what to do, and status 1.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use common::authority::{Authority, Collective};
+use common::server::{Conduct, Server};
+use common::{Sample, noise, seal};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::Arc;
+use tempfile::TempDir;
+
+struct Place {
+    dir: TempDir,
+    authority: Authority,
+    sample: Sample,
+}
+
+impl Place {
+    fn new() -> Self {
+        let place = Self {
+            dir: tempfile::tempdir().unwrap(),
+            authority: Authority::new(),
+            sample: seal(noise(300_000, 1), 16),
+        };
+        std::fs::write(place.path("ca.pem"), place.authority.pem()).unwrap();
+        std::fs::write(place.path("key"), place.sample.key.to_hex().as_bytes()).unwrap();
+        std::fs::create_dir(place.path("mnt")).unwrap();
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn server(&self) -> Server {
+        Server::new(&self.sample.file, &self.authority.identity())
+    }
+
+    /// `mount` with the good authority and key, unless `arguments` bring others.
+    fn mount(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_moor-tether"));
+        command.arg("mount").arg("--state").arg(self.path("state.json")).args(arguments);
+        if !arguments.iter().any(|argument| ["--ca", "--site"].contains(argument)) {
+            command.arg("--ca").arg(self.path("ca.pem"));
+        }
+        if !arguments.contains(&"--key-file") {
+            command.arg("--key-file").arg(self.path("key"));
+        }
+        command.arg(self.path("mnt")).output().unwrap()
+    }
+
+    fn refused(&self, arguments: &[&str], words: &[&str]) {
+        let output = self.mount(arguments);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+        assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+        assert!(said.starts_with("moor-tether: error: "), "{said}");
+        for word in words {
+            assert!(said.contains(word), "'{word}' is not in: {said}");
+        }
+        assert!(!self.path("state.json").exists());
+        assert!(!is_mounted(&self.path("mnt")));
+    }
+}
+
+fn is_mounted(dir: &Path) -> bool {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    mounts.lines().any(|line| line.split(' ').nth(4) == dir.to_str())
+}
+
+#[test]
+fn a_key_that_is_none_or_another() {
+    let place = Place::new();
+    let server = place.server();
+    let url = server.url();
+    std::fs::write(place.path("other"), format!("{}\n", "ab".repeat(32))).unwrap();
+    let other = place.path("other").display().to_string();
+    place.refused(&["--url", &url, "--key-file", &other], &[&url, "wrong key", "the image wants key id"]);
+    std::fs::write(place.path("text"), "hello\n").unwrap();
+    let text = place.path("text").display().to_string();
+    place.refused(&["--url", &url, "--key-file", &text], &[&text, "holds no key", "64 hexadecimal digits"]);
+    place.refused(&["--url", &url, "--key-file", "/no/such"], &["cannot read the key file '/no/such'"]);
+    place.refused(&["--url", &url, "--key-file", "-"], &["standard input holds no key"]);
+}
+
+#[test]
+fn an_image_that_is_not_the_expected_one() {
+    let place = Place::new();
+    let server = place.server();
+    let url = server.url();
+    let wrong = "00".repeat(32);
+    place.refused(&["--url", &url, "--digest", &wrong], &[&url, &wrong, &hex::encode(place.sample.sealed.digest)]);
+    place.refused(&["--url", &url, "--digest", "12"], &["--digest has 64 hexadecimal digits"]);
+    place.refused(&["--url", &url, "--lineage", "5f1e7a52-30a3-4f6c-9d3e-6c2f9a1b0c01"], &[&url, "of another lineage"]);
+    place.refused(&["--url", &url, "--minimum-serial", "4"], &[&url, "older than the 4"]);
+
+    let mut changed_salt = place.sample.file.to_vec();
+    changed_salt[170] ^= 1;
+    for (conduct, words) in [
+        (Conduct::Serves(Arc::new(place.sample.file[..200_000].to_vec())), "it is truncated"),
+        (Conduct::Serves(Arc::new(place.sample.file[..100].to_vec())), "it is truncated"),
+        (Conduct::Serves(Arc::new(noise(300_000, 9))), "not a sealed image"),
+        (Conduct::Serves(Arc::new(changed_salt)), "header hash does not match"),
+        (Conduct::NoRanges, "does not serve ranges"),
+        (Conduct::Status(404), "no image at this URL"),
+    ] {
+        server.behave(conduct);
+        place.refused(&["--url", &url], &[&url, words]);
+    }
+}
+
+#[test]
+fn signatures_by_nobody_who_is_trusted() {
+    let place = Place::new();
+    let server = place.server();
+    let key = place.path("signer");
+    let made = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key).status().unwrap();
+    assert!(made.success());
+    let trust = place.path("signer.pub").display().to_string();
+    std::fs::write(place.path("sig"), moor_image::SignatureFile::default().to_bytes().unwrap()).unwrap();
+    let signatures = place.path("sig").display().to_string();
+    place.refused(
+        &["--url", &server.url(), "--trust", &trust, "--signatures", &signatures],
+        &["is not signed by any of the 1 trusted keys"],
+    );
+}
+
+#[test]
+fn a_server_that_is_not_there_or_of_another_authority() {
+    let place = Place::new();
+    let mut server = place.server();
+    let url = server.url();
+    let other = Authority::new();
+    std::fs::write(place.path("other.pem"), other.pem()).unwrap();
+    let ca = place.path("other.pem").display().to_string();
+    place.refused(&["--url", &url, "--ca", &ca], &[&url, "not of the expected authority", "give the authority"]);
+    server.stop();
+    place.refused(&["--url", &url], &[&url, "no connection", "is the server running"]);
+    place.refused(&["--url", "http://127.0.0.1/x"], &["'http://127.0.0.1/x' is not a URL of the form https://"]);
+    std::fs::write(place.path("empty.pem"), "").unwrap();
+    let empty = place.path("empty.pem").display().to_string();
+    place.refused(&["--url", &url, "--ca", &empty], &[&empty, "holds no certificate"]);
+    place.refused(&["--url", &url, "--site", &empty], &[&empty, "no site bundle"]);
+}
+
+#[test]
+fn only_members_of_the_collective_are_servers_of_a_site() {
+    let place = Place::new();
+    let (ours, theirs) = (Collective::new(), Collective::new());
+    let site = place.path("site.json");
+    std::fs::write(&site, serde_json::to_vec(&ours.bundle()).unwrap()).unwrap();
+    let site = site.display().to_string();
+    for (identity, words) in [
+        (ours.identity("node"), "it was not issued by the member authority"),
+        (theirs.identity("member"), "not of the expected authority"),
+        (place.authority.identity(), "not of the expected authority"),
+    ] {
+        let server = Server::new(&place.sample.file, &identity);
+        place.refused(&["--url", &server.url(), "--site", &site], &[&server.url(), words]);
+    }
+}
+
+#[test]
+fn a_place_to_mount_that_is_none() {
+    let place = Place::new();
+    let server = place.server();
+    std::fs::remove_dir(place.path("mnt")).unwrap();
+    place.refused(&["--url", &server.url()], &["cannot mount on", "make the directory first"]);
+}
+
+#[test]
+fn status_where_nothing_is_mounted_and_unmount_of_nothing() {
+    let place = Place::new();
+    let run = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_moor-tether")).args(arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let state = place.path("none.json").display().to_string();
+    assert!(run(&["status", "--json", "--state", &state]).contains("no image is mounted here"));
+    let dir = place.path("mnt").display().to_string();
+    assert!(run(&["unmount", &dir]).contains("nothing is mounted there"));
+}
