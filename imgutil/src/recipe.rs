@@ -289,7 +289,10 @@ mod tests {
             ("base = \"huge\"", "recipe 'r.toml', line 1: unknown variant `huge`"),
             ("[[file]]\npath = \"/a\"", "recipe 'r.toml': file '/a': give either 'source' or 'content'"),
             ("[[file]]\npath = \"a\"\ncontent = \"\"", "recipe 'r.toml': file 'a': the path must be absolute"),
-            ("[[file]]\npath = \"/a/../b\"\ncontent = \"\"", "recipe 'r.toml': file '/a/../b': the path must be absolute"),
+            (
+                "[[file]]\npath = \"/a/../b\"\ncontent = \"\"",
+                "recipe 'r.toml': file '/a/../b': the path must be absolute",
+            ),
             ("[[file]]\npath = \"/a\"\ncontent = \"\"\nmode = \"9\"", "recipe 'r.toml', line 4: '9' is no file mode"),
             ("[[repository]]\nuri = \"x\"\nsuites = [\"a\"]", "recipe 'r.toml', line 1: missing field `key`"),
             ("[[user]]\nname = \"-rf\"", "recipe 'r.toml': '-rf' is no name of a user"),

@@ -3,7 +3,10 @@
 
 mod build_tree;
 
-use build_tree::{exec, imgutil, listing, minimal_tree, mounts, own_tree, processes, scratch, shell, text, wait_until};
+use build_tree::{
+    exec, imgutil, listing, minimal_tree, mounts, own_debian, own_tree, processes, processes_in, scratch, shell, text,
+    wait_until,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io::{Read as _, Write as _};
@@ -100,13 +103,8 @@ fn streams_pass_through_a_pipe_unchanged() {
 
 /// Starts a script in the tree and waits for its first line.
 fn start(tree: &Path, script: &str) -> Child {
-    let mut child = imgutil()
-        .arg("exec")
-        .arg(tree)
-        .args(["--", "sh", "-c", script])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child =
+        imgutil().arg("exec").arg(tree).args(["--", "sh", "-c", script]).stdout(Stdio::piped()).spawn().unwrap();
     let mut first = [0; 6];
     child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
     assert_eq!(&first, b"ready\n");
@@ -126,10 +124,15 @@ fn signals_reach_the_command_and_its_children() {
         (Signal::SIGHUP, "HUP", 43),
         (Signal::SIGUSR1, "USR1", 44),
     ] {
-        // `sleep` is a child: the shell's trap runs at once only if the signal ends the sleep too.
+        // `sleep` is a child: the shell's trap runs only if the signal ends the sleep too.
         let script = format!("trap 'exit {status}' {trap}; echo ready; sleep 1000; sleep 1000");
         let mut child = start(&tree, &script);
-        send(&child, signal);
+        // A shell that is between two commands when the signal comes may first start the next one: so more than once.
+        wait_until("the end of the command", || {
+            send(&child, signal);
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            child.try_wait().unwrap().is_some()
+        });
         assert_eq!(child.wait().unwrap().code(), Some(status), "{signal}");
     }
     let mut child = start(&tree, "echo ready; exec sleep 1000");
@@ -213,6 +216,45 @@ fn commands_in_one_tree_do_not_disturb_each_other() {
     send(&second, Signal::SIGTERM);
     second.wait().unwrap();
     assert!(!tree.join("usr/sbin/policy-rc.d").exists());
+}
+
+#[test]
+fn commands_that_come_and_go_in_one_tree_do_not_refuse_each_other() {
+    let (_scratch, tree) = own_tree();
+    std::fs::remove_file(tree.join("etc/resolv.conf")).unwrap();
+    let before = listing(&tree);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                for _ in 0..15 {
+                    let output = exec(&tree, &["sh", "-c", "exit 4"]);
+                    assert_eq!(output.status.code(), Some(4), "{}", text(&output.stderr));
+                }
+            });
+        }
+    });
+    let names = |listing: &std::collections::BTreeSet<String>| -> Vec<String> {
+        listing.iter().map(|line| line.split(' ').next().unwrap().to_owned()).collect()
+    };
+    assert_eq!(names(&listing(&tree)), names(&before));
+}
+
+#[test]
+fn a_tree_that_is_held_for_long_is_said_to_be_in_use() {
+    let (_scratch, tree) = own_tree();
+    let held = std::fs::File::open(&tree).unwrap();
+    held.lock().unwrap();
+    let output = exec(&tree, &["true"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("is in use by another imgutil"), "{}", text(&output.stderr));
+    // One that is let go of meanwhile is waited for.
+    let waiting = std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| exec(&tree, &["true"]));
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        held.unlock().unwrap();
+        waiting.join().unwrap()
+    });
+    assert_eq!(waiting.status.code(), Some(0), "{}", text(&waiting.stderr));
 }
 
 #[test]
@@ -343,7 +385,8 @@ fn links_in_a_hostile_tree_do_not_lead_out() {
         ("/etc/passwd/x", false),
         ("../run/systemd/resolve/stub-resolv.conf", true),
         ("/run/resolv.conf", true),
-        ("/var/run/a/../b/resolv.conf", true),
+        ("/var/run/a/b/resolv.conf", true),
+        ("/var/run/a/../b/resolv.conf", false),
         ("real", true),
     ] {
         std::fs::remove_file(&resolver).unwrap();
@@ -373,30 +416,98 @@ fn links_in_a_hostile_tree_do_not_lead_out() {
 
     // The place of a bind.
     symlink(outside.path(), tree.join("out")).unwrap();
-    let output = imgutil()
-        .args(["exec", "-v", "/usr/share:/out/new"])
-        .arg(&tree)
-        .args(["--", "true"])
-        .output()
-        .unwrap();
+    let output =
+        imgutil().args(["exec", "-v", "/usr/share:/out/new"]).arg(&tree).args(["--", "true"]).output().unwrap();
     assert_ne!(output.status.code(), Some(0), "the link's target is not in the tree");
     assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 1);
 }
 
+fn install(tree: &Path, packages: &str) -> Command {
+    let mut command = imgutil();
+    let script = format!("apt-get -q install -y --no-install-recommends {packages}");
+    command.arg("exec").arg(tree).args(["--", "sh", "-c", &script]);
+    command
+}
+
 #[test]
-fn packages_install_from_a_script_and_start_no_service() {
-    let (_scratch, tree) = own_tree();
-    let install = |packages: &str| {
-        exec(&tree, &["sh", "-c", &format!("apt-get -q update && apt-get -q install -y --no-install-recommends {packages}")])
-    };
-    let output = install("hello cron");
+fn packages_install_from_a_script_start_no_service_and_a_kill_in_the_middle_leaves_nothing() {
+    let (_scratch, tree) = own_debian();
+    let host = host_files();
+    shell(&tree, "apt-get -q update");
+    let output = install(&tree, "hello cron").output().unwrap();
     let printed = text(&output.stdout) + &text(&output.stderr);
     assert!(output.status.success(), "{printed}");
     assert!(printed.contains("policy-rc.d denied execution of start"), "{printed}");
     assert_eq!(shell(&tree, "hello"), "Hello, world!\n");
     assert_eq!(processes("/usr/sbin/cron"), Vec::<u32>::new());
-    assert!(!tree.join("usr/sbin/policy-rc.d").exists());
-    assert_eq!(mounts(&tree), Vec::<String>::new());
+    assert_eq!(install(&tree, "no-such-package").output().unwrap().status.code(), Some(100), "apt-get's own status");
+    nothing_left(&tree, &host);
 
-    assert_eq!(install("no-such-package").status.code(), Some(100), "apt-get's own status");
+    // SIGKILL to imgutil while dpkg unpacks, and while it sets up.
+    for (moment, packages) in [("Unpacking", "tree less"), ("Setting up", "bc rsync")] {
+        let mut child = install(&tree, packages).stdout(Stdio::piped()).spawn().unwrap();
+        let mut printed = Vec::new();
+        let mut output = child.stdout.take().unwrap();
+        while !text(&printed).contains(moment) {
+            let mut part = [0; 256];
+            let length = output.read(&mut part).unwrap();
+            assert!(length > 0, "it ended before {moment:?}: {}", text(&printed));
+            printed.extend_from_slice(&part[..length]);
+        }
+        assert_ne!(processes_in(&tree), Vec::<u32>::new());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        wait_until("the end of all processes", || processes_in(&tree).is_empty());
+        wait_until("the removal of the mount points", || !tree.join("usr/sbin/policy-rc.d").exists());
+        nothing_left(&tree, &host);
+        // The tree is as after any power cut: dpkg goes on where it was.
+        shell(&tree, "dpkg --configure -a");
+        let output = install(&tree, packages).output().unwrap();
+        assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
+    }
+    nothing_left(&tree, &host);
+}
+
+/// Files of the host that package scripts write when they are let out.
+fn host_files() -> Vec<(String, std::time::SystemTime, u64)> {
+    let files = [
+        "/etc/passwd",
+        "/etc/group",
+        "/etc/shadow",
+        "/etc/resolv.conf",
+        "/etc/hosts",
+        "/etc/ld.so.cache",
+        "/var/lib/dpkg/status",
+    ];
+    let seen = files.iter().filter_map(|file| {
+        let metadata = std::fs::metadata(file).ok()?;
+        Some((String::from(*file), metadata.modified().unwrap(), metadata.ino()))
+    });
+    seen.collect()
+}
+
+fn nothing_left(tree: &Path, host: &[(String, std::time::SystemTime, u64)]) {
+    assert_eq!(mounts(tree), Vec::<String>::new());
+    assert!(!tree.join("usr/sbin/policy-rc.d").exists());
+    assert_eq!(host_files(), host);
+}
+
+#[test]
+fn it_works_without_standard_streams() {
+    let tree = minimal_tree();
+    let marker = scratch();
+    for closed in ["<&-", "<&- >&-", "<&- >&- 2>&-", ">&- 2>&-"] {
+        let bind = format!("{}:/mnt:rw", marker.path().display());
+        let script = format!("\"$1\" exec -v \"$2\" \"$3\" -- sh -c 'echo here >/mnt/file; exit 9' {closed}");
+        let status = Command::new("sh")
+            .args(["-c", &script, "sh", env!("CARGO_BIN_EXE_imgutil"), &bind])
+            .arg(&tree)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .status()
+            .unwrap();
+        assert_eq!(status.code(), Some(9), "{closed}");
+        assert_eq!(std::fs::read_to_string(marker.path().join("file")).unwrap(), "here\n", "{closed}");
+        std::fs::remove_file(marker.path().join("file")).unwrap();
+    }
 }

@@ -309,7 +309,7 @@ fn a_full_disk_leaves_nothing() {
             "--key-file".as_ref(),
             key.as_os_str(),
         ]);
-        ran.one_line_error(1, &["new.moor", "No space left on device"]);
+        ran.one_line_error(1, &["new.moor", "No space left on device", "make room there"]);
         assert!(names(mounted).is_empty(), "{:?}", names(mounted));
     }
     let disk = SmallDisk::new(2048);
@@ -321,6 +321,6 @@ fn a_full_disk_leaves_nothing() {
         "--key-file".as_ref(),
         files.key.as_os_str(),
     ]);
-    ran.one_line_error(1, &["good.moor", "No space left on device"]);
+    ran.one_line_error(1, &["good.moor", "No space left on device", "make room there"]);
     assert!(names(disk.directory.path()).is_empty(), "{:?}", names(disk.directory.path()));
 }

@@ -63,13 +63,15 @@ pub enum ImageError {
         actual: u64,
     },
     /// The image is plain where a sealed one is required, or a key was given.
-    #[error("the image is not encrypted, though an encrypted one is expected (a key was given, or plain images are refused)")]
+    #[error(
+        "the image is not encrypted, though an encrypted one is expected (a key was given, or plain images are refused)"
+    )]
     NotEncrypted,
     /// No key was given for a sealed image.
     #[error("the image is encrypted (key id {0}): give its key")]
     KeyNeeded(String),
     /// A key was given that is not this image's.
-    #[error("wrong key: the image wants key id {wanted}, this is {given}")]
+    #[error("wrong key: the image wants key id {wanted}, this is {given}; give the key that was made with this image")]
     WrongKey {
         /// By the header.
         wanted: String,
@@ -83,7 +85,7 @@ pub enum ImageError {
     #[error("a key has 64 hexadecimal digits and a newline: {0}")]
     KeyText(&'static str),
     /// Stored hash and bytes differ.
-    #[error("{what} is damaged (bytes {start} to {end}): its hash does not match; fetch it again")]
+    #[error("{what} is damaged (bytes {start} to {}): its hash does not match; fetch it again", end.saturating_sub(1))]
     Damaged {
         /// Which part ("chunk 7", "table page 0", "metadata").
         what: String,
@@ -93,7 +95,7 @@ pub enum ImageError {
         end: u64,
     },
     /// Hash good, tag bad: somebody who holds no key, or misuses one, made the table.
-    #[error("{what} does not decrypt (bytes {start} to {end}), though its hash matches: it was made with another key")]
+    #[error("{what} does not decrypt (bytes {start} to {}), though its hash matches: it was forged, or made with another key", end.saturating_sub(1))]
     Forged {
         /// Which part.
         what: String,
@@ -109,7 +111,7 @@ pub enum ImageError {
     #[error("{0}")]
     Argument(&'static str),
     /// The re-read after sealing found other bytes than were written.
-    #[error("what was read back is not what was written (bytes {start} to {end}): the disk or its memory is faulty")]
+    #[error("what was read back is not what was written (bytes {start} to {}): the disk or its memory is faulty", end.saturating_sub(1))]
     ReadBack {
         /// First byte.
         start: u64,

@@ -1,6 +1,6 @@
 //! Verifying a whole file: every damaged region is named by what it is and by its byte range, not only the first.
 
-use crate::error::{FormatError, ImageError};
+use crate::error::ImageError;
 use crate::header::{HEADER_LENGTH, Header};
 use crate::image::{ReadAt, read_range};
 use crate::keys::Section;
@@ -34,6 +34,8 @@ pub enum Region {
     Signature,
     /// The length of the file.
     Length,
+    /// The key that was given, not the file.
+    Key,
 }
 
 impl fmt::Display for Region {
@@ -47,6 +49,7 @@ impl fmt::Display for Region {
             Self::Hints => f.write_str("hints"),
             Self::Signature => f.write_str("signature"),
             Self::Length => f.write_str("length"),
+            Self::Key => f.write_str("key"),
         }
     }
 }
@@ -124,7 +127,7 @@ pub fn verify_file<R: ReadAt>(
     let header = match Header::parse(&bytes) {
         Ok(header) => header,
         Err(error) => {
-            report.add(Region::Header, (0, HEADER_LENGTH as u64), describe(&error));
+            report.add(Region::Header, (0, HEADER_LENGTH as u64), error);
             return Ok(report);
         }
     };
@@ -140,12 +143,12 @@ pub fn verify_file<R: ReadAt>(
     let mut verifier = match Verifier::new(header.clone(), options) {
         Ok(verifier) => verifier,
         Err(error) => {
-            let signature = matches!(error, ImageError::Untrusted { .. } | ImageError::SignatureFile(_));
-            if signature {
-                report.add(Region::Signature, (0, 0), error);
-            } else {
-                report.add(Region::Header, (0, HEADER_LENGTH as u64), error);
-            }
+            let (region, range) = match error {
+                ImageError::Untrusted { .. } | ImageError::SignatureFile(_) => (Region::Signature, (0, 0)),
+                ImageError::WrongKey { .. } | ImageError::NotEncrypted => (Region::Key, (0, 0)),
+                _ => (Region::Header, (0, HEADER_LENGTH as u64)),
+            };
+            report.add(region, range, error);
             // What needs neither trust nor key can still be checked, and says where else the damage is.
             Verifier::new(header.clone(), &OpenOptions::default())?
         }
@@ -162,8 +165,15 @@ pub fn verify_file<R: ReadAt>(
     Ok(report)
 }
 
-fn describe(error: &FormatError) -> String {
-    error.to_string()
+/// What is wrong with a part, where the report already says which part and which bytes.
+fn reason(error: &ImageError) -> String {
+    match error {
+        ImageError::Damaged { .. } => "its hash does not match: it is damaged or was changed; fetch it again".into(),
+        ImageError::Forged { .. } => {
+            "it does not decrypt, though its hash matches: it was forged, or made with another key".into()
+        }
+        other => other.to_string(),
+    }
 }
 
 /// Reads a range that is all in the file; `None` where the file ends before (already reported as its length).
@@ -188,7 +198,7 @@ fn check_data<R: ReadAt>(
         Some(bytes) => match verifier.set_page_hashes(bytes) {
             Ok(()) => true,
             Err(error) => {
-                report.add(Region::PageHashes, header.page_hashes_range(), error);
+                report.add(Region::PageHashes, header.page_hashes_range(), reason(&error));
                 false
             }
         },
@@ -199,7 +209,7 @@ fn check_data<R: ReadAt>(
             Some(bytes) if hashes_good => match verifier.verify_page(page, &bytes) {
                 Ok(leaves) => Some(leaves),
                 Err(error) => {
-                    report.add(Region::TablePage { page }, range, error);
+                    report.add(Region::TablePage { page }, range, reason(&error));
                     None
                 }
             },
@@ -243,7 +253,7 @@ fn check_chunk<R: ReadAt>(
     match checked {
         Ok(()) => Ok(Some(bytes)),
         Err(error) => {
-            report.add(Region::Chunk { index }, range, error);
+            report.add(Region::Chunk { index }, range, reason(&error));
             Ok(None)
         }
     }
@@ -266,7 +276,7 @@ fn check_section<R: ReadAt>(
     };
     checked.or_else(|error| {
         let region = if section == Section::Metadata { Region::Metadata } else { Region::Hints };
-        report.add(region, (offset, length), error);
+        report.add(region, (offset, length), reason(&error));
         Ok(None)
     })
 }
@@ -277,7 +287,8 @@ fn check_metadata(header: &Header, bytes: &[u8], payload: Option<[u8; 32]>, repo
     match (Metadata::from_bytes(bytes), payload) {
         (Err(error), _) => report.add(Region::Metadata, range, error),
         (Ok(metadata), Some(payload)) if metadata.payload_sha256 != hex::encode(payload) => {
-            let what = "payload_sha256 is not that of the plaintext: whoever sealed the image put another payload into it";
+            let what =
+                "payload_sha256 is not that of the plaintext: whoever sealed the image put another payload into it";
             report.add(Region::Metadata, range, what);
         }
         (Ok(_), _) => {}

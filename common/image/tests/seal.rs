@@ -2,7 +2,9 @@
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
-use moor_image::{Dek, Image, ImageError, Metadata, OpenOptions, Payload, SealOptions, Sealed, Sealer, SignatureFile, SigningKey};
+use moor_image::{
+    Dek, Image, ImageError, Metadata, OpenOptions, Payload, SealOptions, Sealed, Sealer, SignatureFile, SigningKey,
+};
 use proptest::prelude::*;
 use std::io::{Cursor, Write as _};
 
@@ -15,7 +17,11 @@ fn seal(plaintext: &[u8], key: Option<Dek>, chunk_log2: u8, hints: Option<Vec<u8
     sealer.write_all(plaintext).unwrap();
     let (out, sealed) = sealer
         .finish(
-            |summary| Metadata { name: "test".into(), payload_sha256: hex::encode(summary.sha256), ..Metadata::default() },
+            |summary| Metadata {
+                name: "test".into(),
+                payload_sha256: hex::encode(summary.sha256),
+                ..Metadata::default()
+            },
             hints,
         )
         .unwrap();
@@ -42,7 +48,8 @@ fn every_length_around_a_chunk_reads_back() {
             let plaintext = bytes(length);
             let (file, info) = seal(&plaintext, key.clone(), 14, Some(b"hints".to_vec()));
             assert_eq!(file.len() as u64, info.size);
-            let image = Image::open(file, &OpenOptions { key, pinned: Some(info.digest), ..Default::default() }).unwrap();
+            let image =
+                Image::open(file, &OpenOptions { key, pinned: Some(info.digest), ..Default::default() }).unwrap();
             assert_eq!(read_all(&image).unwrap(), plaintext, "length {length}");
             assert_eq!(image.metadata().unwrap().payload_sha256, hex::encode(info.payload_sha256));
             assert_eq!(image.hints().unwrap().unwrap(), b"hints");
@@ -96,11 +103,31 @@ fn keys_that_do_not_fit_are_an_error_of_their_own() {
 fn each_demand_of_the_reader_is_checked() {
     let (file, info) = seal(&bytes(100), None, 14, None);
     let open = |options: OpenOptions| Image::open(file.clone(), &options).map(|_| ());
-    assert!(open(OpenOptions { pinned: Some(info.digest), lineage: Some([7; 16]), minimum_serial: Some(3), ..Default::default() }).is_ok());
-    assert!(matches!(open(OpenOptions { pinned: Some([0; 32]), ..Default::default() }), Err(ImageError::Digest { .. })));
-    assert!(matches!(open(OpenOptions { lineage: Some([8; 16]), ..Default::default() }), Err(ImageError::Lineage { .. })));
-    assert!(matches!(open(OpenOptions { minimum_serial: Some(4), ..Default::default() }), Err(ImageError::Serial { .. })));
-    assert!(matches!(open(OpenOptions { require_encrypted: true, ..Default::default() }), Err(ImageError::NotEncrypted)));
+    assert!(
+        open(OpenOptions {
+            pinned: Some(info.digest),
+            lineage: Some([7; 16]),
+            minimum_serial: Some(3),
+            ..Default::default()
+        })
+        .is_ok()
+    );
+    assert!(matches!(
+        open(OpenOptions { pinned: Some([0; 32]), ..Default::default() }),
+        Err(ImageError::Digest { .. })
+    ));
+    assert!(matches!(
+        open(OpenOptions { lineage: Some([8; 16]), ..Default::default() }),
+        Err(ImageError::Lineage { .. })
+    ));
+    assert!(matches!(
+        open(OpenOptions { minimum_serial: Some(4), ..Default::default() }),
+        Err(ImageError::Serial { .. })
+    ));
+    assert!(matches!(
+        open(OpenOptions { require_encrypted: true, ..Default::default() }),
+        Err(ImageError::NotEncrypted)
+    ));
 }
 
 #[test]
@@ -108,7 +135,10 @@ fn a_signature_is_by_a_trusted_key_over_this_digest() {
     let dir = tempfile::tempdir().unwrap();
     let make = |name: &str| {
         let path = dir.path().join(name);
-        let made = std::process::Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", name, "-f"]).arg(&path).status();
+        let made = std::process::Command::new("ssh-keygen")
+            .args(["-q", "-t", "ed25519", "-N", "", "-C", name, "-f"])
+            .arg(&path)
+            .status();
         assert!(made.unwrap().success());
         SigningKey::from_openssh(&std::fs::read(path).unwrap()).unwrap()
     };
@@ -117,7 +147,9 @@ fn a_signature_is_by_a_trusted_key_over_this_digest() {
     let mut signatures = SignatureFile::default();
     signatures.sign(&info.digest, &good).unwrap();
     let text = signatures.to_bytes().unwrap();
-    let open = |trusted, signatures| Image::open(file.clone(), &OpenOptions { trusted: vec![trusted], signatures, ..Default::default() }).map(|_| ());
+    let open = |trusted, signatures| {
+        Image::open(file.clone(), &OpenOptions { trusted: vec![trusted], signatures, ..Default::default() }).map(|_| ())
+    };
     assert!(open(good.public(), Some(text.clone())).is_ok());
     assert!(matches!(open(other.public(), Some(text.clone())), Err(ImageError::Untrusted { .. })));
     assert!(matches!(open(good.public(), None), Err(ImageError::Untrusted { .. })));

@@ -152,7 +152,8 @@ fn the_independent_implementation_reads_what_the_crate_writes() {
 #[test]
 fn chunks_of_one_key_never_share_a_nonce() {
     let keys = Keys::derive(&[1; 32], &[2; 32], &[3; 64]);
-    let nonces: std::collections::BTreeSet<_> = [0, 1, 2, 255, 256, 65_535, 65_536, (1 << 26) - 1].map(|i| keys.nonce(i)).into();
+    let nonces: std::collections::BTreeSet<_> =
+        [0, 1, 2, 255, 256, 65_535, 65_536, (1 << 26) - 1].map(|i| keys.nonce(i)).into();
     assert_eq!(nonces.len(), 8);
     assert_eq!(keys.nonce(0), keys.base_nonce);
 }

@@ -93,9 +93,9 @@ pub(super) fn run(
         Ok(finished) if finished.outcome == Outcome::Exited(0) => Ok(()),
         Ok(_) => {
             let unknown = tail.unknown_packages();
-            if let Some(name) = unknown.first() {
+            if let Some((name, others)) = unknown.split_first() {
                 let near = super::names::near(&work.root(), name);
-                return Err(BuildError::UnknownPackage { name: name.clone(), near, others: unknown.len() - 1 });
+                return Err(BuildError::UnknownPackage { name: name.clone(), near, others: others.to_vec() });
             }
             if let Some(what) = tail.untrusted() {
                 return Err(BuildError::Untrusted(what));

@@ -126,17 +126,17 @@ pub enum BuildError {
     PackageName(String),
     /// The archives do not have it.
     #[error(
-        "unknown package '{name}': none of the archives has it{}{}",
-        if near.is_empty() { String::new() } else { format!("; did you mean {}?", near.join(", ")) },
-        if *others == 0 { String::new() } else { format!(" ({others} more unknown)") }
+        "unknown package '{name}': none of the archives has it{}{}; correct the name, or add the archive that has it",
+        if near.is_empty() { String::new() } else { format!(" (did you mean {}?)", near.join(", ")) },
+        if others.is_empty() { String::new() } else { format!(", nor '{}'", others.join("', '")) }
     )]
     UnknownPackage {
         /// The first one that is unknown.
         name: String,
         /// Names like it.
         near: Vec<String>,
-        /// How many more are unknown.
-        others: usize,
+        /// The others that are unknown.
+        others: Vec<String>,
     },
     /// The node's files are not there.
     #[error(
@@ -236,7 +236,14 @@ impl Plan {
             }
         }
         services.extend(recipe.services.iter().cloned());
-        Ok(Self { recipe, node_files: options.node_files.clone(), arch, packages, services, keyring: os.keyring.clone() })
+        Ok(Self {
+            recipe,
+            node_files: options.node_files.clone(),
+            arch,
+            packages,
+            services,
+            keyring: os.keyring.clone(),
+        })
     }
 }
 

@@ -131,19 +131,22 @@ impl Tail {
 
     /// An archive whose signature does not check out.
     pub(super) fn untrusted(&self) -> Option<String> {
-        let words = ["is not signed", "NO_PUBKEY", "signatures couldn't be verified", "signatures were invalid", "BADSIG"];
-        self.lines().find(|line| words.iter().any(|word| line.contains(word))).map(|line| {
-            line.trim_start_matches(|c: char| c.is_ascii_uppercase() || c == ':' || c == ' ').to_owned()
-        })
+        let words =
+            ["is not signed", "NO_PUBKEY", "signatures couldn't be verified", "signatures were invalid", "BADSIG"];
+        self.lines()
+            .find(|line| words.iter().any(|word| line.contains(word)))
+            .map(|line| line.trim_start_matches(|c: char| c.is_ascii_uppercase() || c == ':' || c == ' ').to_owned())
     }
 
     /// The line that most likely says what went wrong.
     pub(super) fn reason(&self) -> String {
         let errors = ["E: ", "dpkg: error", "Failed to ", "error: ", "Error: "];
-        let follow_up = ["E: Sub-process", "E: setup failed", "E: mmdebstrap failed", "E: run_", "E: apt-get", "E: env "];
+        let follow_up =
+            ["E: Sub-process", "E: setup failed", "E: mmdebstrap failed", "E: run_", "E: apt-get", "E: env "];
         self.lines()
             .find(|line| {
-                errors.iter().any(|start| line.starts_with(start)) && !follow_up.iter().any(|start| line.starts_with(start))
+                errors.iter().any(|start| line.starts_with(start))
+                    && !follow_up.iter().any(|start| line.starts_with(start))
             })
             .or_else(|| self.0.back().map(String::as_str))
             .unwrap_or("it printed nothing")
@@ -176,7 +179,10 @@ mod tests {
             });
         })
         .unwrap();
-        assert_eq!(seen, ["fetching essential packages", "fetching dash 1/2", "fetching bash 2/2", "setting up dash 1/2"]);
+        assert_eq!(
+            seen,
+            ["fetching essential packages", "fetching dash 1/2", "fetching bash 2/2", "setting up dash 1/2"]
+        );
     }
 
     #[test]
@@ -196,10 +202,15 @@ mod tests {
         assert_eq!(address, "http://127.0.0.1:9/debian/dists/bookworm/InRelease");
         assert!(reason.starts_with("Could not connect"));
 
-        let untrusted = tail("W: GPG error: http://x bookworm InRelease: The following signatures couldn't be verified: NO_PUBKEY 0E98\n");
+        let untrusted = tail(
+            "W: GPG error: http://x bookworm InRelease: The following signatures couldn't be verified: NO_PUBKEY 0E98\n",
+        );
         assert!(untrusted.untrusted().unwrap().contains("NO_PUBKEY"));
 
-        assert_eq!(tail("a\ndpkg: error processing package x\nE: Sub-process returned 1\n").reason(), "dpkg: error processing package x");
+        assert_eq!(
+            tail("a\ndpkg: error processing package x\nE: Sub-process returned 1\n").reason(),
+            "dpkg: error processing package x"
+        );
         assert_eq!(tail("just this\n").reason(), "just this");
         assert_eq!(tail("").reason(), "it printed nothing");
     }

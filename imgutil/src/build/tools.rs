@@ -34,9 +34,8 @@ impl<'a> Tools<'a> {
 
     /// Whether somebody asked the build to end.
     fn interrupted(&self, passed_on: &[Signal]) -> Result<(), BuildError> {
-        let ends = |signal: &Signal| {
-            matches!(signal, Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP | Signal::SIGQUIT)
-        };
+        let ends =
+            |signal: &Signal| matches!(signal, Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP | Signal::SIGQUIT);
         let waiting = self.signals.map(SignalWatch::take).unwrap_or_default();
         match passed_on.iter().chain(&waiting).find(|signal| ends(signal)) {
             Some(signal) => Err(BuildError::Interrupted(*signal)),

@@ -136,7 +136,10 @@ mod tests {
         assert!(!scratch.path().join("y").exists() && !scratch.path().join("outside").exists());
         std::os::unix::fs::symlink("/etc/hostname", root.join("usr/h")).unwrap();
         tree.write_text("/usr/h", "mine").unwrap();
-        assert!(!root.join("usr/h").symlink_metadata().unwrap().is_symlink(), "a link is replaced, not written through");
+        assert!(
+            !root.join("usr/h").symlink_metadata().unwrap().is_symlink(),
+            "a link is replaced, not written through"
+        );
         tree.remove("/usr/h").unwrap();
         tree.remove("/usr/h").unwrap();
         assert_eq!(tree.list("/usr").unwrap(), ["lib", "up"]);

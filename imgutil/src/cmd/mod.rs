@@ -21,7 +21,21 @@ pub fn error_line(error: &anyhow::Error) -> String {
             line.push_str(&text);
         }
     }
+    if error.chain().any(is_full_disk) {
+        line.push_str("; make room there, or choose another place");
+    }
     printable(&line)
+}
+
+/// Whether a cause is a file system without room.
+fn is_full_disk(cause: &(dyn std::error::Error + 'static)) -> bool {
+    use std::io::ErrorKind;
+    let kind = match (cause.downcast_ref::<std::io::Error>(), cause.downcast_ref::<rustix::io::Errno>()) {
+        (Some(error), _) => error.kind(),
+        (None, Some(error)) => error.kind(),
+        (None, None) => return false,
+    };
+    matches!(kind, ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
 }
 
 /// Text with its control characters escaped.
@@ -39,11 +53,26 @@ pub(crate) fn printable(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use anyhow::anyhow;
+    use anyhow::{Context as _, anyhow};
+    use std::io;
 
     #[test]
     fn errors_are_one_line_without_repetition() {
         let error = anyhow!("No space left").context("writing: No space left").context("cannot pack 'a\nb\u{1b}[31m'");
         assert_eq!(super::error_line(&error), "cannot pack 'a\\nb\\u{1b}[31m': writing: No space left");
+    }
+
+    #[test]
+    fn a_full_disk_says_what_to_do() {
+        for error in [
+            Err::<(), _>(io::Error::from_raw_os_error(28)).context("cannot write 'a'").unwrap_err(),
+            Err::<(), _>(rustix::io::Errno::NOSPC).context("cannot write 'a'").unwrap_err(),
+        ] {
+            let line = super::error_line(&error);
+            assert!(line.starts_with("cannot write 'a': No space left on device"), "{line}");
+            assert!(line.ends_with("; make room there, or choose another place"), "{line}");
+        }
+        let other = Err::<(), _>(io::Error::from_raw_os_error(2)).context("cannot write 'a'").unwrap_err();
+        assert!(!super::error_line(&other).contains("room"));
     }
 }

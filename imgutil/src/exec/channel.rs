@@ -32,8 +32,7 @@ pub(super) struct Channel(OwnedFd);
 impl Channel {
     /// Both ends; messages keep their borders.
     pub(super) fn pair() -> io::Result<(Self, Self)> {
-        let (one, other) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        let (one, other) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         Ok((Self(one), Self(other)))
     }
 
@@ -75,8 +74,7 @@ impl Channel {
         let mut space = nix::cmsg_space!(i32);
         let (length, fd) = {
             let mut parts = [IoSliceMut::new(&mut buffer)];
-            let received =
-                recvmsg::<()>(self.0.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+            let received = recvmsg::<()>(self.0.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
             let mut fd = None;
             for control in received.cmsgs()? {
                 if let ControlMessageOwned::ScmRights(fds) = control {

@@ -49,7 +49,9 @@ impl Prepared {
         let candidates = if name.as_bytes().contains(&b'/') {
             vec![c_string(name)?]
         } else {
-            PATH.split(':').map(|directory| c_string(Path::new(directory).join(name).as_os_str())).collect::<Result<_, _>>()?
+            PATH.split(':')
+                .map(|directory| c_string(Path::new(directory).join(name).as_os_str()))
+                .collect::<Result<_, _>>()?
         };
         Ok(Self {
             arguments: command.iter().map(|argument| c_string(argument)).collect::<Result<_, _>>()?,
@@ -128,9 +130,14 @@ fn environment(options: &Options) -> Result<Vec<CString>, CommandError> {
         all.retain(|(existing, _)| existing != name);
         all.push((name.into(), value.to_owned()));
     };
-    for (name, value) in
-        [("PATH", PATH), ("HOME", "/root"), ("USER", "root"), ("LOGNAME", "root"), ("SHELL", "/bin/sh"), ("LANG", "C.UTF-8")]
-    {
+    for (name, value) in [
+        ("PATH", PATH),
+        ("HOME", "/root"),
+        ("USER", "root"),
+        ("LOGNAME", "root"),
+        ("SHELL", "/bin/sh"),
+        ("LANG", "C.UTF-8"),
+    ] {
         set(name, value.as_ref());
     }
     for name in PASSED_ON {

@@ -56,9 +56,7 @@ pub(super) fn run(plan: &Plan<'_>, channel: &Channel) -> u8 {
 
 /// Whether nobody else uses the places in the tree: another `exec` in the same tree takes them away when it ends.
 fn last_in_tree(plan: &Plan<'_>) -> bool {
-    plan.lock.is_none_or(|lock| {
-        rustix::fs::flock(lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok()
-    })
+    plan.lock.is_none_or(|lock| rustix::fs::flock(lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok())
 }
 
 /// From the first step to the command's end; `None` if `imgutil` ended before.

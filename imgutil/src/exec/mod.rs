@@ -193,8 +193,12 @@ pub fn run(options: &Options, signals: Option<&SignalWatch>) -> Result<Finished,
 
 /// A host name from a directory's name: letters, digits and hyphens, 63 at most.
 fn host_name(text: &str) -> String {
-    let name: String =
-        text.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).skip_while(|c| *c == '-').take(63).collect();
+    let name: String = text
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
+        .skip_while(|c| *c == '-')
+        .take(63)
+        .collect();
     let name = name.trim_end_matches('-');
     if name.is_empty() { "image".to_owned() } else { name.to_owned() }
 }

@@ -113,9 +113,7 @@ pub(super) fn top_directory(root: BorrowedFd<'_>, name: &str) -> Result<(OwnedFd
     };
     match file_type(fd.as_fd()).during("look at", name)? {
         FileType::Directory => Ok((fd, made)),
-        FileType::Symlink => {
-            Err(MountError::NotADirectory { path: name.to_owned(), found: "a symbolic link" })
-        }
+        FileType::Symlink => Err(MountError::NotADirectory { path: name.to_owned(), found: "a symbolic link" }),
         _ => Err(MountError::NotADirectory { path: name.to_owned(), found: "a file" }),
     }
 }

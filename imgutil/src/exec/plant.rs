@@ -2,8 +2,10 @@
 //! start, places for binds. They are mounts; what had to be made in the tree to carry them is taken away at the end.
 
 use super::mounts::{Detached, During, MountError, open_below, tmpfs};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, fstat, mkdirat, openat, readlinkat, statat,
-    unlinkat, utimensat};
+use rustix::fs::{
+    AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, fstat, mkdirat, openat, readlinkat,
+    statat, unlinkat, utimensat,
+};
 use rustix::mount::{MountAttrFlags, UnmountFlags};
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Write};
@@ -44,8 +46,9 @@ impl Sources {
         let store = tmpfs("755", "1m", MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV)?;
         store.attach(scratch).during("mount", "/run")?;
         let make = |name: &str, mode, content: &[u8]| -> Result<Detached, MountError> {
-            let file = openat(store.fd(), name, OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC, Mode::from_raw_mode(mode))
-                .during("make", name)?;
+            let file =
+                openat(store.fd(), name, OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC, Mode::from_raw_mode(mode))
+                    .during("make", name)?;
             std::fs::File::from(file).write_all(content).during("write", name)?;
             let mount = Detached::copy_of(store.fd(), Path::new(name), false)?;
             mount.restrict(MountAttrFlags::MOUNT_ATTR_RDONLY, false).during("make read-only", name)?;
@@ -103,7 +106,12 @@ pub(super) struct Planted {
 
 impl Planted {
     /// Remembers a directory that was made.
-    pub(super) fn made_directory(&mut self, parent: BorrowedFd<'_>, name: &str, path: PathBuf) -> Result<(), MountError> {
+    pub(super) fn made_directory(
+        &mut self,
+        parent: BorrowedFd<'_>,
+        name: &str,
+        path: PathBuf,
+    ) -> Result<(), MountError> {
         let parent = parent.try_clone_to_owned().during("keep", &path)?;
         self.made.push(Made { parent, name: name.into(), path, directory: true, times: None });
         Ok(())
@@ -128,7 +136,13 @@ impl Planted {
                         if stat.st_size == 0 && stat.st_mode & 0o7777 == STUB_MODE {
                             // Left by a run that was killed together with its PID 1.
                             let name = name.to_owned();
-                            self.made.push(Made { parent: directory, name, path: shown, directory: false, times: None });
+                            self.made.push(Made {
+                                parent: directory,
+                                name,
+                                path: shown,
+                                directory: false,
+                                times: None,
+                            });
                         }
                         return Ok(Some(place));
                     }
@@ -157,9 +171,7 @@ impl Planted {
             Err(error) if error.kind() == io::ErrorKind::NotADirectory => return Ok(None),
             Err(error) => return Err(error).during("open", shown),
         }
-        let plain = without_dots(path);
-        let inside = plain.strip_prefix("run").or_else(|_| plain.strip_prefix("var/run"));
-        let Ok(inside) = inside else { return Ok(None) };
+        let Some(inside) = below_run(path) else { return Ok(None) };
         let mut at = open_below(root, Path::new("run"), OFlags::DIRECTORY).during("open", "/run")?;
         for part in inside.components() {
             match mkdirat(&at, part.as_os_str(), Mode::from_raw_mode(0o755)) {
@@ -193,11 +205,15 @@ impl Planted {
     }
 
     /// Finds or makes, with the directories above it, the place at the absolute path `target` for a mount of `kind`.
-    pub(super) fn make_place(&mut self, root: BorrowedFd<'_>, target: &Path, kind: FileType) -> Result<OwnedFd, MountError> {
+    pub(super) fn make_place(
+        &mut self,
+        root: BorrowedFd<'_>,
+        target: &Path,
+        kind: FileType,
+    ) -> Result<OwnedFd, MountError> {
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        let open = |path: &Path| {
-            rustix::fs::openat2(root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)
-        };
+        let open =
+            |path: &Path| rustix::fs::openat2(root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve);
         let parts: Vec<_> = target.components().filter(|part| matches!(part, Component::Normal(_))).collect();
         let mut parent = open(Path::new(".")).during("open", "/")?;
         let mut path = PathBuf::new();
@@ -228,7 +244,9 @@ impl Planted {
         while let Some(made) = self.made.pop() {
             match take_away(&made) {
                 Ok(()) => {}
-                Err(error) => self.warnings.push(format!("cannot remove {} from the image: {error}", made.path.display())),
+                Err(error) => {
+                    self.warnings.push(format!("cannot remove {} from the image: {error}", made.path.display()))
+                }
             }
         }
     }
@@ -281,17 +299,41 @@ fn stat_of(directory: BorrowedFd<'_>, name: impl rustix::path::Arg) -> io::Resul
     }
 }
 
-/// `a/../b` → `b`: only for paths of which it is already known that they do not exist.
-fn without_dots(path: &Path) -> PathBuf {
+/// The part of `path` below `/run` (or `/var/run`, its other name), where directories may be made. `None` outside of it, and
+/// for a path that goes up again below it: through a directory that does not exist no program would find its way.
+fn below_run(path: &Path) -> Option<PathBuf> {
     let mut plain = PathBuf::new();
     for part in path.components() {
         match part {
             Component::Normal(name) => plain.push(name),
+            Component::ParentDir if plain.starts_with("run") || plain.starts_with("var/run") => return None,
             Component::ParentDir => {
                 plain.pop();
             }
             Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
         }
     }
-    plain
+    let inside = plain.strip_prefix("run").or_else(|_| plain.strip_prefix("var/run")).ok()?;
+    Some(inside.to_path_buf())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directories_are_made_below_run_only() {
+        for (path, inside) in [
+            ("etc/../run/systemd/resolve", Some("systemd/resolve")),
+            ("run", Some("")),
+            ("var/run/a", Some("a")),
+            ("etc/../../run/a", Some("a")),
+            ("run/a/../b", None),
+            ("run/../etc/a", None),
+            ("etc/a", None),
+            ("var/runner", None),
+        ] {
+            assert_eq!(below_run(Path::new(path)), inside.map(PathBuf::from), "{path}");
+        }
+    }
 }

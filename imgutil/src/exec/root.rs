@@ -1,9 +1,9 @@
 //! The image as `/`: namespaces, pivot_root, and the filesystems the kernel provides.
 
+use super::Options;
 use super::dev::{self, Terminal};
 use super::mounts::{Detached, During, MountError, file_type, open_below, tmpfs, top_directory};
 use super::plant::{Planted, Sources};
-use super::Options;
 use nix::mount::{MntFlags, MsFlags};
 use nix::sched::CloneFlags;
 use rustix::fs::{Dir, FileType, Mode, OFlags};
@@ -109,10 +109,8 @@ fn take_bind(bind: &super::Bind) -> Result<Detached, MountError> {
     let kind = file_type(mount.fd()).during("look at", &bind.source)?;
     let mut attributes = MountAttrFlags::empty();
     // A device that is named itself is meant to be used.
-    attributes.set(
-        MountAttrFlags::MOUNT_ATTR_NODEV,
-        !matches!(kind, FileType::CharacterDevice | FileType::BlockDevice),
-    );
+    attributes
+        .set(MountAttrFlags::MOUNT_ATTR_NODEV, !matches!(kind, FileType::CharacterDevice | FileType::BlockDevice));
     attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, !bind.writable);
     mount.restrict(attributes, true).during("set the attributes of the bind mount of", &bind.source)?;
     Ok(mount)
@@ -137,8 +135,9 @@ fn proc_filesystem() -> Result<Detached, MountError> {
 fn mount_proc(place: BorrowedFd<'_>) -> Result<(), MountError> {
     let proc = proc_filesystem()?;
     proc.attach(place).during("mount", "/proc")?;
-    let listing = rustix::fs::openat(proc.fd(), ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .during("read", "/proc")?;
+    let listing =
+        rustix::fs::openat(proc.fd(), ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .during("read", "/proc")?;
     for entry in Dir::new(listing).during("read", "/proc")? {
         let entry = entry.during("read", "/proc")?;
         let Ok(name) = entry.file_name().to_str() else { continue };
@@ -147,7 +146,8 @@ fn mount_proc(place: BorrowedFd<'_>) -> Result<(), MountError> {
             continue;
         }
         let path = Path::new("/proc").join(name);
-        let stat = rustix::fs::statat(proc.fd(), name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).during("look at", &path)?;
+        let stat =
+            rustix::fs::statat(proc.fd(), name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).during("look at", &path)?;
         let directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
         if !directory && stat.st_mode & 0o222 == 0 {
             continue;

@@ -9,12 +9,16 @@ use super::signals::SignalWatch;
 use super::{ExecError, Finished, Options, Outcome, Root, sys};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::CloneFlags;
-use nix::sys::signal::{SigSet, Signal, SigmaskHow, kill, pthread_sigmask};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, pthread_sigmask};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// So long a command waits for another that is about to leave the tree.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Starts the command and stays until it and all it left running have ended.
 ///
@@ -68,8 +72,18 @@ impl Drop for Blocked {
 fn lock(tree: &Path) -> Result<OwnedFd, ExecError> {
     let fd = rustix::fs::open(tree, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|error| ExecError::Tree { path: tree.to_path_buf(), source: error.into() })?;
-    rustix::fs::flock(&fd, FlockOperation::NonBlockingLockShared).map_err(|_| ExecError::Busy(tree.to_path_buf()))?;
-    Ok(fd)
+    // A command that ends holds the tree alone while it takes its places away: that passes.
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match rustix::fs::flock(&fd, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => return Ok(fd),
+            Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(ExecError::Busy(tree.to_path_buf())),
+            Err(error) => return Err(ExecError::Start("lock the tree", error.into())),
+        }
+    }
 }
 
 /// What PID 1 has said so far.
@@ -96,12 +110,7 @@ impl Heard {
 }
 
 /// Relays until PID 1 has closed its end.
-fn follow(
-    options: &Options,
-    signals: Option<&SignalWatch>,
-    channel: &Channel,
-    child: Pid,
-) -> Result<Heard, ExecError> {
+fn follow(options: &Options, signals: Option<&SignalWatch>, channel: &Channel, child: Pid) -> Result<Heard, ExecError> {
     let mut heard = Heard::default();
     let mut relay: Option<Relay> = None;
     let mut raw = None;

@@ -33,22 +33,82 @@ pub fn text(bytes: &[u8]) -> String {
 
 /// A minimal Debian 12 tree that no test may change.
 pub fn minimal_tree() -> PathBuf {
+    cached("minimal", |tree| {
+        let output = imgutil().args(["build", "--minimal"]).arg(tree).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    })
+}
+
+/// Programs of the small tree.
+const PROGRAMS: &str = "bash cat chmod chown chroot date dmesg dpkg env false grep head hostname id ls mknod mount nohup nsenter \
+    readlink rm setsid sh sleep touch true umount unshare";
+
+/// The programs above with their libraries and little else, taken out of the minimal tree: a copy costs a few files instead of
+/// thousands.
+fn small_tree() -> PathBuf {
+    let minimal = minimal_tree();
+    cached("small", |tree| {
+        let new = tree.with_extension("new");
+        drop(std::fs::remove_dir_all(&new));
+        for directory in [
+            "usr/bin",
+            "usr/sbin",
+            "usr/lib",
+            "usr/lib64",
+            "etc",
+            "root",
+            "tmp",
+            "mnt",
+            "media",
+            "proc",
+            "sys",
+            "run",
+            "dev",
+            "var",
+        ] {
+            std::fs::create_dir_all(new.join(directory)).unwrap();
+        }
+        for name in ["bin", "sbin", "lib", "lib64"] {
+            std::os::unix::fs::symlink(format!("usr/{name}"), new.join(name)).unwrap();
+        }
+        std::os::unix::fs::symlink("/run", new.join("var/run")).unwrap();
+        let script = format!(
+            "cd /; for name in {PROGRAMS}; do file=$(type -P $name); echo $file; ldd $file | grep -o '/[^ ]*' || true; done \
+             | sort -u | sed s,^/,, | tar -chf - etc/passwd etc/group etc/resolv.conf -T -"
+        );
+        let packed = exec(&minimal, &["bash", "-ec", &script]);
+        assert!(packed.status.success(), "{}", text(&packed.stderr));
+        let mut unpack = Command::new("tar").args(["-xf", "-", "-C"]).arg(&new).stdin(Stdio::piped()).spawn().unwrap();
+        std::io::Write::write_all(&mut unpack.stdin.take().unwrap(), &packed.stdout).unwrap();
+        assert!(unpack.wait().unwrap().success());
+        std::fs::rename(new, tree).unwrap();
+    })
+}
+
+/// A tree that is made once and kept under `target`; two test programs may come here at once.
+fn cached(name: &str, make: impl FnOnce(&Path)) -> PathBuf {
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("trees");
     std::fs::create_dir_all(&directory).unwrap();
-    // Two test programs may come here at once.
-    let lock = File::create(directory.join("minimal.lock")).unwrap();
+    let lock = File::create(directory.join(format!("{name}.lock"))).unwrap();
     lock.lock().unwrap();
-    let tree = directory.join("minimal");
+    let tree = directory.join(name);
     if !tree.exists() {
-        let output = imgutil().args(["build", "--minimal"]).arg(&tree).output().unwrap();
-        assert!(output.status.success(), "{}", text(&output.stderr));
+        make(&tree);
     }
     tree
 }
 
-/// A copy of the minimal tree, to be changed; removed with the returned directory.
+/// A copy of the small tree, to be changed; removed with the returned directory.
 pub fn own_tree() -> (tempfile::TempDir, PathBuf) {
-    let source = minimal_tree();
+    copy_of(&small_tree())
+}
+
+/// A copy of the minimal tree, in which packages can be installed.
+pub fn own_debian() -> (tempfile::TempDir, PathBuf) {
+    copy_of(&minimal_tree())
+}
+
+fn copy_of(source: &Path) -> (tempfile::TempDir, PathBuf) {
     let scratch = scratch();
     let tree = scratch.path().join("image");
     let copied = Command::new("cp").args(["-a", "--reflink=auto"]).arg(source).arg(&tree).status().unwrap();
@@ -76,10 +136,21 @@ pub fn processes(mark: &str) -> Vec<u32> {
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
         .filter(|pid| *pid != own)
-        .filter(|pid| {
-            std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| text(&line).contains(mark))
-        })
+        .filter(|pid| std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| text(&line).contains(mark)))
         .collect()
+}
+
+/// Ids of processes that have the tree as their root.
+pub fn processes_in(tree: &Path) -> Vec<u32> {
+    use std::os::unix::fs::MetadataExt as _;
+    let root = tree.metadata().unwrap();
+    let entries = std::fs::read_dir("/proc").unwrap().flatten();
+    let ids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    ids.filter(|pid| {
+        std::fs::metadata(format!("/proc/{pid}/root/"))
+            .is_ok_and(|seen| (seen.dev(), seen.ino()) == (root.dev(), root.ino()))
+    })
+    .collect()
 }
 
 /// Waits until `done`; fails with `what` after half a minute.
@@ -93,11 +164,7 @@ pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 
 /// Everything about every file of a tree but contents and access times.
 pub fn listing(tree: &Path) -> BTreeSet<String> {
-    let output = Command::new("find")
-        .arg(tree)
-        .args(["-printf", "%P %y %m %U:%G %s %T@ %l %n\\n"])
-        .output()
-        .unwrap();
+    let output = Command::new("find").arg(tree).args(["-printf", "%P %y %m %U:%G %s %T@ %l %n\\n"]).output().unwrap();
     assert!(output.status.success());
     text(&output.stdout).lines().map(str::to_owned).collect()
 }

@@ -228,9 +228,7 @@ fn open(key: &[u8; 32], nonce: &[u8; 12], sealed: &[u8]) -> Option<Vec<u8>> {
 /// Reads an image by the offsets of its header; believes everything but tags.
 pub fn read(file: &[u8], dek: Option<&[u8; 32]>) -> (Vec<u8>, Vec<u8>, Vec<u8>) {
     let number = |at: usize| usize::try_from(u64::from_le_bytes(file[at..at + 8].try_into().unwrap())).unwrap();
-    let keys = dek.map(|dek| {
-        Keys::derive(dek, file[160..192].try_into().unwrap(), file[..64].try_into().unwrap())
-    });
+    let keys = dek.map(|dek| Keys::derive(dek, file[160..192].try_into().unwrap(), file[..64].try_into().unwrap()));
     if let Some(keys) = &keys {
         assert_eq!(keys.header_mac(&file[..320])[..], file[320..352]);
     }
