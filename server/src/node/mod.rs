@@ -68,13 +68,10 @@ async fn bounded(Extension(connection): Extension<Connection>, request: Request,
     if !matches!(connection.peer, Peer::Tls { exporter: Some(_), .. }) {
         return Failure(Problem::new(Code::Forbidden, "the node API wants TLS 1.3")).into_response();
     }
-    match tokio::time::timeout(TIMEOUT, next.run(request)).await {
-        Ok(response) => response,
-        Err(_) => {
-            let detail = format!("the call was not done within {} s", TIMEOUT.as_secs());
-            Failure(Problem { status: 408, code: Code::BadRequest, detail }).into_response()
-        }
-    }
+    tokio::time::timeout(TIMEOUT, next.run(request)).await.unwrap_or_else(|_| {
+        let detail = format!("the call was not done within {} s", TIMEOUT.as_secs());
+        Failure(Problem { status: 408, code: Code::BadRequest, detail }).into_response()
+    })
 }
 
 /// What a connection proves by itself: the session key of its client certificate, and the exporter of its handshake.
