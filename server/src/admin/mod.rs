@@ -42,7 +42,7 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/admin/v1/profiles/{name}/publish", post(content::publish))
         .route("/admin/v1/profiles/{name}/boot", get(content::boot_files))
         .route("/admin/v1/tokens", post(create_token))
-        .layer(axum::middleware::from_fn_with_state(member.clone(), authorize))
+        .route_layer(axum::middleware::from_fn_with_state(member.clone(), authorize))
 }
 
 /// Who may ask: root, the member's own user and the configured ones on the socket; the holder of a token over TLS 1.3. Changes are

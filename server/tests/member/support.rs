@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// Nobody's uid.
-const UID: u32 = 61_235;
+pub(crate) const UID: u32 = 61_235;
 const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A member in a folder of its own.
