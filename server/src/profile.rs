@@ -161,7 +161,7 @@ fn read_tree(dir: &Path, prefix: &str, out: &mut Vec<Source>) -> Result<(), Prob
         let name = entry
             .file_name()
             .into_string()
-            .map_err(|name| bad(format!("'{}': the name {name:?} is not UTF-8", dir.display())))?;
+            .map_err(|name| bad(format!("'{}': the name '{}' is not UTF-8", dir.display(), name.display())))?;
         if name.starts_with('.') || name.ends_with('~') {
             continue;
         }
@@ -223,7 +223,11 @@ fn manifest(member: &Member, view: &Snapshot, name: &ProfileName) -> Result<Mani
         .ok_or_else(|| bad(format!("'{}/profile.yaml' is missing", dir.display())))?;
     let text = std::str::from_utf8(&settings.bytes).map_err(|_| bad("profile.yaml is not UTF-8"))?;
     let settings: Settings = serde_saphyr::from_str(text).map_err(|error| {
-        bad(format!("'{}/profile.yaml': {}", dir.display(), error.to_string().lines().next().unwrap_or_default()))
+        bad(format!(
+            "'{}/profile.yaml': {}",
+            dir.display(),
+            error.to_string().lines().next().unwrap_or_default().trim_start_matches("error: ")
+        ))
     })?;
     if !(1..=400).contains(&settings.overlay.size_percent) {
         return Err(bad(format!("profile.yaml: overlay.size_percent is {}: 1 to 400", settings.overlay.size_percent)));

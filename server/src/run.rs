@@ -5,8 +5,10 @@ use crate::config::Config;
 use crate::state::{self, Member};
 use crate::{listener, router};
 use anyhow::{Context as _, bail};
+use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Uid, User, geteuid, setgroups, setresgid, setresuid};
 use std::fmt::Write as _;
+use std::io::IsTerminal as _;
 use std::net::IpAddr;
 use std::os::unix::fs::{MetadataExt as _, chown};
 use std::path::Path;
@@ -28,7 +30,13 @@ pub fn main(cli: Cli) -> anyhow::Result<()> {
     // A core dump would hold every key of the site.
     nix::sys::prctl::set_dumpable(false).context("switching core dumps off")?;
     let filter = tracing_subscriber::EnvFilter::try_from_env("MOORD_LOG").unwrap_or_else(|_| "info".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(colours)
+        .with_target(false)
+        .init();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting")?;
     match cli.command {
         Command::Init { config, addresses, name } => runtime.block_on(init(&config, addresses, name)),
@@ -62,6 +70,7 @@ async fn init(path: &Path, addresses: Vec<String>, name: Option<String>) -> anyh
         config.name = name;
     }
     become_owner(&config.state_dir)?;
+    private_files();
     let site = state::init(&config, addresses).await?;
     println!("collective {} ({}), member {}", site.name, site.collective, site.member);
     println!("reached at {}; start it with `moord run --config {}`", config.urls.join(", "), path.display());
@@ -97,21 +106,20 @@ fn become_owner(state: &Path) -> anyhow::Result<()> {
         return Ok(());
     }
     let owner = std::fs::metadata(state).ok().map(|meta| (meta.uid(), meta.gid())).filter(|(uid, _)| *uid != 0);
-    let (uid, gid) = match owner {
-        Some((uid, gid)) => (Uid::from_raw(uid), Gid::from_raw(gid)),
-        None => {
-            let user = User::from_name(USER).context("looking the user up")?;
-            let Some(user) = user else {
-                bail!(
-                    "moord does not run as root, and there is no user '{USER}': `install -d -o USER {}`, and try again",
-                    state.display()
-                );
-            };
-            std::fs::create_dir_all(state).with_context(|| format!("making '{}'", state.display()))?;
-            chown(state, Some(user.uid.as_raw()), Some(user.gid.as_raw()))
-                .with_context(|| format!("giving '{}' to {USER}", state.display()))?;
-            (user.uid, user.gid)
-        }
+    let (uid, gid) = if let Some((uid, gid)) = owner {
+        (Uid::from_raw(uid), Gid::from_raw(gid))
+    } else {
+        let user = User::from_name(USER).context("looking the user up")?;
+        let Some(user) = user else {
+            bail!(
+                "moord does not run as root, and there is no user '{USER}': `install -d -o USER {}`, and try again",
+                state.display()
+            );
+        };
+        std::fs::create_dir_all(state).with_context(|| format!("making '{}'", state.display()))?;
+        chown(state, Some(user.uid.as_raw()), Some(user.gid.as_raw()))
+            .with_context(|| format!("giving '{}' to {USER}", state.display()))?;
+        (user.uid, user.gid)
     };
     setgroups(&[gid]).context("dropping groups")?;
     setresgid(gid, gid, gid).context("changing the group")?;
@@ -120,7 +128,13 @@ fn become_owner(state: &Path) -> anyhow::Result<()> {
     nix::sys::prctl::set_dumpable(false).context("switching core dumps off")
 }
 
+/// The database makes its own files, with whatever mode the mask leaves.
+fn private_files() {
+    umask(Mode::from_bits_truncate(0o077));
+}
+
 async fn run(config: Config) -> anyhow::Result<()> {
+    private_files();
     let stop = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate()).context("waiting for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("waiting for SIGINT")?;

@@ -83,16 +83,25 @@ async fn create_token(client: &mut AdminClient, name: String, out: &Path, hours:
         .with_context(|| format!("creating '{}'", out.display()))?;
     let made = client.create_token(&TokenRequest { name, lifetime: hours.saturating_mul(3600) }).await;
     let written = match made {
-        Ok(made) => file
-            .write_all(format!("{}\n", made.token).as_bytes())
-            .and_then(|()| file.sync_all())
-            .map_err(anyhow::Error::from),
+        Ok(made) => {
+            let line = zeroize::Zeroizing::new(format!("{}\n", made.token));
+            file.write_all(line.as_bytes())
+                .and_then(|()| file.sync_all())
+                .map(|()| made.expires)
+                .map_err(anyhow::Error::from)
+        }
         Err(error) => Err(error.into()),
     };
-    if let Err(error) = written {
-        // The empty file is of no use; the error of the call is what matters.
-        let _ = std::fs::remove_file(out);
-        return Err(error.context("making a token"));
+    match written {
+        Ok(expires) => {
+            let until = output::time_ms(expires.saturating_mul(1000));
+            output::line(format_args!("the token is in '{}', good until {until}", out.display()))?;
+        }
+        Err(error) => {
+            // The empty file is of no use; the error of the call is what matters.
+            let _ = std::fs::remove_file(out);
+            return Err(error.context("making a token"));
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

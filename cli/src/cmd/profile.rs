@@ -30,7 +30,7 @@ pub(crate) async fn run(client: &mut AdminClient, command: Profile, json: bool) 
                         output::time_ms(profile.published.saturating_mul(1000))
                     ))?,
                     None => {
-                        output::line(format_args!("{}: never published: `moor profile publish {0}`", profile.name))?
+                        output::line(format_args!("{}: never published: `moor profile publish {0}`", profile.name))?;
                     }
                 }
             }

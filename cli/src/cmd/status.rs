@@ -6,6 +6,7 @@ use moor_api::admin::StatusEvent;
 use moor_api::client::admin::AdminClient;
 use moor_api::ids::NodeName;
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::process::ExitCode;
 
 pub(crate) async fn run(client: &mut AdminClient, args: &Status, json: bool) -> anyhow::Result<ExitCode> {
@@ -44,7 +45,8 @@ fn describe(event: &StatusEvent) -> String {
         text.push_str(&event.detail);
     }
     if event.uptime_ms > 0 {
-        text.push_str(&format!(" [{}.{:03} s]", event.uptime_ms / 1000, event.uptime_ms % 1000));
+        // Writing to a string cannot fail.
+        let _ = write!(text, " [{}.{:03} s]", event.uptime_ms / 1000, event.uptime_ms % 1000);
     }
     for (name, value) in &event.figures {
         let shown = if name.contains("bytes") || name.contains("size") || name.contains("memory") {
@@ -52,7 +54,7 @@ fn describe(event: &StatusEvent) -> String {
         } else {
             value.to_string()
         };
-        text.push_str(&format!(" {name}={shown}"));
+        let _ = write!(text, " {name}={shown}");
     }
     text
 }

@@ -13,7 +13,7 @@ pub(crate) async fn run(client: &mut AdminClient, subject: &str, json: bool) -> 
     let name = why.node.as_ref().map_or(why.subject.as_str(), |node| node.as_str());
     match &why.state {
         Some(state) if state.detail.is_empty() => {
-            output::line(format_args!("{name}: {} since {}", state.state, output::time_ms(state.time_ms)))?
+            output::line(format_args!("{name}: {} since {}", state.state, output::time_ms(state.time_ms)))?;
         }
         Some(state) => {
             output::line(format_args!(

@@ -15,7 +15,7 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post, put};
 use axum::{Extension, Json, Router};
 use bytes::Bytes;
-use http::header;
+use http::{Method, header};
 use moor_api::admin::{SiteInfo, TokenCreated, TokenRequest};
 use moor_api::problem::{Code, Problem};
 use std::sync::Arc;
@@ -42,48 +42,55 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/admin/v1/profiles/{name}/publish", post(content::publish))
         .route("/admin/v1/profiles/{name}/boot", get(content::boot_files))
         .route("/admin/v1/tokens", post(create_token))
-        .layer(axum::middleware::from_fn_with_state(member.clone(), authorize))
+        .route_layer(axum::middleware::from_fn_with_state(member.clone(), authorize))
 }
 
-/// Who may ask: root, the member's own user and the configured ones on the socket; the holder of a token over TLS 1.3.
+/// Who may ask: root, the member's own user and the configured ones on the socket; the holder of a token over TLS 1.3. Changes are
+/// audited before they are made.
 async fn authorize(
     State(member): State<Arc<Member>>,
     Extension(connection): Extension<Connection>,
     request: Request,
     next: Next,
 ) -> Response {
-    let refused = |detail: String| Failure(Problem::new(Code::Forbidden, detail)).into_response();
-    match &connection.peer {
-        Peer::Socket { uid } => {
-            if *uid != 0 && *uid != nix::unistd::getuid().as_raw() && !member.config.admin_uids.contains(uid) {
-                return refused(format!(
-                    "user id {uid} may not administer this collective: root may, or list it in 'admin_uids' of moord.toml"
-                ));
-            }
-        }
-        Peer::Tls { exporter, .. } => {
-            if exporter.is_none() {
-                return refused("the admin API wants TLS 1.3".into());
-            }
-            let token = request
-                .headers()
-                .get(header::AUTHORIZATION)
-                .and_then(|value| value.to_str().ok())
-                .and_then(|value| value.strip_prefix("Bearer "));
-            match token.map(|token| token_holder(&member, token)) {
-                Some(Ok(Some(name))) => tracing::info!("{} {} by {name}", request.method(), request.uri().path()),
-                Some(Err(failure)) => return failure.into_response(),
-                _ => {
-                    return Failure(Problem::new(
-                        Code::TokenInvalid,
-                        "no valid administrator's token: `moor token create` on a member makes one",
-                    ))
-                    .into_response();
-                }
-            }
+    let token = request
+        .headers()
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.to_str().ok())
+        .and_then(|value| value.strip_prefix("Bearer "));
+    let who = match administrator(&member, &connection.peer, token) {
+        Ok(who) => who,
+        Err(failure) => return failure.into_response(),
+    };
+    if request.method() != Method::GET {
+        let call = format!("{} {}", request.method(), request.uri().path());
+        tracing::info!("{call} by {who}");
+        if let Err(problem) = member.audit("admin", serde_json::json!({ "by": who, "call": call })).await {
+            return Failure(problem).into_response();
         }
     }
     next.run(request).await
+}
+
+/// The name of an administrator, for the audit log.
+fn administrator(member: &Member, peer: &Peer, token: Option<&str>) -> Result<String, Failure> {
+    match peer {
+        Peer::Socket { uid } => {
+            if *uid == 0 || *uid == nix::unistd::getuid().as_raw() || member.config.admin_uids.contains(uid) {
+                return Ok(format!("uid {uid}"));
+            }
+            let detail = format!(
+                "user id {uid} may not administer this collective: root may, or list it in 'admin_uids' of moord.toml"
+            );
+            Err(Problem::new(Code::Forbidden, detail).into())
+        }
+        Peer::Tls { exporter: None, .. } => Err(Problem::new(Code::Forbidden, "the admin API wants TLS 1.3").into()),
+        Peer::Tls { .. } => {
+            let holder = token.map(|token| token_holder(member, token)).transpose()?.flatten();
+            let detail = "no valid administrator's token: `moor token create` on a member makes one";
+            holder.ok_or_else(|| Problem::new(Code::TokenInvalid, detail).into())
+        }
+    }
 }
 
 fn hash_of(token: &str) -> String {

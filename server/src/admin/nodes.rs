@@ -112,25 +112,32 @@ fn check(set: &BTreeMap<String, String>) -> Result<(), Problem> {
     set.iter().try_for_each(|(name, value)| attributes::validate(name, value))
 }
 
-/// Splits values into plain and sealed ones.
-fn split(
-    member: &Member,
-    id: NodeId,
-    set: &BTreeMap<String, String>,
-) -> Result<(BTreeMap<String, String>, BTreeMap<String, crate::secrets::SealedSecret>), Failure> {
-    let (mut plain, mut secret) = (BTreeMap::new(), BTreeMap::new());
-    for (name, value) in set {
-        if attributes::is_secret(name) {
-            let id = id.to_string();
-            secret.insert(
-                name.clone(),
-                member.secrets.seal(Place { table: "nodes", id: &id, field: name }, value.as_bytes())?,
+/// What a machine is known by belongs to one node.
+fn check_single<'a>(count: usize, mut names: impl Iterator<Item = &'a String>) -> Result<(), Problem> {
+    match names.find(|name| *name == "id.uuid" || *name == "id.serial" || name.ends_with(".hwaddr")) {
+        Some(name) if count > 1 => {
+            let detail = format!(
+                "'{name}' says which machine a node is, and the range is {count} nodes: set it for each by itself"
             );
+            Err(Problem::new(Code::BadRequest, detail))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The command that sets values: secret ones sealed, for this node alone.
+fn set_command(member: &Member, id: NodeId, request: &SetAttributes) -> Result<Command, Failure> {
+    let (mut set, mut secrets) = (BTreeMap::new(), BTreeMap::new());
+    for (name, value) in &request.set {
+        if attributes::is_secret(name) {
+            let node = id.to_string();
+            let place = Place { table: "nodes", id: &node, field: name };
+            secrets.insert(name.clone(), member.secrets.seal(place, value.as_bytes())?);
         } else {
-            plain.insert(name.clone(), canonical(name, value));
+            set.insert(name.clone(), canonical(name, value));
         }
     }
-    Ok((plain, secret))
+    Ok(Command::SetAttributes { id, set, secrets, clear: request.clear.clone() })
 }
 
 /// Hardware addresses and UUIDs have many spellings and are compared in one.
@@ -179,6 +186,7 @@ pub(super) async fn define(State(member): State<Arc<Member>>, body: Bytes) -> Re
         );
     }
     let names = noderange::evaluate_pure(&request.range)?;
+    check_single(names.len(), request.attributes.keys())?;
     let mut changed = Changed { nodes: Vec::new(), refused: BTreeMap::new() };
     for name in names {
         let attributes =
@@ -209,11 +217,8 @@ pub(super) async fn set(State(member): State<Arc<Member>>, body: Bytes) -> Resul
         }
     }
     let nodes = select(&member.view()?, Some(&request.range))?;
-    each(&member, nodes, |node| {
-        let (set, secrets) = split(&member, node.id, &request.set)?;
-        Ok(Command::SetAttributes { id: node.id, set, secrets, clear: request.clear.clone() })
-    })
-    .await
+    check_single(nodes.len(), request.set.keys().filter(|name| !request.set[*name].is_empty()))?;
+    each(&member, nodes, |node| set_command(&member, node.id, &request)).await
 }
 
 pub(super) async fn arm(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<Changed>, Failure> {

@@ -166,10 +166,9 @@ fn interface(node: &NodeRecord, label: &str) -> Result<Interface, Problem> {
         let address: Option<Cidr> = value(attributes, &name(&format!("{family}_address")));
         let wanted = text(attributes, &name(&format!("{family}_method")));
         let method = match (wanted.as_deref(), address) {
-            (Some("none"), _) => IpMethod::None,
-            (Some("dhcp"), _) | (None, None) => IpMethod::Dhcp,
             // `firmwaredhcp` is DHCP for the firmware; the system has the address that is set, or none.
-            (Some("firmwaredhcp"), None) => IpMethod::None,
+            (Some("none"), _) | (Some("firmwaredhcp"), None) => IpMethod::None,
+            (Some("dhcp"), _) | (None, None) => IpMethod::Dhcp,
             (_, Some(_)) => IpMethod::Static,
             (Some(_), None) => {
                 let detail = format!(

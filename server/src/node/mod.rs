@@ -52,7 +52,7 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/node/v1/log", post(report::log))
         .route(STAGE_CLOSED, post(report::stage_closed))
         .route("/node/v1/heartbeat", post(report::heartbeat))
-        .layer(from_fn_with_state(member.clone(), authenticate));
+        .route_layer(from_fn_with_state(member.clone(), authenticate));
     Router::new()
         .route("/node/v1/hello", post(hello::hello))
         .route("/node/v1/enroll", post(enroll::enroll))
@@ -60,7 +60,7 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/node/v1/session", post(session::session))
         .merge(with_token)
         .layer(DefaultBodyLimit::max(MAX_BODY))
-        .layer(from_fn(bounded))
+        .route_layer(from_fn(bounded))
 }
 
 /// TLS 1.3 only, and no call takes for ever.
@@ -68,13 +68,10 @@ async fn bounded(Extension(connection): Extension<Connection>, request: Request,
     if !matches!(connection.peer, Peer::Tls { exporter: Some(_), .. }) {
         return Failure(Problem::new(Code::Forbidden, "the node API wants TLS 1.3")).into_response();
     }
-    match tokio::time::timeout(TIMEOUT, next.run(request)).await {
-        Ok(response) => response,
-        Err(_) => {
-            let detail = format!("the call was not done within {} s", TIMEOUT.as_secs());
-            Failure(Problem { status: 408, code: Code::BadRequest, detail }).into_response()
-        }
-    }
+    tokio::time::timeout(TIMEOUT, next.run(request)).await.unwrap_or_else(|_| {
+        let detail = format!("the call was not done within {} s", TIMEOUT.as_secs());
+        Failure(Problem { status: 408, code: Code::BadRequest, detail }).into_response()
+    })
 }
 
 /// What a connection proves by itself: the session key of its client certificate, and the exporter of its handshake.

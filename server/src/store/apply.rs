@@ -9,14 +9,15 @@ use super::records::{
 use super::tables::{self, Write};
 use super::{StoreError, index};
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
-use moor_api::ids::{BootId, NodeId};
+use moor_api::ids::{BootId, NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
+use std::collections::BTreeMap;
 
-fn refused(code: Code, detail: impl Into<String>) -> Result<Outcome, StoreError> {
-    Ok(Outcome::Refused(Problem::new(code, detail)))
+fn refused(code: Code, detail: impl Into<String>) -> Outcome {
+    Outcome::Refused(Problem::new(code, detail))
 }
 
-fn no_such_node() -> Result<Outcome, StoreError> {
+fn no_such_node() -> Outcome {
     refused(Code::NotFound, "the node was removed meanwhile")
 }
 
@@ -25,34 +26,14 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
     match command {
         Command::Found { site } => {
             if write.get::<serde_json::Value>(tables::SITE, "site")?.is_some() {
-                return refused(Code::Conflict, "the collective exists already");
+                return Ok(refused(Code::Conflict, "the collective exists already"));
             }
             write.put(tables::SITE, "site", &site)?;
             Ok(Outcome::Done)
         }
-        Command::DefineNode { id, name, attributes } => {
-            if write.get::<NodeId>(tables::NAMES, name.as_str())?.is_some() {
-                return refused(Code::Conflict, format!("a node '{name}' exists already: `moor node set` changes it"));
-            }
-            write.put(tables::NAMES, name.as_str(), &id)?;
-            let record = NodeRecord {
-                id,
-                name,
-                attributes,
-                secrets: std::collections::BTreeMap::default(),
-                identity: None,
-                epoch: next(write, "epoch")?,
-                armed: Armed::No,
-                deployment: None,
-                pin: None,
-                boots: Vec::new(),
-            };
-            index::update(write, None, Some(&record))?;
-            put_node(write, &record)?;
-            Ok(Outcome::Done)
-        }
+        Command::DefineNode { id, name, attributes } => define(write, id, name, attributes),
         Command::RemoveNode { id } => {
-            let Some(node) = node(write, id)? else { return no_such_node() };
+            let Some(node) = node(write, id)? else { return Ok(no_such_node()) };
             index::update(write, Some(&node), None)?;
             write.remove(tables::NAMES, node.name.as_str())?;
             for table in [tables::NODES, tables::EVENTS, tables::LOGS, tables::REFUSALS] {
@@ -61,7 +42,7 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
             Ok(Outcome::Done)
         }
         Command::SetAttributes { id, set, secrets, clear } => {
-            let Some(before) = node(write, id)? else { return no_such_node() };
+            let Some(before) = node(write, id)? else { return Ok(no_such_node()) };
             let mut node = before.clone();
             for name in &clear {
                 node.attributes.remove(name);
@@ -75,7 +56,7 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
         }
         Command::Arm { id, armed } => change(write, id, |node| node.armed = armed),
         Command::Rearm { id } => {
-            let Some(before) = node(write, id)? else { return no_such_node() };
+            let Some(before) = node(write, id)? else { return Ok(no_such_node()) };
             let mut node = NodeRecord { identity: None, boots: Vec::new(), armed: Armed::Once, ..before.clone() };
             node.epoch = next(write, "epoch")?;
             index::update(write, Some(&before), Some(&node))?;
@@ -83,27 +64,14 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
             Ok(Outcome::Number(node.epoch))
         }
         Command::Deploy { id, deployment, profile, time_ms } => {
-            let Some(mut node) = node(write, id)? else { return no_such_node() };
-            node.deployment = Some(Order { id: deployment, profile: profile.clone() });
-            let event = StatusEvent {
-                node: node.name.clone(),
-                boot: None,
-                state: "pending".into(),
-                detail: profile.to_string(),
-                time_ms,
-                uptime_ms: 0,
-                figures: std::collections::BTreeMap::default(),
-            };
-            put_node(write, &node)?;
-            push(write, tables::EVENTS, id, event, MAX_EVENTS)?;
-            Ok(Outcome::Done)
+            deploy(write, id, Order { id: deployment, profile }, time_ms)
         }
         Command::Bind { id, identity, boot, now } => bind(write, id, identity, boot, now),
         Command::Boot { id, boot, evidence } => begin_boot(write, id, boot, evidence),
         Command::CloseStage { id, boot } => change(write, id, |node| boot_record(node, boot).closed = true),
         Command::Pin { id, digest } => {
             if write.get::<ImageRecord>(tables::IMAGES, &digest.to_string())?.is_none() {
-                return refused(Code::NotFound, format!("image {digest} is not in the catalogue"));
+                return Ok(refused(Code::NotFound, format!("image {digest} is not in the catalogue")));
             }
             change(write, id, |node| node.pin = Some(digest))
         }
@@ -127,6 +95,50 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
     }
 }
 
+fn define(
+    write: &Write<'_>,
+    id: NodeId,
+    name: NodeName,
+    attributes: BTreeMap<String, String>,
+) -> Result<Outcome, StoreError> {
+    if write.get::<NodeId>(tables::NAMES, name.as_str())?.is_some() {
+        return Ok(refused(Code::Conflict, format!("a node '{name}' exists already: `moor node set` changes it")));
+    }
+    write.put(tables::NAMES, name.as_str(), &id)?;
+    let record = NodeRecord {
+        id,
+        name,
+        attributes,
+        secrets: BTreeMap::default(),
+        identity: None,
+        epoch: next(write, "epoch")?,
+        armed: Armed::No,
+        deployment: None,
+        pin: None,
+        boots: Vec::new(),
+    };
+    index::update(write, None, Some(&record))?;
+    put_node(write, &record)?;
+    Ok(Outcome::Done)
+}
+
+fn deploy(write: &Write<'_>, id: NodeId, order: Order, time_ms: u64) -> Result<Outcome, StoreError> {
+    let Some(mut node) = node(write, id)? else { return Ok(no_such_node()) };
+    let event = StatusEvent {
+        node: node.name.clone(),
+        boot: None,
+        state: "pending".into(),
+        detail: order.profile.to_string(),
+        time_ms,
+        uptime_ms: 0,
+        figures: BTreeMap::default(),
+    };
+    node.deployment = Some(order);
+    put_node(write, &node)?;
+    push(write, tables::EVENTS, id, event, MAX_EVENTS)?;
+    Ok(Outcome::Done)
+}
+
 fn node(write: &Write<'_>, id: NodeId) -> Result<Option<NodeRecord>, StoreError> {
     write.get(tables::NODES, &id.to_string())
 }
@@ -136,7 +148,7 @@ fn put_node(write: &Write<'_>, node: &NodeRecord) -> Result<(), StoreError> {
 }
 
 fn change(write: &Write<'_>, id: NodeId, edit: impl FnOnce(&mut NodeRecord)) -> Result<Outcome, StoreError> {
-    let Some(mut node) = node(write, id)? else { return no_such_node() };
+    let Some(mut node) = node(write, id)? else { return Ok(no_such_node()) };
     edit(&mut node);
     put_node(write, &node)?;
     Ok(Outcome::Done)
@@ -163,7 +175,7 @@ fn boot_record(node: &mut NodeRecord, boot: BootId) -> &mut BootRecord {
 }
 
 fn begin_boot(write: &Write<'_>, id: NodeId, boot: BootId, evidence: Option<Evidence>) -> Result<Outcome, StoreError> {
-    let Some(mut node) = node(write, id)? else { return no_such_node() };
+    let Some(mut node) = node(write, id)? else { return Ok(no_such_node()) };
     let plan = match &node.deployment {
         None => None,
         Some(order) => write.get::<ProfileRecord>(tables::PROFILES, order.profile.as_str())?.map(|profile| Plan {
@@ -173,7 +185,7 @@ fn begin_boot(write: &Write<'_>, id: NodeId, boot: BootId, evidence: Option<Evid
         }),
     };
     if node.boots.iter().any(|record| record.boot == boot && record.closed) {
-        return refused(Code::StageClosed, super::closed(&node.name));
+        return Ok(refused(Code::StageClosed, super::closed(&node.name)));
     }
     for other in node.boots.iter_mut().filter(|record| record.boot != boot) {
         other.closed = true;
@@ -188,7 +200,7 @@ fn begin_boot(write: &Write<'_>, id: NodeId, boot: BootId, evidence: Option<Evid
 }
 
 fn bind(write: &Write<'_>, id: NodeId, mut identity: Identity, boot: BootId, now: u64) -> Result<Outcome, StoreError> {
-    let Some(before) = node(write, id)? else { return no_such_node() };
+    let Some(before) = node(write, id)? else { return Ok(no_such_node()) };
     let mut node = before.clone();
     if let Some(bound) = &node.identity {
         if bound.same_holder(&identity) {
@@ -198,20 +210,20 @@ fn bind(write: &Write<'_>, id: NodeId, mut identity: Identity, boot: BootId, now
         let replaceable =
             matches!((bound, &identity, node.armed), (Identity::Soft { .. }, Identity::Soft { .. }, Armed::Continuous));
         if !replaceable {
-            return refused(Code::IdentityMismatch, super::mismatch(&node.name, bound, &identity));
+            return Ok(refused(Code::IdentityMismatch, super::mismatch(&node.name, bound, &identity)));
         }
     }
     if !node.armed.is_open(now) {
-        return refused(Code::NotArmed, super::not_armed(&node.name));
+        return Ok(refused(Code::NotArmed, super::not_armed(&node.name)));
     }
     if let Some(other) = index::holder_of_key(write, &identity, id)? {
         let name = self::node(write, other)?.map_or_else(|| other.to_string(), |other| other.name.to_string());
-        return refused(
+        return Ok(refused(
             Code::IdentityMismatch,
             format!(
                 "the identity of this machine is that of node {name}: a machine is one node (`moor node trust rearm {name}` drops it there)"
             ),
-        );
+        ));
     }
     if let Identity::Soft { unproven, .. } = &mut identity {
         *unproven = node.armed == Armed::Continuous;
@@ -228,7 +240,7 @@ fn bind(write: &Write<'_>, id: NodeId, mut identity: Identity, boot: BootId, now
 }
 
 fn status(write: &Write<'_>, id: NodeId, sequence: Option<u64>, event: StatusEvent) -> Result<Outcome, StoreError> {
-    let Some(mut node) = node(write, id)? else { return no_such_node() };
+    let Some(mut node) = node(write, id)? else { return Ok(no_such_node()) };
     if let (Some(sequence), Some(boot)) = (sequence, event.boot) {
         let record = boot_record(&mut node, boot);
         if record.sequence.is_some_and(|last| sequence <= last) {
@@ -247,7 +259,7 @@ fn status(write: &Write<'_>, id: NodeId, sequence: Option<u64>, event: StatusEve
 
 fn log(write: &Write<'_>, id: NodeId, event: LogEvent) -> Result<Outcome, StoreError> {
     if node(write, id)?.is_none() {
-        return no_such_node();
+        return Ok(no_such_node());
     }
     let key = id.to_string();
     let mut list: Vec<LogEvent> = write.get(tables::LOGS, &key)?.unwrap_or_default();
@@ -323,28 +335,28 @@ fn put_image(write: &Write<'_>, image: &ImageRecord) -> Result<Outcome, StoreErr
     let others: Vec<ImageRecord> = write.all(tables::IMAGES)?;
     for other in others.iter().filter(|other| other.name == image.name) {
         if other.digest == image.digest {
-            return refused(
+            return Ok(refused(
                 Code::Conflict,
                 format!("image {} is in the catalogue already, as {} @{}", image.digest, other.name, other.serial),
-            );
+            ));
         }
         if other.lineage != image.lineage {
-            return refused(
+            return Ok(refused(
                 Code::Conflict,
                 format!(
                     "'{}' has lineage {}, this image has {}: pack it with `--lineage {0} --serial N`, or import it under another name",
                     image.name, other.lineage, image.lineage
                 ),
-            );
+            ));
         }
         if other.serial >= image.serial {
-            return refused(
+            return Ok(refused(
                 Code::Conflict,
                 format!(
                     "'{}' has generation @{} already, this one is @{}: pack it with a larger `--serial`",
                     image.name, other.serial, image.serial
                 ),
-            );
+            ));
         }
     }
     write.put(tables::IMAGES, &image.digest.to_string(), image)?;

@@ -1,4 +1,7 @@
 //! The real `moord`, as nodes and administrators meet it.
 
+mod admin_api;
+mod durability;
 mod node_api;
 mod support;
+mod tls;

@@ -21,14 +21,14 @@ use moor_image::{Dek, Metadata, Payload, SealOptions, Sealer};
 use std::io::{Cursor, Write as _};
 use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt as _, chown};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// Nobody's uid.
-const UID: u32 = 61_235;
+pub(crate) const UID: u32 = 61_235;
 const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A member in a folder of its own.
@@ -199,10 +199,23 @@ impl Member {
         Ok(())
     }
 
+    /// The states of a node so far.
+    pub(crate) async fn states(&self, name: &str) -> anyhow::Result<Vec<String>> {
+        let mut admin = self.admin().await?;
+        let mut events = admin.status(Some(name), true, false).await?;
+        let mut states = Vec::new();
+        while let Some(event) = events.next().await? {
+            states.push(event.state);
+        }
+        Ok(states)
+    }
+
     /// All that `moor why` says, as text.
     pub(crate) async fn why(&self, subject: &str) -> anyhow::Result<String> {
         let why = self.admin().await?.why(subject).await?;
-        Ok(why.refusals.iter().map(|refusal| format!("{}: {}\n", refusal.call, refusal.problem.detail)).collect())
+        let lines: Vec<String> =
+            why.refusals.iter().map(|refusal| format!("{}: {}", refusal.call, refusal.problem.detail)).collect();
+        Ok(lines.join("\n"))
     }
 }
 
@@ -385,9 +398,4 @@ pub(crate) fn refusal<T: std::fmt::Debug>(result: Result<T, ClientError>) -> (mo
         }
         other => panic!("not refused: {other:?}"),
     }
-}
-
-/// Whether a file is there.
-pub(crate) fn exists(path: &Path) -> bool {
-    path.exists()
 }
