@@ -184,7 +184,7 @@ mod tests {
         let late = error("echo waiting >&2; sleep 60", Duration::from_millis(300)).await;
         assert_eq!(late, "'/bin/sh' did not end within 0 s: waiting");
         // The program does not read what it is given.
-        assert_eq!(run(sh("exit 0"), &[b'x'; 1 << 17], second).await.unwrap(), "");
+        assert_eq!(run(sh("exit 0"), &vec![b'x'; 1 << 17], second).await.unwrap(), "");
         assert!(
             run(Command::new("/nonexistent"), b"", second).await.unwrap_err().to_string().starts_with("cannot start")
         );
@@ -200,7 +200,7 @@ mod tests {
     #[tokio::test]
     async fn only_the_end_of_much_output_is_kept() {
         let text =
-            run(sh("i=0; while [ $i -lt 9000 ]; do echo line $i; i=$((i+1)); done"), b"", Duration::from_secs(60));
+            run(sh("i=0; while [ $i -lt 9000 ]; do echo line $i; i=$((i+1)); done"), b"", Duration::from_mins(1));
         let text = text.await.unwrap();
         assert!(text.ends_with("line 8999\n") && text.len() == KEEP);
     }

@@ -17,7 +17,7 @@ impl Boot {
     pub(super) async fn close(&mut self) -> Result<State, Fault> {
         // Before the token is void.
         self.flush().await;
-        self.close_pcr().await?;
+        self.close_pcr()?;
         self.wipe();
         self.post_closed().await?;
         self.hand_over()?;
@@ -28,7 +28,7 @@ impl Boot {
     }
 
     /// Extends PCR 15, once: a second time would change nothing for the better.
-    async fn close_pcr(&mut self) -> Result<(), Fault> {
+    fn close_pcr(&mut self) -> Result<(), Fault> {
         if self.is_closed {
             return Ok(());
         }
@@ -50,7 +50,7 @@ impl Boot {
 
     /// Tells a member, which refuses this boot's tokens from now on.
     async fn post_closed(&mut self) -> Result<(), Fault> {
-        let report = StageClosed { boot: self.boot };
+        let report = StageClosed { boot: self.id };
         let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
         match members.call(async |member| member.stage_closed(&report).await).await {
             Ok(()) => Ok(()),
@@ -73,7 +73,7 @@ impl Boot {
             collective: bundle.collective,
             node: known.id,
             name: known.name.clone(),
-            boot: self.boot,
+            boot: self.id,
             members: members.urls().to_vec(),
             generation: document.profile.generation,
             sequence: self.reporter.sequence(),
@@ -92,7 +92,7 @@ impl Boot {
         let _ = tokio::time::timeout(LAST_WORDS, self.flush()).await;
         self.wipe();
         let mut reason = reason.to_owned();
-        let end = match self.close_pcr().await {
+        let end = match self.close_pcr() {
             Ok(()) => end,
             Err(fault) => {
                 reason = format!("{reason}; and {}", fault.reason);

@@ -6,37 +6,38 @@ use std::time::Duration;
 
 /// A state failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Fault {
+pub(super) struct Fault {
     /// What kind.
-    pub class: Class,
+    pub(super) class: Class,
     /// Why, in one line, with what to do where that is known.
-    pub reason: String,
+    pub(super) reason: String,
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "so that it can stand in `map_err(Fault::again)`")]
 impl Fault {
     /// The same may succeed later.
-    pub fn again(reason: impl ToString) -> Self {
+    pub(super) fn again(reason: impl ToString) -> Self {
         Self { class: Class::Again, reason: reason.to_string() }
     }
 
     /// Trying again cannot help.
-    pub fn fatal(reason: impl ToString) -> Self {
+    pub(super) fn fatal(reason: impl ToString) -> Self {
         Self { class: Class::Fatal, reason: reason.to_string() }
     }
 
     /// The member refuses for now.
-    pub fn refused(reason: impl ToString) -> Self {
+    pub(super) fn refused(reason: impl ToString) -> Self {
         Self { class: Class::Refused, reason: reason.to_string() }
     }
 
     /// A new session is due.
-    pub fn restart(reason: impl ToString) -> Self {
+    pub(super) fn restart(reason: impl ToString) -> Self {
         Self { class: Class::Restart, reason: reason.to_string() }
     }
 }
 
 /// What the table is run on: the real machine, or a test's.
-pub trait Machine {
+pub(super) trait Machine {
     /// Does what the state is for; returns the state that follows.
     async fn step(&mut self, state: State) -> Result<State, Fault>;
     /// A state begins.
@@ -50,7 +51,7 @@ pub trait Machine {
 }
 
 /// Runs from [`State::Start`] to an end, and returns the end with the reason when it is not [`EndAction::Ready`].
-pub async fn run(machine: &mut impl Machine) -> (EndAction, String) {
+pub(super) async fn run(machine: &mut impl Machine) -> (EndAction, String) {
     let mut state = State::Start;
     let mut failures: BTreeMap<State, u32> = BTreeMap::new();
     loop {
@@ -134,7 +135,7 @@ mod tests {
     async fn a_boot_without_trouble_pauses_nowhere() {
         let (end, _, machine) = play(vec![]).await;
         assert_eq!((end, machine.paused), (EndAction::Ready, Duration::ZERO));
-        assert_eq!(machine.seen.len(), 16);
+        assert_eq!(machine.seen.len(), 17);
     }
 
     #[tokio::test]

@@ -10,7 +10,9 @@ use crate::identity::Identity;
 use crate::members::Members;
 use crate::network::links::Links;
 use crate::network::{Candidate, Netlink, Search};
+use crate::render;
 use moor_api::client::session::SessionKey;
+use moor_api::deploy::{Cidr, IpMethod};
 use moor_api::trust::SiteBundle;
 use std::time::Duration;
 
@@ -101,6 +103,58 @@ impl Boot {
         self.reporter.note("address", &sentence);
         self.candidates.retain(|other| other.link != candidate.link || other.origin != candidate.origin);
         self.candidates.insert(0, candidate);
+    }
+
+    /// The document's static address for the interface the node booted over, in the family it booted over, unless it has it already.
+    pub(super) fn own_addresses(&self) -> Option<Candidate> {
+        let way = self.way.as_ref()?;
+        let is_ipv4 = way.address.address.is_ipv4();
+        let interfaces = &self.document.as_ref()?.interfaces;
+        let interface = interfaces.iter().find(|one| render::is_boot(one, &way.link.hwaddr, &way.link.name))?;
+        if (if is_ipv4 { interface.ipv4 } else { interface.ipv6 }) != IpMethod::Static {
+            return None;
+        }
+        let own: Vec<&Cidr> = interface.addresses.iter().filter(|cidr| cidr.address.is_ipv4() == is_ipv4).collect();
+        if own.contains(&&way.address) {
+            return None;
+        }
+        let gateway = interface.gateways.iter().find(|gateway| gateway.is_ipv4() == is_ipv4).copied();
+        own.first().map(|address| Candidate::from_document(&way.link, **address, gateway))
+    }
+
+    /// The document's address in place of the one it came by, before connections are made that are to last: the running system's
+    /// network service finds it there and leaves it.
+    pub(super) async fn take_addresses(&mut self) -> Result<State, Fault> {
+        let (Some(own), Some(netlink)) = (self.own_addresses(), self.netlink.clone()) else {
+            return Ok(State::HostKeys);
+        };
+        let old = self.way.clone().ok_or_else(|| missing("network"))?;
+        let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
+        members.disconnect();
+        old.withdraw(&netlink).await;
+        let result = match own.apply(&netlink).await {
+            Ok(()) => members.connection().await.map(drop).map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        match result {
+            Ok(()) => {
+                // The lease is not needed any more.
+                self.search = None;
+                self.candidates.clear();
+                self.reporter.note("network", &format!("'{}' has its own address {}", own.link.name, own.address));
+                self.way = Some(own);
+                Ok(State::HostKeys)
+            }
+            Err(reason) => {
+                own.withdraw(&netlink).await;
+                let back = old.apply(&netlink).await;
+                let back = back.map_or_else(|error| format!("; and going back failed: {error}"), |()| String::new());
+                Err(Fault::again(format!(
+                    "the node's own address {} on '{}' reaches no member (net.* attributes right?): {reason}{back}",
+                    own.address, own.link.name
+                )))
+            }
+        }
     }
 
     pub(super) async fn member(&mut self) -> Result<State, Fault> {

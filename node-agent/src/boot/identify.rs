@@ -15,7 +15,7 @@ impl Boot {
         let identity = self.identity.as_ref().ok_or_else(|| missing("identity"))?;
         let mut capabilities = identity.capabilities();
         capabilities.push("tethered".to_owned());
-        let hello = machine::describe(self.boot, capabilities);
+        let hello = machine::describe(self.id, capabilities);
         let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
         let result = match members.connection().await {
             Ok(connection) => connection.hello(&hello).await,
@@ -63,7 +63,7 @@ impl Boot {
         };
         let collective = self.bundle.as_ref().map(|bundle| bundle.collective).ok_or_else(|| missing("site bundle"))?;
         let result = match members.connection().await {
-            Ok(connection) => identity::enroll(connection, identity, collective, known, self.boot, session).await,
+            Ok(connection) => identity::enroll(connection, identity, collective, known, self.id, session).await,
             Err(error) => Err(IdentityError::from(error)),
         };
         let enrolled = result.map_err(|error| {
@@ -92,7 +92,7 @@ impl Boot {
         let result = match members.connection().await {
             Ok(connection) => {
                 let stage = Stage::Boot;
-                identity::session(connection, identity, collective, known, nonce, self.boot, stage, session).await
+                identity::session(connection, identity, collective, known, nonce, self.id, stage, session).await
             }
             Err(error) => Err(IdentityError::from(error)),
         };
@@ -117,9 +117,8 @@ fn identity_fault(error: &IdentityError) -> Fault {
         // The identity that is bound may be changed by a person while the machine waits.
         IdentityError::NoTpm(_) | IdentityError::NoSoftKey(_) => Fault::refused(error),
         IdentityError::Connection(ClientError::Config(_)) => Fault::fatal(error),
-        IdentityError::Connection(_) | IdentityError::Answer(_) => Fault::again(error),
         IdentityError::Refused(problem) => problem_fault(problem),
-        // Chips answer "retry" and fail once; another try begins with a new nonce.
+        // Connections break; chips answer "retry" and fail once. Another try begins with a new nonce.
         _ => Fault::again(error),
     }
 }

@@ -52,7 +52,7 @@ pub struct Options {
 /// One boot.
 pub struct Boot {
     options: Options,
-    boot: BootId,
+    id: BootId,
     reporter: Reporter,
     state: Option<State>,
     identity: Option<Identity>,
@@ -89,11 +89,11 @@ pub async fn run(options: Options) -> (EndAction, String) {
 
 impl Boot {
     fn new(options: Options) -> Self {
-        let boot = BootId::random();
+        let id = BootId::random();
         Self {
             options,
-            boot,
-            reporter: Reporter::new(boot, 0),
+            id,
+            reporter: Reporter::new(id, 0),
             state: None,
             identity: None,
             bundle: None,
@@ -139,12 +139,13 @@ impl Machine for Boot {
             State::Enroll => self.enroll().await,
             State::Session => self.session().await,
             State::Config => self.config().await,
+            State::Network => self.take_addresses().await,
             State::HostKeys => self.make_host_keys().await,
             State::Pre => self.phase(PhaseName::Pre, None, State::Image).await,
             State::Image => self.image().await,
             State::Tether => self.tether().await,
             State::Root => self.root().await,
-            State::Render => self.render().await,
+            State::Render => self.render(),
             State::Post => {
                 let root = self.options.root.clone();
                 self.phase(PhaseName::Post, Some(&root), State::Close).await

@@ -29,7 +29,7 @@ impl Boot {
         let profile = &document.profile;
         self.reporter.note("config", &format!("profile '{}', generation {}", profile.name, profile.generation));
         self.document = Some(document);
-        Ok(State::HostKeys)
+        Ok(if self.own_addresses().is_some() { State::Network } else { State::HostKeys })
     }
 
     pub(super) async fn make_host_keys(&mut self) -> Result<State, Fault> {
@@ -53,7 +53,7 @@ impl Boot {
         let Self { members: Some(members), document: Some(document), .. } = self else {
             return Err(missing("configuration"));
         };
-        let phase = Phase { name, boot: self.boot, document, root };
+        let phase = Phase { name, boot: self.id, document, root };
         match phase.run(members).await {
             Ok(count) => {
                 self.reporter.note(name.as_str(), &format!("{count} scripts done"));
@@ -69,7 +69,7 @@ impl Boot {
         phases.into_iter().any(|phase| phase.phase == name && !phase.scripts.is_empty())
     }
 
-    pub(super) async fn render(&mut self) -> Result<State, Fault> {
+    pub(super) fn render(&mut self) -> Result<State, Fault> {
         let interface = self.boot_interface().ok_or_else(|| missing("network"))?;
         let Self { document: Some(document), certificates: Some(certificates), .. } = &*self else {
             return Err(missing("configuration"));

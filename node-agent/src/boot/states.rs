@@ -28,6 +28,8 @@ pub enum State {
     Session,
     /// Fetches the deploy document.
     Config,
+    /// Takes the static addresses of the document in place of the ones it came by.
+    Network,
     /// Makes host keys and has them certified.
     HostKeys,
     /// Runs the admin's `pre` scripts.
@@ -121,7 +123,9 @@ pub const TABLE: &[Rule] = &[
     Rule { state: State::Session, word: "session", sentence: "proving this machine's identity",
         next: &[State::Config], limit: s(120), tries: Tries::Times(1), pause: (s(1), s(1)), end: EndAction::Back(State::Hello) },
     Rule { state: State::Config, word: "config", sentence: "fetching the node's configuration",
-        next: &[State::HostKeys], limit: s(60), tries: Tries::Times(4), pause: (ms(500), s(8)), end: EndAction::Back(State::Hello) },
+        next: &[State::Network, State::HostKeys], limit: s(60), tries: Tries::Times(4), pause: (ms(500), s(8)), end: EndAction::Back(State::Hello) },
+    Rule { state: State::Network, word: "network", sentence: "taking the addresses of the node's configuration",
+        next: &[State::HostKeys], limit: s(120), tries: Tries::Times(2), pause: (s(2), s(2)), end: EndAction::Back(State::Member) },
     Rule { state: State::HostKeys, word: "host-keys", sentence: "making SSH host keys and having them certified",
         next: &[State::Pre, State::Image], limit: s(60), tries: Tries::Times(4), pause: (ms(500), s(8)), end: EndAction::Back(State::Hello) },
     Rule { state: State::Pre, word: "pre", sentence: "running the scripts of phase 'pre'",
@@ -268,11 +272,12 @@ mod tests {
         }
     }
 
+    type Check = Box<dyn Fn(Decision) -> bool>;
+
     #[test]
     fn what_follows_a_failure() {
         let go = |state: State| move |decision: Decision| matches!(decision, Decision::Go(to, _) if to == state);
         let ends = |end: EndAction| move |decision: Decision| decision == Decision::End(end);
-        type Check = Box<dyn Fn(Decision) -> bool>;
         let cases: Vec<(&str, State, u32, Class, Check)> = vec![
             ("a broken member is tried again", State::Member, 1, Class::Again, Box::new(go(State::Member))),
             ("then other addresses are waited for", State::Member, 3, Class::Again, Box::new(go(State::Address))),

@@ -39,6 +39,8 @@ pub enum Origin {
     RouterAdvertisement,
     /// The kernel command line.
     Argument,
+    /// The deploy document.
+    Document,
 }
 
 /// A link with an address: a way on which members may be reached.
@@ -80,6 +82,12 @@ impl Candidate {
             dns: lease.dns_srvs.iter().flatten().map(|&address| address.into()).collect(),
             domain: lease.domain_name.clone().filter(|domain| !domain.is_empty()),
         }
+    }
+
+    /// Static addresses of the document.
+    #[must_use]
+    pub fn from_document(link: &Link, address: Cidr, gateway: Option<IpAddr>) -> Self {
+        Self::bare(link, address, Origin::Document, gateway)
     }
 
     fn bare(link: &Link, address: Cidr, origin: Origin, gateway: Option<IpAddr>) -> Self {
@@ -193,7 +201,14 @@ impl Search {
 
     /// Ends the search on all links but one: it is kept for its lease, which has to be renewed while the node waits.
     pub fn keep_only(&mut self, name: &str) {
-        for (_, task) in self.tasks.extract_if(.., |link, _| link != name) {
+        for task in self.tasks.iter().filter(|(link, _)| *link != name).map(|(_, task)| task) {
+            task.abort();
+        }
+    }
+
+    /// Begins anew on all links.
+    pub fn restart(&mut self) {
+        for task in std::mem::take(&mut self.tasks).values() {
             task.abort();
         }
     }
@@ -253,7 +268,7 @@ async fn client(link: &Link) -> Result<DhcpV4Client, mozim::DhcpError> {
 /// Waits for an address from a router advertisement.
 async fn advertised(link: &Link, report: &mpsc::UnboundedSender<Candidate>) {
     loop {
-        let table = std::fs::read_to_string("/proc/net/if_inet6").unwrap_or_default();
+        let table = std::fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap_or_default();
         if let Some((address, prefix)) = global_ipv6(&table, &link.name).first() {
             let address = Cidr { address: (*address).into(), prefix: *prefix };
             let _ = report.send(Candidate::bare(link, address, Origin::RouterAdvertisement, None));

@@ -44,7 +44,7 @@ pub(super) async fn install(keys: &[Public], answer: &HostCertificates) -> anyho
     let mut reload = Command::new("systemctl");
     // Socket-activated or stopped, it reads them at its next start.
     reload.args(["try-reload-or-restart", "ssh.service"]);
-    child::run(reload, b"", Duration::from_secs(60)).await?;
+    child::run(reload, b"", Duration::from_mins(1)).await?;
     Ok(())
 }
 

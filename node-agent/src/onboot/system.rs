@@ -3,6 +3,7 @@
 use crate::handover::RunDir;
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use tokio::process::Command;
@@ -75,7 +76,7 @@ fn failed_units(listing: &str) -> Vec<String> {
 pub(super) async fn journal(units: &[String]) -> String {
     let mut text = String::new();
     for unit in units.iter().take(20) {
-        text.push_str(&format!("--- {unit}\n"));
+        let _ = writeln!(text, "--- {unit}");
         text.push_str(&output("journalctl", &["--no-pager", "-o", "cat", "-b", "-n", "30", "-u", unit]).await);
     }
     let mut end = text.len().min(MAX_LOG);

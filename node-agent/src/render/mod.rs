@@ -9,6 +9,8 @@ mod network;
 mod ssh;
 mod system;
 
+pub(crate) use network::is_boot;
+
 use crate::ssh::HostKey;
 use crate::tree::{Tree, TreeError};
 use moor_api::deploy::DeployDocument;

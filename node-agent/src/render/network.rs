@@ -2,13 +2,14 @@
 
 use super::{BootInterface, RenderError, RenderedFile, word};
 use moor_api::deploy::{DeployDocument, Interface, IpMethod};
+use moor_api::ids::HwAddr;
 use std::fmt::Write as _;
 
 pub(super) fn files(document: &DeployDocument, boot: &BootInterface) -> Result<Vec<RenderedFile>, RenderError> {
     let mut files = Vec::new();
     let mut covers_boot = false;
     for (index, interface) in document.interfaces.iter().enumerate() {
-        let is_boot = is_boot(interface, boot);
+        let is_boot = is_boot(interface, &boot.hwaddr, &boot.name);
         covers_boot |= is_boot;
         let label = if interface.label.is_empty() {
             format!("{index}")
@@ -26,11 +27,11 @@ pub(super) fn files(document: &DeployDocument, boot: &BootInterface) -> Result<V
 }
 
 /// Whether the node booted over this interface.
-fn is_boot(interface: &Interface, boot: &BootInterface) -> bool {
+pub(crate) fn is_boot(interface: &Interface, hwaddr: &HwAddr, name: &str) -> bool {
     match (&interface.hwaddr, &interface.names[..]) {
-        (Some(hwaddr), _) => *hwaddr == boot.hwaddr,
+        (Some(own), _) => own == hwaddr,
         (None, []) => true,
-        (None, names) => names.contains(&boot.name),
+        (None, names) => names.iter().any(|own| own == name),
     }
 }
 
@@ -107,7 +108,7 @@ fn keep(text: &mut String) {
 
 /// The client id of the boot stage, so that the server gives the same address again.
 fn dhcpv4(text: &mut String) {
-    text.push_str("\n[DHCPv4]\nClientIdentifier=mac\nUseDomains=yes\n");
+    text.push_str("\n[DHCPv4]\nClientIdentifier=mac\n");
 }
 
 /// For an interface that the document does not know.
