@@ -11,7 +11,7 @@ use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
@@ -39,6 +39,29 @@ pub(super) struct Head {
     pub(super) etag: Option<Bytes>,
 }
 
+/// How long the slowest step of a request took, as a share of its time limit without patience.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Slowness(f32);
+
+impl Slowness {
+    #[cfg(test)]
+    pub(super) fn of(share: f32) -> Self {
+        Self(share)
+    }
+
+    fn note(&mut self, since: Instant, limit: Duration) {
+        self.0 = self.0.max(since.elapsed().as_secs_f32() / limit.as_secs_f32());
+    }
+
+    /// The patience that gives such a server four times the time that it took.
+    pub(super) fn patience(self) -> u32 {
+        let wanted = (self.0 * 4.0).ceil().clamp(1.0, 1000.0);
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it was clamped")]
+        let wanted = wanted as u32;
+        wanted
+    }
+}
+
 /// An answer whose body is being read. Dropped before its end, it closes the connection.
 pub(super) struct Answer {
     pub(super) head: Head,
@@ -46,6 +69,7 @@ pub(super) struct Answer {
     pending: Bytes,
     left: u64,
     patience: u32,
+    slowness: Slowness,
     connection: Option<SendRequest<Empty<Bytes>>>,
     _slot: OwnedSemaphorePermit,
 }
@@ -73,15 +97,18 @@ impl Link {
     pub(super) async fn get(&self, start: u64, length: u64, patience: u32) -> Result<Answer, Fault> {
         let slot = self.slots.clone().acquire_owned().await.map_err(|_| Fault::Broken("the reader ends".into()))?;
         let range = format!("bytes={start}-{}", start + length - 1);
+        let mut slowness = Slowness::default();
         loop {
             let rested = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
             let is_rested = rested.is_some();
             let mut connection = match rested {
                 Some(connection) => connection,
-                None => self.connect(patience).await?,
+                None => self.connect(patience, &mut slowness).await?,
             };
+            let asked = Instant::now();
             match self.ask(&mut connection, &range, patience).await {
                 Ok(response) => {
+                    slowness.note(asked, SILENCE);
                     let head = check_head(&response, start, length)?;
                     return Ok(Answer {
                         head,
@@ -89,6 +116,7 @@ impl Link {
                         pending: Bytes::new(),
                         left: length,
                         patience,
+                        slowness,
                         connection: Some(connection),
                         _slot: slot,
                     });
@@ -123,7 +151,8 @@ impl Link {
         .map_err(|error| Fault::Broken(chain(&error)))
     }
 
-    async fn connect(&self, patience: u32) -> Result<SendRequest<Empty<Bytes>>, Fault> {
+    async fn connect(&self, patience: u32, slowness: &mut Slowness) -> Result<SendRequest<Empty<Bytes>>, Fault> {
+        let begun = Instant::now();
         let limit = CONNECT * patience;
         let mut last = Fault::Unreachable(limit);
         let mut tcp = None;
@@ -138,13 +167,16 @@ impl Link {
             }
         }
         let tcp = tcp.ok_or(last)?;
+        slowness.note(begun, CONNECT);
         tcp.set_nodelay(true).map_err(|error| Fault::Connect(error.to_string()))?;
+        let begun = Instant::now();
         let limit = SILENCE * patience;
         let handshake = async {
             let tls = self.tls.connect(self.address.name().clone(), tcp).await.map_err(|error| tls_fault(&error))?;
             http1::handshake(TokioIo::new(tls)).await.map_err(|error| Fault::Broken(chain(&error)))
         };
         let (sender, connection) = timeout(limit, handshake).await.map_err(|_| Fault::Silent(limit))??;
+        slowness.note(begun, SILENCE);
         tokio::spawn(async move {
             // An error of the connection reaches the request that waits on it.
             let _ = connection.await;
@@ -165,13 +197,19 @@ impl Link {
 }
 
 impl Answer {
+    pub(super) fn slowness(&self) -> Slowness {
+        self.slowness
+    }
+
     /// The next `length` bytes of the body. `count` is told how many bytes came, also when they are not enough.
     pub(super) async fn take(&mut self, length: usize, mut count: impl FnMut(u64)) -> Result<Vec<u8>, Fault> {
         let mut out = Vec::with_capacity(length);
         while out.len() < length {
             if self.pending.is_empty() {
+                let begun = Instant::now();
                 let limit = SILENCE * self.patience;
                 let frame = timeout(limit, self.body.frame()).await.map_err(|_| Fault::Silent(limit))?;
+                self.slowness.note(begun, SILENCE);
                 let frame = match frame {
                     Some(Ok(frame)) => frame,
                     Some(Err(error)) => return Err(Fault::Broken(chain(&error))),

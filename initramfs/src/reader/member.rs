@@ -2,7 +2,7 @@
 
 use super::address::Address;
 use super::fault::Fault;
-use super::link::{Answer, Head, Link};
+use super::link::{Answer, Head, Link, Slowness};
 use bytes::Bytes;
 use rustls::ClientConfig;
 use serde::{Deserialize, Serialize};
@@ -149,15 +149,22 @@ impl Member {
 
     /// Takes a finished answer back. Everything in it was verified.
     pub(super) fn keep(&self, answer: Answer) {
+        self.adapt(answer.slowness());
         if let Some(etag) = &answer.head.etag {
             self.health().etag = Some(etag.clone());
         }
         self.link.keep(answer);
     }
 
+    /// Slow is not dead: the time limits follow what this member takes when it does answer. They grow at once, and shrink step by step.
+    fn adapt(&self, slowness: Slowness) {
+        let now = self.patience.load(Ordering::Relaxed);
+        let next = slowness.patience().max(now.saturating_sub(1)).clamp(1, PATIENCE_MAX);
+        self.patience.store(next, Ordering::Relaxed);
+    }
+
     /// A verified read succeeded. Returns whether the member was resting before.
     pub(super) fn succeeded(&self) -> bool {
-        self.patience.store(1, Ordering::Relaxed);
         let mut health = self.health();
         health.row = 0;
         let was = std::mem::replace(&mut health.standing, Standing::Good);
@@ -174,7 +181,7 @@ impl Member {
             return health.standing;
         }
         if fault.is_timeout() {
-            // Slow is not dead: a member that is slow for a reason (a storm, an emulated machine) gets more time at each try.
+            // It may be slow for a reason (a storm, an emulated machine): more time at each try.
             let patience = self.patience.load(Ordering::Relaxed);
             self.patience.store((patience * 2).min(PATIENCE_MAX), Ordering::Relaxed);
         }
@@ -261,13 +268,18 @@ mod tests {
     }
 
     #[test]
-    fn time_outs_make_patient_and_an_answer_makes_strict_again() {
+    fn time_outs_make_patient_and_quick_answers_strict_again() {
         let member = member();
         for _ in 0..10 {
             member.failed(&Fault::Silent(Duration::from_secs(2)), true);
         }
         assert_eq!(member.patience.load(Ordering::Relaxed), PATIENCE_MAX);
-        member.succeeded();
+        for _ in 0..PATIENCE_MAX {
+            member.adapt(Slowness::default());
+        }
         assert_eq!(member.patience.load(Ordering::Relaxed), 1);
+        // An answer just within the limit: the next one may take four times as long.
+        member.adapt(Slowness::of(0.9));
+        assert_eq!(member.patience.load(Ordering::Relaxed), 4);
     }
 }
