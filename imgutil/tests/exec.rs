@@ -195,7 +195,7 @@ fn a_file_left_by_a_hard_kill_is_taken_away_by_the_next_run() {
     let (_scratch, tree) = own_tree();
     let stub = tree.join("usr/sbin/policy-rc.d");
     std::fs::write(&stub, "").unwrap();
-    std::fs::set_permissions(&stub, std::fs::Permissions::from_mode(0)).unwrap();
+    std::fs::set_permissions(&stub, std::fs::Permissions::from_mode(0o000)).unwrap();
     shell(&tree, "test -x /usr/sbin/policy-rc.d");
     assert!(!stub.exists());
 

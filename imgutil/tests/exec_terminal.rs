@@ -3,7 +3,7 @@
 
 mod build_tree;
 
-use build_tree::{minimal_tree, mounts, processes, text};
+use build_tree::{minimal_tree, mounts, own_debian, processes, processes_in, text};
 use rustix::fs::{Mode, OFlags};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
@@ -76,7 +76,7 @@ impl User {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.screen.recv_timeout(left) {
                 Ok(bytes) => self.seen.push_str(&text(&bytes)),
-                Err(_) => panic!("waited for {expected:?}, saw {:?}", self.seen),
+                Err(error) => panic!("waited for {expected:?}, saw {:?}: {error}", self.seen),
             }
         }
         let end = self.seen.find(expected).unwrap() + expected.len();
@@ -142,6 +142,30 @@ fn the_prompt_names_the_image_and_jobs_can_be_stopped() {
     user.types("exit 5\n");
     assert_eq!(user.status(), Some(5));
     assert_eq!(mounts(&tree), Vec::<String>::new());
+}
+
+#[test]
+fn packages_install_with_somebody_watching() {
+    let (_scratch, tree) = own_debian();
+    let mut user =
+        User::start(&tree, &["sh", "-c", "apt-get -q update && apt-get install --no-install-recommends hello"]);
+    user.sees("Setting up hello");
+    assert_eq!(user.status(), Some(0));
+    assert!(tree.join("usr/bin/hello").exists() && !tree.join("usr/sbin/policy-rc.d").exists());
+    assert_eq!((processes_in(&tree), mounts(&tree)), (Vec::new(), Vec::new()));
+}
+
+#[test]
+fn nothing_is_left_when_imgutil_is_killed_at_a_terminal() {
+    let tree = minimal_tree();
+    let mut user = User::start(&tree, &["sh", "-c", "setsid sleep 91826 & echo ready; sleep 91826"]);
+    user.sees("ready");
+    assert_ne!(processes("91826"), Vec::<u32>::new());
+    let imgutil = i32::try_from(imgutil_of(&user.child)).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(imgutil), nix::sys::signal::Signal::SIGKILL).unwrap();
+    user.child.wait().unwrap();
+    build_tree::wait_until("the end of all processes", || processes("91826").is_empty());
+    build_tree::wait_until("the end of all mounts", || mounts(&tree).is_empty());
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! `imgutil pack`, `unpack` and `inspect` as a user runs them: what comes out, and what each mistake answers.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod build_tree;
 mod common;
 
 use common::cli::{Files, finish, imgutil, names, pack, run};
@@ -75,6 +76,23 @@ fn a_sealed_tree_comes_back_the_same() {
     let mut command = imgutil(["unpack".as_ref(), files.image.as_os_str(), unpacked.as_os_str()]);
     finish(&command.args(["--key-file", "-"]).stdin(key).output().unwrap()).good();
     assert_same("source", &expected, "unpacked", &snapshot(&unpacked));
+}
+
+#[test]
+fn a_debian_tree_comes_back_the_same() {
+    let work = build_tree::scratch();
+    let tree = build_tree::minimal_tree();
+    let files = pack(&tree, work.path(), "debian", &[]);
+    let (image, key) = (files.image.to_str().unwrap(), files.key.to_str().unwrap());
+    assert!(run(["verify", image, "--key-file", key]).good().stdout.contains("hashes, key and contents"));
+    assert!(run(["verify", image, "--public"]).good().stdout.contains("without the key"));
+    let inspected = run(["inspect", image, "--key-file", key, "--json"]).good().stdout;
+    let inspected: serde_json::Value = serde_json::from_str(&inspected).unwrap();
+    assert_eq!(inspected["metadata"]["os"], "debian-12");
+    assert!(inspected["metadata"]["packages"].as_array().unwrap().len() > 80);
+    let unpacked = work.path().join("unpacked");
+    run(["unpack", image, unpacked.to_str().unwrap(), "--key-file", key]).good();
+    assert_same("source", &snapshot(&tree), "unpacked", &snapshot(&unpacked));
 }
 
 #[test]

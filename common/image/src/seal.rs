@@ -100,19 +100,13 @@ impl<W: Read + Write + Seek> Sealer<W> {
 
     /// With a given salt: for test vectors only, because equal keys and salts give equal key streams.
     pub(crate) fn with_salt(out: W, options: SealOptions, salt: [u8; 32]) -> Result<Self, ImageError> {
-        let builder = Builder::new(Start {
-            encrypted: options.key.is_some(),
-            chunk_log2: options.chunk_log2,
-            payload: options.payload,
-            lineage: options.lineage,
-            serial: options.serial,
-            created: options.created,
-        });
-        let keys = options.key.as_ref().map(|dek| Keys::derive(dek, &salt, builder.context_input())).transpose()?;
-        let chunk_size = 1 << options.chunk_log2;
+        let SealOptions { lineage, serial, created, chunk_log2, payload, key } = options;
+        let builder = Builder::new(Start { encrypted: key.is_some(), chunk_log2, payload, lineage, serial, created });
+        let keys = key.as_ref().map(|dek| Keys::derive(dek, &salt, builder.context_input())).transpose()?;
+        let chunk_size = 1 << chunk_log2;
         Ok(Self {
             out,
-            key_id: options.key.as_ref().map_or([0; 16], Dek::key_id),
+            key_id: key.as_ref().map_or([0; 16], Dek::key_id),
             tag: if keys.is_some() { TAG_LENGTH } else { 0 },
             keys,
             salt,

@@ -142,7 +142,7 @@ fn a_changed_header_byte_with_a_new_hash_is_refused_by_whoever_holds_the_key() {
             ),
             // Hints are the last part: another length of theirs is a good header of a longer file.
             136..144 => {
-                assert!(matches!(error, ImageError::Format(_) | ImageError::Length { .. }), "byte {at}: {error}")
+                assert!(matches!(error, ImageError::Format(_) | ImageError::Length { .. }), "byte {at}: {error}");
             }
             _ => assert!(matches!(error, ImageError::Format(_) | ImageError::HeaderMac), "byte {at}: {error}"),
         }

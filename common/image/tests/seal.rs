@@ -29,7 +29,7 @@ fn seal(plaintext: &[u8], key: Option<Dek>, chunk_log2: u8, hints: Option<Vec<u8
 }
 
 fn bytes(length: usize) -> Vec<u8> {
-    (0..length).map(|i| (i * 31 + (i >> 8) * 7 + (i >> 16)) as u8).collect()
+    (0..length).map(|i| u8::try_from((i * 31 + (i >> 8) * 7 + (i >> 16)) % 256).unwrap()).collect()
 }
 
 fn read_all(image: &Image<Vec<u8>>) -> Result<Vec<u8>, ImageError> {

@@ -9,6 +9,7 @@ use super::{BuildError, Plan};
 use crate::exec::{Options, Outcome};
 use crate::recipe::{Base, File, User};
 use std::ffi::OsString;
+use std::fmt::Write as _;
 use std::path::Path;
 
 /// Files that belong to one machine or to the build, not to the image.
@@ -119,11 +120,13 @@ fn write_sources(tree: &Tree, plan: &Plan, sources: &[Source]) -> Result<(), Bui
         } else {
             format!("Components: {}\n", source.components.join(" "))
         };
-        text.push_str(&format!(
+        // Writing to a String cannot fail.
+        let _ = write!(
+            text,
             "Types: deb\nURIs: {}\nSuites: {}\n{components}Signed-By: {key}\n\n",
             source.uri,
             source.suites.join(" ")
-        ));
+        );
     }
     tree.write_text("/etc/apt/sources.list.d/image.sources", text.trim_end_matches('\n'))
 }

@@ -13,61 +13,61 @@ const FILES: [&str; 3] = [
 /// One release of one distribution.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct Os {
+pub(super) struct Os {
     /// As given to `--os`.
-    pub name: String,
+    pub(super) name: String,
     /// The archive's name for it.
-    pub release: String,
+    pub(super) release: String,
     /// Sections of the archive that are used.
-    pub components: Vec<String>,
+    pub(super) components: Vec<String>,
     /// The archive's public keys, on the host and in the image.
-    pub keyring: String,
+    pub(super) keyring: String,
     /// The host's package that brings the keyring.
-    pub keyring_package: String,
+    pub(super) keyring_package: String,
     /// Where packages come from.
-    pub mirror: Mirror,
+    pub(super) mirror: Mirror,
     /// Kernel package by architecture.
-    pub kernel: BTreeMap<String, String>,
+    pub(super) kernel: BTreeMap<String, String>,
     /// What is installed beside essential packages.
-    pub packages: Packages,
+    pub(super) packages: Packages,
     /// What is enabled.
-    pub services: Services,
+    pub(super) services: Services,
 }
 
 /// The archives of a release.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct Mirror {
+pub(super) struct Mirror {
     /// The main archive.
-    pub archive: String,
+    pub(super) archive: String,
     /// Suite of stable updates in the main archive.
-    pub updates: String,
+    pub(super) updates: String,
     /// The archive of security updates.
-    pub security: String,
+    pub(super) security: String,
     /// Its suite.
-    pub security_suite: String,
+    pub(super) security_suite: String,
 }
 
 /// Package lists of the two bases.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Packages {
+pub(super) struct Packages {
     /// Enough for apt to go on.
-    pub minimal: Vec<String>,
+    pub(super) minimal: Vec<String>,
     /// What a node boots with, on top of it; the kernel is named elsewhere.
-    pub node: Vec<String>,
+    pub(super) node: Vec<String>,
 }
 
 /// Units to enable.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Services {
+pub(super) struct Services {
     /// Those of a node.
-    pub node: Vec<String>,
+    pub(super) node: Vec<String>,
 }
 
 /// The release called `name`; the names that exist, if there is none.
-pub fn find(name: &str) -> Result<Os, Vec<String>> {
+pub(super) fn find(name: &str) -> Result<Os, Vec<String>> {
     let all = all();
     let names = all.iter().map(|os| os.name.clone()).collect();
     all.into_iter().find(|os| os.name == name).ok_or(names)

@@ -171,13 +171,15 @@ mod tests {
 
     #[test]
     fn the_last_word_is_the_tree() {
-        let cases: [(&[&str], &[&str], Option<(&str, &[&str])>); 4] = [
-            (&[], &["tree"], Some(("tree", &[]))),
-            (&["vim"], &["tree"], Some(("tree", &["vim"]))),
-            (&["vim"], &["hello", "less", "tree"], Some(("tree", &["vim", "hello", "less"]))),
-            (&[], &["one", "two"], None),
+        type Words = &'static [&'static str];
+        struct Case(Words, Words, Option<(&'static str, Words)>);
+        let cases = [
+            Case(&[], &["tree"], Some(("tree", &[]))),
+            Case(&["vim"], &["tree"], Some(("tree", &["vim"]))),
+            Case(&["vim"], &["hello", "less", "tree"], Some(("tree", &["vim", "hello", "less"]))),
+            Case(&[], &["one", "two"], None),
         ];
-        for (packages, rest, expected) in cases {
+        for Case(packages, rest, expected) in cases {
             let mut names: Vec<String> = packages.iter().map(ToString::to_string).collect();
             let tree = split_rest(rest.iter().map(PathBuf::from).collect(), &mut names);
             match expected {

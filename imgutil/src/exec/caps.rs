@@ -24,7 +24,7 @@ const KEPT: CapabilitySet = CapabilitySet::CHOWN
 /// Why capabilities could not be dropped.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot drop capabilities: {0}")]
-pub struct CapsError(#[from] io::Error);
+pub(super) struct CapsError(#[from] io::Error);
 
 /// Leaves this process, and all it will start, with [`KEPT`] at most.
 pub(super) fn drop_all_but_kept() -> Result<(), CapsError> {

@@ -1,7 +1,7 @@
 //! `exec`: runs a command in a root tree like in a container.
 //!
 //! The host's side is `session`, PID 1 of the image is `init`; between them runs `channel`. One module per concept of
-//! the kernel: `root` (namespaces, pivot_root, `/proc`, `/sys`, `/run`), `mounts`, `dev`, `caps`, `pty`, `signals`;
+//! the kernel: `root` (namespaces, `pivot_root`, `/proc`, `/sys`, `/run`), `mounts`, `dev`, `caps`, `pty`, `signals`;
 //! `plant` holds what an image sees only while a command runs, `bind` the user's own binds.
 
 mod bind;
@@ -85,6 +85,7 @@ impl Options {
     }
 
     /// A command among the host's files, whose mounts and processes end with it.
+    #[must_use]
     pub fn on_host(command: Vec<OsString>, stdio: [OwnedFd; 3]) -> Self {
         Self {
             root: Root::Host,

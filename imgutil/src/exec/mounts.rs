@@ -13,7 +13,7 @@ use std::path::Path;
 
 /// A mount call that failed.
 #[derive(Debug, thiserror::Error)]
-pub enum MountError {
+pub(super) enum MountError {
     /// The kernel refused.
     #[error("cannot {doing} '{path}': {source}")]
     Call {

@@ -124,7 +124,7 @@ impl Planted {
         // As many links as the kernel follows.
         for _ in 0..40 {
             let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(None) };
-            let Some(directory) = self.parent_directory(root, parent)? else { return Ok(None) };
+            let Some(directory) = Self::parent_directory(root, parent)? else { return Ok(None) };
             let shown = Path::new("/").join(&path);
             match stat_of(directory.as_fd(), name).during("look at", &shown)? {
                 None => return self.make_stub(directory, name.to_owned(), shown).map(Some),
@@ -162,7 +162,7 @@ impl Planted {
     }
 
     /// Opens a directory of the image; below `/run`, which is ours and empty, it is made.
-    fn parent_directory(&self, root: BorrowedFd<'_>, path: &Path) -> Result<Option<OwnedFd>, MountError> {
+    fn parent_directory(root: BorrowedFd<'_>, path: &Path) -> Result<Option<OwnedFd>, MountError> {
         let shown = Path::new("/").join(path);
         let name = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         match open_below(root, name, OFlags::DIRECTORY) {
@@ -245,7 +245,7 @@ impl Planted {
             match take_away(&made) {
                 Ok(()) => {}
                 Err(error) => {
-                    self.warnings.push(format!("cannot remove {} from the image: {error}", made.path.display()))
+                    self.warnings.push(format!("cannot remove {} from the image: {error}", made.path.display()));
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! The image as `/`: namespaces, pivot_root, and the filesystems the kernel provides.
+//! The image as `/`: namespaces, `pivot_root`, and the filesystems the kernel provides.
 
 use super::Options;
 use super::dev::{self, Terminal};
@@ -13,7 +13,7 @@ use std::path::Path;
 
 /// Why the image could not become `/`.
 #[derive(Debug, thiserror::Error)]
-pub enum RootError {
+pub(super) enum RootError {
     /// A namespace was refused.
     #[error("cannot make new namespaces: {0}")]
     Namespaces(std::io::Error),
@@ -116,7 +116,7 @@ fn take_bind(bind: &super::Bind) -> Result<Detached, MountError> {
     Ok(mount)
 }
 
-/// pivot_root onto the mount itself: the old root ends up over the new one and is detached at once (pivot_root(2)).
+/// `pivot_root` onto the mount itself: the old root ends up over the new one and is detached at once (see its manual page).
 fn pivot(root: BorrowedFd<'_>, tree: &Path) -> Result<(), MountError> {
     nix::unistd::fchdir(root).during("enter", tree)?;
     nix::unistd::pivot_root(".", ".").during("change the root to", tree)?;

@@ -36,6 +36,7 @@ impl SignalWatch {
     }
 
     /// The signals that came since the last call, in order.
+    #[must_use]
     pub fn take(&self) -> Vec<Signal> {
         let mut buffer = [0; 64];
         let Ok(count) = rustix::io::read(&self.pipe, &mut buffer) else { return Vec::new() };

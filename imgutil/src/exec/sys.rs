@@ -1,4 +1,4 @@
-//! The kernel calls of `exec` that no safe wrapper covers: fork, close_range, mount_setattr, signal dispositions.
+//! The kernel calls of `exec` that no safe wrapper covers: fork, `close_range`, `mount_setattr`, signal dispositions.
 //!
 //! `unsafe` is allowed here and nowhere else in `exec`: nix leaves `fork`, `sigaction` and `signal` to their callers, and
 //! neither nix nor rustix knows `mount_setattr` and `close_range`.
@@ -50,7 +50,7 @@ pub(super) fn close_all_from(first: u32, keep: &[BorrowedFd<'_>], on_exec: bool)
     Ok(())
 }
 
-/// `struct mount_attr` of mount_setattr(2).
+/// `struct mount_attr` of `mount_setattr`(2).
 #[repr(C)]
 #[derive(Default)]
 struct MountAttr {

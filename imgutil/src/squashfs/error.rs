@@ -10,7 +10,8 @@ pub enum SquashfsError {
     Output {
         /// What was being written.
         step: &'static str,
-        /// Why the output refused. In the message, so not a `source`: a chain would print it twice.
+        /// Why the output refused; in the message.
+        #[source]
         cause: io::Error,
     },
     /// libsquashfs refused.
@@ -34,6 +35,7 @@ pub enum SquashfsError {
         /// Where it is, in bytes from the start of the squashfs.
         offset: u64,
         /// Why; in the message.
+        #[source]
         cause: io::Error,
     },
     /// The image's structures contradict each other.

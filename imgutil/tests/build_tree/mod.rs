@@ -1,6 +1,6 @@
 //! What the tests of `build` and `exec` share: a minimal tree, built once and kept under `target`, copies of it to change,
 //! and the state of the host before and after.
-#![allow(dead_code)] // each test program uses a part
+#![allow(dead_code, unreachable_pub)] // each test program uses a part
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeSet;

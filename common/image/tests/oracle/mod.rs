@@ -1,6 +1,6 @@
-//! A second implementation of the sealed image, written from docs/formats.md alone and on other libraries (RustCrypto instead of
+//! A second implementation of the sealed image, written from docs/formats.md alone and on other libraries (`RustCrypto` instead of
 //! aws-lc): the oracle of the test vectors, and the workshop of whoever forges an image.
-#![allow(dead_code)] // each test program uses a part
+#![allow(dead_code, unreachable_pub)] // each test program uses a part
 #![allow(clippy::unwrap_used)]
 
 use aes_gcm::aead::{Aead as _, KeyInit as _};

@@ -1,0 +1,18 @@
+//! A recipe: a mistake is one line that names the file.
+
+use imgutil::recipe::{Recipe, is_package_name};
+use std::path::Path;
+
+pub fn run(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    match Recipe::parse(text, Path::new("recipe.toml")) {
+        Ok(recipe) => {
+            assert!(recipe.packages.iter().all(|name| is_package_name(name)));
+            assert!(recipe.files.iter().all(|file| file.path.is_absolute()));
+        }
+        Err(error) => {
+            let message = error.to_string();
+            assert!(message.contains("recipe.toml"), "{message}");
+        }
+    }
+}
