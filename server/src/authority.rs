@@ -10,6 +10,7 @@ use rcgen::{
     BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
 };
+use rustls::sign::CertifiedKey;
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use ssh_key::rand_core::OsRng;
@@ -25,8 +26,10 @@ const ROLES: [&str; 3] = ["member", "node", "token"];
 const ROOT_DAYS: i64 = 3650;
 /// Days that an intermediate is valid.
 const INTERMEDIATE_DAYS: i64 = 1825;
-/// Days that a member's certificate is valid; it is renewed at each start.
+/// Days that a member's certificate is valid; it is renewed at each start and each day.
 const MEMBER_DAYS: i64 = 90;
+/// Clocks of nodes differ; an hour of grace costs nothing.
+const GRACE: Duration = Duration::hours(1);
 
 /// Where a member is reached, for the SANs that firmware and browsers want.
 #[derive(Debug, Clone, Default)]
@@ -41,16 +44,58 @@ pub struct Addresses {
 pub struct Authority {
     /// Root certificate, PEM.
     pub root_pem: String,
-    /// The member's chain: leaf, member intermediate.
-    pub chain: Vec<CertificateDer<'static>>,
-    /// The member's private key.
-    pub key: PrivateKeyDer<'static>,
     /// Signs tokens.
     pub token: Ed25519KeyPair,
     /// Signs host certificates.
     pub ssh_host: PrivateKey,
     /// Signs user certificates.
     pub ssh_user: PrivateKey,
+}
+
+/// Issues this member's certificate: at each start, and long before it ends.
+#[derive(Debug, Clone)]
+pub struct MemberIssuer {
+    /// Where the authorities are.
+    pub keys: PathBuf,
+    /// The collective.
+    pub collective: CollectiveId,
+    /// The member.
+    pub member: MemberId,
+    /// Where it is reached.
+    pub addresses: Addresses,
+    /// When the collective was made, Unix seconds. Certificates are good from then on: a node whose clock stands still knows no later
+    /// time than the build of its boot payload.
+    pub created: u64,
+}
+
+impl MemberIssuer {
+    /// A new key with its certificate.
+    ///
+    /// # Errors
+    /// The member authority is missing or damaged; no randomness.
+    pub fn issue(&self) -> anyhow::Result<CertifiedKey> {
+        let files = Files(self.keys.clone());
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let mut leaf = params(&format!("member {}", self.member), MEMBER_DAYS)?;
+        let created = OffsetDateTime::from_unix_timestamp(i64::try_from(self.created)?)?;
+        leaf.not_before = leaf.not_before.min(created - GRACE);
+        leaf.subject_alt_names.push(uri(member_uri(self.collective, self.member))?);
+        leaf.subject_alt_names.extend(self.addresses.ips.iter().copied().map(SanType::IpAddress));
+        for name in &self.addresses.names {
+            let dns = name.clone().try_into().with_context(|| format!("'{name}' is not a DNS name"))?;
+            leaf.subject_alt_names.push(SanType::DnsName(dns));
+        }
+        leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let certificate = leaf.signed_by(&key, &files.issuer("member")?)?;
+        let intermediate = CertificateDer::from_pem_slice(files.read("member-ca.pem")?.as_bytes())
+            .context("the member authority is not a certificate")?;
+        let private = PrivateKeyDer::try_from(key.serialize_der())
+            .map_err(|error| anyhow::anyhow!("the member's key is not usable: {error}"))?;
+        let chain = vec![certificate.der().clone(), intermediate];
+        CertifiedKey::from_der(chain, private, &rustls::crypto::aws_lc_rs::default_provider())
+            .context("the member's certificate is not usable")
+    }
 }
 
 struct Files(PathBuf);
@@ -93,8 +138,7 @@ fn params(name: &str, days: i64) -> anyhow::Result<CertificateParams> {
     subject.push(DnType::CommonName, name);
     params.distinguished_name = subject;
     let now = OffsetDateTime::now_utc();
-    // Clocks of nodes differ; an hour of grace costs nothing.
-    params.not_before = now - Duration::hours(1);
+    params.not_before = now - GRACE;
     params.not_after = now + Duration::days(days);
     Ok(params)
 }
@@ -149,40 +193,18 @@ impl Authority {
         Ok(())
     }
 
-    /// Issues the member's certificate anew and opens everything.
+    /// Opens everything.
     ///
     /// # Errors
     /// A key file is missing or damaged.
-    pub fn open(dir: &Path, collective: CollectiveId, member: MemberId, addresses: &Addresses) -> anyhow::Result<Self> {
+    pub fn open(dir: &Path) -> anyhow::Result<Self> {
         let files = Files(dir.to_owned());
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let mut leaf = params(&format!("member {member}"), MEMBER_DAYS)?;
-        leaf.subject_alt_names.push(uri(member_uri(collective, member))?);
-        leaf.subject_alt_names.extend(addresses.ips.iter().copied().map(SanType::IpAddress));
-        for name in &addresses.names {
-            leaf.subject_alt_names.push(SanType::DnsName(
-                name.clone().try_into().with_context(|| format!("'{name}' is not a DNS name"))?,
-            ));
-        }
-        leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        let certificate = leaf.signed_by(&key, &files.issuer("member")?)?;
-        let intermediate = CertificateDer::from_pem_slice(files.read("member-ca.pem")?.as_bytes())
-            .context("the member authority is not a certificate")?;
         let token_key = files.key("token.key")?;
         let token = Ed25519KeyPair::from_pkcs8(&token_key.serialize_der())
             .map_err(|error| anyhow::anyhow!("the token key is not usable: {error}"))?;
         let ssh_host = files.ssh("ssh-host-ca")?;
         ensure!(ssh_host.algorithm() == Algorithm::Ed25519, "the SSH host authority is not an Ed25519 key");
-        Ok(Self {
-            root_pem: files.read("root.pem")?.to_string(),
-            chain: vec![certificate.der().clone(), intermediate],
-            key: PrivateKeyDer::try_from(key.serialize_der())
-                .map_err(|error| anyhow::anyhow!("the member's key is not usable: {error}"))?,
-            token,
-            ssh_host,
-            ssh_user: files.ssh("ssh-user-ca")?,
-        })
+        Ok(Self { root_pem: files.read("root.pem")?.to_string(), token, ssh_host, ssh_user: files.ssh("ssh-user-ca")? })
     }
 
     /// The key that checks tokens.
@@ -205,5 +227,66 @@ impl Authority {
     /// Never, for keys that were opened.
     pub fn ssh_user_line(&self) -> anyhow::Result<String> {
         Ok(self.ssh_user.public_key().to_openssh()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn openssl_verifies_the_chain_also_by_a_clock_that_stands_at_the_beginning() {
+        let dir = tempfile::tempdir().unwrap();
+        let collective = CollectiveId::random();
+        Authority::create(dir.path(), collective, "site").unwrap();
+        let created = crate::state::now();
+        let addresses = Addresses { ips: vec!["10.0.0.1".parse().unwrap()], names: vec!["m1.example".into()] };
+        let member = MemberId::random();
+        let issuer = MemberIssuer { keys: dir.path().to_owned(), collective, member, addresses, created };
+        let issued = issuer.issue().unwrap();
+        for (certificate, name) in issued.cert.iter().zip(["leaf.der", "issuer.der"]) {
+            std::fs::write(dir.path().join(name), certificate).unwrap();
+        }
+        for at in [created, created + 80 * 86_400] {
+            let output = Command::new("openssl")
+                .args(["verify", "-verify_ip", "10.0.0.1", "-purpose", "sslserver", "-attime", &at.to_string()])
+                .args(["-CAfile", "root.pem", "-untrusted", "member-ca.pem", "leaf.der"])
+                .current_dir(dir.path())
+                .output()
+                .unwrap();
+            assert!(output.status.success(), "{output:?}");
+        }
+        let shown = Command::new("openssl")
+            .args(["x509", "-in", "leaf.der", "-noout", "-ext", "subjectAltName"])
+            .current_dir(dir.path())
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&shown.stdout);
+        for part in [format!("URI:{}", member_uri(collective, member)), "DNS:m1.example".into()] {
+            assert!(text.contains(&part), "{part} is missing in {text}");
+        }
+        // A member that was made later has certificates of the same beginning.
+        let later = MemberIssuer { created: created - 86_400, ..issuer }.issue().unwrap();
+        assert_ne!(later.cert[0], issued.cert[0]);
+    }
+
+    #[test]
+    fn private_keys_are_for_their_owner_and_a_second_open_is_the_same() {
+        use std::os::unix::fs::MetadataExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        Authority::create(dir.path(), CollectiveId::random(), "site").unwrap();
+        for entry in std::fs::read_dir(dir.path()).unwrap() {
+            let entry = entry.unwrap();
+            let name = entry.file_name().into_string().unwrap();
+            let mode = entry.metadata().unwrap().mode() & 0o777;
+            assert_eq!(mode & 0o077 == 0, !name.ends_with(".pem"), "{name}: {mode:o}");
+        }
+        let (first, second) = (Authority::open(dir.path()).unwrap(), Authority::open(dir.path()).unwrap());
+        assert_eq!(first.token_public(), second.token_public());
+        assert_eq!(first.ssh_host_line().unwrap(), second.ssh_host_line().unwrap());
+        std::fs::remove_file(dir.path().join("ssh-user-ca")).unwrap();
+        let error = format!("{:#}", Authority::open(dir.path()).err().unwrap());
+        assert!(error.contains("ssh-user-ca"), "{error}");
     }
 }

@@ -12,10 +12,12 @@ use moor_api::proof::{EXPORTER_LABEL, EXPORTER_LENGTH};
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
 use rustls::{DigitallySignedStruct, DistinguishedName, Error, ProtocolVersion, ServerConfig, SignatureScheme};
 use rustls_pki_types::{CertificateDer, UnixTime};
 use std::os::unix::fs::PermissionsExt as _;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
@@ -28,6 +30,8 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 const MAX_CONNECTIONS: usize = 16_384;
 /// A handshake takes at most this long.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// The certificate is renewed this often.
+const RENEWAL: Duration = Duration::from_hours(24);
 /// The head of a request takes at most this long.
 const HEAD: Duration = Duration::from_secs(30);
 
@@ -80,14 +84,40 @@ impl ClientCertVerifier for AnyKey {
     }
 }
 
+/// The member's certificate as it is now; connections that stand keep theirs.
+#[derive(Debug)]
+struct Current(RwLock<Arc<CertifiedKey>>);
+
+impl ResolvesServerCert for Current {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        // Whoever panicked here had at most replaced it.
+        Some(self.0.read().unwrap_or_else(PoisonError::into_inner).clone())
+    }
+}
+
+/// Renews the certificate for as long as the member runs.
+async fn renew(member: Arc<Member>, current: Arc<Current>, stop: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(RENEWAL) => {}
+        }
+        match member.issuer.issue() {
+            Ok(issued) => *current.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(issued),
+            // The old one is good for weeks: it is tried again, and said each time.
+            Err(error) => tracing::error!("renewing the member's certificate: {error:#}"),
+        }
+    }
+}
+
 /// TLS as this member speaks it.
-fn tls_config(member: &Member) -> anyhow::Result<ServerConfig> {
+fn tls_config(current: Arc<Current>) -> anyhow::Result<ServerConfig> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let mut config = ServerConfig::builder_with_provider(provider.clone())
         // TLS 1.2 is for boot loaders that fetch public files; /node and /admin ask for the exporter of 1.3.
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
         .with_client_cert_verifier(Arc::new(AnyKey(provider)))
-        .with_single_cert(member.authority.chain.clone(), member.authority.key.clone_key())?;
+        .with_cert_resolver(current);
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     // A resumed session has no client certificate of its own: each connection proves its key anew.
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
@@ -100,9 +130,11 @@ fn tls_config(member: &Member) -> anyhow::Result<ServerConfig> {
 /// # Errors
 /// An address or the socket is not to be had.
 pub async fn serve(member: Arc<Member>, app: Router, stop: CancellationToken) -> anyhow::Result<()> {
-    let acceptor = TlsAcceptor::from(Arc::new(tls_config(&member).context("setting up TLS")?));
+    let current = Arc::new(Current(RwLock::new(Arc::new(member.issuer.issue()?))));
+    let acceptor = TlsAcceptor::from(Arc::new(tls_config(current.clone()).context("setting up TLS")?));
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut loops = tokio::task::JoinSet::new();
+    loops.spawn(renew(member.clone(), current, stop.clone()));
     for address in &member.config.listen {
         let listener = TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))?;
         tracing::info!("listening on https://{address}");

@@ -1,6 +1,6 @@
 //! The member: what every handler needs. One value, shared.
 
-use crate::authority::{Addresses, Authority};
+use crate::authority::{Addresses, Authority, MemberIssuer};
 use crate::config::Config;
 use crate::content;
 use crate::node::enroll::Enrollments;
@@ -28,6 +28,8 @@ pub struct Member {
     pub store: Local,
     /// Its keys.
     pub authority: Authority,
+    /// Issues its own certificate.
+    pub issuer: MemberIssuer,
     /// The data key.
     pub secrets: DataKey,
     /// The collective.
@@ -141,8 +143,14 @@ impl Member {
                 config.state_dir.display()
             )
         })?;
-        let addresses = addresses(&config, &site)?;
-        let authority = Authority::open(&config.keys(), site.collective, site.member, &addresses)?;
+        let authority = Authority::open(&config.keys())?;
+        let issuer = MemberIssuer {
+            keys: config.keys(),
+            collective: site.collective,
+            member: site.member,
+            addresses: addresses(&config, &site)?,
+            created: site.created,
+        };
         let secrets = DataKey::open(&config.keys().join("data.key"), site.collective)?;
         let nonces = Nonces::new(site.member)?;
         content::sweep(&config.blobs());
@@ -150,6 +158,7 @@ impl Member {
             config,
             store,
             authority,
+            issuer,
             secrets,
             site,
             nonces,

@@ -2,6 +2,7 @@
 
 use super::nodes::select;
 use crate::http::Failure;
+use crate::node::report::HEARTBEAT;
 use crate::state::Member;
 use crate::store::records::{Armed, NodeRecord};
 use crate::store::{Event, Snapshot, Store as _};
@@ -20,6 +21,8 @@ use std::time::Duration;
 use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 
+/// Seconds without a heartbeat after which a node is told to be silent: three that did not come.
+const SILENT: u64 = 3 * HEARTBEAT as u64;
 /// Refusals that `moor why` shows.
 const SHOWN: usize = 50;
 /// A stream that has nothing to say sends an empty line this often, so that a dead peer is noticed.
@@ -122,7 +125,11 @@ pub(super) async fn why(State(member): State<Arc<Member>>, Path(subject): Path<S
     }
     refusals.sort_by_key(|refusal| std::cmp::Reverse(refusal.time_ms));
     refusals.truncate(SHOWN);
-    let advice = advice(&view, node.as_ref(), &refusals, state.as_ref())?;
+    let mut advice = advice(&view, node.as_ref(), &refusals, state.as_ref())?;
+    let silent = node.as_ref().and_then(|node| member.heartbeats.age(node.id)).filter(|age| *age > SILENT);
+    if let Some(age) = silent {
+        advice.push(format!("it was last heard of {age} s ago: it is down, or cut off"));
+    }
     Ok(Json(Why { subject, node: node.map(|node| node.name), state, refusals, advice }))
 }
 

@@ -8,6 +8,8 @@ pub mod command;
 pub mod index;
 pub mod records;
 pub mod tables;
+#[cfg(test)]
+mod tests;
 
 pub use command::{Command, Outcome};
 pub use tables::Snapshot;

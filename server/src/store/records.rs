@@ -95,8 +95,8 @@ pub struct Plan {
 /// What a quote and the event log beside it said; recorded, not judged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Evidence {
-    /// PCR values, hexadecimal.
-    pub pcrs: BTreeMap<u8, String>,
+    /// PCR numbers and values, hexadecimal. Pairs, because serde reads no numbers as keys inside a tagged enum, which commands are.
+    pub pcrs: Vec<(u8, String)>,
     /// Blob of the firmware's event log.
     #[serde(default)]
     pub event_log: Option<Sha256Digest>,

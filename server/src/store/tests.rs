@@ -1,0 +1,234 @@
+//! The store as its users see it: commands in, records out, also after it was opened again.
+
+use super::records::{Armed, Identity, MAX_LOG_BYTES, MAX_STRANGERS};
+use super::{Command, Local, Outcome, Store as _, index};
+use moor_api::admin::{LogEvent, Refusal, StatusEvent};
+use moor_api::ids::{BootId, NodeId};
+use moor_api::node::PcrBank;
+use moor_api::problem::{Code, Problem};
+use std::collections::BTreeMap;
+
+fn define(id: NodeId, name: &str, attributes: &[(&str, &str)]) -> Command {
+    let attributes = attributes.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+    Command::DefineNode { id, name: name.parse().unwrap(), attributes }
+}
+
+fn soft(key: u8) -> Identity {
+    Identity::Soft { public_key: vec![key].into(), unproven: false }
+}
+
+fn tpm(key: u8) -> Identity {
+    Identity::Tpm {
+        ek_public: vec![key].into(),
+        ek_certificate: None,
+        ak_public: vec![key].into(),
+        bank: PcrBank::Sha256,
+    }
+}
+
+fn refusal(detail: &str) -> Refusal {
+    Refusal {
+        time_ms: 1,
+        peer: "10.0.0.1:1".into(),
+        call: "POST hello".into(),
+        uuid: None,
+        macs: Vec::new(),
+        problem: Problem::new(Code::NotArmed, detail),
+        count: 1,
+    }
+}
+
+struct Fixture {
+    dir: tempfile::TempDir,
+    store: Local,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Local::open(&dir.path().join("store.redb")).unwrap();
+        Self { dir, store }
+    }
+
+    async fn done(&self, command: Command) -> Outcome {
+        let outcome = self.store.propose(command).await.unwrap();
+        assert!(!matches!(outcome, Outcome::Refused(_)), "{outcome:?}");
+        outcome
+    }
+
+    async fn refused(&self, command: Command) -> Code {
+        match self.store.propose(command).await.unwrap() {
+            Outcome::Refused(problem) => problem.code,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn bind(&self, id: NodeId, identity: Identity) -> Outcome {
+        self.store.propose(Command::Bind { id, identity, boot: BootId::random(), now: 100 }).await.unwrap()
+    }
+}
+
+#[tokio::test]
+async fn an_identity_is_bound_once_and_never_by_mistake() {
+    let f = Fixture::new();
+    let (a, b) = (NodeId::random(), NodeId::random());
+    f.done(define(a, "a", &[])).await;
+    f.done(define(b, "b", &[])).await;
+    let code = |outcome: Outcome| if let Outcome::Refused(problem) = outcome { Some(problem.code) } else { None };
+    assert_eq!(code(f.bind(a, tpm(1)).await), Some(Code::NotArmed));
+    f.done(Command::Arm { id: a, armed: Armed::Until(100) }).await;
+    assert_eq!(code(f.bind(a, tpm(1)).await), Some(Code::NotArmed), "the window has just closed");
+    f.done(Command::Arm { id: a, armed: Armed::Once }).await;
+    let first = f.bind(a, tpm(1)).await;
+    assert!(matches!(first, Outcome::Number(_)), "{first:?}");
+    assert_eq!(f.bind(a, tpm(1)).await, first, "the same once more, without the window");
+    assert_eq!(f.store.snapshot().unwrap().node(a).unwrap().unwrap().armed, Armed::No, "once is used up");
+    // Also armed in any way, nobody takes the place of a TPM.
+    for armed in [Armed::Once, Armed::Until(200), Armed::Continuous] {
+        f.done(Command::Arm { id: a, armed }).await;
+        assert_eq!(code(f.bind(a, tpm(2)).await), Some(Code::IdentityMismatch), "{armed:?}");
+        assert_eq!(code(f.bind(a, soft(1)).await), Some(Code::IdentityMismatch), "{armed:?}");
+    }
+    // The TPM of one node is not another node.
+    f.done(Command::Arm { id: b, armed: Armed::Once }).await;
+    assert_eq!(code(f.bind(b, tpm(1)).await), Some(Code::IdentityMismatch));
+    // Dropped by name, it is free again, and the epoch has grown.
+    let Outcome::Number(dropped) = f.done(Command::Rearm { id: a }).await else { panic!("no epoch") };
+    assert!(matches!(first, Outcome::Number(before) if before < dropped));
+    assert!(matches!(f.bind(b, tpm(1)).await, Outcome::Number(epoch) if epoch > dropped));
+}
+
+#[tokio::test]
+async fn soft_keys_change_under_continuous_arming_and_are_unproven() {
+    let f = Fixture::new();
+    let id = NodeId::random();
+    f.done(define(id, "a", &[])).await;
+    f.done(Command::Arm { id, armed: Armed::Once }).await;
+    f.bind(id, soft(1)).await;
+    let is_unproven = || f.store.snapshot().unwrap().node(id).unwrap().unwrap().identity.unwrap().is_unproven();
+    assert!(!is_unproven());
+    f.done(Command::Arm { id, armed: Armed::Continuous }).await;
+    f.bind(id, soft(1)).await;
+    assert!(!is_unproven(), "the key that was proven stays so");
+    f.bind(id, soft(2)).await;
+    assert!(is_unproven());
+    // What a proposer says of it does not count.
+    f.bind(id, Identity::Soft { public_key: vec![3].into(), unproven: false }).await;
+    assert!(is_unproven());
+}
+
+#[tokio::test]
+async fn the_index_follows_attributes_and_identities() {
+    let f = Fixture::new();
+    let id = NodeId::random();
+    let uuid = "5f1e7a52-30a3-4f6c-9d3e-6c2f9a1b0c01";
+    f.done(define(
+        id,
+        "a",
+        &[("id.uuid", uuid), ("net.hwaddr", "52:54:00:00:00:01"), ("net.x.hwaddr", "52:54:00:00:00:02")],
+    ))
+    .await;
+    let found = |key: String| f.store.snapshot().unwrap().indexed(&key).unwrap();
+    assert_eq!(found(index::uuid(uuid)), [id]);
+    assert_eq!(found(index::hwaddr("52:54:00:00:00:02")), [id]);
+    let set = |set: &[(&str, &str)], clear: &[&str]| Command::SetAttributes {
+        id,
+        set: set.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+        secrets: BTreeMap::new(),
+        clear: clear.iter().map(|name| (*name).to_owned()).collect(),
+    };
+    f.done(set(&[("net.hwaddr", "52:54:00:00:00:09"), ("id.uuid", "")], &["net.x.hwaddr"])).await;
+    assert!(found(index::uuid(uuid)).is_empty());
+    assert!(found(index::hwaddr("52:54:00:00:00:01")).is_empty());
+    assert!(found(index::hwaddr("52:54:00:00:00:02")).is_empty());
+    assert_eq!(found(index::hwaddr("52:54:00:00:00:09")), [id]);
+    let other = NodeId::random();
+    f.done(define(other, "b", &[("net.hwaddr", "52:54:00:00:00:09")])).await;
+    assert_eq!(found(index::hwaddr("52:54:00:00:00:09")).len(), 2);
+    f.done(Command::RemoveNode { id }).await;
+    assert_eq!(found(index::hwaddr("52:54:00:00:00:09")), [other]);
+}
+
+#[tokio::test]
+async fn what_is_kept_is_bounded() {
+    let f = Fixture::new();
+    let id = NodeId::random();
+    f.done(define(id, "a", &[])).await;
+    let log = |text: String| Command::Log { id, event: LogEvent { time_ms: 1, phase: "agent".into(), text } };
+    for number in 0..40 {
+        f.done(log(format!("{number}{}", "x".repeat(60_000)))).await;
+    }
+    let logs = f.store.snapshot().unwrap().logs(id).unwrap();
+    assert!(logs.iter().map(|event| event.text.len()).sum::<usize>() <= MAX_LOG_BYTES);
+    assert!(logs.last().unwrap().text.starts_with("39x"));
+
+    // Strangers come and go; what a node was refused stays.
+    f.done(Command::Refuse { nodes: vec![id], strangers: Vec::new(), refusal: refusal("node") }).await;
+    for number in 0..MAX_STRANGERS + 50 {
+        f.done(Command::Refuse { nodes: Vec::new(), strangers: vec![format!("s{number}")], refusal: refusal("no") })
+            .await;
+    }
+    f.done(Command::Refuse { nodes: vec![id], strangers: Vec::new(), refusal: refusal("node") }).await;
+    let view = f.store.snapshot().unwrap();
+    assert!(view.refusals("s49").unwrap().is_empty() && view.refusals("s50").unwrap().len() == 1);
+    let kept = view.refusals(&id.to_string()).unwrap();
+    assert_eq!((kept.len(), kept[0].count), (1, 2), "equal ones are counted");
+    for number in 0..100 {
+        f.done(Command::Refuse { nodes: vec![id], strangers: Vec::new(), refusal: refusal(&number.to_string()) }).await;
+    }
+    assert_eq!(f.store.snapshot().unwrap().refusals(&id.to_string()).unwrap().len(), 50);
+}
+
+#[tokio::test]
+async fn a_boot_stage_ends_once_and_for_all() {
+    let f = Fixture::new();
+    let id = NodeId::random();
+    f.done(define(id, "a", &[])).await;
+    let (first, second) = (BootId::random(), BootId::random());
+    let boot = |boot| Command::Boot { id, boot, evidence: None };
+    f.done(boot(first)).await;
+    f.done(boot(first)).await;
+    f.done(boot(second)).await;
+    assert_eq!(f.refused(boot(first)).await, Code::StageClosed, "another boot began");
+    f.done(Command::CloseStage { id, boot: second }).await;
+    assert_eq!(f.refused(boot(second)).await, Code::StageClosed);
+}
+
+#[tokio::test]
+async fn it_opens_again_with_everything_and_the_audit_chain_holds() {
+    let Fixture { dir, store } = Fixture::new();
+    let f = Fixture { dir, store };
+    let id = NodeId::random();
+    f.done(define(id, "a", &[])).await;
+    for number in 0..5 {
+        f.done(Command::Audit { entry: serde_json::json!({ "number": number }) }).await;
+    }
+    let event = StatusEvent {
+        node: "a".parse().unwrap(),
+        boot: None,
+        state: "x".into(),
+        detail: String::new(),
+        time_ms: 1,
+        uptime_ms: 0,
+        figures: BTreeMap::new(),
+    };
+    f.done(Command::Status { id, sequence: None, event }).await;
+    assert_eq!(f.refused(define(NodeId::random(), "a", &[])).await, Code::Conflict);
+    let Fixture { dir, store } = f;
+    let path = dir.path().join("store.redb");
+    assert!(Local::open(&path).is_err(), "one store has one process");
+    drop(store);
+    // The thread that writes ends when its queue does.
+    let store = (0..100)
+        .find_map(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            Local::open(&path).ok()
+        })
+        .unwrap();
+    let view = store.snapshot().unwrap();
+    assert_eq!(view.node_named("a").unwrap().unwrap().id, id);
+    assert_eq!(view.events(id).unwrap().len(), 1);
+    let lines: Vec<serde_json::Value> = view.all(super::tables::AUDIT).unwrap();
+    assert_eq!(lines.len(), 5);
+    assert!(lines.windows(2).all(|pair| pair[1]["previous"] == pair[0]["hash"]));
+}
