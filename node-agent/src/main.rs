@@ -113,7 +113,7 @@ fn finish(end: EndAction, reason: &str) -> ExitCode {
             ExitCode::FAILURE
         }
         EndAction::Hold | EndAction::Back(_) => {
-            console::say("failed", &format!("{reason}; the boot stage is closed"));
+            console::say("held", "the boot stage is closed: this machine can ask for no secrets until a cold reboot");
             ExitCode::from(HELD)
         }
     }

@@ -1,14 +1,12 @@
 //! What the agent asks of the kernel for its own process.
 
 use nix::sys::resource::{Resource, setrlimit};
-use nix::sys::stat::{Mode, umask};
 
-/// No core dumps, no attaching debugger, files private by default: keys and tokens are in this process's memory. A kernel that
-/// refuses costs a protection, not the boot.
+/// No core dumps, no attaching debugger: keys and tokens are in this process's memory. A kernel that refuses costs a protection, not
+/// the boot. The umask stays as it is: children make directories of the new root.
 pub fn protect() {
     let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
     let _ = nix::sys::prctl::set_dumpable(false);
-    umask(Mode::from_bits_truncate(0o077));
 }
 
 /// Milliseconds since the kernel started, suspended time included.

@@ -15,6 +15,9 @@ const LAST_WORDS: Duration = Duration::from_secs(30);
 
 impl Boot {
     pub(super) async fn close(&mut self) -> Result<State, Fault> {
+        if !self.is_closed {
+            self.ensure_token().await?;
+        }
         // Before the token is void.
         self.flush().await;
         self.close_pcr()?;

@@ -14,6 +14,7 @@ use crate::render;
 use moor_api::client::session::SessionKey;
 use moor_api::deploy::{Cidr, IpMethod};
 use moor_api::trust::SiteBundle;
+use std::fmt::Write as _;
 use std::time::Duration;
 
 /// How long a TPM's driver is waited for.
@@ -21,6 +22,17 @@ const TPM_WAIT: Duration = Duration::from_secs(10);
 
 /// How long a second address is waited for when the known ones reached nobody.
 const NEXT_ADDRESS: Duration = Duration::from_secs(5);
+
+/// Members given by name are looked up as in any system. A resolver that cannot be set costs those alone, and says so then.
+fn name_servers(candidate: &Candidate) {
+    let mut text = String::new();
+    for server in &candidate.dns {
+        let _ = writeln!(text, "nameserver {server}");
+    }
+    if !text.is_empty() {
+        let _ = std::fs::write("/etc/resolv.conf", text);
+    }
+}
 
 impl Boot {
     pub(super) async fn start(&mut self) -> Result<State, Fault> {
@@ -173,6 +185,7 @@ impl Boot {
                 continue;
             }
             self.way = Some(candidate.clone());
+            name_servers(&candidate);
             let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
             members.disconnect();
             match members.connection().await {

@@ -8,6 +8,9 @@ use crate::{clock, machine};
 use moor_api::client::ClientError;
 use moor_api::node::{NextStep, Stage};
 
+/// A token is renewed so long before it expires, in seconds: scripts may take that long.
+const TOKEN_MARGIN: u64 = 20 * 60;
+
 impl Boot {
     /// Also the state `wait`: there it is the same question again.
     pub(super) async fn hello(&mut self) -> Result<State, Fault> {
@@ -105,9 +108,25 @@ impl Boot {
         if reply.stage != Stage::Boot {
             return Err(Fault::refused("the member gave a token for another stage"));
         }
+        self.expires = reply.expires;
         members.set_token(reply.token).map_err(|error| call_fault(&error))?;
         self.flush().await;
         Ok(State::Config)
+    }
+}
+
+impl Boot {
+    /// A token that is good for a while: scripts may have taken long. Only while PCR 15 is open; afterwards no member gives one.
+    pub(super) async fn ensure_token(&mut self) -> Result<(), Fault> {
+        if clock::now().saturating_add(TOKEN_MARGIN) < self.expires {
+            return Ok(());
+        }
+        let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
+        members.disconnect();
+        match self.hello().await? {
+            State::Session => self.session().await.map(drop),
+            _ => Err(Fault::fatal("the token expired, and the member wants another enrolment")),
+        }
     }
 }
 

@@ -66,6 +66,8 @@ pub struct Boot {
     members: Option<Members>,
     known: Option<KnownNode>,
     nonce: Option<Base64>,
+    /// Unix seconds after which the token is refused.
+    expires: u64,
     document: Option<DeployDocument>,
     host_keys: Vec<HostKey>,
     certificates: Option<HostCertificates>,
@@ -106,6 +108,7 @@ impl Boot {
             members: None,
             known: None,
             nonce: None,
+            expires: 0,
             document: None,
             host_keys: Vec::new(),
             certificates: None,

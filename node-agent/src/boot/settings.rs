@@ -50,6 +50,7 @@ impl Boot {
     }
 
     pub(super) async fn phase(&mut self, name: PhaseName, root: Option<&Path>, next: State) -> Result<State, Fault> {
+        self.ensure_token().await?;
         let Self { members: Some(members), document: Some(document), .. } = self else {
             return Err(missing("configuration"));
         };

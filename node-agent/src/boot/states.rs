@@ -183,7 +183,8 @@ pub fn decide(rule: &Rule, attempt: u32, class: Class, jitter: f64) -> Decision 
     let pause = pause(rule.pause, attempt, jitter);
     let exhausted = matches!(rule.tries, Tries::Times(times) if attempt >= times);
     match (class, rule.end) {
-        (Class::Refused, _) => Decision::Go(State::Wait, pause),
+        // Every state that is refused goes round by `wait`, in its rhythm.
+        (Class::Refused, _) => Decision::Go(State::Wait, self::pause(State::Wait.rule().pause, attempt, jitter)),
         // Closing is the one thing that is not begun again from elsewhere.
         (Class::Restart, EndAction::Reboot) if exhausted => Decision::End(EndAction::Reboot),
         (Class::Restart, EndAction::Reboot) => Decision::Go(rule.state, pause),
@@ -277,6 +278,8 @@ mod tests {
     #[test]
     fn what_follows_a_failure() {
         let go = |state: State| move |decision: Decision| matches!(decision, Decision::Go(to, _) if to == state);
+        let after_seconds =
+            |s: u64| move |decision: Decision| matches!(decision, Decision::Go(_, p) if p.as_secs() == s);
         let ends = |end: EndAction| move |decision: Decision| decision == Decision::End(end);
         let cases: Vec<(&str, State, u32, Class, Check)> = vec![
             ("a broken member is tried again", State::Member, 1, Class::Again, Box::new(go(State::Member))),
@@ -285,6 +288,7 @@ mod tests {
             ("not armed: wait", State::Hello, 1, Class::Refused, Box::new(go(State::Wait))),
             ("for as long as it takes", State::Wait, 9999, Class::Again, Box::new(go(State::Wait))),
             ("another TPM: wait", State::Session, 1, Class::Refused, Box::new(go(State::Wait))),
+            ("in the rhythm of waiting", State::Session, 9, Class::Refused, Box::new(after_seconds(7))),
             ("a broken enrolment begins anew", State::Enroll, 1, Class::Again, Box::new(go(State::Hello))),
             ("an expired token begins anew", State::Image, 1, Class::Restart, Box::new(go(State::Hello))),
             ("a TPM that fails holds", State::Enroll, 1, Class::Fatal, Box::new(ends(EndAction::Hold))),

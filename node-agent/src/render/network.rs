@@ -44,10 +44,10 @@ fn unit(
     let mut text = String::from("# Written by moor-agent at boot.\n[Match]\n");
     match (&interface.hwaddr, &interface.names[..]) {
         (Some(hwaddr), _) => {
-            let _ = writeln!(text, "PermanentMACAddress={hwaddr}");
+            by_hwaddr(&mut text, hwaddr);
         }
         (None, []) => {
-            let _ = writeln!(text, "PermanentMACAddress={}", boot.hwaddr);
+            by_hwaddr(&mut text, &boot.hwaddr);
         }
         (None, names) => {
             text.push_str("Name=");
@@ -101,6 +101,11 @@ fn unit(
     Ok(text)
 }
 
+/// The card itself, not what is stacked on it and shows the same address. (`PermanentMACAddress` would not match cards that have none.)
+fn by_hwaddr(text: &mut String, hwaddr: &HwAddr) {
+    let _ = writeln!(text, "MACAddress={hwaddr}\nType=!vlan bridge bond macvlan");
+}
+
 /// The root comes over this link: addresses and routes stay when networkd starts, stops, or loses its lease.
 fn keep(text: &mut String) {
     text.push_str("KeepConfiguration=yes\n");
@@ -114,7 +119,8 @@ fn dhcpv4(text: &mut String) {
 /// For an interface that the document does not know.
 fn boot_unit(boot: &BootInterface) -> String {
     let mut text = String::from("# Written by moor-agent at boot: the node booted over this interface.\n[Match]\n");
-    let _ = writeln!(text, "PermanentMACAddress={}\n\n[Link]\nRequiredForOnline=yes\n\n[Network]", boot.hwaddr);
+    by_hwaddr(&mut text, &boot.hwaddr);
+    text.push_str("\n[Link]\nRequiredForOnline=yes\n\n[Network]\n");
     if boot.is_static {
         text.push_str("DHCP=no\n");
         keep(&mut text);
