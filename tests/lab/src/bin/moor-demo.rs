@@ -19,6 +19,9 @@ use std::time::{Duration, Instant};
 /// From power on to `booted`, in emulation on a busy machine.
 const BOOT_LIMIT: Duration = Duration::from_mins(10);
 
+/// After so long without news, the last line of the console shows that the node is alive.
+const QUIET: Duration = Duration::from_secs(10);
+
 /// How the supervisor calls the demo itself, with the folder for everything it makes.
 const INSIDE: &str = "--inside";
 
@@ -103,14 +106,16 @@ fn demo(dir: &Path) -> anyhow::Result<()> {
 
 /// Shows each state as it comes, until the node is booted.
 fn follow(scenario: &Scenario, vm: &mut Vm, say: &mut dyn FnMut(&str)) -> anyhow::Result<()> {
-    let (mut seen, mut console_seen) = (0, 0);
+    let (mut seen, mut console_seen, mut heard) = (0, 0, false);
+    let mut quiet_since = Instant::now();
     wait_for("the node's state 'booted'", BOOT_LIMIT, || {
         // Until the node has a token, only its console tells how far it is.
         let console = vm.console();
         for line in console.get(console_seen..).unwrap_or_default().lines().filter(|line| line.contains("moor-agent:"))
         {
-            if seen == 0 {
+            if !heard {
                 say(&format!("  console: {}", line.trim()));
+                quiet_since = Instant::now();
             }
         }
         console_seen = console.rfind('\n').map_or(0, |end| end + 1);
@@ -120,6 +125,12 @@ fn follow(scenario: &Scenario, vm: &mut Vm, say: &mut dyn FnMut(&str)) -> anyhow
             say(&format!("  {NODE}: {} {}", event.state, event.detail));
             anyhow::ensure!(event.state != "failed", "the node failed: {}", event.detail);
             booted |= event.state == "booted";
+            heard |= event.boot.is_some();
+            quiet_since = Instant::now();
+        }
+        if quiet_since.elapsed() > QUIET {
+            say(&format!("  {NODE} is busy; its console shows: {}", vm.console_tail(1).trim()));
+            quiet_since = Instant::now();
         }
         seen = states.len();
         anyhow::ensure!(vm.is_running(), "the VM ended");
