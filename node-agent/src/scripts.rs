@@ -1,13 +1,12 @@
 //! The admin's scripts of a phase: fetched from a member, run one after the other within limits, their output kept on the server.
 //! One that fails is the failure of the phase.
 
+use crate::boot::reporter::{MAX_LOG, Reporter};
 use crate::child::{Tail, ended};
 use crate::members::Members;
 use crate::tree::{Tree, TreeError};
 use moor_api::client::ClientError;
 use moor_api::deploy::{DeployDocument, PhaseName};
-use moor_api::ids::BootId;
-use moor_api::node::LogReport;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, setrlimit};
@@ -30,8 +29,8 @@ const MAX_SCRIPT: usize = 4 << 20;
 /// How long one may run.
 const LIMIT: Duration = Duration::from_mins(15);
 
-/// Most bytes of output that are kept, its last ones; a report holds 64 KiB.
-const MAX_OUTPUT: usize = 60 << 10;
+/// Most bytes of output that are kept, its last ones; name and end of the script go with them.
+const MAX_OUTPUT: usize = MAX_LOG - (1 << 10);
 
 /// A phase failed.
 #[derive(Debug, thiserror::Error)]
@@ -85,8 +84,6 @@ fn last_line(output: &str) -> String {
 pub struct Phase<'a> {
     /// Which.
     pub name: PhaseName,
-    /// This boot.
-    pub boot: BootId,
     /// What the scripts are told.
     pub document: &'a DeployDocument,
     /// The root they run in; absent: the one the agent runs in.
@@ -105,15 +102,15 @@ impl Phase<'_> {
     ///
     /// # Errors
     /// The first that fails.
-    pub async fn run(&self, members: &mut Members) -> Result<usize, ScriptError> {
+    pub async fn run(&self, members: &mut Members, reporter: &mut Reporter) -> Result<usize, ScriptError> {
         let scripts = self.scripts();
         for name in &scripts {
-            self.one(members, name).await?;
+            self.one(members, reporter, name).await?;
         }
         Ok(scripts.len())
     }
 
-    async fn one(&self, members: &mut Members, name: &str) -> Result<(), ScriptError> {
+    async fn one(&self, members: &mut Members, reporter: &mut Reporter, name: &str) -> Result<(), ScriptError> {
         let phase = self.name.as_str();
         if name.is_empty() || name.split('/').any(|part| matches!(part, "" | "." | "..")) || name.contains('\0') {
             return Err(ScriptError::Name(name.chars().take(80).collect(), phase));
@@ -126,15 +123,9 @@ impl Phase<'_> {
         tree.write(&path, 0o700, &text)?;
         let run = |cause| ScriptError::Run { phase, name: name.to_owned(), cause };
         let (how, output) = self.execute(&path).await.map_err(run)?;
-        let report = LogReport {
-            boot: self.boot,
-            phase: Some(self.name),
-            text: format!("--- {name}: {}\n{output}", how.as_deref().unwrap_or("done")),
-        };
-        // The output is for reading later; a member that is away for a moment does not fail the phase.
-        if let Err(error) = members.call(async |member| member.log(&report).await).await {
-            crate::console::say(phase, &format!("the output of '{name}' was not taken by a member: {error}"));
-        }
+        reporter.log(Some(self.name), &format!("--- {name}: {}\n{output}", how.as_deref().unwrap_or("done")));
+        // A member that is away for a moment gets it later, and does not fail the phase.
+        reporter.flush(members).await;
         match how {
             None => Ok(()),
             Some(ended) => Err(ScriptError::Failed { phase, name: name.to_owned(), ended, output }),

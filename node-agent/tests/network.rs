@@ -1,6 +1,8 @@
 //! Addresses on a real link between two network namespaces: DHCP by a server that answers with what the test says, the kernel argument,
 //! and the change from one address to another.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking; its helpers too")]
+
 use moor_agent::network::links::Links;
 use moor_agent::network::{Candidate, Netlink, Origin, Search, StaticAddress};
 use std::fs::File;

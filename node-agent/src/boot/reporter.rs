@@ -1,10 +1,13 @@
-//! Tells people and members how far the boot is: each line once on the console, each report in order to a member.
+//! Tells people and members how far a node is: each line once on the console, each report and each output of a script in order to a
+//! member, sooner or later.
 
 use crate::console;
 use crate::members::Members;
 use crate::process::uptime_ms;
+use moor_api::deploy::PhaseName;
 use moor_api::ids::BootId;
-use moor_api::node::StatusReport;
+use moor_api::node::{LogReport, StatusReport};
+use moor_api::problem::Code;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
@@ -14,14 +17,23 @@ const REPEAT: Duration = Duration::from_mins(1);
 /// Most reports that wait for a token; a node that waits for days says little that is new.
 const MAX_QUEUE: usize = 128;
 
+/// Most bytes of a log report's text; a member takes 64 KiB.
+pub const MAX_LOG: usize = 60 << 10;
+
 /// How long reports may hold up the boot.
 const FLUSH_LIMIT: Duration = Duration::from_secs(20);
 
-/// Console lines and status reports of one boot.
+/// What a member is to be told.
+enum Message {
+    Status(StatusReport),
+    Log(LogReport),
+}
+
+/// Console lines, status reports and outputs of one boot.
 pub struct Reporter {
     boot: BootId,
     sequence: u64,
-    queue: VecDeque<StatusReport>,
+    queue: VecDeque<Message>,
     said: BTreeMap<String, Instant>,
 }
 
@@ -58,18 +70,31 @@ impl Reporter {
 
     /// Keeps a report for the member.
     pub fn report(&mut self, word: &str, sentence: &str, figures: BTreeMap<String, u64>) {
-        if self.queue.len() >= MAX_QUEUE {
-            self.queue.pop_front();
-        }
         self.sequence += 1;
-        self.queue.push_back(StatusReport {
+        self.push(Message::Status(StatusReport {
             boot: self.boot,
             sequence: self.sequence,
             state: word.to_owned(),
             detail: console::one_line(sentence),
             uptime_ms: uptime_ms(),
             figures,
-        });
+        }));
+    }
+
+    /// Keeps the output of a script, or another text worth keeping, for the member; of a long one the end.
+    pub fn log(&mut self, phase: Option<PhaseName>, text: &str) {
+        let mut begin = text.len().saturating_sub(MAX_LOG);
+        while !text.is_char_boundary(begin) {
+            begin += 1;
+        }
+        self.push(Message::Log(LogReport { boot: self.boot, phase, text: text[begin..].to_owned() }));
+    }
+
+    fn push(&mut self, message: Message) {
+        if self.queue.len() >= MAX_QUEUE {
+            self.queue.pop_front();
+        }
+        self.queue.push_back(message);
     }
 
     /// Sends what waits, in order, once there is a token. What a member does not take now waits on; what it refuses is dropped.
@@ -78,11 +103,16 @@ impl Reporter {
             return;
         }
         let begin = Instant::now();
-        while let Some(report) = self.queue.front() {
+        while let Some(message) = self.queue.front() {
             let Some(left) = FLUSH_LIMIT.checked_sub(begin.elapsed()) else { return };
-            let sent = tokio::time::timeout(left, members.call(async |member| member.status(report).await)).await;
+            let send = members.call(async |member| match message {
+                Message::Status(report) => member.status(report).await,
+                Message::Log(report) => member.log(report).await,
+            });
+            let sent = tokio::time::timeout(left, send).await;
             match sent {
-                Ok(Err(error)) if error.problem().is_none() => return,
+                // Not heard, or the token is void: the next one may do.
+                Ok(Err(error)) if error.problem().is_none_or(|problem| problem.code == Code::TokenInvalid) => return,
                 Ok(_) => {
                     self.queue.pop_front();
                 }
@@ -106,6 +136,12 @@ impl Reporter {
 mod tests {
     use super::*;
 
+    fn numbers(reporter: &Reporter) -> Vec<u64> {
+        let of_status =
+            |message: &Message| if let Message::Status(report) = message { Some(report.sequence) } else { None };
+        reporter.queue.iter().filter_map(of_status).collect()
+    }
+
     #[test]
     fn a_line_that_repeats_is_reported_once() {
         let mut reporter = Reporter::new(BootId::random(), 7);
@@ -113,8 +149,7 @@ mod tests {
             reporter.note("wait", "node 'n1' is not armed");
         }
         reporter.note("session", "proving");
-        let numbers: Vec<u64> = reporter.queue.iter().map(|report| report.sequence).collect();
-        assert_eq!(numbers, [8, 9]);
+        assert_eq!(numbers(&reporter), [8, 9]);
         assert_eq!(reporter.sequence(), 9);
     }
 
@@ -125,6 +160,14 @@ mod tests {
             reporter.note("wait", &format!("reason {index}"));
         }
         assert_eq!(reporter.queue.len(), MAX_QUEUE);
-        assert_eq!(reporter.queue.back().map(|report| report.sequence), Some(500));
+        assert_eq!(numbers(&reporter).last(), Some(&500));
+    }
+
+    #[test]
+    fn of_a_long_text_the_end_is_kept() {
+        let mut reporter = Reporter::new(BootId::random(), 0);
+        reporter.log(None, &format!("{}end", "ä".repeat(MAX_LOG)));
+        let Some(Message::Log(report)) = reporter.queue.front() else { panic!("no log") };
+        assert!(report.text.ends_with("end") && report.text.len() <= MAX_LOG && report.text.len() > MAX_LOG - 2);
     }
 }

@@ -54,8 +54,8 @@ impl Boot {
         let Self { members: Some(members), document: Some(document), .. } = self else {
             return Err(missing("configuration"));
         };
-        let phase = Phase { name, boot: self.id, document, root };
-        match phase.run(members).await {
+        let phase = Phase { name, document, root };
+        match phase.run(members, &mut self.reporter).await {
             Ok(count) => {
                 self.reporter.note(name.as_str(), &format!("{count} scripts done"));
                 Ok(next)

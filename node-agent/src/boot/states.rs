@@ -113,7 +113,7 @@ pub const TABLE: &[Rule] = &[
     Rule { state: State::Address, word: "address", sentence: "waiting for an address on any interface",
         next: &[State::Member], limit: s(90), tries: Tries::ForEver, pause: (ms(100), s(5)), end: EndAction::Back(State::Links) },
     Rule { state: State::Member, word: "member", sentence: "looking for a member of the collective",
-        next: &[State::Hello], limit: s(120), tries: Tries::Times(3), pause: (ms(500), s(4)), end: EndAction::Back(State::Address) },
+        next: &[State::Hello], limit: s(300), tries: Tries::Times(3), pause: (ms(500), s(4)), end: EndAction::Back(State::Address) },
     Rule { state: State::Hello, word: "hello", sentence: "asking who this machine is",
         next: &[State::Wait, State::Enroll, State::Session], limit: s(60), tries: Tries::Times(6), pause: (ms(500), s(10)), end: EndAction::Back(State::Member) },
     Rule { state: State::Wait, word: "wait", sentence: "waiting for the administrator",
@@ -216,6 +216,7 @@ pub fn table_text() -> String {
             Tries::ForEver => "for ever".to_owned(),
         };
         let end = match rule.end {
+            _ if rule.tries == Tries::ForEver => String::new(),
             EndAction::Back(state) => format!("back to `{}`", state.rule().word),
             EndAction::Hold => "hold".to_owned(),
             EndAction::Reboot => "reboot".to_owned(),
@@ -312,10 +313,18 @@ mod tests {
         assert_eq!([at(1, 0.0), at(1, 0.5)], [500, 750]);
     }
 
+    /// `moor-agent states` prints what stands there.
     #[test]
-    fn the_table_prints_itself() {
+    fn the_table_prints_itself_and_stands_in_the_documentation() {
         let text = table_text();
         assert_eq!(text.lines().count(), TABLE.len() + 2);
-        assert!(text.contains("| `wait` | waiting for the administrator | 60 s | for ever | 2s to 10s | back to `hello` | `enroll`, `session` |"), "{text}");
+        let document = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/boot.md")).unwrap();
+        assert!(document.contains(&text), "docs/boot.md has another table than this:\n{text}");
+        assert!(
+            text.contains(
+                "| `wait` | waiting for the administrator | 60 s | for ever | 2s to 10s |  | `enroll`, `session` |"
+            ),
+            "{text}"
+        );
     }
 }

@@ -153,13 +153,18 @@ impl Search {
     /// Brings up the links that are not up yet and begins to search on them; returns the names of all.
     ///
     /// # Errors
-    /// A link does not come up.
+    /// No link comes up, and one of them says why. A card that does not work (no firmware) keeps no other from being used.
     pub async fn take_links(&mut self) -> Result<Vec<String>, NetworkError> {
+        let mut reason = None;
         for link in self.links.physical() {
             if self.tasks.contains_key(&link.name) {
                 continue;
             }
-            self.netlink.up(&link).await?;
+            if let Err(error) = self.netlink.up(&link).await {
+                crate::console::say("links", &error.to_string());
+                reason = Some(error);
+                continue;
+            }
             let (links, report) = (self.links.clone(), self.report.clone());
             let arguments: Vec<StaticAddress> = self
                 .arguments
@@ -182,7 +187,10 @@ impl Search {
             });
             self.tasks.insert(name, task);
         }
-        Ok(self.tasks.keys().cloned().collect())
+        match reason {
+            Some(error) if self.tasks.is_empty() => Err(error),
+            _ => Ok(self.tasks.keys().cloned().collect()),
+        }
     }
 
     /// The next address that is found, or that changed.

@@ -15,7 +15,7 @@ use moor_api::client::ClientError;
 use moor_api::client::node::NodeConnection;
 use moor_api::client::session::SessionKey;
 use moor_api::deploy::PhaseName;
-use moor_api::node::{Heartbeat, LogReport, Stage};
+use moor_api::node::{Heartbeat, Stage};
 use moor_api::problem::{Code, Problem};
 use moor_api::trust::SiteBundle;
 use std::convert::Infallible;
@@ -107,8 +107,8 @@ impl Duty {
         let document =
             self.ask(async |member| member.config().await).await.map_err(|problem| format!("config: {problem}"))?;
         let count = loop {
-            let phase = Phase { name: PhaseName::Onboot, boot: self.record.boot, document: &document, root: None };
-            match phase.run(&mut self.members).await {
+            let phase = Phase { name: PhaseName::Onboot, document: &document, root: None };
+            match phase.run(&mut self.members, &mut self.reporter).await {
                 Ok(count) => break count,
                 // It did not begin to run: a member away, a token that expired while the script before it ran.
                 Err(ScriptError::Fetch { cause, .. }) if retries(&cause) => self.after_failure(&cause, 1).await,
@@ -121,11 +121,7 @@ impl Duty {
         match system::wait_up(UP_LIMIT).await {
             Outcome::Running => self.booted("the system is running").await,
             Outcome::Degraded(units) => {
-                let text = system::journal(&units).await;
-                let report = LogReport { boot: self.record.boot, phase: None, text };
-                if let Err(problem) = self.ask(async |member| member.log(&report).await).await {
-                    crate::console::say("onboot", &format!("the log was not taken: {problem}"));
-                }
+                self.reporter.log(None, &system::journal(&units).await);
                 self.booted(&format!("the system is up, but degraded: failed units: {}", units.join(", "))).await;
             }
             Outcome::NotUp(reason) => return Err(reason),
@@ -155,6 +151,10 @@ impl Duty {
                 return;
             }
             attempt += 1;
+            if attempt > 1 {
+                // A token that no member takes is as good as none.
+                self.members.forget();
+            }
             self.rest(attempt).await;
         }
     }

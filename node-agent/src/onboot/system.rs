@@ -14,9 +14,6 @@ const POLL: Duration = Duration::from_secs(1);
 /// How long one question may take.
 const ANSWER: Duration = Duration::from_secs(30);
 
-/// Most bytes of a log report's text.
-const MAX_LOG: usize = 60 << 10;
-
 /// How the start of the system ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Outcome {
@@ -79,11 +76,6 @@ pub(super) async fn journal(units: &[String]) -> String {
         let _ = writeln!(text, "--- {unit}");
         text.push_str(&output("journalctl", &["--no-pager", "-o", "cat", "-b", "-n", "30", "-u", unit]).await);
     }
-    let mut end = text.len().min(MAX_LOG);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    text.truncate(end);
     text
 }
 

@@ -22,9 +22,10 @@ pub(super) fn files(document: &DeployDocument, facts: &Facts<'_>) -> Result<Vec<
     Ok(files)
 }
 
-/// `old` with root's password set to `hash`, or locked.
+/// `old` with root's password set to `hash`, or to one that none matches. Not `!`: sshd without PAM takes that for an account that may
+/// not log in by key either.
 fn shadow(old: &str, hash: Option<&str>) -> Zeroizing<String> {
-    let hash = hash.unwrap_or("!");
+    let hash = hash.unwrap_or("*");
     let mut text = Zeroizing::new(String::with_capacity(old.len() + 256));
     let mut found = false;
     for entry in old.lines() {
@@ -76,8 +77,8 @@ mod tests {
             *shadow(old, Some("$y$j9T$salt$hash")),
             "root:$y$j9T$salt$hash:19700:0:99999:7:::\ndaemon:*:19700:0:99999:7:::\nrooty:x:1::::::\n"
         );
-        assert_eq!(*shadow(old, None), old.replacen("root:*:", "root:!:", 1));
-        assert_eq!(*shadow("daemon:*:1::::::", None), "daemon:*:1::::::\nroot:!:19000:0:99999:7:::\n");
+        assert_eq!(*shadow(old, None), old);
+        assert_eq!(*shadow("daemon:*:1::::::", None), "daemon:*:1::::::\nroot:*:19000:0:99999:7:::\n");
         let once = shadow(old, Some("$6$x"));
         assert_eq!(*shadow(&once, Some("$6$x")), *once);
     }

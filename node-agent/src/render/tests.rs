@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SHADOW_TEXT: &str = "root:*:19700:0:99999:7:::\ndaemon:*:19700:0:99999:7:::\n";
+const SHADOW_TEXT: &str = "root:$6$image$x:19700:0:99999:7:::\ndaemon:*:19700:0:99999:7:::\n";
 
 fn document(change: &str) -> DeployDocument {
     let mut value = serde_json::json!({
