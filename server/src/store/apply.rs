@@ -11,7 +11,7 @@ use super::{StoreError, index};
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
 use moor_api::ids::{BootId, NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 fn refused(code: Code, detail: impl Into<String>) -> Outcome {
     Outcome::Refused(Problem::new(code, detail))
@@ -79,13 +79,7 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
         Command::Log { id, event } => log(write, id, event),
         Command::Refuse { nodes, strangers, refusal } => refuse(write, &nodes, &strangers, &refusal),
         Command::PutImage { image } => put_image(write, &image),
-        Command::PutProfile { mut profile } => {
-            let before: Option<ProfileRecord> = write.get(tables::PROFILES, profile.name.as_str())?;
-            profile.serial = before.map_or(0, |before| before.serial) + 1;
-            write.put(tables::PROFILES, profile.name.as_str(), &profile)?;
-            write.put(tables::GENERATIONS, &profile.generation.to_string(), &profile)?;
-            Ok(Outcome::Number(profile.serial))
-        }
+        Command::PutProfile { profile } => put_profile(write, profile),
         Command::PutToken { hash, token } => {
             write.put(tables::TOKENS, &hash, &token)?;
             Ok(Outcome::Done)
@@ -329,6 +323,27 @@ fn add_refusal(write: &Write<'_>, subject: &str, refusal: &Refusal) -> Result<()
         }
     }
     write.put(tables::REFUSALS, subject, &refusals)
+}
+
+/// A profile's newest generation. Older ones stay as long as a boot that is remembered began with them.
+fn put_profile(write: &Write<'_>, mut profile: ProfileRecord) -> Result<Outcome, StoreError> {
+    let before: Option<ProfileRecord> = write.get(tables::PROFILES, profile.name.as_str())?;
+    profile.serial = before.map_or(0, |before| before.serial) + 1;
+    let nodes: Vec<NodeRecord> = write.all(tables::NODES)?;
+    let in_use: BTreeSet<_> = nodes
+        .iter()
+        .flat_map(|node| &node.boots)
+        .filter_map(|boot| boot.plan.as_ref())
+        .map(|plan| plan.generation)
+        .collect();
+    for old in write.all::<ProfileRecord>(tables::GENERATIONS)? {
+        if old.name == profile.name && !in_use.contains(&old.generation) {
+            write.remove(tables::GENERATIONS, &old.generation.to_string())?;
+        }
+    }
+    write.put(tables::PROFILES, profile.name.as_str(), &profile)?;
+    write.put(tables::GENERATIONS, &profile.generation.to_string(), &profile)?;
+    Ok(Outcome::Number(profile.serial))
 }
 
 fn put_image(write: &Write<'_>, image: &ImageRecord) -> Result<Outcome, StoreError> {

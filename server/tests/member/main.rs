@@ -1,4 +1,5 @@
 //! The real `moord`, as nodes and administrators meet it.
+#![allow(clippy::unwrap_used)] // tests and their helpers
 
 mod admin_api;
 mod durability;
