@@ -17,8 +17,14 @@ pub struct Incoming {
     dir: PathBuf,
     hash: digest::Context,
     size: u64,
+    looked: u64,
     kept: bool,
 }
+
+/// Bytes that uploads leave free on the disk: the store has to go on.
+const RESERVE: u64 = 32 << 20;
+/// Free space is looked at after this many bytes.
+const LOOK: u64 = 4 << 20;
 
 /// Where a blob is.
 #[must_use]
@@ -35,7 +41,15 @@ impl Incoming {
     pub fn new(dir: &Path) -> io::Result<Self> {
         let path = dir.join(format!(".incoming-{}", uuid::Uuid::new_v4()));
         let file = OpenOptions::new().write(true).create_new(true).mode(0o640).open(&path)?;
-        Ok(Self { file, path, dir: dir.to_owned(), hash: digest::Context::new(&digest::SHA256), size: 0, kept: false })
+        Ok(Self {
+            file,
+            path,
+            dir: dir.to_owned(),
+            hash: digest::Context::new(&digest::SHA256),
+            size: 0,
+            looked: 0,
+            kept: false,
+        })
     }
 
     /// Adds bytes.
@@ -43,6 +57,15 @@ impl Incoming {
     /// # Errors
     /// The disk is full, or failed.
     pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.size >= self.looked {
+            if files::free_space(&self.dir)? < RESERVE + LOOK {
+                return Err(io::Error::new(
+                    io::ErrorKind::StorageFull,
+                    format!("less than {} MiB would be left on its disk", RESERVE >> 20),
+                ));
+            }
+            self.looked = self.size + LOOK;
+        }
         self.file.write_all(bytes)?;
         self.hash.update(bytes);
         self.size += bytes.len() as u64;

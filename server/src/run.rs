@@ -164,7 +164,20 @@ async fn run(config: Config) -> anyhow::Result<()> {
     tracing::info!("member {} of collective {} ({})", member.site.member, member.site.name, member.site.collective);
     let app = router(&member);
     tokio::spawn(collect(member.clone()));
+    let (watched, ends) = (member.clone(), stop.clone());
+    let broken = tokio::spawn(async move {
+        tokio::select! {
+            () = watched.store.failed() => {
+                ends.cancel();
+                true
+            }
+            () = ends.cancelled() => false,
+        }
+    });
     listener::serve(member, app, stop).await?;
+    if broken.await? {
+        bail!("the database failed, and only opening it anew mends that: start the member again when its disk is well");
+    }
     tracing::info!("stopped");
     Ok(())
 }

@@ -7,7 +7,7 @@ use super::records::{
     MAX_STRANGERS, NodeRecord, Order, Plan, ProfileRecord, Refusals,
 };
 use super::tables::{self, Write};
-use super::{StoreError, index};
+use super::{Event, StoreError, index};
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
 use moor_api::ids::{BootId, NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
@@ -129,7 +129,7 @@ fn deploy(write: &Write<'_>, id: NodeId, order: Order, time_ms: u64) -> Result<O
     };
     node.deployment = Some(order);
     put_node(write, &node)?;
-    push(write, tables::EVENTS, id, event, MAX_EVENTS)?;
+    tell(write, id, event)?;
     Ok(Outcome::Done)
 }
 
@@ -247,7 +247,7 @@ fn status(write: &Write<'_>, id: NodeId, sequence: Option<u64>, event: StatusEve
         }
         put_node(write, &node)?;
     }
-    push(write, tables::EVENTS, id, event, MAX_EVENTS)?;
+    tell(write, id, event)?;
     Ok(Outcome::Done)
 }
 
@@ -271,20 +271,16 @@ fn log(write: &Write<'_>, id: NodeId, event: LogEvent) -> Result<Outcome, StoreE
     Ok(Outcome::Done)
 }
 
-fn push<T: serde::Serialize + serde::de::DeserializeOwned>(
-    write: &Write<'_>,
-    table: tables::Table,
-    id: NodeId,
-    item: T,
-    maximum: usize,
-) -> Result<(), StoreError> {
+/// Keeps an event and tells the watchers.
+fn tell(write: &Write<'_>, id: NodeId, event: StatusEvent) -> Result<(), StoreError> {
     let key = id.to_string();
-    let mut list: Vec<T> = write.get(table, &key)?.unwrap_or_default();
-    if list.len() >= maximum {
-        list.drain(..=list.len() - maximum);
+    let mut list: Vec<StatusEvent> = write.get(tables::EVENTS, &key)?.unwrap_or_default();
+    if list.len() >= MAX_EVENTS {
+        list.drain(..=list.len() - MAX_EVENTS);
     }
-    list.push(item);
-    write.put(table, &key, &list)
+    list.push(event.clone());
+    write.tell(Event { node: id, status: event });
+    write.put(tables::EVENTS, &key, &list)
 }
 
 fn refuse(write: &Write<'_>, nodes: &[NodeId], strangers: &[String], refusal: &Refusal) -> Result<Outcome, StoreError> {
@@ -347,14 +343,14 @@ fn put_profile(write: &Write<'_>, mut profile: ProfileRecord) -> Result<Outcome,
 }
 
 fn put_image(write: &Write<'_>, image: &ImageRecord) -> Result<Outcome, StoreError> {
+    if let Some(same) = write.get::<ImageRecord>(tables::IMAGES, &image.digest.to_string())? {
+        return Ok(refused(
+            Code::Conflict,
+            format!("image {} is in the catalogue already, as {} @{}", image.digest, same.name, same.serial),
+        ));
+    }
     let others: Vec<ImageRecord> = write.all(tables::IMAGES)?;
     for other in others.iter().filter(|other| other.name == image.name) {
-        if other.digest == image.digest {
-            return Ok(refused(
-                Code::Conflict,
-                format!("image {} is in the catalogue already, as {} @{}", image.digest, other.name, other.serial),
-            ));
-        }
         if other.lineage != image.lineage {
             return Ok(refused(
                 Code::Conflict,
