@@ -8,6 +8,7 @@ use crate::files::free_space;
 use redb::Database;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
 use tokio::sync::{broadcast, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -26,9 +27,22 @@ type Job = (Command, oneshot::Sender<Result<Outcome, StoreError>>);
 /// A store on one disk.
 pub struct Local {
     database: Arc<Database>,
-    queue: mpsc::SyncSender<Job>,
+    /// Both are taken when it is dropped.
+    queue: Option<mpsc::SyncSender<Job>>,
+    writer: Option<JoinHandle<()>>,
     events: broadcast::Sender<Event>,
     broken: CancellationToken,
+}
+
+impl Drop for Local {
+    /// The database is closed when this returns: the thread ends with its queue.
+    fn drop(&mut self) {
+        drop(self.queue.take());
+        if let Some(writer) = self.writer.take() {
+            // A writer that panicked has answered nobody: there is nothing to do for it.
+            let _ = writer.join();
+        }
+    }
 }
 
 impl Local {
@@ -50,11 +64,9 @@ impl Local {
             events: events.clone(),
             broken: broken.clone(),
         };
-        std::thread::Builder::new()
-            .name("store".into())
-            .spawn(move || writer.run(&jobs))
-            .map_err(|_| StoreError::Closed)?;
-        Ok(Self { database, queue, events, broken })
+        let thread = std::thread::Builder::new().name("store".into());
+        let writer = thread.spawn(move || writer.run(&jobs)).map_err(|_| StoreError::Closed)?;
+        Ok(Self { database, queue: Some(queue), writer: Some(writer), events, broken })
     }
 
     /// Returns once the database has failed in a way that only opening it anew mends.
@@ -66,7 +78,8 @@ impl Local {
 impl Store for Local {
     async fn propose(&self, command: Command) -> Result<Outcome, StoreError> {
         let (answer, answered) = oneshot::channel();
-        self.queue.try_send((command, answer)).map_err(|_| StoreError::Closed)?;
+        let queue = self.queue.as_ref().ok_or(StoreError::Closed)?;
+        queue.try_send((command, answer)).map_err(|_| StoreError::Closed)?;
         answered.await.map_err(|_| StoreError::Closed)?
     }
 

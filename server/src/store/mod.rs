@@ -25,7 +25,7 @@ use tokio::sync::broadcast;
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// redb said so.
-    #[error("the database: {0}")]
+    #[error(transparent)]
     Database(#[from] Box<redb::Error>),
     /// A record does not parse.
     #[error("the record '{key}' of table '{table}' is damaged: {cause}")]

@@ -6,3 +6,4 @@ mod durability;
 mod node_api;
 mod support;
 mod tls;
+mod tokens;
