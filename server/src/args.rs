@@ -3,7 +3,7 @@
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 
-/// A member of a Mooring collective.
+/// A member of a Mooring collective. It logs to standard error; `MOORD_LOG` sets the level (error, warn, info, debug).
 #[derive(Debug, Parser)]
 #[command(name = "moord", version, max_term_width = 120)]
 pub struct Cli {

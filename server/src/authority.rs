@@ -279,8 +279,9 @@ mod tests {
         for entry in std::fs::read_dir(dir.path()).unwrap() {
             let entry = entry.unwrap();
             let name = entry.file_name().into_string().unwrap();
-            let mode = entry.metadata().unwrap().mode() & 0o777;
-            assert_eq!(mode & 0o077 == 0, !name.ends_with(".pem"), "{name}: {mode:o}");
+            let (mode, public) =
+                (entry.metadata().unwrap().mode(), entry.path().extension().is_some_and(|e| e == "pem"));
+            assert_eq!(mode & 0o777, if public { 0o644 } else { 0o600 }, "{name}");
         }
         let (first, second) = (Authority::open(dir.path()).unwrap(), Authority::open(dir.path()).unwrap());
         assert_eq!(first.token_public(), second.token_public());

@@ -3,10 +3,12 @@
 use crate::files;
 use aws_lc_rs::digest;
 use moor_api::ids::Sha256Digest;
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 /// A blob that is arriving. Dropped before [`Self::finish`], it leaves nothing.
 pub struct Incoming {
@@ -15,8 +17,14 @@ pub struct Incoming {
     dir: PathBuf,
     hash: digest::Context,
     size: u64,
+    looked: u64,
     kept: bool,
 }
+
+/// Bytes that uploads leave free on the disk: the store has to go on.
+const RESERVE: u64 = 32 << 20;
+/// Free space is looked at after this many bytes.
+const LOOK: u64 = 4 << 20;
 
 /// Where a blob is.
 #[must_use]
@@ -33,7 +41,15 @@ impl Incoming {
     pub fn new(dir: &Path) -> io::Result<Self> {
         let path = dir.join(format!(".incoming-{}", uuid::Uuid::new_v4()));
         let file = OpenOptions::new().write(true).create_new(true).mode(0o640).open(&path)?;
-        Ok(Self { file, path, dir: dir.to_owned(), hash: digest::Context::new(&digest::SHA256), size: 0, kept: false })
+        Ok(Self {
+            file,
+            path,
+            dir: dir.to_owned(),
+            hash: digest::Context::new(&digest::SHA256),
+            size: 0,
+            looked: 0,
+            kept: false,
+        })
     }
 
     /// Adds bytes.
@@ -41,6 +57,15 @@ impl Incoming {
     /// # Errors
     /// The disk is full, or failed.
     pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.size >= self.looked {
+            if files::free_space(&self.dir)? < RESERVE + LOOK {
+                return Err(io::Error::new(
+                    io::ErrorKind::StorageFull,
+                    format!("less than {} MiB would be left on its disk", RESERVE >> 20),
+                ));
+            }
+            self.looked = self.size + LOOK;
+        }
         self.file.write_all(bytes)?;
         self.hash.update(bytes);
         self.size += bytes.len() as u64;
@@ -89,6 +114,35 @@ pub fn add(dir: &Path, bytes: &[u8]) -> io::Result<Sha256Digest> {
     Ok(incoming.finish()?.0)
 }
 
+/// Makes a blob young again, so that it is not collected before the record that is to name it is there.
+///
+/// # Errors
+/// It is not there.
+pub fn touch(dir: &Path, blob: Sha256Digest) -> io::Result<()> {
+    File::open(path_of(dir, blob))?.set_modified(SystemTime::now())
+}
+
+/// Removes blobs that are not `named` and older than `age`; returns how many.
+///
+/// # Errors
+/// The directory cannot be read.
+pub fn collect(dir: &Path, named: &BTreeSet<Sha256Digest>, age: Duration) -> anyhow::Result<usize> {
+    let mut count = 0;
+    for folder in std::fs::read_dir(dir)?.flatten().filter(|folder| folder.path().is_dir()) {
+        for entry in std::fs::read_dir(folder.path())?.flatten() {
+            let blob = entry.file_name().to_str().and_then(|name| name.parse::<Sha256Digest>().ok());
+            if blob.is_none_or(|blob| named.contains(&blob)) {
+                continue;
+            }
+            let old = entry.metadata()?.modified()?.elapsed().is_ok_and(|passed| passed > age);
+            if old && std::fs::remove_file(entry.path()).is_ok() {
+                count += 1;
+            }
+        }
+    }
+    Ok(count)
+}
+
 /// Removes what uploads left that a kill cut off.
 pub fn sweep(dir: &Path) {
     let Ok(entries) = std::fs::read_dir(dir) else { return };
@@ -96,5 +150,42 @@ pub fn sweep(dir: &Path) {
         if entry.file_name().to_string_lossy().starts_with(".incoming-") {
             let _ = std::fs::remove_file(entry.path());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_named_or_young_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let [named, old, young] = ["named", "old", "young"].map(|text| add(dir.path(), text.as_bytes()).unwrap());
+        let yesterday = SystemTime::now() - Duration::from_hours(25);
+        for blob in [named, old] {
+            File::open(path_of(dir.path(), blob)).unwrap().set_modified(yesterday).unwrap();
+        }
+        let collected = || collect(dir.path(), &BTreeSet::from([named]), Duration::from_hours(24)).unwrap();
+        assert_eq!(collected(), 1);
+        assert!(path_of(dir.path(), named).exists() && path_of(dir.path(), young).exists());
+        assert!(!path_of(dir.path(), old).exists());
+        File::open(path_of(dir.path(), young)).unwrap().set_modified(yesterday).unwrap();
+        touch(dir.path(), young).unwrap();
+        assert_eq!(collected(), 0);
+        assert!(touch(dir.path(), old).is_err());
+    }
+
+    #[test]
+    fn an_upload_is_whole_or_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut incoming = Incoming::new(dir.path()).unwrap();
+        incoming.write(b"half").unwrap();
+        drop(incoming);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        let mut incoming = Incoming::new(dir.path()).unwrap();
+        incoming.write(b"abc").unwrap();
+        let (blob, size) = incoming.finish().unwrap();
+        assert_eq!(blob.to_string(), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        assert_eq!((size, std::fs::read(path_of(dir.path(), blob)).unwrap().as_slice()), (3, b"abc".as_slice()));
     }
 }

@@ -33,3 +33,12 @@ pub fn sync_parent(path: &Path) -> io::Result<()> {
         None => Ok(()),
     }
 }
+
+/// Bytes that an ordinary user may still write on the file system of `path`.
+///
+/// # Errors
+/// There is no such path.
+pub fn free_space(path: &Path) -> io::Result<u64> {
+    let stat = nix::sys::statvfs::statvfs(path)?;
+    Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
+}

@@ -86,13 +86,23 @@ impl IntoResponse for Failure {
     }
 }
 
+/// Foreign text as it may go to an administrator's terminal or log: no control characters, and not too long.
+#[must_use]
+pub fn clean(text: &str, maximum: usize) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(maximum).collect()
+}
+
 /// Parses a JSON body; the error says what is wrong with it.
 ///
 /// # Errors
 /// [`Code::BadRequest`].
 pub fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
-    serde_json::from_slice(body)
-        .map_err(|error| Failure(Problem::new(Code::BadRequest, format!("the body is not understood: {error}"))))
+    serde_json::from_slice(body).map_err(|error| {
+        Failure(Problem::new(
+            Code::BadRequest,
+            format!("the body is not understood: {}", clean(&error.to_string(), 300)),
+        ))
+    })
 }
 
 /// Makes a problem of refusals that the framework answers in plain text (no such path, a body that is too large).

@@ -26,14 +26,17 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-/// Connections at a time.
+/// TLS connections at a time.
 const MAX_CONNECTIONS: usize = 16_384;
+/// Connections on the socket at a time; of their own, so that a crowd outside does not lock the administrator out.
+const MAX_LOCAL: usize = 256;
 /// A handshake takes at most this long.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// The certificate is renewed this often.
 const RENEWAL: Duration = Duration::from_hours(24);
-/// The head of a request takes at most this long.
-const HEAD: Duration = Duration::from_secs(30);
+/// The head of the next request comes within this time. It counts from the answer before, so it is more than two heartbeats: nodes keep
+/// their connection.
+const HEAD: Duration = Duration::from_secs(150);
 
 /// Takes any client certificate whose handshake signature is good: it only says which key the client holds (RFC 8705 §2.2), and
 /// tokens name that key.
@@ -150,12 +153,17 @@ pub async fn serve(member: Arc<Member>, app: Router, stop: CancellationToken) ->
     // Anybody may connect: the peer's credentials decide.
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o666))
         .with_context(|| format!("opening '{}' to users", socket.display()))?;
-    loops.spawn(accept_unix(listener, app, permits.clone(), stop.clone()));
+    let local = Arc::new(Semaphore::new(MAX_LOCAL));
+    loops.spawn(accept_unix(listener, app, local.clone(), stop.clone()));
     stop.cancelled().await;
     loops.join_all().await;
-    let all = u32::try_from(MAX_CONNECTIONS).unwrap_or(u32::MAX);
+    let idle = async {
+        for (permits, all) in [(permits, MAX_CONNECTIONS), (local, MAX_LOCAL)] {
+            let _ = permits.acquire_many_owned(u32::try_from(all).unwrap_or(u32::MAX)).await;
+        }
+    };
     // Streams that watch go on for ever: they are cut off after a moment.
-    let _ = tokio::time::timeout(Duration::from_secs(3), permits.acquire_many(all)).await;
+    let _ = tokio::time::timeout(Duration::from_secs(3), idle).await;
     let _ = std::fs::remove_file(socket);
     Ok(())
 }

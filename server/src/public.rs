@@ -12,19 +12,21 @@ use axum::extract::{Path, State};
 use axum::response::Response;
 use axum::routing::get;
 use bytes::Bytes;
+use futures_util::stream::{self, TryStreamExt as _};
 use http::{HeaderMap, Method, StatusCode, header};
 use moor_api::ids::Sha256Digest;
 use moor_api::problem::{Code, Problem};
 use moor_api::trust::SITE_FILE;
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 
 /// Bytes per write: rustls is fastest at 64 KiB.
 const PIECE: usize = 64 << 10;
+/// Bytes per read of the file.
+const READ: usize = 4 * PIECE;
 
 /// The routes.
 pub fn router() -> Router<Arc<Member>> {
@@ -99,23 +101,26 @@ fn ranges(file: File, size: u64, etag: &str, method: &Method, headers: &HeaderMa
     builder.body(body).unwrap_or_else(|_| Response::new(Body::empty()))
 }
 
-/// Reads on a blocking thread, a few pieces ahead of the network.
+/// Reads on blocking threads, one read at a time: a slow peer holds a buffer, never a thread.
 fn stream(file: File, range: Range<u64>) -> Body {
-    let (sender, receiver) = mpsc::channel::<Result<Bytes, std::io::Error>>(8);
-    tokio::task::spawn_blocking(move || {
-        let mut at = range.start;
-        while at < range.end {
-            let length = usize::try_from(range.end - at).map_or(PIECE, |left| left.min(PIECE));
-            let mut piece = vec![0; length];
-            let read = file.read_exact_at(&mut piece, at).map(|()| Bytes::from(piece));
-            let failed = read.is_err();
-            if sender.blocking_send(read).is_err() || failed {
-                return;
-            }
-            at += length as u64;
+    let reads = stream::try_unfold((Arc::new(file), range), |(file, range)| async move {
+        let length = usize::try_from(range.end - range.start).map_or(READ, |left| left.min(READ));
+        if length == 0 {
+            return Ok::<_, io::Error>(None);
         }
+        let (reader, start) = (file.clone(), range.start);
+        let read = tokio::task::spawn_blocking(move || {
+            let mut bytes = vec![0; length];
+            reader.read_exact_at(&mut bytes, start).map(|()| Bytes::from(bytes))
+        });
+        let bytes = read.await.map_err(io::Error::other)??;
+        Ok(Some((bytes, (file, start + length as u64..range.end))))
     });
-    Body::from_stream(ReceiverStream::new(receiver))
+    Body::from_stream(reads.map_ok(|bytes| stream::iter(pieces(bytes).map(Ok::<_, io::Error>))).try_flatten())
+}
+
+fn pieces(mut bytes: Bytes) -> impl Iterator<Item = Bytes> {
+    std::iter::from_fn(move || (!bytes.is_empty()).then(|| bytes.split_to(PIECE.min(bytes.len()))))
 }
 
 async fn boot(

@@ -5,6 +5,7 @@ use crate::config::Config;
 use crate::state::{self, Member};
 use crate::{listener, router};
 use anyhow::{Context as _, bail};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Uid, User, geteuid, setgroups, setresgid, setresuid};
 use std::fmt::Write as _;
@@ -12,6 +13,8 @@ use std::io::IsTerminal as _;
 use std::net::IpAddr;
 use std::os::unix::fs::{MetadataExt as _, chown};
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -133,8 +136,18 @@ fn private_files() {
     umask(Mode::from_bits_truncate(0o077));
 }
 
+/// Each connection is a file, and the usual limit is 1024.
+fn raise_file_limit() {
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!("raising the limit of open files: {error}");
+    }
+}
+
 async fn run(config: Config) -> anyhow::Result<()> {
     private_files();
+    raise_file_limit();
     let stop = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate()).context("waiting for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("waiting for SIGINT")?;
@@ -150,7 +163,35 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let member = Member::open(config)?;
     tracing::info!("member {} of collective {} ({})", member.site.member, member.site.name, member.site.collective);
     let app = router(&member);
+    tokio::spawn(collect(member.clone()));
+    let (watched, ends) = (member.clone(), stop.clone());
+    let broken = tokio::spawn(async move {
+        tokio::select! {
+            () = watched.store.failed() => {
+                ends.cancel();
+                true
+            }
+            () = ends.cancelled() => false,
+        }
+    });
     listener::serve(member, app, stop).await?;
+    if broken.await? {
+        bail!("the database failed, and only opening it anew mends that: start the member again when its disk is well");
+    }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Once a day, and at the start: what nothing names any more goes.
+async fn collect(member: Arc<Member>) {
+    loop {
+        let collector = member.clone();
+        match tokio::task::spawn_blocking(move || state::collect(&collector)).await {
+            Ok(Ok(0)) => {}
+            Ok(Ok(count)) => tracing::info!("{count} blobs that nothing names any more were removed"),
+            Ok(Err(error)) => tracing::warn!("collecting blobs: {error:#}"),
+            Err(error) => tracing::warn!("collecting blobs: {error}"),
+        }
+        tokio::time::sleep(Duration::from_hours(24)).await;
+    }
 }

@@ -9,16 +9,18 @@ use crate::node::rate::RateLimit;
 use crate::node::refusals::Throttle;
 use crate::node::report::Heartbeats;
 use crate::secrets::DataKey;
-use crate::store::records::SiteRecord;
+use crate::store::records::{ProfileRecord, SiteRecord};
+use crate::store::tables;
 use crate::store::{Command, Local, Outcome, Snapshot, Store as _, StoreError};
 use anyhow::Context as _;
 use moor_api::ids::{CollectiveId, MemberId};
 use moor_api::node::MemberEndpoint;
 use moor_api::problem::Problem;
 use moor_api::trust::SiteBundle;
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// A running member.
 pub struct Member {
@@ -122,6 +124,27 @@ fn addresses(config: &Config, site: &SiteRecord) -> anyhow::Result<Addresses> {
         }
     }
     Ok(addresses)
+}
+
+/// Removes blobs that no record names: what uploads left that were never imported, and generations that are gone. Young ones stay,
+/// because an import may be under way.
+///
+/// # Errors
+/// The store or the directory cannot be read.
+pub fn collect(member: &Member) -> anyhow::Result<usize> {
+    let view = member.view()?;
+    let mut named = BTreeSet::new();
+    for image in view.images()? {
+        named.extend([image.blob, image.kernel, image.initramfs]);
+    }
+    for generation in view.all::<ProfileRecord>(tables::GENERATIONS)? {
+        named.extend(generation.manifest.files.into_values());
+        named.extend(generation.manifest.scripts.into_values().flatten().map(|(_, blob)| blob));
+    }
+    for node in view.nodes()? {
+        named.extend(node.boots.into_iter().filter_map(|boot| boot.evidence?.event_log));
+    }
+    content::collect(&member.config.blobs(), &named, Duration::from_hours(24))
 }
 
 impl Member {

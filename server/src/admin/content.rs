@@ -1,6 +1,6 @@
 //! Blobs, images and profiles.
 
-use crate::content::{Incoming, path_of};
+use crate::content::{Incoming, path_of, touch};
 use crate::http::{Failure, parse};
 use crate::profile;
 use crate::secrets::Place;
@@ -112,7 +112,7 @@ fn inspect(member: &Member, request: ImportImage) -> Result<ImageRecord, Failure
     let bad = |detail: String| Failure(Problem::new(Code::BadRequest, detail));
     let blobs = member.config.blobs();
     for (what, blob) in [("image", request.image), ("kernel", request.kernel), ("initramfs", request.initramfs)] {
-        if !path_of(&blobs, blob).exists() {
+        if touch(&blobs, blob).is_err() {
             return Err(Failure(Problem::new(
                 Code::NotFound,
                 format!("the {what} (blob {blob}) is not on this member: send it first"),

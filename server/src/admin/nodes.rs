@@ -9,6 +9,7 @@ use crate::store::{Command, Outcome, Snapshot, Store as _};
 use axum::Json;
 use axum::extract::{Query, State};
 use bytes::Bytes;
+use futures_util::stream::{self, StreamExt as _};
 use moor_api::admin::{
     ArmRequest, Changed, DefineNodes, DeployRequest, NodeView, RangeRequest, SetAttributes, TrustState,
 };
@@ -19,6 +20,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+
+/// Commands of one request that wait at a time.
+const AT_A_TIME: usize = 512;
 
 /// Nodes of a snapshot, for range evaluation.
 struct Nodes(BTreeMap<String, NodeRecord>);
@@ -153,20 +157,26 @@ fn canonical(name: &str, value: &str) -> String {
     }
 }
 
-/// Proposes one command for each node and gathers what was refused.
+/// Proposes one command for each node and gathers what was refused. Many at a time, so that the store commits them together.
 async fn each(
     member: &Member,
     nodes: Vec<NodeRecord>,
     command: impl Fn(&NodeRecord) -> Result<Command, Failure>,
 ) -> Result<Json<Changed>, Failure> {
-    let mut changed = Changed { nodes: Vec::new(), refused: BTreeMap::new() };
-    let mut waiting = Vec::new();
+    let mut commands = Vec::with_capacity(nodes.len());
     for node in nodes {
         let command = command(&node)?;
-        waiting.push(async move { (node.name, member.store.propose(command).await) });
+        commands.push((node.name, command));
     }
-    // All at once: the store commits them together.
-    for (name, outcome) in futures_util::future::join_all(waiting).await {
+    propose_all(member, commands).await
+}
+
+async fn propose_all(member: &Member, commands: Vec<(NodeName, Command)>) -> Result<Json<Changed>, Failure> {
+    let mut changed = Changed { nodes: Vec::new(), refused: BTreeMap::new() };
+    let mut outcomes = stream::iter(commands)
+        .map(|(name, command)| async move { (name, member.store.propose(command).await) })
+        .buffered(AT_A_TIME);
+    while let Some((name, outcome)) = outcomes.next().await {
         match outcome? {
             Outcome::Refused(problem) => {
                 changed.refused.insert(name, problem);
@@ -187,19 +197,13 @@ pub(super) async fn define(State(member): State<Arc<Member>>, body: Bytes) -> Re
     }
     let names = noderange::evaluate_pure(&request.range)?;
     check_single(names.len(), request.attributes.keys())?;
-    let mut changed = Changed { nodes: Vec::new(), refused: BTreeMap::new() };
-    for name in names {
-        let attributes =
-            request.attributes.iter().map(|(name, value)| (name.clone(), canonical(name, value))).collect();
-        match member.store.propose(Command::DefineNode { id: NodeId::random(), name: name.clone(), attributes }).await?
-        {
-            Outcome::Refused(problem) => {
-                changed.refused.insert(name, problem);
-            }
-            _ => changed.nodes.push(name),
-        }
-    }
-    Ok(Json(changed))
+    let attributes: BTreeMap<String, String> =
+        request.attributes.iter().map(|(name, value)| (name.clone(), canonical(name, value))).collect();
+    let define = |name: NodeName| {
+        let command = Command::DefineNode { id: NodeId::random(), name: name.clone(), attributes: attributes.clone() };
+        (name, command)
+    };
+    propose_all(&member, names.into_iter().map(define).collect()).await
 }
 
 pub(super) async fn remove(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<Changed>, Failure> {

@@ -32,6 +32,8 @@ use zeroize::Zeroizing;
 const WINDOW: Duration = Duration::from_mins(2);
 /// Enrolments that wait at a time.
 const MAX_OPEN: usize = 4096;
+/// The same of one node.
+const MAX_OF_NODE: usize = 8;
 
 /// An enrolment that waits for its TPM. No `Debug`.
 struct Open {
@@ -52,11 +54,16 @@ struct Open {
 pub struct Enrollments(Mutex<HashMap<Uuid, Open>>);
 
 impl Enrollments {
-    /// Adds one. A node has one at a time: a new one takes the place of the old.
+    /// Adds one. A node has a few at a time, because anybody may begin one in its name; the oldest makes room.
     fn add(&self, open: Open) -> Result<Uuid, Problem> {
         // A thread that panicked here left the map whole.
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.retain(|_, other| other.since.elapsed() < WINDOW && other.node != open.node);
+        all.retain(|_, other| other.since.elapsed() < WINDOW);
+        let own = all.iter().filter(|(_, other)| other.node == open.node);
+        let (count, oldest) = (own.clone().count(), own.min_by_key(|(_, other)| other.since).map(|(id, _)| *id));
+        if let Some(oldest) = oldest.filter(|_| count >= MAX_OF_NODE) {
+            all.remove(&oldest);
+        }
         if all.len() >= MAX_OPEN {
             return Err(Problem::new(Code::RateLimited, "too many enrolments are open: try again in a minute"));
         }

@@ -2,7 +2,7 @@
 
 use super::refusals::Subject;
 use super::{recorded, refusals};
-use crate::http::{Connection, Failure, Peer, parse};
+use crate::http::{Connection, Failure, Peer, clean, parse};
 use crate::state::{Member, now};
 use crate::store::records::{Armed, Identity, NodeRecord};
 use crate::store::{Snapshot, index, not_armed};
@@ -94,9 +94,7 @@ fn identify(view: &Snapshot, hello: &Hello) -> Result<Result<NodeRecord, (Vec<No
             known = vec![format!("UUID {uuid}, which many machines have")];
         }
         known.extend(hello.macs.iter().take(8).map(|mac| format!("MAC {mac}")));
-        known.extend(
-            hello.serial.iter().take(1).map(|serial| format!("serial number '{}'", super::report::clean(serial, 64))),
-        );
+        known.extend(hello.serial.iter().take(1).map(|serial| format!("serial number '{}'", clean(serial, 64))));
         let detail = format!(
             "no node is this machine ({}): define one with `moor node define NAME id.uuid=… net.hwaddr=…`",
             known.join(", ")

@@ -90,9 +90,9 @@ pub(super) async fn key(
     member.propose(Command::Pin { id, digest: image.digest }).await?;
     let digest = image.digest.to_string();
     let opened = member.secrets.open_secret(Place { table: "images", id: &digest, field: "dek" }, &sealed)?;
-    let bytes: [u8; 32] =
+    let bytes: &[u8; 32] =
         opened.as_slice().try_into().map_err(|_| anyhow::anyhow!("the key of image {digest} has not 32 bytes"))?;
-    let dek = Dek::from_bytes(bytes);
+    let dek = Dek::from_bytes(*bytes);
     Ok(Json(KeyEnvelope {
         kind: EnvelopeKind::Plain,
         recipient: id,

@@ -1,7 +1,7 @@
 //! What was refused, kept for `moor why`: every refusal is found under its node, or under the UUID, the hardware addresses or the IP
 //! address of a machine that nobody knows.
 
-use crate::http::Peer;
+use crate::http::{Peer, clean};
 use crate::state::{Member, now_ms};
 use crate::store::Command;
 use moor_api::admin::Refusal;
@@ -101,6 +101,8 @@ pub async fn record(member: &Member, peer: &Peer, call: &str, subject: &Subject,
     if count == 0 {
         return;
     }
+    // A sentence may quote what the machine sent.
+    let problem = Problem { detail: clean(&problem.detail, 1000), ..problem.clone() };
     tracing::info!("{peer}: {call} refused: {problem}");
     let refusal = Refusal {
         time_ms: now_ms(),
@@ -108,7 +110,7 @@ pub async fn record(member: &Member, peer: &Peer, call: &str, subject: &Subject,
         call: call.to_owned(),
         uuid: subject.uuid,
         macs: subject.macs.iter().take(8).cloned().collect(),
-        problem: problem.clone(),
+        problem,
         count,
     };
     let command = Command::Refuse { nodes: subject.nodes.clone(), strangers, refusal };

@@ -1,7 +1,7 @@
 //! What nodes report: states, output, the end of the boot stage, signs of life.
 
 use super::Caller;
-use crate::http::{Failure, parse};
+use crate::http::{Failure, clean, parse};
 use crate::state::{Member, now, now_ms};
 use crate::store::Command;
 use axum::Json;
@@ -39,11 +39,6 @@ impl Heartbeats {
     pub fn age(&self, node: NodeId) -> Option<u64> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&node).map(|last| now().saturating_sub(*last))
     }
-}
-
-/// Text of a node as it may go to an administrator's terminal: no control characters, and not too long.
-pub(super) fn clean(text: &str, maximum: usize) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(maximum).collect()
 }
 
 fn bad(detail: impl Into<String>) -> Failure {

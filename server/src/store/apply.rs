@@ -7,11 +7,11 @@ use super::records::{
     MAX_STRANGERS, NodeRecord, Order, Plan, ProfileRecord, Refusals,
 };
 use super::tables::{self, Write};
-use super::{StoreError, index};
+use super::{Event, StoreError, index};
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
 use moor_api::ids::{BootId, NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 fn refused(code: Code, detail: impl Into<String>) -> Outcome {
     Outcome::Refused(Problem::new(code, detail))
@@ -79,13 +79,7 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
         Command::Log { id, event } => log(write, id, event),
         Command::Refuse { nodes, strangers, refusal } => refuse(write, &nodes, &strangers, &refusal),
         Command::PutImage { image } => put_image(write, &image),
-        Command::PutProfile { mut profile } => {
-            let before: Option<ProfileRecord> = write.get(tables::PROFILES, profile.name.as_str())?;
-            profile.serial = before.map_or(0, |before| before.serial) + 1;
-            write.put(tables::PROFILES, profile.name.as_str(), &profile)?;
-            write.put(tables::GENERATIONS, &profile.generation.to_string(), &profile)?;
-            Ok(Outcome::Number(profile.serial))
-        }
+        Command::PutProfile { profile } => put_profile(write, profile),
         Command::PutToken { hash, token } => {
             write.put(tables::TOKENS, &hash, &token)?;
             Ok(Outcome::Done)
@@ -135,7 +129,7 @@ fn deploy(write: &Write<'_>, id: NodeId, order: Order, time_ms: u64) -> Result<O
     };
     node.deployment = Some(order);
     put_node(write, &node)?;
-    push(write, tables::EVENTS, id, event, MAX_EVENTS)?;
+    tell(write, id, event)?;
     Ok(Outcome::Done)
 }
 
@@ -253,7 +247,7 @@ fn status(write: &Write<'_>, id: NodeId, sequence: Option<u64>, event: StatusEve
         }
         put_node(write, &node)?;
     }
-    push(write, tables::EVENTS, id, event, MAX_EVENTS)?;
+    tell(write, id, event)?;
     Ok(Outcome::Done)
 }
 
@@ -277,20 +271,16 @@ fn log(write: &Write<'_>, id: NodeId, event: LogEvent) -> Result<Outcome, StoreE
     Ok(Outcome::Done)
 }
 
-fn push<T: serde::Serialize + serde::de::DeserializeOwned>(
-    write: &Write<'_>,
-    table: tables::Table,
-    id: NodeId,
-    item: T,
-    maximum: usize,
-) -> Result<(), StoreError> {
+/// Keeps an event and tells the watchers.
+fn tell(write: &Write<'_>, id: NodeId, event: StatusEvent) -> Result<(), StoreError> {
     let key = id.to_string();
-    let mut list: Vec<T> = write.get(table, &key)?.unwrap_or_default();
-    if list.len() >= maximum {
-        list.drain(..=list.len() - maximum);
+    let mut list: Vec<StatusEvent> = write.get(tables::EVENTS, &key)?.unwrap_or_default();
+    if list.len() >= MAX_EVENTS {
+        list.drain(..=list.len() - MAX_EVENTS);
     }
-    list.push(item);
-    write.put(table, &key, &list)
+    list.push(event.clone());
+    write.tell(Event { node: id, status: event });
+    write.put(tables::EVENTS, &key, &list)
 }
 
 fn refuse(write: &Write<'_>, nodes: &[NodeId], strangers: &[String], refusal: &Refusal) -> Result<Outcome, StoreError> {
@@ -331,15 +321,36 @@ fn add_refusal(write: &Write<'_>, subject: &str, refusal: &Refusal) -> Result<()
     write.put(tables::REFUSALS, subject, &refusals)
 }
 
+/// A profile's newest generation. Older ones stay as long as a boot that is remembered began with them.
+fn put_profile(write: &Write<'_>, mut profile: ProfileRecord) -> Result<Outcome, StoreError> {
+    let before: Option<ProfileRecord> = write.get(tables::PROFILES, profile.name.as_str())?;
+    profile.serial = before.map_or(0, |before| before.serial) + 1;
+    let nodes: Vec<NodeRecord> = write.all(tables::NODES)?;
+    let in_use: BTreeSet<_> = nodes
+        .iter()
+        .flat_map(|node| &node.boots)
+        .filter_map(|boot| boot.plan.as_ref())
+        .map(|plan| plan.generation)
+        .collect();
+    for old in write.all::<ProfileRecord>(tables::GENERATIONS)? {
+        if old.name == profile.name && !in_use.contains(&old.generation) {
+            write.remove(tables::GENERATIONS, &old.generation.to_string())?;
+        }
+    }
+    write.put(tables::PROFILES, profile.name.as_str(), &profile)?;
+    write.put(tables::GENERATIONS, &profile.generation.to_string(), &profile)?;
+    Ok(Outcome::Number(profile.serial))
+}
+
 fn put_image(write: &Write<'_>, image: &ImageRecord) -> Result<Outcome, StoreError> {
+    if let Some(same) = write.get::<ImageRecord>(tables::IMAGES, &image.digest.to_string())? {
+        return Ok(refused(
+            Code::Conflict,
+            format!("image {} is in the catalogue already, as {} @{}", image.digest, same.name, same.serial),
+        ));
+    }
     let others: Vec<ImageRecord> = write.all(tables::IMAGES)?;
     for other in others.iter().filter(|other| other.name == image.name) {
-        if other.digest == image.digest {
-            return Ok(refused(
-                Code::Conflict,
-                format!("image {} is in the catalogue already, as {} @{}", image.digest, other.name, other.serial),
-            ));
-        }
         if other.lineage != image.lineage {
             return Ok(refused(
                 Code::Conflict,

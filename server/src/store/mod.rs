@@ -1,42 +1,31 @@
 //! The store: typed commands in, durable before they are acknowledged; consistent snapshots out; a stream of what changed.
 //!
-//! [`Store`] is the interface that the replicated store will implement; [`Local`] is the member that stands alone. One thread
-//! applies commands in order and commits as many as wait in one transaction, so that a storm shares its fsyncs.
+//! [`Store`] is the interface that the replicated store will implement; [`Local`] is the member that stands alone.
 
 mod apply;
 pub mod command;
 pub mod index;
+mod local;
 pub mod records;
 pub mod tables;
 #[cfg(test)]
 mod tests;
 
 pub use command::{Command, Outcome};
+pub use local::Local;
 pub use tables::Snapshot;
 
 use moor_api::admin::{Refusal, StatusEvent};
 use moor_api::ids::{NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
 use records::{Identity, ImageRecord, NodeRecord, ProfileRecord, Refusals, SiteRecord};
-use redb::Database;
-use std::path::Path;
-use std::sync::{Arc, mpsc};
-use tokio::sync::{broadcast, oneshot};
-
-/// Commands that one transaction commits at most.
-const BATCH: usize = 256;
-
-/// Commands that may wait.
-const QUEUE: usize = 4096;
-
-/// Events a slow watcher may be behind before it has to begin anew.
-const EVENTS: usize = 4096;
+use tokio::sync::broadcast;
 
 /// The store failed, as opposed to refused.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// redb said so.
-    #[error("the database: {0}")]
+    #[error(transparent)]
     Database(#[from] Box<redb::Error>),
     /// A record does not parse.
     #[error("the record '{key}' of table '{table}' is damaged: {cause}")]
@@ -51,6 +40,9 @@ pub enum StoreError {
     /// A record does not serialise.
     #[error("a record cannot be written: {0}")]
     Encode(String),
+    /// The disk is as good as full; nothing was changed.
+    #[error("the disk of the member's store is full ({0} MiB left): free some space there")]
+    Full(u64),
     /// The store was closed, or is overloaded.
     #[error("the store is not taking changes")]
     Closed,
@@ -87,98 +79,6 @@ pub trait Store: Send + Sync {
     fn snapshot(&self) -> Result<Snapshot, StoreError>;
     /// Status events from now on.
     fn watch(&self) -> broadcast::Receiver<Event>;
-}
-
-type Job = (Command, oneshot::Sender<Result<Outcome, StoreError>>);
-
-/// A store on one disk.
-pub struct Local {
-    database: Arc<Database>,
-    queue: mpsc::SyncSender<Job>,
-    events: broadcast::Sender<Event>,
-}
-
-impl Local {
-    /// Opens or makes the database.
-    ///
-    /// # Errors
-    /// It cannot be opened; another process has it open.
-    pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let database = Arc::new(Database::create(path)?);
-        let transaction = database.begin_write()?;
-        tables::create(&transaction)?;
-        transaction.commit()?;
-        let (queue, jobs) = mpsc::sync_channel(QUEUE);
-        let (events, _) = broadcast::channel(EVENTS);
-        let (writer, told) = (database.clone(), events.clone());
-        std::thread::Builder::new()
-            .name("store".into())
-            .spawn(move || write_loop(&writer, &jobs, &told))
-            .map_err(|_| StoreError::Closed)?;
-        Ok(Self { database, queue, events })
-    }
-}
-
-impl Store for Local {
-    async fn propose(&self, command: Command) -> Result<Outcome, StoreError> {
-        let (answer, answered) = oneshot::channel();
-        self.queue.try_send((command, answer)).map_err(|_| StoreError::Closed)?;
-        answered.await.map_err(|_| StoreError::Closed)?
-    }
-
-    fn snapshot(&self) -> Result<Snapshot, StoreError> {
-        Snapshot::new(&self.database)
-    }
-
-    fn watch(&self) -> broadcast::Receiver<Event> {
-        self.events.subscribe()
-    }
-}
-
-fn write_loop(database: &Database, jobs: &mpsc::Receiver<Job>, events: &broadcast::Sender<Event>) {
-    while let Ok(first) = jobs.recv() {
-        let mut batch = vec![first];
-        while batch.len() < BATCH {
-            let Ok(job) = jobs.try_recv() else { break };
-            batch.push(job);
-        }
-        let (commands, answers): (Vec<Command>, Vec<_>) = batch.into_iter().unzip();
-        let changed: Vec<Event> = commands.iter().filter_map(event_of).collect();
-        match commit(database, commands) {
-            Ok(outcomes) => {
-                for (answer, outcome) in answers.into_iter().zip(outcomes) {
-                    // Nobody waits any more: the change is durable all the same.
-                    let _ = answer.send(Ok(outcome));
-                }
-                for event in changed {
-                    // No watcher is no error.
-                    let _ = events.send(event);
-                }
-            }
-            Err(error) => {
-                tracing::error!("a transaction failed: {error}");
-                for answer in answers {
-                    let _ = answer.send(Err(StoreError::Closed));
-                }
-            }
-        }
-    }
-}
-
-fn event_of(command: &Command) -> Option<Event> {
-    match command {
-        Command::Status { id, event, .. } => Some(Event { node: *id, status: event.clone() }),
-        _ => None,
-    }
-}
-
-/// Applies commands in one transaction. redb syncs the file before `commit` returns.
-fn commit(database: &Database, commands: Vec<Command>) -> Result<Vec<Outcome>, StoreError> {
-    let transaction = database.begin_write()?;
-    let write = tables::Write(&transaction);
-    let outcomes = commands.into_iter().map(|command| apply::apply(&write, command)).collect::<Result<Vec<_>, _>>()?;
-    transaction.commit()?;
-    Ok(outcomes)
 }
 
 /// What a node that may not enrol is told.
@@ -328,6 +228,9 @@ impl Snapshot {
 impl From<StoreError> for Problem {
     fn from(error: StoreError) -> Self {
         tracing::error!("store: {error}");
-        Self::new(Code::Internal, "the member's store failed: its log says more")
+        match error {
+            StoreError::Full(_) => Self::new(Code::Internal, error.to_string()),
+            _ => Self::new(Code::Internal, "the member's store failed: its log says more"),
+        }
     }
 }

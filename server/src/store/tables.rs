@@ -1,12 +1,13 @@
 //! The tables, and JSON records in them. A thin layer over redb, so that only this module and `mod.rs` know it.
 
-use super::StoreError;
+use super::{Event, StoreError};
 use redb::{
     ReadTransaction, ReadableDatabase as _, ReadableTable as _, ReadableTableMetadata as _, TableDefinition,
     WriteTransaction,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::cell::RefCell;
 
 /// A table: text to JSON.
 pub type Table = TableDefinition<'static, &'static str, &'static [u8]>;
@@ -74,10 +75,22 @@ fn decode<T: DeserializeOwned>(table: Table, key: &str, bytes: &[u8]) -> Result<
     })
 }
 
-/// A write transaction.
-pub(super) struct Write<'a>(pub(super) &'a WriteTransaction);
+/// A write transaction, and what watchers are told once it is durable.
+pub(super) struct Write<'a>(&'a WriteTransaction, RefCell<Vec<Event>>);
 
-impl Write<'_> {
+impl<'a> Write<'a> {
+    pub(super) fn new(transaction: &'a WriteTransaction) -> Self {
+        Self(transaction, RefCell::default())
+    }
+
+    pub(super) fn tell(&self, event: Event) {
+        self.1.borrow_mut().push(event);
+    }
+
+    pub(super) fn into_events(self) -> Vec<Event> {
+        self.1.into_inner()
+    }
+
     pub(super) fn get<T: DeserializeOwned>(&self, table: Table, key: &str) -> Result<Option<T>, StoreError> {
         let open = self.0.open_table(table)?;
         let value = open.get(key)?;

@@ -137,6 +137,8 @@ async fn generations_of_an_image_grow_in_one_lineage() -> anyhow::Result<()> {
     assert!(detail.contains("encrypted"), "{detail}");
     let (_, detail) = refusal(admin.import_image(&request(Some(Dek::generate()?.to_hex().to_string()))).await);
     assert!(detail.contains("wrong key"), "{detail}");
+    let (code, detail) = refusal(admin.import_image(&request(Some(dek.to_hex().to_string()))).await);
+    assert!(code == Code::Conflict && detail.contains("root @2"), "the same image under another name: {detail}");
     let mut missing = request(None);
     missing.image = Sha256Digest([9; 32]);
     assert_eq!(refusal(admin.import_image(&missing).await).0, Code::NotFound);
@@ -250,5 +252,40 @@ async fn it_stops_in_good_order_and_one_state_has_one_member() -> anyhow::Result
     assert!(!member.path("api.sock").exists());
     let _ = events.next().await;
     member.run()?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn watchers_see_each_change_once_and_large_ranges_are_one_request() -> anyhow::Result<()> {
+    let member = Member::start()?;
+    member.publish().await?;
+    let machine = Machine::new(&member).await?;
+    member.define("n1", machine.uuid).await?;
+    member.arm("n1", "once").await?;
+    let mut watcher = member.admin().await?;
+    let mut events = watcher.status(Some("n1"), false, true).await?;
+    member.deploy("n1").await?;
+    let mut connection = machine.connect().await?;
+    machine.log_in(&mut connection, Stage::Boot).await?;
+    for (sequence, state) in [(1, "image"), (1, "image"), (2, "mount")] {
+        let report = moor_api::node::StatusReport {
+            boot: machine.boot,
+            sequence,
+            state: state.into(),
+            detail: String::new(),
+            uptime_ms: 0,
+            figures: [].into(),
+        };
+        connection.status(&report).await?;
+    }
+    for expected in ["pending", "image", "mount"] {
+        let event = tokio::time::timeout(Duration::from_secs(10), events.next()).await??;
+        assert_eq!(event.map(|event| event.state).as_deref(), Some(expected));
+    }
+    let mut admin = member.admin().await?;
+    let many = DefineNodes { range: "m[1-6000]".into(), attributes: [].into() };
+    assert_eq!(admin.define(&many).await?.nodes.len(), 6000);
+    let armed = admin.arm(&moor_api::admin::ArmRequest { range: "m[1-6000]".into(), until: "once".into() }).await?;
+    assert_eq!((armed.nodes.len(), armed.refused.len()), (6000, 0));
     Ok(())
 }

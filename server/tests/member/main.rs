@@ -1,7 +1,9 @@
 //! The real `moord`, as nodes and administrators meet it.
+#![allow(clippy::unwrap_used)] // tests and their helpers
 
 mod admin_api;
 mod durability;
 mod node_api;
 mod support;
 mod tls;
+mod tokens;

@@ -18,7 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 /// An ordinary client, as firmware or curl: the site's root, the address in the certificate.
-async fn get(member: &Member, version: &'static SupportedProtocolVersion, request: &str) -> anyhow::Result<String> {
+async fn get(member: &Member, version: &'static SupportedProtocolVersion, request: &str) -> anyhow::Result<Vec<u8>> {
     let mut roots = RootCertStore::empty();
     for root in member.site().await?.bundle.roots {
         roots.add(CertificateDer::from_pem_slice(root.as_bytes())?)?;
@@ -28,13 +28,23 @@ async fn get(member: &Member, version: &'static SupportedProtocolVersion, reques
         .with_protocol_versions(&[version])?
         .with_root_certificates(roots)
         .with_no_client_auth();
+    ask(member, config, request).await
+}
+
+/// The same as text.
+async fn text(member: &Member, version: &'static SupportedProtocolVersion, request: &str) -> anyhow::Result<String> {
+    Ok(String::from_utf8_lossy(&get(member, version, request).await?).into_owned())
+}
+
+/// Sends a request and returns all that comes.
+async fn ask(member: &Member, config: ClientConfig, request: &str) -> anyhow::Result<Vec<u8>> {
     let tcp = TcpStream::connect(("127.0.0.1", member.port)).await?;
     let mut tls = TlsConnector::from(Arc::new(config)).connect(ServerName::try_from("127.0.0.1")?, tcp).await?;
     tls.write_all(format!("{request}Host: x\r\nConnection: close\r\n\r\n").as_bytes()).await?;
     let mut answer = Vec::new();
     // An end without close_notify is an end.
     let _ = tls.read_to_end(&mut answer).await;
-    Ok(String::from_utf8_lossy(&answer).into_owned())
+    Ok(answer)
 }
 
 #[tokio::test]
@@ -43,18 +53,86 @@ async fn tls_1_2_is_for_public_files_only() -> anyhow::Result<()> {
     member.publish().await?;
     let kernel = "GET /public/boot/p/kernel HTTP/1.1\r\n";
     for version in [&rustls::version::TLS12, &rustls::version::TLS13] {
-        let answer = get(&member, version, kernel).await?;
+        let answer = text(&member, version, kernel).await?;
         assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("kernel"), "{version:?}: {answer}");
     }
     let hello = "POST /node/v1/hello HTTP/1.1\r\nContent-Length: 0\r\n";
-    let answer = get(&member, &rustls::version::TLS12, hello).await?;
+    let answer = text(&member, &rustls::version::TLS12, hello).await?;
     assert!(answer.starts_with("HTTP/1.1 403") && answer.contains("wants TLS 1.3"), "{answer}");
-    let answer = get(&member, &rustls::version::TLS12, "GET /admin/v1/site HTTP/1.1\r\n").await?;
+    let answer = text(&member, &rustls::version::TLS12, "GET /admin/v1/site HTTP/1.1\r\n").await?;
     assert!(answer.starts_with("HTTP/1.1 403") && answer.contains("wants TLS 1.3"), "{answer}");
-    let answer = get(&member, &rustls::version::TLS13, "GET /admin/v1/site HTTP/1.1\r\n").await?;
+    let answer = text(&member, &rustls::version::TLS13, "GET /admin/v1/site HTTP/1.1\r\n").await?;
     assert!(answer.starts_with("HTTP/1.1 401") && answer.contains("problem+json"), "{answer}");
-    let answer = get(&member, &rustls::version::TLS13, "GET /nothing HTTP/1.1\r\n").await?;
+    let answer = text(&member, &rustls::version::TLS13, "GET /nothing HTTP/1.1\r\n").await?;
     assert!(answer.starts_with("HTTP/1.1 404") && answer.contains("problem+json"), "{answer}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn images_come_whole_or_by_range() -> anyhow::Result<()> {
+    let member = Member::start()?;
+    let (image, _) = member.publish().await?;
+    let whole = member.admin().await?.image(image.digest, 1 << 20).await?;
+    let path = format!("/public/images/{}", image.digest);
+    let split = |answer: &[u8]| {
+        let at = answer.windows(4).position(|window| window == b"\r\n\r\n").expect("a head") + 4;
+        (String::from_utf8_lossy(&answer[..at]).to_ascii_lowercase(), answer[at..].to_vec())
+    };
+    let size = image.size;
+    for (method, range, status, expected) in [
+        ("GET", String::new(), "200", 0..size),
+        ("GET", "Range: bytes=5-9\r\n".into(), "206", 5..10),
+        ("GET", format!("Range: bytes=70000-{}\r\n", size + 5), "206", 70_000..size),
+        ("GET", "Range: bytes=-3\r\n".into(), "206", size - 3..size),
+        ("GET", format!("Range: bytes={size}-\r\n"), "416", 0..0),
+        ("HEAD", String::new(), "200", 0..0),
+    ] {
+        let answer = get(&member, &rustls::version::TLS13, &format!("{method} {path} HTTP/1.1\r\n{range}")).await?;
+        let (head, body) = split(&answer);
+        assert!(head.starts_with(&format!("http/1.1 {status}")), "{range}: {head}");
+        assert!(
+            body == whole[usize::try_from(expected.start)?..usize::try_from(expected.end)?],
+            "{range}: other bytes"
+        );
+        assert!(
+            head.contains(&format!("etag: \"{}\"", image.digest)) && head.contains("accept-ranges: bytes"),
+            "{head}"
+        );
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_plain_image_comes_over_the_session_key_alone() -> anyhow::Result<()> {
+    let member = Member::start()?;
+    let mut admin = member.admin().await?;
+    let plain = crate::support::import(&mut admin, "plain", [2; 16], 1, None).await?;
+    let machine = Machine::new(&member).await?;
+    member.define("n1", machine.uuid).await?;
+    member.arm("n1", "once").await?;
+    let create = moor_api::admin::CreateProfile {
+        name: "p".parse()?,
+        image: "plain".parse()?,
+        template: "debian-diskless".into(),
+    };
+    admin.create_profile(&create).await?;
+    admin.publish(&"p".parse()?).await?;
+    member.deploy("n1").await?;
+    let mut connection = machine.connect().await?;
+    let token = machine.log_in(&mut connection, moor_api::node::Stage::Boot).await?.token;
+    let request = format!(
+        "GET /node/v1/images/{} HTTP/1.1\r\nAuthorization: Bearer {token}\r\nRange: bytes=0-3\r\n",
+        plain.digest
+    );
+    let own = member_tls_config(&machine.bundle, Some(&machine.session))?;
+    let answer = ask(&member, own, &request).await?;
+    assert!(
+        answer.starts_with(b"HTTP/1.1 206") && answer.ends_with(&[0x89, b'M', b'O', b'O']),
+        "{}",
+        String::from_utf8_lossy(&answer)
+    );
+    let none = member_tls_config(&machine.bundle, None)?;
+    assert!(ask(&member, none, &request).await?.starts_with(b"HTTP/1.1 401"));
     Ok(())
 }
 
