@@ -2,9 +2,12 @@
 //! a shutdown that needs its files to the last.
 
 use nix::sys::mman::{MlockAllFlags, mlockall};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigEvent, SigSet, SigevNotify, Signal};
+use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
+use nix::time::ClockId;
 use std::fs::File;
 use std::io;
+use std::time::Duration;
 
 /// systemd kills what is left of the initramfs at `switch_root` and everything at shutdown, except processes of root whose argv[0]
 /// begins with `@` (systemd: killall.c; <https://systemd.io/ROOT_STORAGE_DAEMONS/>).
@@ -13,6 +16,9 @@ pub const NAME: &str = "@moor-tether";
 /// Signals that end or stop a process and that somebody may send to all.
 const SHRUGGED_OFF: [Signal; 6] =
     [Signal::SIGTERM, Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTSTP, Signal::SIGPIPE];
+
+/// How long a stop may last.
+const STOPPED_AT_MOST: Duration = Duration::from_millis(200);
 
 /// Must run before the first other thread: the signal mask is inherited. Each step that this machine refuses is returned; none is a
 /// reason not to serve.
@@ -29,6 +35,7 @@ pub fn prepare() -> Vec<String> {
         "ignoring SIGTERM and SIGHUP",
         SHRUGGED_OFF.into_iter().collect::<SigSet>().thread_block().map_err(io::Error::from),
     );
+    note("staying awake", stay_awake());
     note("its name", nix::sys::prctl::set_name(c"moor-tether").map_err(io::Error::from));
     note("exemption from the out-of-memory killer", std::fs::write("/proc/self/oom_score_adj", "-1000"));
     // Allocations of a process that I/O depends on must not wait for that I/O (PR_SET_IO_FLUSHER).
@@ -39,6 +46,26 @@ pub fn prepare() -> Vec<String> {
     let later = MlockAllFlags::MCL_FUTURE | MlockAllFlags::from_bits_retain(nix::libc::MCL_ONFAULT);
     note("locking its later memory", mlockall(later).map_err(io::Error::from));
     refused
+}
+
+/// Undoes every SIGSTOP within a moment. systemd-shutdown stops all processes while it looks through them, this one too, and it looks
+/// for `/etc/initrd-release` meanwhile (systemd: killall.c, `in_initrd`): on a root that this process serves, both would wait for ever.
+///
+/// SIGSTOP can be neither blocked nor ignored, but any SIGCONT ends it, also the kernel's own from a timer. A signal that nobody takes
+/// stops the timer (Linux 6.13 and newer, where it is ignored), so SIGCONT is blocked and a thread takes each one.
+fn stay_awake() -> io::Result<()> {
+    let wakes = SigSet::from(Signal::SIGCONT);
+    wakes.thread_block()?;
+    let event = SigEvent::new(SigevNotify::SigevSignal { signal: Signal::SIGCONT, si_value: 0 });
+    let mut timer = Timer::new(ClockId::CLOCK_MONOTONIC, event)?;
+    timer.set(Expiration::Interval(STOPPED_AT_MOST.into()), TimerSetTimeFlags::empty())?;
+    // It ends with the process.
+    std::mem::forget(timer);
+    std::thread::Builder::new().name("awake".into()).stack_size(64 << 10).spawn(move || {
+        // Fails for an empty set only.
+        while wakes.wait().is_ok() {}
+    })?;
+    Ok(())
 }
 
 /// Lets go of the standard streams, which may be a console that goes away or a pipe whose reader waits for its end, and of the

@@ -57,6 +57,8 @@ impl Place {
         assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
         assert_eq!(said.trim_end().lines().count(), 1, "{said}");
         assert!(said.starts_with("moor-tether: error: "), "{said}");
+        let twice = said.split(": ").zip(said.split(": ").skip(1)).find(|(one, next)| one.trim() == next.trim());
+        assert!(twice.is_none(), "said twice: {said}");
         for word in words {
             assert!(said.contains(word), "'{word}' is not in: {said}");
         }

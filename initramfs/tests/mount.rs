@@ -166,6 +166,7 @@ fn a_node_s_root_from_two_servers_of_which_one_dies() {
         };
         assert_eq!(compare(), "");
         assert_eq!(place.path("root").metadata().unwrap().permissions().mode() & 0o7777, 0o751);
+        check_stopping(&place, state.pid);
         check_writing(&place.path("root"));
 
         // One server is killed while a program reads.
@@ -221,6 +222,15 @@ fn check_process(pid: u32) {
     }
     std::thread::sleep(Duration::from_millis(200));
     assert!(!is_gone(pid));
+}
+
+/// systemd-shutdown stops everybody, and reads from the root meanwhile.
+fn check_stopping(place: &Place, pid: u32) {
+    for _ in 0..5 {
+        drop_caches();
+        kill(pid_of(pid), Signal::SIGSTOP).unwrap();
+        assert!(fs::read(place.path("root/etc/deep/299")).unwrap() == noise(299 * 7, 309));
+    }
 }
 
 fn pid_of(pid: u32) -> Pid {

@@ -31,8 +31,22 @@ pub(crate) fn run() -> ExitCode {
         Command::Status(args) => status::run(&args),
     };
     result.unwrap_or_else(|error| {
-        // One line, whatever a file is called.
-        eprintln!("moor-tether: error: {}", format!("{error:#}").replace(char::is_control, " "));
+        eprintln!("moor-tether: error: {}", error_line(&error));
         ExitCode::FAILURE
     })
+}
+
+/// An error and its causes in one line, whatever a file is called. Causes that a message names itself are not said twice.
+fn error_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string();
+        if line.is_empty() {
+            line = text;
+        } else if !line.contains(&text) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
+    }
+    line.replace(char::is_control, " ")
 }

@@ -111,6 +111,7 @@ pub enum MountError {
 /// A mounted image. Dropped, it is unmounted, lazily where it is in use.
 pub struct Mount {
     dir: PathBuf,
+    is_mounted: bool,
     session: Option<JoinHandle<io::Result<()>>>,
 }
 
@@ -129,7 +130,7 @@ impl Mount {
             MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_NOATIME;
         mount(Some("moor-tether"), &dir, Some(KIND), flags, Some(options.as_str()))
             .map_err(|error| MountError::Mount { dir: dir.clone(), source: error.into() })?;
-        let mut mount = Self { dir: dir.clone(), session: None };
+        let mut mount = Self { dir: dir.clone(), is_mounted: true, session: None };
         let session = fuse::Session::start(file, device).map_err(session_error)?;
         mount.session =
             Some(std::thread::Builder::new().name("fuse".into()).spawn(move || session.run()).map_err(session_error)?);
@@ -156,6 +157,7 @@ impl Mount {
     /// # Errors
     /// The connection to the kernel broke.
     pub fn wait(mut self) -> io::Result<()> {
+        self.is_mounted = false;
         match self.session.take() {
             Some(session) => session.join().unwrap_or_else(|_| Err(io::Error::other("a thread of the mount panicked"))),
             None => Ok(()),
@@ -166,9 +168,11 @@ impl Mount {
 impl Drop for Mount {
     fn drop(&mut self) {
         // After `wait` it is gone already, and somebody else's mount may be in its place.
-        if let Some(session) = self.session.take() {
+        if self.is_mounted {
             // Not mounted any more is as good.
             let _ = umount2(&self.dir, MntFlags::MNT_DETACH);
+        }
+        if let Some(session) = self.session.take() {
             let _ = session.join();
         }
     }
