@@ -222,21 +222,46 @@ fn commands_in_one_tree_do_not_disturb_each_other() {
 fn commands_that_come_and_go_in_one_tree_do_not_refuse_each_other() {
     let (_scratch, tree) = own_tree();
     std::fs::remove_file(tree.join("etc/resolv.conf")).unwrap();
+    std::fs::remove_dir(tree.join("sys")).unwrap();
     let before = listing(&tree);
-    std::thread::scope(|scope| {
-        for _ in 0..3 {
-            scope.spawn(|| {
-                for _ in 0..15 {
-                    let output = exec(&tree, &["sh", "-c", "exit 4"]);
-                    assert_eq!(output.status.code(), Some(4), "{}", text(&output.stderr));
-                }
-            });
+    // All start at once, and find each other's places half made; they end in any order.
+    for round in 0..10 {
+        let running: Vec<Child> = (0..4)
+            .map(|id| {
+                let script = format!("sleep 0.0{id}; cat /new/a/b; exit 4");
+                let mut command = imgutil();
+                command.args(["exec", "-v", "/etc/hostname:/new/a/b"]).arg(&tree).args(["--", "sh", "-c", &script]);
+                command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+            })
+            .collect();
+        for child in running {
+            let output = child.wait_with_output().unwrap();
+            assert_eq!(output.status.code(), Some(4), "round {round}: {}", text(&output.stderr));
+            assert_eq!(output.stdout, std::fs::read("/etc/hostname").unwrap());
         }
-    });
-    let names = |listing: &std::collections::BTreeSet<String>| -> Vec<String> {
-        listing.iter().map(|line| line.split(' ').next().unwrap().to_owned()).collect()
-    };
-    assert_eq!(names(&listing(&tree)), names(&before));
+        assert_eq!(names(&listing(&tree)), names(&before), "round {round}");
+    }
+}
+
+#[test]
+fn a_place_that_the_command_has_filled_stays() {
+    let (_scratch, tree) = own_tree();
+    let script = "echo kept >/new/file";
+    let output = imgutil()
+        .args(["exec", "-v", "/usr/share:/new/place"])
+        .arg(&tree)
+        .args(["--", "sh", "-c", script])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(std::fs::read_to_string(tree.join("new/file")).unwrap(), "kept\n");
+    assert_eq!(tree.join("new").metadata().unwrap().mode() & 0o7777, 0o755);
+    assert!(!tree.join("new/place").exists());
+}
+
+/// The paths of a listing.
+fn names(listing: &std::collections::BTreeSet<String>) -> Vec<String> {
+    listing.iter().map(|line| line.split(' ').next().unwrap().to_owned()).collect()
 }
 
 #[test]
