@@ -119,6 +119,36 @@ fn no_plaintext_is_written_while_packing() {
     assert!(names(&packing.temporary).is_empty());
 }
 
+/// Where nothing else can be written, nothing else was written: every file system is read-only to the packer but the directory of
+/// its output, and there too only a sealed file appears.
+#[test]
+fn packing_writes_nowhere_but_beside_its_output() {
+    let work = tempfile::tempdir().unwrap();
+    let tree = work.path().join("tree");
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("file"), [marker(), noise(3 << 20, 5)].concat()).unwrap();
+    let output = work.path().join("output");
+    fs::create_dir(&output).unwrap();
+    // In a mount namespace of its own: all mounts read-only, the output's directory put over itself, writable.
+    let script = r#"mount --bind "$1" "$1"
+        while read -r _ _ _ _ point _; do
+            case $(printf %b "$point") in "$1") ;; *) mount -o remount,bind,ro "$(printf %b "$point")" 2>/dev/null || true ;; esac
+        done </proc/self/mountinfo
+        for place in /tmp /var/tmp /dev/shm "$2"; do
+            if touch "$place/probe" 2>/dev/null; then echo "$place can be written" >&2; exit 99; fi
+        done
+        exec "$3" pack "$2" --level 3 -o "$1/image.moor" --key-file "$1/image.key""#;
+    let status = std::process::Command::new("unshare")
+        .args(["-m", "bash", "-ec", script, "bash"])
+        .args([&output, &tree])
+        .arg(env!("CARGO_BIN_EXE_imgutil"))
+        .status()
+        .unwrap();
+    assert!(status.success(), "{status}");
+    assert_eq!(names(&output), ["image.key", "image.moor"]);
+    assert!(!has_marker(&output.join("image.moor")));
+}
+
 #[test]
 fn the_watch_would_see_plaintext() {
     let work = tempfile::tempdir().unwrap();

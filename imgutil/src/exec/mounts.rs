@@ -97,22 +97,25 @@ pub(super) fn open_below(root: BorrowedFd<'_>, path: &Path, flags: OFlags) -> io
     Ok(rustix::fs::openat2(root, path, flags | OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?)
 }
 
-/// Opens the top-level directory `name` of the tree, which must not be a symbolic link; makes it if it is missing.
-/// The second value says whether it was made.
-pub(super) fn top_directory(root: BorrowedFd<'_>, name: &str) -> Result<(OwnedFd, bool), MountError> {
+/// Opens the top-level directory `name` of the tree, which must not be a symbolic link; makes it, with `mode`, if it is missing.
+pub(super) fn top_directory(root: BorrowedFd<'_>, name: &str, mode: u32) -> Result<OwnedFd, MountError> {
     let open = || {
         rustix::fs::openat(root, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
             .map_err(io::Error::from)
     };
-    let (fd, made) = match open() {
+    let fd = match open() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            rustix::fs::mkdirat(root, name, Mode::from_raw_mode(0o755)).during("make the mount point", name)?;
-            (open().during("open", name)?, true)
+            match rustix::fs::mkdirat(root, name, Mode::from_raw_mode(mode)) {
+                // Exists: another command in the same tree was quicker.
+                Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+                Err(error) => return Err(error).during("make the mount point", name),
+            }
+            open().during("open", name)?
         }
-        other => (other.during("open", name)?, false),
+        other => other.during("open", name)?,
     };
     match file_type(fd.as_fd()).during("look at", name)? {
-        FileType::Directory => Ok((fd, made)),
+        FileType::Directory => Ok(fd),
         FileType::Symlink => Err(MountError::NotADirectory { path: name.to_owned(), found: "a symbolic link" }),
         _ => Err(MountError::NotADirectory { path: name.to_owned(), found: "a file" }),
     }

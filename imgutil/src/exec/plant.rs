@@ -3,8 +3,8 @@
 
 use super::mounts::{Detached, During, MountError, open_below, tmpfs};
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, fstat, mkdirat, openat, readlinkat,
-    statat, unlinkat, utimensat,
+    AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, chmodat, fstat, mkdirat, openat,
+    readlinkat, statat, unlinkat, utimensat,
 };
 use rustix::mount::{MountAttrFlags, UnmountFlags};
 use std::ffi::{OsStr, OsString};
@@ -20,6 +20,9 @@ const POLICY: &str = "#!/bin/sh\n# Nothing starts while imgutil runs a command i
 /// A place of ours in a tree: an empty file that nobody may read. If a run was ended too hard to remove it, the next one
 /// knows it by this and does.
 const STUB_MODE: u32 = 0;
+/// The same for directories: a mode that nobody gives to one. It is there from the first moment, so another command in the same
+/// tree knows it too, and the last to leave takes it away.
+pub(super) const PLACE_MODE: u32 = 0o1511;
 
 /// What is to appear in the image, read on the host before it is entered.
 pub(super) struct Sources {
@@ -105,15 +108,12 @@ pub(super) struct Planted {
 }
 
 impl Planted {
-    /// Remembers a directory that was made.
-    pub(super) fn made_directory(
-        &mut self,
-        parent: BorrowedFd<'_>,
-        name: &str,
-        path: PathBuf,
-    ) -> Result<(), MountError> {
-        let parent = parent.try_clone_to_owned().during("keep", &path)?;
-        self.made.push(Made { parent, name: name.into(), path, directory: true, times: None });
+    /// Remembers what somebody made as a place: this run, or another one in the same tree.
+    pub(super) fn adopt(&mut self, parent: BorrowedFd<'_>, name: &OsStr, path: &Path) -> Result<(), MountError> {
+        let Some(stat) = stat_of(parent, name).during("look at", path)?.filter(is_place) else { return Ok(()) };
+        let parent = parent.try_clone_to_owned().during("keep", path)?;
+        let directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+        self.made.push(Made { parent, name: name.into(), path: path.to_owned(), directory, times: None });
         Ok(())
     }
 
@@ -127,23 +127,18 @@ impl Planted {
             let Some(directory) = Self::parent_directory(root, parent)? else { return Ok(None) };
             let shown = Path::new("/").join(&path);
             match stat_of(directory.as_fd(), name).during("look at", &shown)? {
-                None => return self.make_stub(directory, name.to_owned(), shown).map(Some),
+                None => {
+                    if let Some(place) = self.make_stub(directory, name.to_owned(), shown)? {
+                        return Ok(Some(place));
+                    }
+                }
                 Some(stat) => match FileType::from_raw_mode(stat.st_mode) {
                     FileType::RegularFile => {
                         let place =
                             openat(&directory, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
                                 .during("open", &shown)?;
-                        if stat.st_size == 0 && stat.st_mode & 0o7777 == STUB_MODE {
-                            // Left by a run that was killed together with its PID 1.
-                            let name = name.to_owned();
-                            self.made.push(Made {
-                                parent: directory,
-                                name,
-                                path: shown,
-                                directory: false,
-                                times: None,
-                            });
-                        }
+                        // Of another run in this tree, or left by one that was killed together with its PID 1.
+                        self.adopt(directory.as_fd(), name, &shown)?;
                         return Ok(Some(place));
                     }
                     FileType::Symlink => {
@@ -184,20 +179,30 @@ impl Planted {
         Ok(Some(at))
     }
 
-    fn make_stub(&mut self, parent: OwnedFd, name: OsString, path: PathBuf) -> Result<OwnedFd, MountError> {
+    /// `None`: another command in the same tree was quicker, look again.
+    fn make_stub(&mut self, parent: OwnedFd, name: OsString, path: PathBuf) -> Result<Option<OwnedFd>, MountError> {
         let before = modified(&parent).during("look above", &path)?;
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        drop(openat(&parent, &name, flags, Mode::from_raw_mode(STUB_MODE)).during("make", &path)?);
+        match openat(&parent, &name, flags, Mode::from_raw_mode(STUB_MODE)) {
+            Ok(file) => drop(file),
+            Err(rustix::io::Errno::EXIST) => return Ok(None),
+            Err(error) => return Err(error).during("make", &path),
+        }
         let times = Some((before, modified(&parent).during("look above", &path)?));
         let place = openat(&parent, &name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
             .during("open", &path)?;
         self.made.push(Made { parent, name, path, directory: false, times });
-        Ok(place)
+        Ok(Some(place))
     }
 
     fn make_directory(&mut self, parent: &OwnedFd, name: &OsStr, path: &Path) -> Result<(), MountError> {
         let before = modified(parent).during("look above", path)?;
-        mkdirat(parent, name, Mode::from_raw_mode(0o755)).during("make the mount point", path)?;
+        match mkdirat(parent, name, Mode::from_raw_mode(PLACE_MODE)) {
+            Ok(()) => {}
+            // Another command in the same tree was quicker.
+            Err(rustix::io::Errno::EXIST) => return self.adopt(parent.as_fd(), name, path),
+            Err(error) => return Err(error).during("make the mount point", path),
+        }
         let times = Some((before, modified(parent).during("look above", path)?));
         let parent = parent.try_clone().during("keep", path)?;
         self.made.push(Made { parent, name: name.to_owned(), path: path.to_path_buf(), directory: true, times });
@@ -221,7 +226,10 @@ impl Planted {
             path.push(part);
             let shown = Path::new("/").join(&path);
             let fd = match open(&path) {
-                Ok(fd) => fd,
+                Ok(fd) => {
+                    self.adopt(parent.as_fd(), part.as_os_str(), &shown)?;
+                    fd
+                }
                 Err(rustix::io::Errno::NOENT) => {
                     let name = part.as_os_str();
                     if index + 1 < parts.len() || kind == FileType::Directory {
@@ -229,7 +237,10 @@ impl Planted {
                         open(&path).during("open", &shown)?
                     } else {
                         let above = parent.try_clone().during("keep", &shown)?;
-                        self.make_stub(above, name.to_owned(), shown)?
+                        match self.make_stub(above, name.to_owned(), shown.clone())? {
+                            Some(place) => place,
+                            None => open(&path).during("open", &shown)?,
+                        }
                     }
                 }
                 Err(error) => return Err(error).during("open", shown),
@@ -258,24 +269,31 @@ fn take_away(made: &Made) -> io::Result<()> {
         Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
         Err(error) => return Err(error.into()),
     }
-    let Some(stat) = stat_of(made.parent.as_fd(), &made.name)? else { return Ok(()) };
     let now = modified(&made.parent)?;
-    if made.directory {
-        match unlinkat(&made.parent, &made.name, AtFlags::REMOVEDIR) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::NOTEMPTY | rustix::io::Errno::NOTDIR) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        }
+    if !stat_of(made.parent.as_fd(), &made.name)?.is_some_and(|stat| is_place(&stat)) {
+        return Ok(());
+    }
+    if !made.directory {
+        unlinkat(&made.parent, &made.name, AtFlags::empty())?;
         return set_back(made, now);
     }
-    let ours = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
-        && stat.st_size == 0
-        && stat.st_mode & 0o7777 == STUB_MODE;
-    if ours {
-        unlinkat(&made.parent, &made.name, AtFlags::empty())?;
-        set_back(made, now)?;
+    match unlinkat(&made.parent, &made.name, AtFlags::REMOVEDIR) {
+        Ok(()) => set_back(made, now),
+        // The command has put something into it: it stays, as a directory like any other.
+        Err(rustix::io::Errno::NOTEMPTY) => {
+            Ok(chmodat(&made.parent, &made.name, Mode::from_raw_mode(0o755), AtFlags::empty())?)
+        }
+        Err(error) => Err(error.into()),
     }
-    Ok(())
+}
+
+/// Whether something in the tree is a place of ours.
+fn is_place(stat: &Stat) -> bool {
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::Directory => stat.st_mode & 0o7777 == PLACE_MODE,
+        FileType::RegularFile => stat.st_size == 0 && stat.st_mode & 0o7777 == STUB_MODE,
+        _ => false,
+    }
 }
 
 /// Gives the parent the time it had before, if it was not changed between making and removing: the tree is then as it was.

@@ -3,11 +3,12 @@
 use super::Options;
 use super::dev::{self, Terminal};
 use super::mounts::{Detached, During, MountError, file_type, open_below, tmpfs, top_directory};
-use super::plant::{Planted, Sources};
+use super::plant::{PLACE_MODE, Planted, Sources};
 use nix::mount::{MntFlags, MsFlags};
 use nix::sched::CloneFlags;
 use rustix::fs::{Dir, FileType, Mode, OFlags};
 use rustix::mount::MountAttrFlags;
+use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
@@ -71,10 +72,8 @@ pub(super) fn enter_tree(
 
     let root = root_mount.fd();
     let mut fixed = |name: &'static str| -> Result<OwnedFd, MountError> {
-        let (fd, made) = top_directory(root, name)?;
-        if made {
-            planted.made_directory(root, name, Path::new("/").join(name))?;
-        }
+        let fd = top_directory(root, name, PLACE_MODE)?;
+        planted.adopt(root, OsStr::new(name), &Path::new("/").join(name))?;
         Ok(fd)
     };
     let (proc, sys, run, dev) = (fixed("proc")?, fixed("sys")?, fixed("run")?, fixed("dev")?);

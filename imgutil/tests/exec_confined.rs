@@ -1,0 +1,174 @@
+//! `imgutil exec` as a border: what a command in an image sees of the host, what it can change there, and where links of a hostile
+//! tree lead.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod build_tree;
+
+use build_tree::{exec, imgutil, listing, minimal_tree, own_tree, scratch, shell, text};
+use std::os::unix::fs::{MetadataExt as _, symlink};
+use std::process::{Command, Stdio};
+
+#[test]
+fn read_only_binds_stay_read_only() {
+    let tree = minimal_tree();
+    let host = scratch();
+    std::fs::create_dir(host.path().join("sub")).unwrap();
+    std::fs::write(host.path().join("file"), "host").unwrap();
+    let bind = format!("{}:/mnt", host.path().display());
+    // A mount below the source, in a mount namespace of the test's own.
+    let script = "mount -t tmpfs none \"$1/sub\" && exec \"$2\" exec -v \"$3\" \"$4\" -- sh -c \"$5\"";
+    let attempts = "
+        cat /mnt/file; echo
+        for try in 'echo x >/mnt/file' 'touch /mnt/new' 'touch /mnt/sub/new' 'rm /mnt/file' 'chmod 777 /mnt/file' \
+            'mount -o remount,rw /mnt' 'mount -o remount,bind,rw /mnt' 'umount /mnt' 'mount --bind /mnt /media' \
+            'unshare -m true' 'unshare -Urm sh -c \"mount -o remount,bind,rw /mnt && touch /mnt/new\"' \
+            'unshare -Urm sh -c \"umount /mnt\"'; do
+            sh -c \"$try\" >/dev/null 2>&1 && echo \"could: $try\"
+        done
+        exit 0";
+    let output = Command::new("unshare")
+        .args(["-m", "sh", "-c", script, "sh"])
+        .arg(host.path())
+        .arg(env!("CARGO_BIN_EXE_imgutil"))
+        .arg(&bind)
+        .arg(&tree)
+        .arg(attempts)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stdout), "host\n");
+    assert_eq!(std::fs::read_to_string(host.path().join("file")).unwrap(), "host");
+    assert!(!host.path().join("new").exists());
+}
+
+#[test]
+fn a_bind_can_be_written_when_it_says_so() {
+    let tree = minimal_tree();
+    let host = scratch();
+    let output = imgutil()
+        .args(["exec", "-v", &format!("{}:/mnt:rw", host.path().display())])
+        .arg(&tree)
+        .args(["--", "sh", "-c", "echo from the image >/mnt/file"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(std::fs::read_to_string(host.path().join("file")).unwrap(), "from the image\n");
+
+    let missing = imgutil().args(["exec", "-v", "/no/such:/mnt"]).arg(&tree).args(["--", "true"]).output().unwrap();
+    assert_eq!(missing.status.code(), Some(1));
+    assert!(text(&missing.stderr).contains("'/no/such'"), "{}", text(&missing.stderr));
+}
+
+#[test]
+fn the_image_sees_itself_and_nothing_of_the_host() {
+    let tree = minimal_tree();
+    let seen = shell(&tree, "echo $$; ls /proc | grep -c '^[0-9]'; cat /proc/1/mountinfo");
+    let mut lines = seen.lines();
+    assert_eq!(lines.next(), Some("2"), "the command is the second process");
+    // init, sh, ls, grep
+    assert!(lines.next().unwrap().parse::<u32>().unwrap() <= 4);
+    let points: Vec<&str> = lines.map(|line| line.split(' ').nth(4).unwrap()).collect();
+    assert!(points.contains(&"/") && points.contains(&"/proc") && points.contains(&"/dev/pts"));
+    assert!(!points.iter().any(|point| point.contains("cgroup")), "{points:?}");
+    for (script, expected) in [
+        ("ls -A /dev", "fd\nfull\nnull\nptmx\npts\nrandom\nshm\nstderr\nstdin\nstdout\ntty\nurandom\nzero\n"),
+        ("ls -A /run /dev/shm", "/dev/shm:\n\n/run:\nlock\n"),
+        ("hostname; echo $container", "minimal\nimgutil\n"),
+        ("echo $HOME $USER; pwd; umask", "/root root\n/\n0022\n"),
+        ("env | grep -c CARGO || true", "0\n"),
+        ("ls /proc/self/fd", "0\n1\n2\n3\n"),
+    ] {
+        assert_eq!(shell(&tree, script), expected, "{script}");
+    }
+    assert_ne!(text(&exec(&tree, &["readlink", "/proc/self/ns/ipc"]).stdout), text(&host_namespace("ipc")));
+    assert_ne!(text(&exec(&tree, &["readlink", "/proc/self/ns/cgroup"]).stdout), text(&host_namespace("cgroup")));
+}
+
+fn host_namespace(kind: &str) -> Vec<u8> {
+    format!("{}\n", std::fs::read_link(format!("/proc/self/ns/{kind}")).unwrap().display()).into_bytes()
+}
+
+#[test]
+fn root_in_the_image_cannot_change_the_host() {
+    let (_scratch, tree) = own_tree();
+    // A device file that lies in the image.
+    let device = tree.join("disk");
+    assert!(Command::new("mknod").arg(&device).args(["c", "1", "5"]).status().unwrap().success());
+    let host = |path: &str| {
+        let metadata = std::fs::metadata(path).unwrap();
+        (metadata.mode(), metadata.uid(), metadata.mtime(), metadata.size())
+    };
+    let watched = ["/dev/null", "/etc/hostname", "/etc/resolv.conf", "/etc", "/root", "/usr/sbin"];
+    let before = watched.map(host);
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    let attempts = "
+        hostname changed 2>/dev/null
+        chmod 600 /dev/null; chown daemon /dev/null
+        for try in 'head -c1 /disk' 'mknod /x b 254 0' 'date -s 2001-01-01' 'mount -t tmpfs none /mnt' 'mount -o remount,rw /sys' \
+            'echo x >/proc/sys/kernel/hostname' 'echo 1 >/proc/sys/vm/drop_caches' 'echo x >/etc/resolv.conf' \
+            'echo 0 >/proc/irq/default_smp_affinity' 'test -w /proc/sysrq-trigger' 'rm /etc/resolv.conf' 'dmesg -C' \
+            'test -e /dev/kmsg' 'test -e /dev/vda' 'test -e /sys/fs/cgroup/cgroup.procs' 'touch /sys/x' \
+            'nsenter -t 1 -m true' 'chroot /proc/1/root mount -t tmpfs none /mnt'; do
+            sh -c \"$try\" >/dev/null 2>&1 && echo \"could: $try\"
+        done
+        exit 0";
+    let output = exec(&tree, &["sh", "-c", attempts]);
+    assert_eq!(text(&output.stdout), "");
+    assert_eq!(watched.map(host), before);
+    assert_eq!(std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap(), name);
+}
+
+#[test]
+fn links_in_a_hostile_tree_do_not_lead_out() {
+    let outside = scratch();
+    let target = outside.path().join("target");
+    std::fs::write(&target, "host").unwrap();
+    let target_text = target.to_str().unwrap();
+
+    // A resolver file that is a link: to the host by its absolute path, upwards, to itself, into /run, to nowhere.
+    let (_scratch, tree) = own_tree();
+    let resolver = tree.join("etc/resolv.conf");
+    for (link, resolves) in [
+        (target_text, false),
+        ("../../../../../../../../../../../etc/resolv.conf", false),
+        ("resolv.conf", false),
+        ("/etc/passwd/x", false),
+        ("../run/systemd/resolve/stub-resolv.conf", true),
+        ("/run/resolv.conf", true),
+        ("/var/run/a/b/resolv.conf", true),
+        ("/var/run/a/../b/resolv.conf", false),
+        ("real", true),
+    ] {
+        std::fs::remove_file(&resolver).unwrap();
+        symlink(link, &resolver).unwrap();
+        let before = listing(&tree);
+        let output = exec(&tree, &["cat", "/etc/resolv.conf"]);
+        let same = output.stdout == std::fs::read("/etc/resolv.conf").unwrap();
+        assert_eq!(same, resolves, "{link}: {}{}", text(&output.stdout), text(&output.stderr));
+        assert_eq!(text(&output.stderr).contains("imgutil: warning: /etc/resolv.conf"), !resolves, "{link}");
+        assert_eq!(listing(&tree), before, "{link}");
+        assert_eq!(std::fs::read_to_string(&target).unwrap(), "host");
+    }
+
+    // Places that must be directories.
+    for place in ["run", "dev", "proc", "sys"] {
+        let (_scratch, tree) = own_tree();
+        assert!(Command::new("rm").arg("-rf").arg(tree.join(place)).status().unwrap().success());
+        symlink("/etc", tree.join(place)).unwrap();
+        let before = listing(&tree);
+        let output = exec(&tree, &["true"]);
+        assert_eq!(output.status.code(), Some(1), "{place}");
+        let message = text(&output.stderr);
+        assert!(message.contains(&format!("'/{place}' in the image is a symbolic link")), "{message}");
+        assert_eq!(message.lines().count(), 1, "{message}");
+        assert_eq!(listing(&tree), before, "{place}");
+    }
+
+    // The place of a bind.
+    symlink(outside.path(), tree.join("out")).unwrap();
+    let output =
+        imgutil().args(["exec", "-v", "/usr/share:/out/new"]).arg(&tree).args(["--", "true"]).output().unwrap();
+    assert_ne!(output.status.code(), Some(0), "the link's target is not in the tree");
+    assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 1);
+}
