@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)] // tests and their helpers
 
 mod admin_api;
+mod cli;
 mod durability;
 mod node_api;
 mod support;
