@@ -295,7 +295,6 @@ async fn a_node_without_a_tpm_enrols_by_its_soft_key() {
     assert!(matches!(error, IdentityError::NoSoftKey(_)), "{error}");
 }
 
-/// What is signed belongs to one connection, one boot and one nonce.
 #[tokio::test(flavor = "current_thread")]
 async fn a_nonce_is_good_once() {
     let (member, chip) = (Member::start(), Swtpm::new(Made::default()));
@@ -308,7 +307,7 @@ async fn a_nonce_is_good_once() {
     let nonce = visit.enroll(&mut identity, &known).await.unwrap();
     visit.session(&mut identity, &known, &nonce, Stage::Boot).await.unwrap();
     assert_eq!(code(visit.session(&mut identity, &known, &nonce, Stage::Boot).await), Code::ProofInvalid);
-    // Within the window the same TPM may enrol again only if the node is armed; its identity stays the same.
+    // It is enrolled and not armed any more: the next step is a session.
     let known = visit.known(&identity).await;
     assert_eq!(known.next, NextStep::SessionTpm);
 }

@@ -16,6 +16,7 @@ use keys::{Attestation, Endorsement};
 use moor_api::node::{Base64, HexBytes, PcrBank, Quote};
 use moor_tpm::quote::{self, Expected, QuoteError, STAGE_PCR};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::Path;
 use std::str::FromStr as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -82,8 +83,12 @@ impl TpmIdentity {
     /// # Errors
     /// It cannot be opened, or no TPM 2.0 answers.
     pub fn open_device(device: &Path) -> Result<Self, IdentityError> {
-        let path = device.to_str().ok_or_else(|| wrong("opening the device", "its path is not UTF-8"))?;
-        Self::open(TctiNameConf::Device(DeviceConfig::from_str(path).doing("opening the device")?))
+        const DOING: &str = "opening the device";
+        // The library says "0xa000a" for whatever the kernel says; the kernel's own word is better.
+        let tried = File::options().read(true).write(true).open(device);
+        tried.map_err(|error| wrong(DOING, format!("'{}': {error}", device.display())))?;
+        let path = device.to_str().ok_or_else(|| wrong(DOING, "its path is not UTF-8"))?;
+        Self::open(TctiNameConf::Device(DeviceConfig::from_str(path).doing(DOING)?))
     }
 
     /// Opens a TPM by any transport; tests use `swtpm:`.
