@@ -203,6 +203,18 @@ fn caller(member: &Member, request: &Request, peer: &Peer) -> Result<Caller, (Su
     Ok(caller)
 }
 
+/// Method and name of a call. Where a path of the caller's choice follows, without it: each would be a call of its own, to be counted
+/// and kept apart.
+fn call_name(request: &Request) -> String {
+    let path = request.uri().path();
+    let path = path.strip_prefix("/node/v1/").unwrap_or(path);
+    let name = match path.split_once('/') {
+        Some((name @ ("files" | "scripts" | "images"), _)) => name,
+        _ => path,
+    };
+    format!("{} {name}", request.method())
+}
+
 /// Checks the token, hands the node to the handler, and records what was refused.
 async fn authenticate(
     State(member): State<Arc<Member>>,
@@ -210,7 +222,7 @@ async fn authenticate(
     mut request: Request,
     next: Next,
 ) -> Response {
-    let call = format!("{} {}", request.method(), request.uri().path().trim_start_matches("/node/v1/"));
+    let call = call_name(&request);
     let (subject, response) = match caller(&member, &request, &connection.peer) {
         Ok(caller) => {
             let subject = Subject::node(caller.node.id);

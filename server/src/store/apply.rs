@@ -285,7 +285,10 @@ fn tell(write: &Write<'_>, id: NodeId, event: StatusEvent) -> Result<(), StoreEr
 
 fn refuse(write: &Write<'_>, nodes: &[NodeId], strangers: &[String], refusal: &Refusal) -> Result<Outcome, StoreError> {
     for id in nodes {
-        add_refusal(write, &id.to_string(), refusal)?;
+        // A node that was removed meanwhile leaves nothing that nobody would ever remove.
+        if node(write, *id)?.is_some() {
+            add_refusal(write, &id.to_string(), refusal)?;
+        }
     }
     for subject in strangers {
         if write.get::<Refusals>(tables::REFUSALS, subject)?.is_none() {

@@ -180,6 +180,18 @@ async fn what_is_kept_is_bounded() {
 }
 
 #[tokio::test]
+async fn what_a_node_that_is_not_there_was_refused_is_not_kept() {
+    let f = Fixture::new();
+    let (id, nobody) = (NodeId::random(), NodeId::random());
+    f.done(define(id, "a", &[])).await;
+    f.done(Command::Refuse { nodes: vec![id, nobody], strangers: Vec::new(), refusal: refusal("no") }).await;
+    f.done(Command::RemoveNode { id }).await;
+    f.done(Command::Refuse { nodes: vec![id], strangers: Vec::new(), refusal: refusal("no") }).await;
+    let view = f.store.snapshot().unwrap();
+    assert!(view.keys(super::tables::REFUSALS).unwrap().is_empty());
+}
+
+#[tokio::test]
 async fn a_boot_stage_ends_once_and_for_all() {
     let f = Fixture::new();
     let id = NodeId::random();

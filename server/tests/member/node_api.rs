@@ -4,7 +4,7 @@ use crate::support::{Machine, Member, import, refusal, soft_key};
 use moor_api::admin::{RangeRequest, SetAttributes, TrustState};
 use moor_api::client::session::SessionKey;
 use moor_api::deploy::PhaseName;
-use moor_api::ids::{BootId, HwAddr};
+use moor_api::ids::{BootId, HwAddr, NodeId};
 use moor_api::node::{
     EnrollReply, EnvelopeKind, Heartbeat, HostCertificateRequest, KeyRequest, LogReport, NextStep, Stage, StageClosed,
     StatusReport,
@@ -119,6 +119,27 @@ async fn who_is_unknown_or_not_armed_is_told_and_shown() -> anyhow::Result<()> {
     assert!(member.terminate()?);
     member.run()?;
     assert!(member.why("n1").await?.contains("not armed"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_a_stranger_makes_up_is_kept_once() -> anyhow::Result<()> {
+    let (member, machine) = prepared().await?;
+    let mut connection = machine.connect().await?;
+    for _ in 0..3 {
+        // Any node id, any path.
+        let request = machine.session_request(&connection, NodeId::random(), &[0; 88], Stage::Boot)?;
+        assert_eq!(refusal(connection.session(&request).await).0, Code::UnknownNode);
+        let path = Uuid::new_v4().to_string();
+        assert_eq!(refusal(connection.file(&path, 10).await).0, Code::TokenInvalid);
+        assert_eq!(refusal(connection.script(PhaseName::Pre, &path, 10).await).0, Code::TokenInvalid);
+    }
+    // All of it under the address that it came from.
+    let why = member.why("127.0.0.1").await?;
+    let mut calls: Vec<&str> = why.lines().filter_map(|line| line.split_once(':')).map(|(call, _)| call).collect();
+    calls.sort_unstable();
+    calls.dedup();
+    assert_eq!(calls, ["GET files", "GET scripts", "POST session"], "{why}");
     Ok(())
 }
 
