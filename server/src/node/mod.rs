@@ -160,8 +160,8 @@ impl Caller {
         Err(Problem::new(
             Code::Forbidden,
             format!(
-                "{name} gets no {what}: it enrolled while armed continuously, which proves nothing. Arm it once and let it keep its key, \
-                 or set 'allow_unproven: true' in profile '{}'",
+                "{name} gets no {what}: it enrolled while armed continuously, which proves nothing. `moor node trust rearm {name}` and let it \
+                 keep its key, or set 'allow_unproven: true' in profile '{}'",
                 profile.name
             ),
         ))

@@ -203,9 +203,7 @@ fn bind(write: &Write<'_>, id: NodeId, mut identity: Identity, boot: BootId, now
             // The same machine once more, because the answer was lost: the window may be closed by now.
             return Ok(Outcome::Number(node.epoch));
         }
-        let replaceable =
-            matches!((bound, &identity, node.armed), (Identity::Soft { .. }, Identity::Soft { .. }, Armed::Continuous));
-        if !replaceable {
+        if !bound.gives_way(&identity, node.armed) {
             return Ok(refused(Code::IdentityMismatch, super::mismatch(&node.name, bound, &identity)));
         }
     }

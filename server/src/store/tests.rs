@@ -111,7 +111,7 @@ async fn an_identity_is_bound_once_and_never_by_mistake() {
 }
 
 #[tokio::test]
-async fn soft_keys_change_under_continuous_arming_and_are_unproven() {
+async fn only_unproven_soft_keys_change_under_continuous_arming() {
     let f = Fixture::new();
     let id = NodeId::random();
     f.done(define(id, "a", &[])).await;
@@ -122,6 +122,10 @@ async fn soft_keys_change_under_continuous_arming_and_are_unproven() {
     f.done(Command::Arm { id, armed: Armed::Continuous }).await;
     f.bind(id, soft(1)).await;
     assert!(!is_unproven(), "the key that was proven stays so");
+    let other = f.bind(id, soft(2)).await;
+    assert!(matches!(&other, Outcome::Refused(p) if p.code == Code::IdentityMismatch), "and none takes its place: {other:?}");
+    f.done(Command::Rearm { id }).await;
+    f.done(Command::Arm { id, armed: Armed::Continuous }).await;
     f.bind(id, soft(2)).await;
     assert!(is_unproven());
     // What a proposer says of it does not count.

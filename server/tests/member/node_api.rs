@@ -199,11 +199,14 @@ async fn another_key_is_another_machine() -> anyhow::Result<()> {
     let (code, detail) = refusal(connection.session(&request).await);
     assert_eq!(code, Code::IdentityMismatch);
     assert!(detail.contains("another key"), "{detail}");
-    // Not even while the node is armed by mistake.
-    member.arm("n1", "once").await?;
-    let known = machine.known(&mut connection).await?;
-    let (code, _) = refusal(connection.enroll(&machine.enroll_request(&connection, &known)?).await);
-    assert_eq!(code, Code::IdentityMismatch);
+    // Not even while the node is armed by mistake, in whatever way.
+    for armed in ["once", "continuous"] {
+        member.arm("n1", armed).await?;
+        let known = machine.known(&mut connection).await?;
+        assert_eq!(known.next, NextStep::SessionSoft, "{armed}");
+        let (code, _) = refusal(connection.enroll(&machine.enroll_request(&connection, &known)?).await);
+        assert_eq!(code, Code::IdentityMismatch, "{armed}");
+    }
     assert!(member.why("n1").await?.contains("another key"));
     // The administrator may say that it is the right one.
     member.admin().await?.rearm(&RangeRequest { range: "n1".into() }).await?;
@@ -414,7 +417,7 @@ async fn continuous_arming_proves_nothing() -> anyhow::Result<()> {
         let digest = connection.image().await?.digest;
         let (code, detail) = refusal(connection.image_key(&KeyRequest { digest }).await);
         assert_eq!(code, Code::Forbidden);
-        assert!(detail.contains("allow_unproven"), "{detail}");
+        assert!(detail.contains("allow_unproven") && detail.contains("moor node trust rearm n1"), "{detail}");
         assert_eq!(refusal(connection.file("private/x", 10).await).0, Code::Forbidden);
         // A diskless machine that keeps nothing.
         machine.key = soft_key()?;
