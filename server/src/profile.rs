@@ -2,6 +2,7 @@
 //! refuses with the place at fault.
 
 use crate::content;
+use crate::http::clean;
 use crate::secrets::Place;
 use crate::state::{Member, now};
 use crate::store::records::{ImageRecord, Manifest, ProfileRecord};
@@ -41,6 +42,38 @@ struct Settings {
 
 fn tethered() -> RootMode {
     RootMode::Tethered
+}
+
+/// What the kernel module zram may be asked for: the initramfs brings the modules of these.
+const ALGORITHMS: [&str; 7] = ["zstd", "lzo", "lzo-rle", "lz4", "lz4hc", "deflate", "842"];
+
+impl Settings {
+    /// Refuses what every node of the profile would stumble over in the middle of its boot.
+    fn check(&self) -> Result<(), Problem> {
+        let wrong = |field: &str, why: String| Err(bad(format!("profile.yaml: {field}: {why}")));
+        if !(1..=400).contains(&self.overlay.size_percent) {
+            return wrong("overlay.size_percent", format!("{} is not a number from 1 to 400", self.overlay.size_percent));
+        }
+        if let Some(algorithm) = &self.overlay.algorithm
+            && !ALGORITHMS.contains(&algorithm.as_str())
+        {
+            return wrong("overlay.algorithm", format!("'{}' is none of {}", clean(algorithm, 40), ALGORITHMS.join(", ")));
+        }
+        if self.kernel_arguments.chars().any(char::is_control) {
+            return wrong("kernel_arguments", "they are one line".into());
+        }
+        for signer in &self.signers {
+            if signer.trim().contains(char::is_control) || moor_image::PublicKey::from_openssh(signer).is_err() {
+                return wrong("signers", format!("'{}' is not a line 'ssh-ed25519 KEY'", clean(signer, 80)));
+            }
+        }
+        for key in &self.authorized_keys {
+            if key.trim().is_empty() || key.trim().contains(char::is_control) {
+                return wrong("authorized_keys", format!("'{}' is not one line with one key", clean(key, 80)));
+            }
+        }
+        Ok(())
+    }
 }
 
 fn bad(detail: impl Into<String>) -> Problem {
@@ -229,9 +262,7 @@ fn manifest(member: &Member, view: &Snapshot, name: &ProfileName) -> Result<Mani
             error.to_string().lines().next().unwrap_or_default().trim_start_matches("error: ")
         ))
     })?;
-    if !(1..=400).contains(&settings.overlay.size_percent) {
-        return Err(bad(format!("profile.yaml: overlay.size_percent is {}: 1 to 400", settings.overlay.size_percent)));
-    }
+    settings.check()?;
     let image = find_image(view, &settings.image)?;
     let (mut scripts, mut files, mut private) = (BTreeMap::<_, Vec<_>>::new(), BTreeMap::new(), BTreeMap::new());
     let blobs = member.config.blobs();
@@ -360,5 +391,39 @@ fn view_of(record: &ProfileRecord, modified: bool) -> ProfileView {
         published: record.published,
         image: Some(record.manifest.image),
         modified,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_that_no_node_could_boot_by_are_refused_by_name() {
+        let check = |text: &str| {
+            let settings: Settings = serde_saphyr::from_str(&format!("image: x\n{text}\n")).unwrap();
+            settings.check().map_err(|problem| problem.detail)
+        };
+        let key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKli6Qckokp4gadp/v2+2U/lNLo9WkZPulu71LyYKf8M builder";
+        for good in [
+            "overlay: {size_percent: 400, algorithm: lz4}".to_owned(),
+            format!("signers: ['{key}']"),
+            format!("authorized_keys: ['from=\"10.0.0.0/8\" {key}']"),
+            "kernel_arguments: quiet console=ttyS0".to_owned(),
+        ] {
+            assert_eq!(check(&good), Ok(()), "{good}");
+        }
+        for (text, says) in [
+            ("overlay: {size_percent: 0}".to_owned(), "overlay.size_percent: 0"),
+            ("overlay: {size_percent: 50, algorithm: zip}".to_owned(), "overlay.algorithm: 'zip'"),
+            ("kernel_arguments: \"a\\nb\"".to_owned(), "kernel_arguments"),
+            ("signers: ['ssh-ed25519 nonsense']".to_owned(), "signers: 'ssh-ed25519 nonsense'"),
+            (format!("signers: [\"{key}\\n{key}\"]"), "signers"),
+            ("authorized_keys: ['']".to_owned(), "authorized_keys"),
+            (format!("authorized_keys: [\"{key}\\n{key}\"]"), "authorized_keys"),
+        ] {
+            let error = check(&text).unwrap_err();
+            assert!(error.starts_with("profile.yaml: ") && error.contains(says) && !error.contains('\n'), "{error}");
+        }
     }
 }
