@@ -146,6 +146,14 @@ impl Caller {
         Ok(generation.ok_or_else(gone)?)
     }
 
+    /// Writes down that this node gets a secret; durable when it returns. Without the line the secret must not leave.
+    async fn released(&self, member: &Member, what: &str, name: &str) -> Result<(), Problem> {
+        let fields = serde_json::json!({
+            "node": self.node.id, "name": self.node.name, "boot": self.claims.boot, "secret": name
+        });
+        member.audit(what, fields).await
+    }
+
     /// Whether the node's secrets and the image key may be given to whoever holds this token.
     fn is_trusted(&self, profile: &ProfileRecord) -> bool {
         profile.manifest.allow_unproven || self.node.identity.as_ref().is_some_and(|identity| !identity.is_unproven())

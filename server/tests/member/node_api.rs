@@ -10,6 +10,7 @@ use moor_api::node::{
     StatusReport,
 };
 use moor_api::problem::Code;
+use moord::store::{Local, Store as _, tables};
 use std::process::Command;
 use uuid::Uuid;
 
@@ -314,7 +315,7 @@ async fn a_new_boot_ends_the_boot_stages_before_it() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn secrets_are_for_the_boot_stage() -> anyhow::Result<()> {
-    let (member, machine) = armed().await?;
+    let (mut member, machine) = armed().await?;
     let hash = format!("$6$salt${}", "a".repeat(86));
     let set = [("crypted.rootpassword", hash.as_str()), ("custom.nodesecret.key", "hush"), ("info.note", "seen")];
     let set = set.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
@@ -351,6 +352,12 @@ async fn secrets_are_for_the_boot_stage() -> anyhow::Result<()> {
             Command::new("grep").args(["-rlF", secret]).arg(member.path("state")).arg(member.path("log")).output()?;
         assert!(found.stdout.is_empty(), "'{secret}' is in {}", String::from_utf8_lossy(&found.stdout));
     }
+    // Each that left was written down before.
+    assert!(member.terminate()?);
+    let store = Local::open(&member.path("state/store/member.redb"))?;
+    let lines: Vec<serde_json::Value> = store.snapshot()?.all(tables::AUDIT)?;
+    let released: Vec<&str> = lines.iter().filter_map(|line| line["entry"]["fields"]["secret"].as_str()).collect();
+    assert_eq!(released, ["crypted.rootpassword", "p/munge.key"]);
     Ok(())
 }
 
