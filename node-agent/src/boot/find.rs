@@ -45,7 +45,7 @@ impl Boot {
         }
         let identity = self.identity.as_mut().ok_or_else(|| missing("identity"))?;
         if tokio::task::block_in_place(|| identity.is_closed()).map_err(Fault::again)? {
-            self.is_closed = true;
+            // In one bank at least. Whoever gets the shell must not find another that is open, so `give_up` closes them all.
             return Ok(State::Closed);
         }
         let line = std::fs::read_to_string(&self.options.command_line)
