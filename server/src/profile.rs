@@ -56,12 +56,18 @@ impl Settings {
     fn check(&self) -> Result<(), Problem> {
         let wrong = |field: &str, why: String| Err(bad(format!("profile.yaml: {field}: {why}")));
         if !(1..=400).contains(&self.overlay.size_percent) {
-            return wrong("overlay.size_percent", format!("{} is not a number from 1 to 400", self.overlay.size_percent));
+            return wrong(
+                "overlay.size_percent",
+                format!("{} is not a number from 1 to 400", self.overlay.size_percent),
+            );
         }
         if let Some(algorithm) = &self.overlay.algorithm
             && !ALGORITHMS.contains(&algorithm.as_str())
         {
-            return wrong("overlay.algorithm", format!("'{}' is none of {}", clean(algorithm, 40), ALGORITHMS.join(", ")));
+            return wrong(
+                "overlay.algorithm",
+                format!("'{}' is none of {}", clean(algorithm, 40), ALGORITHMS.join(", ")),
+            );
         }
         if self.kernel_arguments.chars().any(char::is_control) {
             return wrong("kernel_arguments", "they are one line".into());

@@ -39,7 +39,10 @@ pub(crate) async fn run(client: &mut AdminClient, args: &Status, json: bool) -> 
 
 /// A watch has no end of its own: a script must not take it for success.
 fn ended(watch: bool) -> anyhow::Result<ExitCode> {
-    anyhow::ensure!(!watch, "the member ended the watch, because it stops or because this end was too slow: begin again");
+    anyhow::ensure!(
+        !watch,
+        "the member ended the watch, because it stops or because this end was too slow: begin again"
+    );
     Ok(ExitCode::SUCCESS)
 }
 

@@ -207,7 +207,9 @@ fn describe(kind: Kind) -> String {
         Kind::Addresses => "is not a comma-separated list of IP addresses".into(),
         Kind::Hosts => "is not a comma-separated list of host names or addresses".into(),
         Kind::Word(signs) => format!("is not one word of letters, digits and {}", spaced(signs)),
-        Kind::Words(signs) => format!("is not a comma-separated list of words of letters, digits and {}", spaced(signs)),
+        Kind::Words(signs) => {
+            format!("is not a comma-separated list of words of letters, digits and {}", spaced(signs))
+        }
         Kind::TimeZone => "is not the name of a time zone, such as Europe/Berlin".into(),
         Kind::Number(low, high) => format!("is not a number from {low} to {high}"),
         Kind::OneOf(words) => format!("is not one of {}", words.join(", ")),

@@ -151,7 +151,8 @@ mod tests {
         let throttle = Throttle::default();
         let kind = |number: usize| Kind { subject: number.to_string(), call: "hello".into(), code: Code::NotArmed };
         let start = Instant::now();
-        let written = |from: usize, to: usize, at| (from..to).map(|number| throttle.count(kind(number), at)).sum::<u64>();
+        let written =
+            |from: usize, to: usize, at| (from..to).map(|number| throttle.count(kind(number), at)).sum::<u64>();
         assert_eq!(written(0, MAX_KINDS, start), MAX_KINDS as u64);
         assert_eq!(written(MAX_KINDS, MAX_KINDS + 100, start), 0);
         assert_eq!(written(MAX_KINDS, MAX_KINDS + 100, start + EVERY), 100, "the flood is over");

@@ -123,7 +123,10 @@ async fn only_unproven_soft_keys_change_under_continuous_arming() {
     f.bind(id, soft(1)).await;
     assert!(!is_unproven(), "the key that was proven stays so");
     let other = f.bind(id, soft(2)).await;
-    assert!(matches!(&other, Outcome::Refused(p) if p.code == Code::IdentityMismatch), "and none takes its place: {other:?}");
+    assert!(
+        matches!(&other, Outcome::Refused(p) if p.code == Code::IdentityMismatch),
+        "and none takes its place: {other:?}"
+    );
     f.done(Command::Rearm { id }).await;
     f.done(Command::Arm { id, armed: Armed::Continuous }).await;
     f.bind(id, soft(2)).await;
