@@ -216,3 +216,16 @@ fn an_argument_needs_no_server_and_goes_without_a_trace() {
     });
     assert_eq!((cable.addresses().as_str(), cable.routes().as_str()), ("", ""));
 }
+
+#[test]
+fn a_link_that_was_left_alone_is_searched_again_when_it_is_needed() {
+    let cable = Cable::new();
+    let argument = StaticAddress { address: "10.9.0.9/24".parse().unwrap(), gateway: None, interface: None };
+    let (first, again) = cable.on_node(async move |links| {
+        let (_netlink, mut search, first) = search(links, vec![argument]).await;
+        search.keep_only("eth1");
+        assert_eq!(search.take_links().await.unwrap(), ["eth0"]);
+        (first, search.next().await)
+    });
+    assert_eq!(first, again);
+}

@@ -168,6 +168,15 @@ pub async fn serve(member: Arc<Member>, app: Router, stop: CancellationToken) ->
     Ok(())
 }
 
+/// Room for one more connection; `None` once the member stops. A full house (256 who watch) must not keep it from stopping.
+async fn permit(permits: &Arc<Semaphore>, stop: &CancellationToken) -> Option<OwnedSemaphorePermit> {
+    tokio::select! {
+        biased;
+        () = stop.cancelled() => None,
+        permit = permits.clone().acquire_owned() => permit.ok(),
+    }
+}
+
 /// The next connection. An error of `accept` (too many open files, a peer that left) ends nothing; it is tried again soon.
 async fn next<T>(stop: &CancellationToken, accept: impl Future<Output = std::io::Result<T>>) -> Option<T> {
     tokio::select! {
@@ -190,8 +199,7 @@ async fn accept_tls(
     permits: Arc<Semaphore>,
     stop: CancellationToken,
 ) {
-    while !stop.is_cancelled() {
-        let Ok(permit) = permits.clone().acquire_owned().await else { return };
+    while let Some(permit) = permit(&permits, &stop).await {
         let Some((tcp, address)) = next(&stop, listener.accept()).await else { continue };
         let (acceptor, app, stop) = (acceptor.clone(), app.clone(), stop.clone());
         tokio::spawn(async move {
@@ -229,8 +237,7 @@ async fn handshake(
 }
 
 async fn accept_unix(listener: UnixListener, app: Router, permits: Arc<Semaphore>, stop: CancellationToken) {
-    while !stop.is_cancelled() {
-        let Ok(permit) = permits.clone().acquire_owned().await else { return };
+    while let Some(permit) = permit(&permits, &stop).await {
         let Some((stream, _)) = next(&stop, listener.accept()).await else { continue };
         // A peer whose credentials are not to be had is nobody; the loop goes on.
         let Ok(credentials) = stream.peer_cred() else { continue };
@@ -260,4 +267,21 @@ where
         tracing::debug!("{peer}: {error}");
     }
     drop(permit);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_full_house_stops() {
+        let (stop, permits) = (CancellationToken::new(), Arc::new(Semaphore::new(0)));
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("socket")).unwrap();
+        let accepting = tokio::spawn(accept_unix(listener, Router::new(), permits, stop.clone()));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert!(!accepting.is_finished());
+        stop.cancel();
+        tokio::time::timeout(Duration::from_secs(10), accepting).await.expect("it waits for room").unwrap();
+    }
 }

@@ -2,6 +2,7 @@
 //! refuses with the place at fault.
 
 use crate::content;
+use crate::http::clean;
 use crate::secrets::Place;
 use crate::state::{Member, now};
 use crate::store::records::{ImageRecord, Manifest, ProfileRecord};
@@ -12,11 +13,15 @@ use moor_api::ids::{ImageName, ProfileName, Sha256Digest};
 use moor_api::problem::{Code, Problem};
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::io::Read as _;
 use std::path::Path;
 use std::time::SystemTime;
+use zeroize::Zeroizing;
 
 /// Largest file of a profile, in bytes.
 const MAX_FILE: u64 = 64 << 20;
+/// Most bytes of `private/`: it is in the record of the generation, which is read with each call of a node.
+const MAX_PRIVATE: usize = 512 << 10;
 /// Most files of a profile.
 const MAX_FILES: usize = 10_000;
 
@@ -41,6 +46,44 @@ struct Settings {
 
 fn tethered() -> RootMode {
     RootMode::Tethered
+}
+
+/// What the kernel module zram may be asked for: the initramfs brings the modules of these.
+const ALGORITHMS: [&str; 7] = ["zstd", "lzo", "lzo-rle", "lz4", "lz4hc", "deflate", "842"];
+
+impl Settings {
+    /// Refuses what every node of the profile would stumble over in the middle of its boot.
+    fn check(&self) -> Result<(), Problem> {
+        let wrong = |field: &str, why: String| Err(bad(format!("profile.yaml: {field}: {why}")));
+        if !(1..=400).contains(&self.overlay.size_percent) {
+            return wrong(
+                "overlay.size_percent",
+                format!("{} is not a number from 1 to 400", self.overlay.size_percent),
+            );
+        }
+        if let Some(algorithm) = &self.overlay.algorithm
+            && !ALGORITHMS.contains(&algorithm.as_str())
+        {
+            return wrong(
+                "overlay.algorithm",
+                format!("'{}' is none of {}", clean(algorithm, 40), ALGORITHMS.join(", ")),
+            );
+        }
+        if self.kernel_arguments.chars().any(char::is_control) {
+            return wrong("kernel_arguments", "they are one line".into());
+        }
+        for signer in &self.signers {
+            if signer.trim().contains(char::is_control) || moor_image::PublicKey::from_openssh(signer).is_err() {
+                return wrong("signers", format!("'{}' is not a line 'ssh-ed25519 KEY'", clean(signer, 80)));
+            }
+        }
+        for key in &self.authorized_keys {
+            if key.trim().is_empty() || key.trim().contains(char::is_control) {
+                return wrong("authorized_keys", format!("'{}' is not one line with one key", clean(key, 80)));
+            }
+        }
+        Ok(())
+    }
 }
 
 fn bad(detail: impl Into<String>) -> Problem {
@@ -142,15 +185,25 @@ fn missing_image(text: &str) -> Problem {
     )
 }
 
-/// A file as it was read.
+/// A file as it was found. Its bytes are read one file at a time: a profile may be larger than memory.
 struct Source {
     path: String,
     modified: SystemTime,
-    bytes: Vec<u8>,
 }
 
-/// Reads every file below `dir`, by path relative to it, in order. Names that begin with a dot, and editors' copies, are left out.
-fn read_tree(dir: &Path, prefix: &str, out: &mut Vec<Source>) -> Result<(), Problem> {
+impl Source {
+    fn read(&self, dir: &Path) -> Result<Vec<u8>, Problem> {
+        let path = dir.join(&self.path);
+        let mut bytes = Vec::new();
+        let file = std::fs::File::open(&path).map_err(io(&path))?;
+        // It may have grown: then it is refused as changed.
+        file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(io(&path))?;
+        Ok(bytes)
+    }
+}
+
+/// Finds every file below `dir`, by path relative to it, in order. Names that begin with a dot, and editors' copies, are left out.
+fn find_tree(dir: &Path, prefix: &str, out: &mut Vec<Source>) -> Result<(), Problem> {
     let mut names: Vec<_> = match std::fs::read_dir(dir) {
         Ok(entries) => entries.collect::<Result<_, _>>().map_err(io(dir))?,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
@@ -168,7 +221,7 @@ fn read_tree(dir: &Path, prefix: &str, out: &mut Vec<Source>) -> Result<(), Prob
         let path = if prefix.is_empty() { name } else { format!("{prefix}/{name}") };
         let kind = entry.file_type().map_err(io(&entry.path()))?;
         if kind.is_dir() {
-            read_tree(&entry.path(), &path, out)?;
+            find_tree(&entry.path(), &path, out)?;
         } else if kind.is_file() {
             let meta = entry.metadata().map_err(io(&entry.path()))?;
             if meta.len() > MAX_FILE || out.len() >= MAX_FILES {
@@ -179,7 +232,7 @@ fn read_tree(dir: &Path, prefix: &str, out: &mut Vec<Source>) -> Result<(), Prob
                 )));
             }
             let modified = meta.modified().map_err(io(&entry.path()))?;
-            out.push(Source { path, modified, bytes: std::fs::read(entry.path()).map_err(io(&entry.path()))? });
+            out.push(Source { path, modified });
         } else {
             return Err(bad(format!(
                 "'{}' is neither a file nor a directory: profiles hold no links or devices",
@@ -216,38 +269,46 @@ fn manifest(member: &Member, view: &Snapshot, name: &ProfileName) -> Result<Mani
         ));
     }
     let mut sources = Vec::new();
-    read_tree(&dir, "", &mut sources)?;
+    find_tree(&dir, "", &mut sources)?;
     let settings = sources
         .iter()
         .find(|source| source.path == "profile.yaml")
         .ok_or_else(|| bad(format!("'{}/profile.yaml' is missing", dir.display())))?;
-    let text = std::str::from_utf8(&settings.bytes).map_err(|_| bad("profile.yaml is not UTF-8"))?;
-    let settings: Settings = serde_saphyr::from_str(text).map_err(|error| {
+    let text = String::from_utf8(settings.read(&dir)?).map_err(|_| bad("profile.yaml is not UTF-8"))?;
+    let settings: Settings = serde_saphyr::from_str(&text).map_err(|error| {
         bad(format!(
             "'{}/profile.yaml': {}",
             dir.display(),
             error.to_string().lines().next().unwrap_or_default().trim_start_matches("error: ")
         ))
     })?;
-    if !(1..=400).contains(&settings.overlay.size_percent) {
-        return Err(bad(format!("profile.yaml: overlay.size_percent is {}: 1 to 400", settings.overlay.size_percent)));
-    }
+    settings.check()?;
     let image = find_image(view, &settings.image)?;
     let (mut scripts, mut files, mut private) = (BTreeMap::<_, Vec<_>>::new(), BTreeMap::new(), BTreeMap::new());
     let blobs = member.config.blobs();
+    let mut private_size = 0;
     for source in &sources {
         if let Some(path) = source.path.strip_prefix("private/") {
+            let bytes = Zeroizing::new(source.read(&dir)?);
+            private_size += bytes.len();
+            if private_size > MAX_PRIVATE {
+                return Err(bad(format!(
+                    "'{}/private' has more than {} KiB: it is for keys; larger files belong into 'files', encrypted by one of them",
+                    dir.display(),
+                    MAX_PRIVATE >> 10
+                )));
+            }
             let place = Place { table: "profiles", id: name.as_str(), field: path };
             let sealed = member
                 .secrets
-                .seal(place, &source.bytes)
+                .seal(place, &bytes)
                 .map_err(|error| Problem::new(Code::Internal, format!("{error:#}")))?;
             private.insert(path.to_owned(), sealed);
         } else if let Some((phase, script)) = phase_of(&source.path) {
-            let blob = content::add(&blobs, &source.bytes).map_err(io(&blobs))?;
+            let blob = content::add(&blobs, &source.read(&dir)?).map_err(io(&blobs))?;
             scripts.entry(phase).or_default().push((script.to_owned(), blob));
         } else if let Some(path) = source.path.strip_prefix("files/") {
-            files.insert(path.to_owned(), content::add(&blobs, &source.bytes).map_err(io(&blobs))?);
+            files.insert(path.to_owned(), content::add(&blobs, &source.read(&dir)?).map_err(io(&blobs))?);
         } else if source.path.starts_with("scripts/") {
             return Err(bad(format!(
                 "'{}/{}': phases are pre, post, firstboot and onboot",
@@ -348,8 +409,8 @@ pub fn list(member: &Member) -> Result<Vec<ProfileView>, Problem> {
 fn is_modified(member: &Member, record: &ProfileRecord) -> bool {
     let published = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(record.published + 1);
     let mut sources = Vec::new();
-    let read = read_tree(&member.config.profiles().join(record.name.as_str()), "", &mut sources);
-    read.is_err() || sources.iter().any(|source| source.modified > published)
+    let found = find_tree(&member.config.profiles().join(record.name.as_str()), "", &mut sources);
+    found.is_err() || sources.iter().any(|source| source.modified > published)
 }
 
 fn view_of(record: &ProfileRecord, modified: bool) -> ProfileView {
@@ -360,5 +421,39 @@ fn view_of(record: &ProfileRecord, modified: bool) -> ProfileView {
         published: record.published,
         image: Some(record.manifest.image),
         modified,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_that_no_node_could_boot_by_are_refused_by_name() {
+        let check = |text: &str| {
+            let settings: Settings = serde_saphyr::from_str(&format!("image: x\n{text}\n")).unwrap();
+            settings.check().map_err(|problem| problem.detail)
+        };
+        let key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKli6Qckokp4gadp/v2+2U/lNLo9WkZPulu71LyYKf8M builder";
+        for good in [
+            "overlay: {size_percent: 400, algorithm: lz4}".to_owned(),
+            format!("signers: ['{key}']"),
+            format!("authorized_keys: ['from=\"10.0.0.0/8\" {key}']"),
+            "kernel_arguments: quiet console=ttyS0".to_owned(),
+        ] {
+            assert_eq!(check(&good), Ok(()), "{good}");
+        }
+        for (text, says) in [
+            ("overlay: {size_percent: 0}".to_owned(), "overlay.size_percent: 0"),
+            ("overlay: {size_percent: 50, algorithm: zip}".to_owned(), "overlay.algorithm: 'zip'"),
+            ("kernel_arguments: \"a\\nb\"".to_owned(), "kernel_arguments"),
+            ("signers: ['ssh-ed25519 nonsense']".to_owned(), "signers: 'ssh-ed25519 nonsense'"),
+            (format!("signers: [\"{key}\\n{key}\"]"), "signers"),
+            ("authorized_keys: ['']".to_owned(), "authorized_keys"),
+            (format!("authorized_keys: [\"{key}\\n{key}\"]"), "authorized_keys"),
+        ] {
+            let error = check(&text).unwrap_err();
+            assert!(error.starts_with("profile.yaml: ") && error.contains(says) && !error.contains('\n'), "{error}");
+        }
     }
 }

@@ -34,6 +34,15 @@ pub(crate) async fn run(client: &mut AdminClient, args: &Status, json: bool) -> 
             }
         }
     }
+    ended(args.watch)
+}
+
+/// A watch has no end of its own: a script must not take it for success.
+fn ended(watch: bool) -> anyhow::Result<ExitCode> {
+    anyhow::ensure!(
+        !watch,
+        "the member ended the watch, because it stops or because this end was too slow: begin again"
+    );
     Ok(ExitCode::SUCCESS)
 }
 
@@ -71,4 +80,15 @@ pub(crate) async fn log(client: &mut AdminClient, node: &NodeName, json: bool) -
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ended;
+
+    #[test]
+    fn a_watch_that_ends_by_itself_is_no_success() {
+        assert!(ended(false).is_ok());
+        assert!(ended(true).unwrap_err().to_string().contains("begin again"));
+    }
 }

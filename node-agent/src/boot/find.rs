@@ -45,7 +45,7 @@ impl Boot {
         }
         let identity = self.identity.as_mut().ok_or_else(|| missing("identity"))?;
         if tokio::task::block_in_place(|| identity.is_closed()).map_err(Fault::again)? {
-            self.is_closed = true;
+            // In one bank at least. Whoever gets the shell must not find another that is open, so `give_up` closes them all.
             return Ok(State::Closed);
         }
         let line = std::fs::read_to_string(&self.options.command_line)
@@ -94,7 +94,10 @@ impl Boot {
     }
 
     pub(super) async fn address(&mut self) -> Result<State, Fault> {
-        let search = self.search.as_mut().ok_or_else(|| missing("network"))?;
+        let Some(search) = self.search.as_mut() else {
+            // It has its own address, and nothing else is searched for.
+            return if self.candidates.is_empty() { Err(missing("network")) } else { Ok(State::Member) };
+        };
         // Links whose driver comes late.
         search.take_links().await.map_err(Fault::again)?;
         if !self.candidates.is_empty() {
@@ -150,11 +153,8 @@ impl Boot {
         };
         match result {
             Ok(()) => {
-                // The lease is not needed any more.
-                self.search = None;
-                self.candidates.clear();
                 self.reporter.note("network", &format!("'{}' has its own address {}", own.link.name, own.address));
-                self.way = Some(own);
+                self.settle(own);
                 Ok(State::HostKeys)
             }
             Err(reason) => {
@@ -167,6 +167,13 @@ impl Boot {
                 )))
             }
         }
+    }
+
+    /// Stays with the node's own address: the lease is not needed any more, and members that go away are looked for from here.
+    fn settle(&mut self, own: Candidate) {
+        self.search = None;
+        self.candidates = vec![own.clone()];
+        self.way = Some(own);
     }
 
     pub(super) async fn member(&mut self) -> Result<State, Fault> {
@@ -228,5 +235,31 @@ impl Boot {
                 let _ = netlink.remove_address(&old.link, old.address).await;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::boot::Options;
+    use crate::handover::RunDir;
+    use crate::network::links::Link;
+
+    #[tokio::test]
+    async fn a_node_with_its_own_address_looks_for_members_that_went_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut boot = Boot::new(Options {
+            root: dir.path().join("root"),
+            site: dir.path().join("site.json"),
+            run: RunDir::new(dir.path().join("run")),
+            command_line: COMMAND_LINE.into(),
+            tether: "moor-tether".into(),
+        });
+        assert!(boot.address().await.is_err(), "nothing is searched for, and there is no address");
+        let link = Link { name: "eth0".into(), index: 2, hwaddr: "52:54:00:00:00:01".parse().unwrap() };
+        let own = Candidate::from_document(&link, "10.0.0.5/24".parse().unwrap(), None);
+        boot.settle(own.clone());
+        assert_eq!(boot.address().await, Ok(State::Member));
+        assert_eq!((boot.candidates, boot.way), (vec![own.clone()], Some(own)), "that is where they are tried from");
     }
 }

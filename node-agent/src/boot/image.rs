@@ -103,7 +103,12 @@ impl Boot {
         }
         mount.arg(&directory);
         let text: Zeroizing<String> = key.to_hex();
-        child::run(mount, text.as_bytes(), MOUNT_LIMIT).await.map_err(Fault::again)?;
+        if let Err(error) = child::run(mount, text.as_bytes(), MOUNT_LIMIT).await {
+            let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
+            members.disconnect();
+            // With no member there it is no fault of the image's: the boot goes back to where members are waited for.
+            return Err(if members.connection().await.is_ok() { Fault::again(error) } else { Fault::restart(error) });
+        }
         Ok(State::Root)
     }
 
@@ -134,4 +139,68 @@ fn mount_command(program: &std::path::Path, offer: &ImageOffer) -> Command {
     mount.arg("--digest").arg(offer.digest.to_string()).arg("--lineage").arg(offer.lineage.to_string());
     mount.arg("--minimum-serial").arg(offer.minimum_serial.to_string());
     mount
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::boot::Options;
+    use crate::boot::states::Class;
+    use crate::handover::RunDir;
+    use crate::members::Members;
+    use moor_api::client::session::SessionKey;
+    use moor_api::ids::{CollectiveId, Sha256Digest};
+    use moor_api::trust::SiteBundle;
+
+    /// A certificate, for a bundle that reads.
+    fn root() -> String {
+        let output = std::process::Command::new("openssl")
+            .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=x"])
+            .args(["-keyout", "/dev/null"])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    #[tokio::test]
+    async fn with_no_member_there_a_mount_that_fails_is_not_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut boot = Boot::new(Options {
+            root: dir.path().join("root"),
+            site: dir.path().join("site.json"),
+            run: RunDir::new(dir.path()),
+            command_line: "/proc/cmdline".into(),
+            tether: "/bin/false".into(),
+        });
+        let bundle = SiteBundle {
+            version: 1,
+            collective: CollectiveId::random(),
+            name: "x".into(),
+            roots: vec![root()],
+            members: Vec::new(),
+            ssh_host_authorities: Vec::new(),
+            built: 0,
+        };
+        // Nobody listens on port 1.
+        let urls = vec!["https://127.0.0.1:1".to_owned()];
+        boot.members = Some(Members::new(&bundle, &SessionKey::generate().unwrap(), urls.clone()).unwrap());
+        boot.bundle = Some(bundle);
+        boot.key = Some(Dek::generate().unwrap());
+        boot.offer = Some(ImageOffer {
+            name: "root".parse().unwrap(),
+            digest: Sha256Digest([1; 32]),
+            size: 1,
+            lineage: uuid::Uuid::nil(),
+            minimum_serial: 0,
+            signers: Vec::new(),
+            signatures: None,
+            urls,
+            token_required: false,
+            root: RootMode::Tethered,
+        });
+        let fault = boot.tether().await.unwrap_err();
+        assert_eq!(fault.class, Class::Restart);
+        assert!(fault.reason.contains("/bin/false"), "{}", fault.reason);
+    }
 }

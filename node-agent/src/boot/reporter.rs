@@ -4,6 +4,7 @@
 use crate::console;
 use crate::members::Members;
 use crate::process::uptime_ms;
+use moor_api::client::ClientError;
 use moor_api::deploy::PhaseName;
 use moor_api::ids::BootId;
 use moor_api::node::{LogReport, StatusReport};
@@ -97,7 +98,7 @@ impl Reporter {
         self.queue.push_back(message);
     }
 
-    /// Sends what waits, in order, once there is a token. What a member does not take now waits on; what it refuses is dropped.
+    /// Sends what waits, in order, once there is a token. What a member does not take now waits on; what it refuses for good is dropped.
     pub async fn flush(&mut self, members: &mut Members) {
         if !members.has_token() {
             return;
@@ -111,8 +112,7 @@ impl Reporter {
             });
             let sent = tokio::time::timeout(left, send).await;
             match sent {
-                // Not heard, or the token is void: the next one may do.
-                Ok(Err(error)) if error.problem().is_none_or(|problem| problem.code == Code::TokenInvalid) => return,
+                Ok(Err(error)) if may_be_heard_later(&error) => return,
                 Ok(_) => {
                     self.queue.pop_front();
                 }
@@ -132,9 +132,15 @@ impl Reporter {
     }
 }
 
+/// Not heard, a fault of the member (its disk is full), or a token that is void: the same report may do later.
+fn may_be_heard_later(error: &ClientError) -> bool {
+    error.is_transient() || error.problem().is_none_or(|problem| problem.code == Code::TokenInvalid)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use moor_api::problem::Problem;
 
     fn numbers(reporter: &Reporter) -> Vec<u64> {
         let of_status =
@@ -161,6 +167,21 @@ mod tests {
         }
         assert_eq!(reporter.queue.len(), MAX_QUEUE);
         assert_eq!(numbers(&reporter).last(), Some(&500));
+    }
+
+    #[test]
+    fn what_a_member_could_not_take_is_kept_and_what_it_refuses_is_not() {
+        let cases = [
+            (Code::Internal, true),
+            (Code::RateLimited, true),
+            (Code::TokenInvalid, true),
+            (Code::BadRequest, false),
+            (Code::StageClosed, false),
+        ];
+        for (code, kept) in cases {
+            assert_eq!(may_be_heard_later(&ClientError::Problem(Problem::new(code, "x"))), kept, "{code:?}");
+        }
+        assert!(may_be_heard_later(&ClientError::Broken { call: "POST status".into(), cause: "cut off".into() }));
     }
 
     #[test]

@@ -15,6 +15,9 @@ use tokio::task::JoinHandle;
 /// tree opens after 30 s would be found half a minute late.
 const DISCOVERY_SECONDS: u32 = 20;
 
+/// A DHCP client that cannot be made (a card that is just being reset) is made again after this.
+const AFTER_FAILURE: Duration = Duration::from_secs(5);
+
 /// How often carrier and router advertisements are looked at.
 const POLL: Duration = Duration::from_millis(200);
 
@@ -207,11 +210,15 @@ impl Search {
         self.found.try_recv().ok()
     }
 
-    /// Ends the search on all links but one: it is kept for its lease, which has to be renewed while the node waits.
+    /// Ends the search on all links but one: it is kept for its lease, which has to be renewed while the node waits. Should that link
+    /// fail, [`Self::take_links`] begins on the others again.
     pub fn keep_only(&mut self, name: &str) {
-        for task in self.tasks.iter().filter(|(link, _)| *link != name).map(|(_, task)| task) {
-            task.abort();
-        }
+        self.tasks.retain(|link, task| {
+            if link != name {
+                task.abort();
+            }
+            link == name
+        });
     }
 
     /// Begins anew on all links.
@@ -236,13 +243,18 @@ async fn wait_carrier(links: &Links, link: &Link) {
 
 /// Takes a lease and keeps it, for ever.
 async fn lease(link: &Link, report: &mpsc::UnboundedSender<Candidate>) {
-    let mut last: Option<Candidate> = None;
+    let (mut last, mut failure): (Option<Candidate>, Option<String>) = (None, None);
     loop {
         let mut client = match client(link).await {
             Ok(client) => client,
             Err(error) => {
-                crate::console::say("address", &format!("no DHCP on '{}': {error}", link.name));
-                return;
+                let reason = error.to_string();
+                if failure.as_ref() != Some(&reason) {
+                    crate::console::say("address", &format!("no DHCP on '{}' yet: {reason}", link.name));
+                    failure = Some(reason);
+                }
+                tokio::time::sleep(AFTER_FAILURE).await;
+                continue;
             }
         };
         loop {

@@ -24,10 +24,17 @@ pub enum Kind {
     Addresses,
     /// Comma-separated names or addresses.
     Hosts,
+    /// One word of letters, digits and these signs. Nodes write it into configuration files, and take no other: what they would refuse
+    /// in the middle of a boot is refused here.
+    Word(&'static str),
+    /// Comma-separated words of that kind.
+    Words(&'static str),
     /// A number between two bounds.
     Number(u64, u64),
     /// One of these words.
     OneOf(&'static [&'static str]),
+    /// A name of the time zone database.
+    TimeZone,
     /// A profile name.
     Profile,
     /// An ssh public key, or several lines of them.
@@ -69,7 +76,7 @@ pub const TABLE: &[Attribute] = &[
     attribute("deployment.profile", Kind::Profile, "profile it booted last"),
     attribute("net.*.hwaddr", Kind::HwAddr, "hardware address of the interface"),
     attribute("net.*.hostname", Kind::Text, "name on this interface"),
-    attribute("net.*.interface_names", Kind::Text, "names of the interface to try, comma-separated"),
+    attribute("net.*.interface_names", Kind::Words("._-@:"), "names of the interface to try, comma-separated"),
     attribute("net.*.mtu", Kind::Number(576, 65_520), "MTU in bytes"),
     attribute(
         "net.*.ipv4_method",
@@ -87,10 +94,10 @@ pub const TABLE: &[Attribute] = &[
     attribute("net.*.ipv6_gateway", Kind::Address, "IPv6 gateway"),
     attribute("ntp.servers", Kind::Hosts, "NTP servers"),
     attribute("dns.servers", Kind::Addresses, "resolvers"),
-    attribute("dns.domain", Kind::Text, "domain of the node"),
-    attribute("time.zone", Kind::Text, "IANA time zone"),
-    attribute("locale.lang", Kind::Text, "LANG"),
-    attribute("locale.keymap", Kind::Text, "console keymap"),
+    attribute("dns.domain", Kind::Word(".-_"), "domain of the node"),
+    attribute("time.zone", Kind::TimeZone, "IANA time zone"),
+    attribute("locale.lang", Kind::Word("._-@"), "LANG"),
+    attribute("locale.keymap", Kind::Word("._-"), "console keymap"),
     attribute("ssh.trustnodes", Kind::Text, "noderange whose users may log in here by host; default: all nodes"),
     attribute("pubkeys.ssh", Kind::SshKeys, "public keys for root's authorized_keys"),
     attribute("secret.snmpcommunity", Kind::Text, "SNMP community"),
@@ -158,6 +165,10 @@ pub fn validate(name: &str, value: &str) -> Result<(), Problem> {
     })
 }
 
+fn is_word(text: &str, signs: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || signs.contains(c))
+}
+
 fn check(kind: Kind, value: &str) -> Result<(), String> {
     let one_line = !value.chars().any(char::is_control);
     let list = || value.split(',').map(str::trim);
@@ -174,10 +185,13 @@ fn check(kind: Kind, value: &str) -> Result<(), String> {
         Kind::Hosts => list().all(|part| {
             !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b':'))
         }),
+        Kind::Word(signs) => is_word(value, signs),
+        Kind::Words(signs) => list().all(|part| is_word(part, signs)),
+        Kind::TimeZone => value.split('/').all(|part| is_word(part, "_+-")),
         Kind::Number(low, high) => value.parse::<u64>().is_ok_and(|number| (low..=high).contains(&number)),
         Kind::OneOf(words) => words.contains(&value),
         Kind::Profile => value.parse::<ProfileName>().is_ok(),
-        Kind::PasswordHash => value.starts_with('$') && value.len() >= 20 && !value.contains([':', ' ', '\t']),
+        Kind::PasswordHash => value.starts_with('$') && value.len() >= 20 && is_word(value, "./$=,"),
     };
     if good { Ok(()) } else { Err(describe(kind)) }
 }
@@ -192,12 +206,21 @@ fn describe(kind: Kind) -> String {
         Kind::Address => "is not an IP address".into(),
         Kind::Addresses => "is not a comma-separated list of IP addresses".into(),
         Kind::Hosts => "is not a comma-separated list of host names or addresses".into(),
+        Kind::Word(signs) => format!("is not one word of letters, digits and {}", spaced(signs)),
+        Kind::Words(signs) => {
+            format!("is not a comma-separated list of words of letters, digits and {}", spaced(signs))
+        }
+        Kind::TimeZone => "is not the name of a time zone, such as Europe/Berlin".into(),
         Kind::Number(low, high) => format!("is not a number from {low} to {high}"),
         Kind::OneOf(words) => format!("is not one of {}", words.join(", ")),
         Kind::Profile => "is not a profile name".into(),
         Kind::SshKeys => "is not an ssh public key".into(),
         Kind::PasswordHash => "the value is not a crypt(5) hash (`openssl passwd -6` makes one)".into(),
     }
+}
+
+fn spaced(signs: &str) -> String {
+    signs.chars().map(String::from).collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
@@ -215,6 +238,12 @@ mod tests {
             ("dns.servers", "10.0.0.1, 2001:db8::1"),
             ("crypted.rootpassword", &hash),
             ("custom.anything.at.all", "x"),
+            ("dns.domain", "hpc.example"),
+            ("time.zone", "America/Argentina/Buenos_Aires"),
+            ("time.zone", "Etc/GMT+5"),
+            ("locale.lang", "de_DE.UTF-8"),
+            ("locale.keymap", "de-latin1"),
+            ("net.interface_names", "eno1, enp1s0"),
             ("custom.nodesecret.key", "x"),
             ("info.note", ""),
         ] {
@@ -230,6 +259,15 @@ mod tests {
             ("location.rck", "1", "location.rack"),
             ("info.note", "a\nb", "one line"),
             ("crypted.rootpassword", "plaintext", "hash"),
+            // What a node would refuse when it writes its files.
+            ("crypted.rootpassword", "$6$salt$ä23456789012345678", "hash"),
+            ("dns.domain", "hpc.example other", "one word"),
+            ("time.zone", "Europe//Berlin", "Europe/Berlin"),
+            ("time.zone", "/etc/shadow", "Europe/Berlin"),
+            ("time.zone", "../../etc/shadow", "Europe/Berlin"),
+            ("locale.lang", "de_DE\"", "one word"),
+            ("locale.keymap", "de;reboot", "one word"),
+            ("net.interface_names", "eno1,,eno2", "list of words"),
         ] {
             let error = validate(name, value).unwrap_err().detail;
             assert!(error.contains(says), "{name}={value}: {error}");

@@ -7,6 +7,11 @@ use std::collections::BTreeSet;
 /// Most nodes that one range names.
 const MAX_NODES: usize = 100_000;
 
+/// Longest text of a range, in bytes.
+const MAX_TEXT: usize = 64 << 10;
+/// Most brackets of one part: a name of 63 characters has no room for more.
+const MAX_BRACKETS: usize = 20;
+
 /// What evaluation asks.
 pub trait Lookup {
     /// All nodes, in order of their names.
@@ -23,6 +28,9 @@ fn bad(detail: String) -> Problem {
 
 /// Splits at `,` outside of brackets; each part with its column (from 1).
 fn parts(text: &str) -> Result<Vec<(usize, &str)>, Problem> {
+    if text.len() > MAX_TEXT {
+        return Err(bad(format!("a noderange has at most {} KiB: name a group instead", MAX_TEXT >> 10)));
+    }
     let (mut out, mut depth, mut start) = (Vec::new(), 0_i32, 0);
     for (at, character) in text.char_indices() {
         match character {
@@ -47,6 +55,10 @@ fn parts(text: &str) -> Result<Vec<(usize, &str)>, Problem> {
 
 /// Expands `n[1-3,7]` and `n1-n4` to names, without look-ups.
 fn expand(text: &str) -> Result<Vec<String>, String> {
+    let too_many = || format!("it names more than {MAX_NODES} nodes");
+    if text.matches('[').count() > MAX_BRACKETS {
+        return Err(format!("it has more than {MAX_BRACKETS} brackets"));
+    }
     if let Some((head, rest)) = text.split_once('[') {
         let (inner, tail) = rest.split_once(']').ok_or("a bracket is not closed")?;
         let mut numbers = Vec::new();
@@ -61,10 +73,13 @@ fn expand(text: &str) -> Result<Vec<String>, String> {
                 Some((first, last)) => numbers.extend(count(first, last, step)?),
                 None => numbers.extend(count(range, range, 1)?),
             }
+            if numbers.len() > MAX_NODES {
+                return Err(too_many());
+            }
         }
         let tails = expand(tail)?;
         if numbers.len().saturating_mul(tails.len()) > MAX_NODES {
-            return Err(format!("it names more than {MAX_NODES} nodes"));
+            return Err(too_many());
         }
         return Ok(numbers
             .iter()
@@ -119,14 +134,17 @@ fn name(text: &str) -> Result<NodeName, String> {
 /// # Errors
 /// The part at fault, with its column.
 pub fn evaluate_pure(text: &str) -> Result<Vec<NodeName>, Problem> {
-    let mut out = Vec::new();
+    let (mut out, mut seen) = (Vec::new(), BTreeSet::new());
     for (column, part) in parts(text)? {
         let at = |why: String| bad(format!("noderange '{text}', column {column}: '{part}': {why}"));
         for item in expand(part.trim()).map_err(at)? {
             let name = name(&item).map_err(at)?;
-            if !out.contains(&name) {
+            if seen.insert(name.clone()) {
                 out.push(name);
             }
+        }
+        if out.len() > MAX_NODES {
+            return Err(at(format!("with those before it, it names more than {MAX_NODES} nodes")));
         }
     }
     Ok(out)
@@ -256,11 +274,29 @@ mod tests {
         }
     }
 
+    /// Neither memory nor stack is the asker's to use up.
+    #[test]
+    fn what_is_too_large_is_refused() {
+        let many = |piece: &str, times: usize| vec![piece; times].join(",");
+        for (text, says) in [
+            (format!("n{}", "[1]".repeat(20_000)), "brackets"),
+            (format!("n[{}]", many("1-100000", 5_000)), "more than 100000"),
+            (format!("n[1-100000],m[1-100000],{}", many("o[1-100000]", 1_000)), "more than 100000"),
+            (many("n1", 30_000), "64 KiB"),
+        ] {
+            for error in [evaluate_pure(&text).unwrap_err(), evaluate(&text, &Fixed).unwrap_err()] {
+                let known = error.detail.contains("no node or group") && says == "more than 100000";
+                assert!(error.detail.contains(says) || known, "{error}");
+            }
+        }
+    }
+
     #[test]
     fn new_names_need_no_look_up() {
         assert_eq!(evaluate_pure("r[1-2]u[01-02]").unwrap(), names(&["r1u01", "r1u02", "r2u01", "r2u02"]));
         assert_eq!(evaluate_pure("n[008-010]").unwrap(), names(&["n008", "n009", "n010"]));
         assert!(evaluate_pure("n[1-999999999]").is_err());
+        assert_eq!(evaluate_pure("n[1-100000],n[1-5]").unwrap().len(), MAX_NODES);
         assert!(evaluate_pure("a b").is_err());
     }
 }

@@ -41,6 +41,9 @@ pub(super) async fn config(
     }
     let profile = caller.generation(&member.view()?)?;
     let document = document(&member, &caller, &profile)?;
+    if document.secrets.as_ref().is_some_and(|secrets| secrets.root_password_hash.is_some()) {
+        caller.released(&member, "node-secrets", "crypted.rootpassword").await?;
+    }
     let wants_yaml =
         headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).is_some_and(|accept| accept.contains("yaml"));
     let mut response = if wants_yaml {
@@ -220,10 +223,15 @@ pub(super) async fn attributes(
         Err(_) => node.identity.as_ref().is_some_and(|identity| !identity.is_unproven()),
     };
     if caller.claims.stage == Stage::Boot && trusted {
+        let mut released = Vec::new();
         for name in node.secrets.keys().filter(|name| name.starts_with("custom.nodesecret.")) {
             if let Some(value) = secret(&member, node, name)? {
                 out.insert(name.clone(), value);
+                released.push(name.as_str());
             }
+        }
+        if !released.is_empty() {
+            caller.released(&member, "node-secrets", &released.join(" ")).await?;
         }
     }
     Ok(Json(out))

@@ -150,13 +150,10 @@ pub(super) async fn enroll(
 fn may_enroll(node: &NodeRecord, offered: &Identity) -> Result<(), Problem> {
     match &node.identity {
         Some(bound) if bound.same_holder(offered) => return Ok(()),
-        Some(bound) => {
-            let both_soft = matches!((bound, offered), (Identity::Soft { .. }, Identity::Soft { .. }));
-            if !both_soft || node.armed != store::records::Armed::Continuous {
-                return Err(Problem::new(Code::IdentityMismatch, store::mismatch(&node.name, bound, offered)));
-            }
+        Some(bound) if !bound.gives_way(offered, node.armed) => {
+            return Err(Problem::new(Code::IdentityMismatch, store::mismatch(&node.name, bound, offered)));
         }
-        None => {}
+        _ => {}
     }
     if node.armed.is_open(now()) { Ok(()) } else { Err(Problem::new(Code::NotArmed, store::not_armed(&node.name))) }
 }

@@ -47,7 +47,9 @@ pub(super) async fn file(
             .get(private)
             .ok_or_else(|| not_found(format!("profile '{}' has no private file '{private}'", profile.name)))?;
         let place = Place { table: "profiles", id: profile.name.as_str(), field: private };
-        return bytes(member.secrets.open_secret(place, sealed)?.to_vec());
+        let content = member.secrets.open_secret(place, sealed)?;
+        caller.released(&member, "private-file", &format!("{}/{private}", profile.name)).await?;
+        return bytes(content.to_vec());
     }
     let found = profile.manifest.files.get(&path).copied();
     blob(&member, found.ok_or_else(|| not_found(format!("profile '{}' has no file '{path}'", profile.name)))?).await

@@ -121,7 +121,7 @@ pub(crate) fn next_step(node: &NodeRecord, now: u64) -> Result<NextStep, Problem
     match &node.identity {
         Some(Identity::Tpm { .. }) => Ok(NextStep::SessionTpm),
         // A machine that keeps no key makes a new one at each boot, as long as it may.
-        Some(Identity::Soft { .. }) if open && node.armed == Armed::Continuous => Ok(NextStep::Enroll),
+        Some(Identity::Soft { unproven: true, .. }) if node.armed == Armed::Continuous => Ok(NextStep::Enroll),
         Some(Identity::Soft { .. }) => Ok(NextStep::SessionSoft),
         None if open => Ok(NextStep::Enroll),
         None => Err(Problem::new(Code::NotArmed, not_armed(&node.name))),

@@ -146,6 +146,14 @@ impl Caller {
         Ok(generation.ok_or_else(gone)?)
     }
 
+    /// Writes down that this node gets a secret; durable when it returns. Without the line the secret must not leave.
+    async fn released(&self, member: &Member, what: &str, name: &str) -> Result<(), Problem> {
+        let fields = serde_json::json!({
+            "node": self.node.id, "name": self.node.name, "boot": self.claims.boot, "secret": name
+        });
+        member.audit(what, fields).await
+    }
+
     /// Whether the node's secrets and the image key may be given to whoever holds this token.
     fn is_trusted(&self, profile: &ProfileRecord) -> bool {
         profile.manifest.allow_unproven || self.node.identity.as_ref().is_some_and(|identity| !identity.is_unproven())
@@ -160,8 +168,8 @@ impl Caller {
         Err(Problem::new(
             Code::Forbidden,
             format!(
-                "{name} gets no {what}: it enrolled while armed continuously, which proves nothing. Arm it once and let it keep its key, \
-                 or set 'allow_unproven: true' in profile '{}'",
+                "{name} gets no {what}: it enrolled while armed continuously, which proves nothing. `moor node trust rearm {name}` and let it \
+                 keep its key, or set 'allow_unproven: true' in profile '{}'",
                 profile.name
             ),
         ))
@@ -203,6 +211,18 @@ fn caller(member: &Member, request: &Request, peer: &Peer) -> Result<Caller, (Su
     Ok(caller)
 }
 
+/// Method and name of a call. Where a path of the caller's choice follows, without it: each would be a call of its own, to be counted
+/// and kept apart.
+fn call_name(request: &Request) -> String {
+    let path = request.uri().path();
+    let path = path.strip_prefix("/node/v1/").unwrap_or(path);
+    let name = match path.split_once('/') {
+        Some((name @ ("files" | "scripts" | "images"), _)) => name,
+        _ => path,
+    };
+    format!("{} {name}", request.method())
+}
+
 /// Checks the token, hands the node to the handler, and records what was refused.
 async fn authenticate(
     State(member): State<Arc<Member>>,
@@ -210,7 +230,7 @@ async fn authenticate(
     mut request: Request,
     next: Next,
 ) -> Response {
-    let call = format!("{} {}", request.method(), request.uri().path().trim_start_matches("/node/v1/"));
+    let call = call_name(&request);
     let (subject, response) = match caller(&member, &request, &connection.peer) {
         Ok(caller) => {
             let subject = Subject::node(caller.node.id);

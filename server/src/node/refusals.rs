@@ -67,7 +67,7 @@ struct Seen {
 }
 
 impl Throttle {
-    /// How many refusals are to be written now; 0: none yet, this one was counted.
+    /// How many refusals are to be written now; 0: none, this one was counted, or there are too many kinds at a time.
     fn count(&self, kind: Kind, now: Instant) -> u64 {
         // A thread that panicked here left at worst a count.
         let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -82,11 +82,20 @@ impl Throttle {
             seen.written = now;
             return 1 + std::mem::take(&mut seen.waiting);
         }
-        if seen.len() < MAX_KINDS {
-            seen.insert(kind, Seen { written: now, waiting: 0 });
+        // So many kinds within so short a time are a flood: what is one kind too many is not written.
+        if seen.len() >= MAX_KINDS {
+            return 0;
         }
+        seen.insert(kind, Seen { written: now, waiting: 0 });
         1
     }
+}
+
+/// The subject without nodes that there are not: an id is any number that a stranger likes, and each would be counted and kept apart.
+fn known(member: &Member, subject: &Subject) -> Subject {
+    let view = member.view();
+    let exists = |id: &NodeId| view.as_ref().is_ok_and(|view| view.node(*id).is_ok_and(|node| node.is_some()));
+    Subject { nodes: subject.nodes.iter().copied().filter(exists).collect(), ..subject.clone() }
 }
 
 /// Records a refusal. A fault of the member is none, and a failure to record is in the log: the answer goes out all the same.
@@ -94,6 +103,7 @@ pub async fn record(member: &Member, peer: &Peer, call: &str, subject: &Subject,
     if matches!(problem.code, Code::Internal | Code::Other) {
         return;
     }
+    let subject = &known(member, subject);
     let strangers = subject.strangers(peer);
     let first = subject.nodes.first().map(NodeId::to_string).or_else(|| strangers.first().cloned()).unwrap_or_default();
     let kind = Kind { subject: first, call: call.to_owned(), code: problem.code };
@@ -134,5 +144,17 @@ mod tests {
         assert_eq!(throttle.count(kind("session"), start), 1, "another kind");
         assert_eq!(throttle.count(kind("hello"), start + EVERY), 3, "those that were counted, and this one");
         assert_eq!(throttle.count(kind("hello"), start + EVERY), 0);
+    }
+
+    #[test]
+    fn a_flood_of_different_refusals_is_no_flood_of_writes() {
+        let throttle = Throttle::default();
+        let kind = |number: usize| Kind { subject: number.to_string(), call: "hello".into(), code: Code::NotArmed };
+        let start = Instant::now();
+        let written =
+            |from: usize, to: usize, at| (from..to).map(|number| throttle.count(kind(number), at)).sum::<u64>();
+        assert_eq!(written(0, MAX_KINDS, start), MAX_KINDS as u64);
+        assert_eq!(written(MAX_KINDS, MAX_KINDS + 100, start), 0);
+        assert_eq!(written(MAX_KINDS, MAX_KINDS + 100, start + EVERY), 100, "the flood is over");
     }
 }

@@ -68,7 +68,7 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
         }
         Command::Bind { id, identity, boot, now } => bind(write, id, identity, boot, now),
         Command::Boot { id, boot, evidence } => begin_boot(write, id, boot, evidence),
-        Command::CloseStage { id, boot } => change(write, id, |node| boot_record(node, boot).closed = true),
+        Command::CloseStage { id, boot } => change(write, id, |node| boot_record(node, boot, true).closed = true),
         Command::Pin { id, digest } => {
             if write.get::<ImageRecord>(tables::IMAGES, &digest.to_string())?.is_none() {
                 return Ok(refused(Code::NotFound, format!("image {digest} is not in the catalogue")));
@@ -155,14 +155,16 @@ fn next(write: &Write<'_>, counter: &str) -> Result<u64, StoreError> {
     Ok(value)
 }
 
-fn boot_record(node: &mut NodeRecord, boot: BootId) -> &mut BootRecord {
+/// The record of a boot. One that is made anew (it was never there, or so many boots ago that it was dropped) is `closed` from the
+/// beginning, unless a boot stage begins with it.
+fn boot_record(node: &mut NodeRecord, boot: BootId, closed: bool) -> &mut BootRecord {
     let at = if let Some(at) = node.boots.iter().position(|record| record.boot == boot) {
         at
     } else {
         if node.boots.len() == MAX_BOOTS {
             node.boots.remove(0);
         }
-        node.boots.push(BootRecord { boot, closed: false, sequence: None, plan: None, evidence: None });
+        node.boots.push(BootRecord { boot, closed, sequence: None, plan: None, evidence: None });
         node.boots.len() - 1
     };
     &mut node.boots[at]
@@ -184,7 +186,7 @@ fn begin_boot(write: &Write<'_>, id: NodeId, boot: BootId, evidence: Option<Evid
     for other in node.boots.iter_mut().filter(|record| record.boot != boot) {
         other.closed = true;
     }
-    let record = boot_record(&mut node, boot);
+    let record = boot_record(&mut node, boot, false);
     record.plan = plan;
     if evidence.is_some() {
         record.evidence = evidence;
@@ -201,9 +203,7 @@ fn bind(write: &Write<'_>, id: NodeId, mut identity: Identity, boot: BootId, now
             // The same machine once more, because the answer was lost: the window may be closed by now.
             return Ok(Outcome::Number(node.epoch));
         }
-        let replaceable =
-            matches!((bound, &identity, node.armed), (Identity::Soft { .. }, Identity::Soft { .. }, Armed::Continuous));
-        if !replaceable {
+        if !bound.gives_way(&identity, node.armed) {
             return Ok(refused(Code::IdentityMismatch, super::mismatch(&node.name, bound, &identity)));
         }
     }
@@ -227,7 +227,7 @@ fn bind(write: &Write<'_>, id: NodeId, mut identity: Identity, boot: BootId, now
     if node.armed == Armed::Once {
         node.armed = Armed::No;
     }
-    boot_record(&mut node, boot);
+    boot_record(&mut node, boot, false);
     index::update(write, Some(&before), Some(&node))?;
     put_node(write, &node)?;
     Ok(Outcome::Number(node.epoch))
@@ -236,7 +236,7 @@ fn bind(write: &Write<'_>, id: NodeId, mut identity: Identity, boot: BootId, now
 fn status(write: &Write<'_>, id: NodeId, sequence: Option<u64>, event: StatusEvent) -> Result<Outcome, StoreError> {
     let Some(mut node) = node(write, id)? else { return Ok(no_such_node()) };
     if let (Some(sequence), Some(boot)) = (sequence, event.boot) {
-        let record = boot_record(&mut node, boot);
+        let record = boot_record(&mut node, boot, true);
         if record.sequence.is_some_and(|last| sequence <= last) {
             return Ok(Outcome::Done);
         }
@@ -285,7 +285,10 @@ fn tell(write: &Write<'_>, id: NodeId, event: StatusEvent) -> Result<(), StoreEr
 
 fn refuse(write: &Write<'_>, nodes: &[NodeId], strangers: &[String], refusal: &Refusal) -> Result<Outcome, StoreError> {
     for id in nodes {
-        add_refusal(write, &id.to_string(), refusal)?;
+        // A node that was removed meanwhile leaves nothing that nobody would ever remove.
+        if node(write, *id)?.is_some() {
+            add_refusal(write, &id.to_string(), refusal)?;
+        }
     }
     for subject in strangers {
         if write.get::<Refusals>(tables::REFUSALS, subject)?.is_none() {

@@ -181,6 +181,13 @@ impl Identity {
         }
     }
 
+    /// Whether a machine with `other` may take its place without being dropped by name: one that keeps no key and is armed
+    /// continuously has a new one at each boot. A key that was proven is held by whoever has it.
+    #[must_use]
+    pub fn gives_way(&self, other: &Self, armed: Armed) -> bool {
+        self.is_unproven() && matches!(other, Self::Soft { .. }) && armed == Armed::Continuous
+    }
+
     /// Whether it says no more than that the machine knows the node's addresses.
     #[must_use]
     pub fn is_unproven(&self) -> bool {

@@ -1,6 +1,6 @@
 //! The store as its users see it: commands in, records out, also after it was opened again.
 
-use super::records::{Armed, Identity, MAX_LOG_BYTES, MAX_STRANGERS};
+use super::records::{Armed, Identity, MAX_BOOTS, MAX_LOG_BYTES, MAX_STRANGERS};
 use super::{Command, Local, Outcome, Store as _, index};
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
 use moor_api::ids::{BootId, NodeId};
@@ -35,6 +35,18 @@ fn refusal(detail: &str) -> Refusal {
         macs: Vec::new(),
         problem: Problem::new(Code::NotArmed, detail),
         count: 1,
+    }
+}
+
+fn event(state: &str) -> StatusEvent {
+    StatusEvent {
+        node: "a".parse().unwrap(),
+        boot: None,
+        state: state.into(),
+        detail: String::new(),
+        time_ms: 1,
+        uptime_ms: 0,
+        figures: BTreeMap::new(),
     }
 }
 
@@ -99,7 +111,7 @@ async fn an_identity_is_bound_once_and_never_by_mistake() {
 }
 
 #[tokio::test]
-async fn soft_keys_change_under_continuous_arming_and_are_unproven() {
+async fn only_unproven_soft_keys_change_under_continuous_arming() {
     let f = Fixture::new();
     let id = NodeId::random();
     f.done(define(id, "a", &[])).await;
@@ -110,6 +122,13 @@ async fn soft_keys_change_under_continuous_arming_and_are_unproven() {
     f.done(Command::Arm { id, armed: Armed::Continuous }).await;
     f.bind(id, soft(1)).await;
     assert!(!is_unproven(), "the key that was proven stays so");
+    let other = f.bind(id, soft(2)).await;
+    assert!(
+        matches!(&other, Outcome::Refused(p) if p.code == Code::IdentityMismatch),
+        "and none takes its place: {other:?}"
+    );
+    f.done(Command::Rearm { id }).await;
+    f.done(Command::Arm { id, armed: Armed::Continuous }).await;
     f.bind(id, soft(2)).await;
     assert!(is_unproven());
     // What a proposer says of it does not count.
@@ -180,6 +199,18 @@ async fn what_is_kept_is_bounded() {
 }
 
 #[tokio::test]
+async fn what_a_node_that_is_not_there_was_refused_is_not_kept() {
+    let f = Fixture::new();
+    let (id, nobody) = (NodeId::random(), NodeId::random());
+    f.done(define(id, "a", &[])).await;
+    f.done(Command::Refuse { nodes: vec![id, nobody], strangers: Vec::new(), refusal: refusal("no") }).await;
+    f.done(Command::RemoveNode { id }).await;
+    f.done(Command::Refuse { nodes: vec![id], strangers: Vec::new(), refusal: refusal("no") }).await;
+    let view = f.store.snapshot().unwrap();
+    assert!(view.keys(super::tables::REFUSALS).unwrap().is_empty());
+}
+
+#[tokio::test]
 async fn a_boot_stage_ends_once_and_for_all() {
     let f = Fixture::new();
     let id = NodeId::random();
@@ -192,6 +223,18 @@ async fn a_boot_stage_ends_once_and_for_all() {
     assert_eq!(f.refused(boot(first)).await, Code::StageClosed, "another boot began");
     f.done(Command::CloseStage { id, boot: second }).await;
     assert_eq!(f.refused(boot(second)).await, Code::StageClosed);
+    // Also when it was so long ago that it was forgotten: a late report opens nothing.
+    for _ in 0..MAX_BOOTS {
+        f.done(Command::CloseStage { id, boot: BootId::random() }).await;
+    }
+    let record = |boot| {
+        let node = f.store.snapshot().unwrap().node(id).unwrap().unwrap();
+        node.boots.iter().find(|record| record.boot == boot).map(|record| record.closed)
+    };
+    assert_eq!(record(second), None);
+    let event = StatusEvent { boot: Some(second), ..event("late") };
+    f.done(Command::Status { id, sequence: Some(9), event }).await;
+    assert_eq!(record(second), Some(true));
 }
 
 #[tokio::test]
@@ -203,16 +246,7 @@ async fn it_opens_again_with_everything_and_the_audit_chain_holds() {
     for number in 0..5 {
         f.done(Command::Audit { entry: serde_json::json!({ "number": number }) }).await;
     }
-    let event = StatusEvent {
-        node: "a".parse().unwrap(),
-        boot: None,
-        state: "x".into(),
-        detail: String::new(),
-        time_ms: 1,
-        uptime_ms: 0,
-        figures: BTreeMap::new(),
-    };
-    f.done(Command::Status { id, sequence: None, event }).await;
+    f.done(Command::Status { id, sequence: None, event: event("x") }).await;
     assert_eq!(f.refused(define(NodeId::random(), "a", &[])).await, Code::Conflict);
     let Fixture { dir, store } = f;
     let path = dir.path().join("store.redb");

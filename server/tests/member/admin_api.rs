@@ -81,6 +81,10 @@ async fn mistakes_are_told_in_one_line() -> anyhow::Result<()> {
     import(&mut admin, "missing", [1; 16], 1, Some(&dek)).await?;
     let (_, detail) = refusal(admin.publish(&"p".parse()?).await);
     assert!(detail.contains("scripts/sometime/x"), "{detail}");
+    std::fs::remove_dir_all(member.profile_dir("p").join("scripts/sometime"))?;
+    member.write_profile("p", "private/large", &"x".repeat(600 << 10))?;
+    let (_, detail) = refusal(admin.publish(&"p".parse()?).await);
+    assert!(detail.contains("private' has more than 512 KiB"), "{detail}");
 
     // Ranges and attributes.
     let define = |range: &str, attributes: &[(&str, &str)]| DefineNodes {

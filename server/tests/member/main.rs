@@ -5,6 +5,7 @@ mod admin_api;
 mod cli;
 mod durability;
 mod node_api;
+mod strangers;
 mod support;
 mod tls;
 mod tokens;

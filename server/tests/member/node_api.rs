@@ -10,11 +10,12 @@ use moor_api::node::{
     StatusReport,
 };
 use moor_api::problem::Code;
+use moord::store::{Local, Store as _, tables};
 use std::process::Command;
 use uuid::Uuid;
 
 /// A member with a published profile and a node that is to boot it.
-async fn prepared() -> anyhow::Result<(Member, Machine)> {
+pub(crate) async fn prepared() -> anyhow::Result<(Member, Machine)> {
     let member = Member::start()?;
     member.publish().await?;
     let machine = Machine::new(&member).await?;
@@ -94,35 +95,6 @@ async fn a_node_with_a_soft_key_boots() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn who_is_unknown_or_not_armed_is_told_and_shown() -> anyhow::Result<()> {
-    let (member, machine) = prepared().await?;
-    let mut connection = machine.connect().await?;
-    let reply = connection.hello(&machine.hello()).await?;
-    let problem = reply.refusal.expect("refused");
-    assert_eq!((problem.code, reply.node.is_none()), (Code::NotArmed, true));
-    assert!(problem.detail.contains("not armed"), "{problem}");
-    assert!(member.why("n1").await?.contains("not armed"));
-
-    let stranger = Machine::new(&member).await?;
-    let reply = stranger.connect().await?.hello(&stranger.hello()).await?;
-    let problem = reply.refusal.expect("refused");
-    assert_eq!(problem.code, Code::UnknownNode);
-    assert!(problem.detail.contains(&stranger.uuid.to_string()), "{problem}");
-    assert!(member.why(&stranger.uuid.to_string()).await?.contains("no node is this machine"));
-
-    // A window that closed is none.
-    member.arm("n1", "2020-01-01T00:00:00Z").await?;
-    let reply = connection.hello(&machine.hello()).await?;
-    assert_eq!(reply.refusal.expect("refused").code, Code::NotArmed);
-    // `moor why` is kept over a restart.
-    let mut member = member;
-    assert!(member.terminate()?);
-    member.run()?;
-    assert!(member.why("n1").await?.contains("not armed"));
-    Ok(())
-}
-
-#[tokio::test]
 async fn a_machine_is_found_by_uuid_or_mac_and_refused_when_it_may_be_two() -> anyhow::Result<()> {
     let (member, machine) = armed().await?;
     let mut admin = member.admin().await?;
@@ -178,11 +150,14 @@ async fn another_key_is_another_machine() -> anyhow::Result<()> {
     let (code, detail) = refusal(connection.session(&request).await);
     assert_eq!(code, Code::IdentityMismatch);
     assert!(detail.contains("another key"), "{detail}");
-    // Not even while the node is armed by mistake.
-    member.arm("n1", "once").await?;
-    let known = machine.known(&mut connection).await?;
-    let (code, _) = refusal(connection.enroll(&machine.enroll_request(&connection, &known)?).await);
-    assert_eq!(code, Code::IdentityMismatch);
+    // Not even while the node is armed by mistake, in whatever way.
+    for armed in ["once", "continuous"] {
+        member.arm("n1", armed).await?;
+        let known = machine.known(&mut connection).await?;
+        assert_eq!(known.next, NextStep::SessionSoft, "{armed}");
+        let (code, _) = refusal(connection.enroll(&machine.enroll_request(&connection, &known)?).await);
+        assert_eq!(code, Code::IdentityMismatch, "{armed}");
+    }
     assert!(member.why("n1").await?.contains("another key"));
     // The administrator may say that it is the right one.
     member.admin().await?.rearm(&RangeRequest { range: "n1".into() }).await?;
@@ -290,7 +265,7 @@ async fn a_new_boot_ends_the_boot_stages_before_it() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn secrets_are_for_the_boot_stage() -> anyhow::Result<()> {
-    let (member, machine) = armed().await?;
+    let (mut member, machine) = armed().await?;
     let hash = format!("$6$salt${}", "a".repeat(86));
     let set = [("crypted.rootpassword", hash.as_str()), ("custom.nodesecret.key", "hush"), ("info.note", "seen")];
     let set = set.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
@@ -327,6 +302,12 @@ async fn secrets_are_for_the_boot_stage() -> anyhow::Result<()> {
             Command::new("grep").args(["-rlF", secret]).arg(member.path("state")).arg(member.path("log")).output()?;
         assert!(found.stdout.is_empty(), "'{secret}' is in {}", String::from_utf8_lossy(&found.stdout));
     }
+    // Each that left was written down before.
+    assert!(member.terminate()?);
+    let store = Local::open(&member.path("state/store/member.redb"))?;
+    let lines: Vec<serde_json::Value> = store.snapshot()?.all(tables::AUDIT)?;
+    let released: Vec<&str> = lines.iter().filter_map(|line| line["entry"]["fields"]["secret"].as_str()).collect();
+    assert_eq!(released, ["crypted.rootpassword", "p/munge.key"]);
     Ok(())
 }
 
@@ -393,7 +374,7 @@ async fn continuous_arming_proves_nothing() -> anyhow::Result<()> {
         let digest = connection.image().await?.digest;
         let (code, detail) = refusal(connection.image_key(&KeyRequest { digest }).await);
         assert_eq!(code, Code::Forbidden);
-        assert!(detail.contains("allow_unproven"), "{detail}");
+        assert!(detail.contains("allow_unproven") && detail.contains("moor node trust rearm n1"), "{detail}");
         assert_eq!(refusal(connection.file("private/x", 10).await).0, Code::Forbidden);
         // A diskless machine that keeps nothing.
         machine.key = soft_key()?;

@@ -1,0 +1,59 @@
+//! Who is refused before he is known, and what is kept of it.
+
+use crate::node_api::prepared;
+use crate::support::{Machine, refusal};
+use moor_api::deploy::PhaseName;
+use moor_api::ids::NodeId;
+use moor_api::node::Stage;
+use moor_api::problem::Code;
+use uuid::Uuid;
+
+#[tokio::test]
+async fn who_is_unknown_or_not_armed_is_told_and_shown() -> anyhow::Result<()> {
+    let (member, machine) = prepared().await?;
+    let mut connection = machine.connect().await?;
+    let reply = connection.hello(&machine.hello()).await?;
+    let problem = reply.refusal.expect("refused");
+    assert_eq!((problem.code, reply.node.is_none()), (Code::NotArmed, true));
+    assert!(problem.detail.contains("not armed"), "{problem}");
+    assert!(member.why("n1").await?.contains("not armed"));
+
+    let stranger = Machine::new(&member).await?;
+    let reply = stranger.connect().await?.hello(&stranger.hello()).await?;
+    let problem = reply.refusal.expect("refused");
+    assert_eq!(problem.code, Code::UnknownNode);
+    assert!(problem.detail.contains(&stranger.uuid.to_string()), "{problem}");
+    assert!(member.why(&stranger.uuid.to_string()).await?.contains("no node is this machine"));
+
+    // A window that closed is none.
+    member.arm("n1", "2020-01-01T00:00:00Z").await?;
+    let reply = connection.hello(&machine.hello()).await?;
+    assert_eq!(reply.refusal.expect("refused").code, Code::NotArmed);
+    // `moor why` is kept over a restart.
+    let mut member = member;
+    assert!(member.terminate()?);
+    member.run()?;
+    assert!(member.why("n1").await?.contains("not armed"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_a_stranger_makes_up_is_kept_once() -> anyhow::Result<()> {
+    let (member, machine) = prepared().await?;
+    let mut connection = machine.connect().await?;
+    for _ in 0..3 {
+        // Any node id, any path.
+        let request = machine.session_request(&connection, NodeId::random(), &[0; 88], Stage::Boot)?;
+        assert_eq!(refusal(connection.session(&request).await).0, Code::UnknownNode);
+        let path = Uuid::new_v4().to_string();
+        assert_eq!(refusal(connection.file(&path, 10).await).0, Code::TokenInvalid);
+        assert_eq!(refusal(connection.script(PhaseName::Pre, &path, 10).await).0, Code::TokenInvalid);
+    }
+    // All of it under the address that it came from.
+    let why = member.why("127.0.0.1").await?;
+    let mut calls: Vec<&str> = why.lines().filter_map(|line| line.split_once(':')).map(|(call, _)| call).collect();
+    calls.sort_unstable();
+    calls.dedup();
+    assert_eq!(calls, ["GET files", "GET scripts", "POST session"], "{why}");
+    Ok(())
+}
