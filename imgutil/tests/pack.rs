@@ -5,7 +5,7 @@ mod build_tree;
 mod common;
 
 use common::cli::{Files, finish, imgutil, names, pack, run};
-use common::mount::{Mounted, run as tool};
+use common::mount::{Mounted, own_mounts, run as tool};
 use common::odd_tree;
 use common::snapshot::{assert_same, snapshot};
 use moor_image::{Dek, Image, OpenOptions};
@@ -56,6 +56,7 @@ fn extract(image: &Image<File>, path: &Path) {
 
 #[test]
 fn a_sealed_tree_comes_back_the_same() {
+    own_mounts();
     let work = tempfile::tempdir().unwrap();
     let tree = work.path().join("tree");
     fs::create_dir(&tree).unwrap();
@@ -220,6 +221,16 @@ fn mistakes_are_answered_in_one_line_and_leave_nothing() {
     let cases: Vec<(&str, Vec<String>, &[&str])> = vec![
         ("no tree", pack(&no_tree, &["--key-file", &new_key]), &["cannot open the tree", "no-tree"]),
         ("tree is a file", pack(image, &["--key-file", &new_key]), &["cannot open the tree", "Not a directory"]),
+        (
+            "key is the image",
+            pack(tree_text, &["--key-file", &path("bare/../new.moor")]),
+            &["new.moor", "the key file"],
+        ),
+        (
+            "key is the signature",
+            pack(tree_text, &["--key-file", &path("new.moor.sig")]),
+            &["new.moor.sig", "the key file"],
+        ),
         ("key exists", pack(tree_text, &["--key-file", key]), &["good.key", "exists already"]),
         (
             "no directory for the key",
@@ -284,7 +295,7 @@ fn mistakes_are_answered_in_one_line_and_leave_nothing() {
     }
 }
 
-/// A small file system of its own, unmounted when dropped.
+/// A small file system of its own, unmounted when dropped. Call [`own_mounts`] before.
 struct SmallDisk {
     directory: tempfile::TempDir,
 }
@@ -307,6 +318,7 @@ impl Drop for SmallDisk {
 
 #[test]
 fn a_full_disk_leaves_nothing() {
+    own_mounts();
     let work = tempfile::tempdir().unwrap();
     let tree = small_tree(work.path());
     fs::write(tree.join("more"), odd_tree::noise(4 << 20, 9)).unwrap();
