@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 #[path = "../common/tied.rs"]
+#[allow(clippy::duplicate_mod)] // the tests of `pack` use both folders
 mod tied;
 
 use std::collections::BTreeSet;
