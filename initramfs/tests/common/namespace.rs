@@ -14,7 +14,7 @@ const MARK: &str = "MOOR_TETHER_TEST_IN_NAMESPACE";
 const WARDEN: &str = r#"
     while read -r number; do disk=$number; done
     [ -n "$disk" ] || exit 0
-    for try in $(seq 200); do
+    for try in $(seq 600); do
         [ -e /sys/block/zram$disk ] || exit 0
         echo 1 >/sys/block/zram$disk/reset && echo $disk >/sys/class/zram-control/hot_remove && exit 0
         sleep 0.05
