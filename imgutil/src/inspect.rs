@@ -7,6 +7,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
+use crate::cmd::printable;
 use crate::progress::bytes_text;
 
 /// Everything that is shown. Without the key of a sealed image there is no metadata.
@@ -73,7 +74,7 @@ impl Inspection {
         let mut text = String::new();
         let mut line = |name: &str, value: &dyn std::fmt::Display| {
             // Writing to a String cannot fail.
-            let _ = writeln!(text, "{name:<14} {value}");
+            let _ = writeln!(text, "{name:<14} {}", printable(&value.to_string()));
         };
         if let Some(metadata) = &self.metadata {
             line("name", &metadata.name);
@@ -103,5 +104,33 @@ impl Inspection {
             line("metadata", &"sealed: give --key-file to read it");
         }
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_image_says_of_itself_does_not_reach_the_terminal_as_it_is() {
+        let metadata = Metadata { name: "a\nb\u{1b}[2J".into(), ..Metadata::default() };
+        let inspection = Inspection {
+            digest: String::new(),
+            encrypted: false,
+            key_id: None,
+            payload: "squashfs",
+            lineage: Uuid::nil(),
+            serial: 1,
+            created: String::new(),
+            size: 1,
+            plaintext: 1,
+            chunk_size: 1,
+            chunks: 1,
+            signed_by: vec!["\u{1b}c".into()],
+            metadata: Some(metadata),
+        };
+        let text = inspection.text();
+        assert!(text.chars().all(|character| character == '\n' || !character.is_control()), "{text:?}");
+        assert!(text.contains("a\\nb\\u{1b}[2J"), "{text:?}");
     }
 }

@@ -148,6 +148,17 @@ fn what_the_command_left_running_ends_with_it() {
     assert_eq!(mounts(&tree), Vec::<String>::new());
 }
 
+/// A test that fails leaves its commands behind, as a test program does that is killed: the kernel ends them.
+#[test]
+fn commands_end_with_the_test_that_started_them() {
+    let tree = minimal_tree();
+    std::thread::scope(|scope| {
+        scope.spawn(|| drop(start(&tree, "setsid sleep 91827 & echo ready; sleep 91827")));
+    });
+    wait_until("the end of all processes", || processes("91827").is_empty());
+    assert_eq!(mounts(&tree), Vec::<String>::new());
+}
+
 #[test]
 fn nothing_is_left_when_imgutil_is_killed() {
     let (_scratch, tree) = own_tree();
@@ -164,7 +175,7 @@ fn nothing_is_left_when_imgutil_is_killed() {
 
         // Also at any moment of the set-up.
         let mut child = imgutil().arg("exec").arg(&tree).args(["--", "sleep", "91824"]).spawn().unwrap();
-        std::thread::sleep(std::time::Duration::from_millis(round * 3));
+        std::thread::sleep(std::time::Duration::from_millis(round * 4));
         child.kill().unwrap();
         child.wait().unwrap();
         wait_until("the end of all processes", || processes("91824").is_empty());

@@ -3,7 +3,7 @@
 
 mod build_tree;
 
-use build_tree::{minimal_tree, mounts, own_debian, processes, processes_in, text};
+use build_tree::{minimal_tree, mounts, own_debian, processes, processes_in, text, tied};
 use rustix::fs::{Mode, OFlags};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
@@ -40,7 +40,7 @@ impl User {
         tcsetwinsize(&terminal, Winsize { ws_row: 33, ws_col: 101, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
         let stream = || Stdio::from(terminal.try_clone().unwrap());
         // setsid makes the terminal the controlling one, as a login does.
-        let mut program = Command::new("setsid");
+        let mut program = tied("setsid");
         program.args(["--ctty", "--wait", env!("CARGO_BIN_EXE_imgutil"), "exec"]).arg(tree);
         if !command.is_empty() {
             program.arg("--").args(command);

@@ -5,7 +5,7 @@ mod build_tree;
 mod common;
 
 use common::cli::{Files, finish, imgutil, names, pack, run};
-use common::mount::{Mounted, run as tool};
+use common::mount::{Mounted, own_mounts, run as tool};
 use common::odd_tree;
 use common::snapshot::{assert_same, snapshot};
 use moor_image::{Dek, Image, OpenOptions};
@@ -56,6 +56,7 @@ fn extract(image: &Image<File>, path: &Path) {
 
 #[test]
 fn a_sealed_tree_comes_back_the_same() {
+    own_mounts();
     let work = tempfile::tempdir().unwrap();
     let tree = work.path().join("tree");
     fs::create_dir(&tree).unwrap();
@@ -284,7 +285,22 @@ fn mistakes_are_answered_in_one_line_and_leave_nothing() {
     }
 }
 
-/// A small file system of its own, unmounted when dropped.
+#[test]
+fn a_key_file_is_never_where_the_image_or_its_signature_goes() {
+    let work = tempfile::tempdir().unwrap();
+    let tree = small_tree(work.path());
+    fs::create_dir(work.path().join("other")).unwrap();
+    let image = work.path().join("new.moor");
+    for key in ["new.moor", "other/../new.moor", "new.moor.sig"] {
+        let key_file = work.path().join(key);
+        let mut command = imgutil(["pack".as_ref(), tree.as_os_str(), "-o".as_ref(), image.as_os_str()]);
+        let ran = finish(&command.arg("--key-file").arg(key_file).output().unwrap());
+        ran.one_line_error(1, &[key, "cannot be the key file", "name another file"]);
+        assert_eq!(names(work.path()), ["other", "tree"]);
+    }
+}
+
+/// A small file system of its own, unmounted when dropped. Call [`own_mounts`] before.
 struct SmallDisk {
     directory: tempfile::TempDir,
 }
@@ -307,6 +323,7 @@ impl Drop for SmallDisk {
 
 #[test]
 fn a_full_disk_leaves_nothing() {
+    own_mounts();
     let work = tempfile::tempdir().unwrap();
     let tree = small_tree(work.path());
     fs::write(tree.join("more"), odd_tree::noise(4 << 20, 9)).unwrap();

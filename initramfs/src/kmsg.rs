@@ -5,6 +5,9 @@ use std::io::{self, Write};
 use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
 
+/// Longest record. The kernel refuses longer ones as a whole (linux/kernel/printk: `LOG_LINE_MAX`, 1024 less its own prefix).
+const LONGEST: usize = 960;
+
 /// Writes to /dev/kmsg with the priority of the message, so that errors reach the console also where the kernel is `quiet`.
 pub struct Kmsg(File);
 
@@ -38,8 +41,18 @@ impl Write for Record<'_> {
 impl Drop for Record<'_> {
     fn drop(&mut self) {
         // A log that cannot be written cannot be complained about.
-        let _ = (&mut &*self.file).write_all(&self.text);
+        let _ = (&mut &*self.file).write_all(shortened(&self.text));
     }
+}
+
+/// As much of a message as a record holds, whole characters only: the beginning of a long one is better than nothing.
+fn shortened(text: &[u8]) -> &[u8] {
+    let is_inside = |byte: &u8| *byte & 0xC0 == 0x80;
+    let mut end = text.len().min(LONGEST);
+    while end > 0 && text.get(end).is_some_and(is_inside) {
+        end -= 1;
+    }
+    &text[..end]
 }
 
 impl<'a> MakeWriter<'a> for Kmsg {
@@ -78,4 +91,24 @@ pub fn log_to_kernel() {
 pub fn log_to_stderr() {
     let log = tracing_subscriber::fmt().without_time().with_target(false).with_ansi(false);
     let _ = log.with_max_level(Level::INFO).with_writer(io::stderr).try_init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_message_is_cut_and_not_lost() {
+        assert_eq!(shortened(b"short"), b"short");
+        assert_eq!(shortened(&[b'x'; 5000]).len(), LONGEST);
+        let text = format!("{}{}", "x".repeat(LONGEST - 1), "ä".repeat(50));
+        assert_eq!(shortened(text.as_bytes()), "x".repeat(LONGEST - 1).as_bytes());
+        // An outage names every server with what it did.
+        let (read, write) = nix::unistd::pipe().unwrap();
+        let kmsg = Kmsg(File::from(write));
+        kmsg.record(3).write_all(&[b'y'; 4000]).unwrap();
+        drop(kmsg);
+        let said = io::read_to_string(File::from(read)).unwrap();
+        assert!(said.starts_with("<3>moor-tether: yyy") && said.len() == LONGEST, "{said}");
+    }
 }

@@ -6,6 +6,7 @@ mod common;
 use common::authority::{Authority, Collective};
 use common::server::{Conduct, Server};
 use common::{Sample, noise, seal};
+use nix::mount::{MntFlags, umount2};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
@@ -15,6 +16,13 @@ struct Place {
     dir: TempDir,
     authority: Authority,
     sample: Sample,
+}
+
+/// A mount that was refused as it should be is not there. Should one be, its process ends with it.
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = umount2(&self.path("mnt"), MntFlags::MNT_DETACH);
+    }
 }
 
 impl Place {

@@ -4,17 +4,20 @@
 mod common;
 
 use common::authority::Authority;
-use common::namespace::in_namespace;
+use common::namespace::{apart, has_memory_disk, in_namespace, passed};
 use common::nginx::Nginx;
 use common::{noise, seal};
 use moor_tether::reader::Standing;
 use moor_tether::state::State;
+use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -130,19 +133,83 @@ fn is_gone(pid: u32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
 }
 
-/// Takes the root down whatever happens, so that its memory disk does not stay.
+/// A root, of whose memory disk the warden knows.
 struct Root<'a>(&'a Place);
+
+impl<'a> Root<'a> {
+    fn new(place: &'a Place) -> Self {
+        ok(&place.root(&[]));
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let writable = format!(" {} ", place.path("work/writable").display());
+        let line = mounts.lines().find(|line| line.contains(&writable)).unwrap();
+        let (_, number) = line.split_once(" /dev/zram").unwrap();
+        has_memory_disk(Some(number.split(' ').next().unwrap().parse().unwrap()));
+        Self(place)
+    }
+
+    fn unmount(&self) -> Output {
+        let output = self.0.tether().args(["unmount", "--root", "--work", "work", "root"]).output().unwrap();
+        if output.status.success() {
+            has_memory_disk(None);
+        }
+        output
+    }
+}
 
 impl Drop for Root<'_> {
     fn drop(&mut self) {
-        let _ = self.0.tether().args(["unmount", "--root", "--work", "work", "root"]).output();
+        self.unmount();
     }
+}
+
+/// Memory disks belong to the whole machine: of the tests that add or count some, one runs at a time.
+static DISKS: Mutex<()> = Mutex::new(());
+
+/// The same as [`apart`], for a test that adds a memory disk or counts them.
+fn apart_with_disks(name: &str, body: impl FnOnce()) -> Option<Output> {
+    let _alone = DISKS.lock().unwrap_or_else(PoisonError::into_inner);
+    // Where it is a module: so that the first disk, which comes with it, is there before disks are counted.
+    let _ = Command::new("modprobe").args(["-q", "zram"]).status();
+    apart(name, body)
+}
+
+/// Memory disks, and loop devices that are in use, on the whole machine.
+fn devices() -> BTreeSet<String> {
+    let all = fs::read_dir("/sys/block").unwrap().map(|entry| entry.unwrap());
+    let ours = all.filter(|device| {
+        device.path().join("loop/backing_file").exists() || device.file_name().as_encoded_bytes().starts_with(b"zram")
+    });
+    ours.map(|device| device.file_name().into_string().unwrap()).collect()
+}
+
+/// The kernel frees a loop device a moment after its last user is gone.
+fn none_but(before: &BTreeSet<String>) {
+    wait("the end of all devices", || devices().is_subset(before));
+}
+
+/// Not a test of the program, but of the tests: one that ends without taking its root down leaves no memory disk.
+#[test]
+fn a_memory_disk_does_not_outlive_its_test() {
+    let output = apart_with_disks("a_memory_disk_does_not_outlive_its_test", || {
+        let number = fs::read_to_string("/sys/class/zram-control/hot_add").unwrap();
+        has_memory_disk(Some(number.trim().parse().unwrap()));
+        println!("disk={}", number.trim());
+        // As if it were killed: nothing is dropped.
+        std::process::exit(9);
+    });
+    let output = output.unwrap();
+    assert_eq!(output.status.code(), Some(9), "{output:?}");
+    let said = String::from_utf8(output.stdout).unwrap();
+    let (_, number) = said.split_once("disk=").unwrap();
+    let number = number.split_whitespace().next().unwrap();
+    assert!(!Path::new("/sys/block").join(format!("zram{number}")).exists(), "zram{number} is there");
 }
 
 #[test]
 fn a_node_s_root_from_two_servers_of_which_one_dies() {
-    in_namespace("a_node_s_root_from_two_servers_of_which_one_dies", || {
+    passed(apart_with_disks("a_node_s_root_from_two_servers_of_which_one_dies", || {
         let place = Place::new();
+        let devices_before = devices();
         let (mut first, second) = (place.nginx("first"), place.nginx("second"));
         ok(&place.mount_command(&[&first, &second]).output().unwrap());
 
@@ -157,8 +224,7 @@ fn a_node_s_root_from_two_servers_of_which_one_dies() {
         assert_eq!(json["members"][1]["url"], second.url());
 
         // The root is the tree, and it can be written to.
-        ok(&place.root(&[]));
-        let root = Root(&place);
+        let root = Root::new(&place);
         assert_eq!(mounts_under(&place.path("mnt")), Vec::<String>::new(), "systemd-shutdown would find it");
         let compare = || {
             let mut diff = Command::new("diff");
@@ -188,12 +254,12 @@ fn a_node_s_root_from_two_servers_of_which_one_dies() {
         assert!(shown.contains("backing-off") && shown.contains("good"), "{shown}");
 
         // The end: the root goes, and with it everything below.
-        ok(&place.tether().args(["unmount", "--root", "--work", "work", "root"]).output().unwrap());
+        ok(&root.unmount());
         wait("the end of the tether", || is_gone(state.pid));
         assert!(!place.path("run/tether.json").exists());
         assert_eq!(mounts_under(place.dir.path()), Vec::<String>::new());
-        drop(root);
-    });
+        none_but(&devices_before);
+    }));
 }
 
 fn check_process(pid: u32) {
@@ -289,8 +355,9 @@ fn a_mount_ends_when_it_is_unmounted_or_asked_to_and_not_while_it_is_used() {
 
 #[test]
 fn a_root_that_cannot_be_made_leaves_nothing_behind() {
-    in_namespace("a_root_that_cannot_be_made_leaves_nothing_behind", || {
+    passed(apart_with_disks("a_root_that_cannot_be_made_leaves_nothing_behind", || {
         let place = Place::new();
+        let devices_before = devices();
         let server = place.nginx("server");
         ok(&place.mount_command(&[&server]).output().unwrap());
         let only_the_mount = [place.path("mnt").display().to_string()];
@@ -300,16 +367,38 @@ fn a_root_that_cannot_be_made_leaves_nothing_behind() {
         ] {
             fails(&place.root(arguments), words);
             assert_eq!(mounts_under(place.dir.path()), only_the_mount);
+            none_but(&devices_before);
         }
         // The last step fails: all before it is undone.
         fs::remove_dir(place.path("root")).unwrap();
         fails(&place.root(&[]), "cannot mount overlay on");
         assert_eq!(mounts_under(place.dir.path()), only_the_mount);
+        none_but(&devices_before);
         let mut command = place.tether();
         fails(
             &command.args(["root", "--image", "key", "--work", "work", "root"]).output().unwrap(),
             "is no root image",
         );
         ok(&place.tether().args(["unmount", "mnt"]).output().unwrap());
-    });
+    }));
+}
+
+#[test]
+fn a_root_is_taken_down_also_when_a_part_of_it_is_gone_already() {
+    passed(apart_with_disks("a_root_is_taken_down_also_when_a_part_of_it_is_gone_already", || {
+        let place = Place::new();
+        let devices_before = devices();
+        let server = place.nginx("server");
+        ok(&place.mount_command(&[&server]).output().unwrap());
+        let pid = place.state().pid;
+        let root = Root::new(&place);
+        // Somebody was here before, or the first try met a program that still used the disk.
+        umount2(&place.path("root"), MntFlags::empty()).unwrap();
+        ok(&root.unmount());
+        wait("the end of the tether", || is_gone(pid));
+        assert_eq!(mounts_under(place.dir.path()), Vec::<String>::new());
+        none_but(&devices_before);
+        let again = place.tether().args(["unmount", "--root", "--work", "work", "root"]).output().unwrap();
+        fails(&again, "nothing is mounted there");
+    }));
 }

@@ -6,7 +6,8 @@ use super::squash::{Squashed, squash};
 use crate::files::{Existing, NewFile, write_whole};
 use crate::key_file::NewKeyFile;
 use crate::progress::Progress;
-use anyhow::{Context as _, Result};
+use crate::unpack::parent_of;
+use anyhow::{Context as _, Result, bail};
 use moor_image::{Dek, Filesystem, Metadata, Payload, SealOptions, Sealed, Sealer, SignatureFile, SigningKey};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -62,6 +63,7 @@ pub fn pack_to_files(
 ) -> Result<Packed> {
     let root = scan::open_root(tree)?;
     // Everything that can be wrong without packing is looked at first.
+    check_names(destination)?;
     let sign_key = destination.sign_key.map(read_sign_key).transpose()?;
     let boot_files = destination.boot_dir.map(|_| describe::boot_files(root.as_fd())).transpose()?;
     let key = destination.key_file.map(|_| Dek::generate()).transpose()?;
@@ -94,6 +96,22 @@ pub fn pack_to_files(
         key_file.keep();
     }
     Ok(packed)
+}
+
+/// Refuses a key file that the image, or its signatures, would take the place of: the key would be lost.
+fn check_names(destination: &Destination<'_>) -> Result<()> {
+    let place = |path: &Path| Some((parent_of(path).canonicalize().ok()?, path.file_name()?.to_owned()));
+    let Some(key_file) = destination.key_file else { return Ok(()) };
+    for other in [destination.image, &signature_path(destination.image)] {
+        if place(key_file).is_some_and(|key_file| Some(key_file) == place(other)) {
+            bail!(
+                "'{}' cannot be the key file, because '{}' goes there: name another file",
+                key_file.display(),
+                other.display()
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Packs `tree` into `out`, encrypted if there is a key.

@@ -3,14 +3,19 @@
 #![allow(dead_code, unreachable_pub)] // each test program uses a part
 #![allow(clippy::unwrap_used)]
 
+#[path = "../common/tied.rs"]
+#[allow(clippy::duplicate_mod)] // the tests of `pack` use both folders
+mod tied;
+
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
+pub use tied::tied;
 
 pub fn imgutil() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_imgutil"));
+    let mut command = tied(env!("CARGO_BIN_EXE_imgutil"));
     command.stdin(Stdio::null());
     command
 }

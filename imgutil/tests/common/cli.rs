@@ -1,5 +1,6 @@
 //! Runs the program as a user does.
 
+use super::tied::tied;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -13,7 +14,7 @@ pub struct Ran {
 
 /// `imgutil` with arguments, not started yet.
 pub fn imgutil<I: AsRef<OsStr>>(args: impl IntoIterator<Item = I>) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_imgutil"));
+    let mut command = tied(env!("CARGO_BIN_EXE_imgutil"));
     command.args(args).env_remove("MOOR_SERVER").env_remove("MOOR_SOCKET");
     command
 }

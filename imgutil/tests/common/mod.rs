@@ -5,3 +5,4 @@ pub mod cli;
 pub mod mount;
 pub mod odd_tree;
 pub mod snapshot;
+pub mod tied;

@@ -1,9 +1,18 @@
-//! The kernel's squashfs as the oracle: mounted through a loop device, unmounted when dropped.
+//! Mounts of tests, which end with them, and the kernel's squashfs as the oracle: mounted through a loop device.
 
+use nix::mount::MsFlags;
+use nix::sched::CloneFlags;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// A mounted squashfs.
+/// Gives the calling thread, and what it starts from here on, mounts of its own. They end with the last of these, also when the whole
+/// test program is killed, and with them their loop devices: none stays on the host.
+pub fn own_mounts() {
+    nix::sched::unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    nix::mount::mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+}
+
+/// A mounted squashfs. Call [`own_mounts`] before.
 pub struct Mounted {
     directory: tempfile::TempDir,
 }

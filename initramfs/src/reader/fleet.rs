@@ -112,9 +112,9 @@ impl Fleet {
         before == Standing::Good
     }
 
-    /// Notes a verified read.
-    pub(super) fn succeeded(&self, member: &Member) {
-        if member.succeeded() {
+    /// Notes a verified read; a trial is one whose purpose it was.
+    pub(super) fn succeeded(&self, member: &Member, is_trial: bool) {
+        if member.succeeded(is_trial) {
             tracing::info!("{} is back, a verified read succeeded", member.url());
             self.recount();
         }

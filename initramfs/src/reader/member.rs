@@ -163,9 +163,13 @@ impl Member {
         self.patience.store(next, Ordering::Relaxed);
     }
 
-    /// A verified read succeeded. Returns whether the member was resting before.
-    pub(super) fn succeeded(&self) -> bool {
+    /// A verified read succeeded. Returns whether the member was resting before. A read that was under way when the member was excluded
+    /// (`is_trial` false) does not bring it back.
+    pub(super) fn succeeded(&self, is_trial: bool) -> bool {
         let mut health = self.health();
+        if health.standing == Standing::Excluded && !is_trial {
+            return false;
+        }
         health.row = 0;
         let was = std::mem::replace(&mut health.standing, Standing::Good);
         was != Standing::Good
@@ -250,7 +254,7 @@ mod tests {
             longest = longest.max(rest);
         }
         assert!(longest > Duration::from_secs(20));
-        assert!(member.succeeded());
+        assert!(member.succeeded(true));
         member.failed(&Fault::Connect("refused".into()), false);
         assert!(member.rest(false) < Duration::from_secs(1));
     }
@@ -261,10 +265,14 @@ mod tests {
         let wrong = || Fault::Wrong(moor_image::ImageError::Argument("x"));
         assert_eq!(member.failed(&wrong(), false), Standing::BackingOff);
         assert_eq!(member.failed(&wrong(), false), Standing::BackingOff, "it ran before the member was found out");
-        member.succeeded();
+        member.succeeded(true);
         assert_eq!(member.failed(&Fault::NoRanges, false), Standing::BackingOff);
         assert_eq!(member.failed(&wrong(), true), Standing::Excluded);
         assert_eq!(member.failed(&Fault::NoRanges, true), Standing::Excluded);
+        assert!(!member.succeeded(false), "an older read brought it back");
+        assert_eq!(member.standing(), Standing::Excluded);
+        assert!(member.succeeded(true));
+        assert_eq!(member.standing(), Standing::Good);
     }
 
     #[test]

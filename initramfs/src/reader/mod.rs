@@ -262,7 +262,7 @@ impl Inner {
             let _running = member.running();
             match self.page_from(&member, index).await {
                 Ok(page) => {
-                    self.fleet.succeeded(&member);
+                    self.fleet.succeeded(&member, false);
                     return page;
                 }
                 Err(fault) => self.failed(&member, &fault),
@@ -305,7 +305,7 @@ impl Inner {
                 }
                 match inner.try_out(&member).await {
                     Ok(()) => {
-                        inner.fleet.succeeded(&member);
+                        inner.fleet.succeeded(&member, true);
                         return;
                     }
                     Err(fault) => _ = inner.fleet.failed(&member, &fault, true),
@@ -327,7 +327,11 @@ impl Inner {
         let size = usize::try_from(length).map_err(|_| Fault::Broken("a chunk does not fit into memory".into()))?;
         let mut answer = member.get(start, length, Some(self.verifier.header().file_length())).await?;
         let mut bytes = member.take(&mut answer, size).await?;
-        self.verifier.open_chunk(chunk, &page, &mut bytes).map_err(Fault::Wrong)?;
+        match self.verifier.open_chunk(chunk, &page, &mut bytes) {
+            // A chunk that was sealed badly is none of the member's doing.
+            Ok(()) | Err(ImageError::Forged { .. }) => {}
+            Err(error) => return Err(Fault::Wrong(error)),
+        }
         member.keep(answer);
         Ok(())
     }
@@ -345,7 +349,7 @@ impl Run {
             let member = inner.fleet.pick().await;
             let _running = member.running();
             match self.stream(&member, &page).await {
-                Ok(()) => inner.fleet.succeeded(&member),
+                Ok(()) => inner.fleet.succeeded(&member, false),
                 Err(fault) => inner.failed(&member, &fault),
             }
         }

@@ -61,7 +61,7 @@ pub(super) async fn open(
         for member in &members {
             match from_member(member, options).await {
                 Ok(verifier) => {
-                    member.succeeded();
+                    member.succeeded(false);
                     return Ok((verifier, members));
                 }
                 // No other member can mend these: the image is the right one, the key or the trust is not.

@@ -3,6 +3,7 @@
 use super::{RootError, ioctl, load_module, step};
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -92,9 +93,12 @@ impl Zram {
         wait_for(&self.path()).map_err(step(format!("find '{}'", self.path().display())))
     }
 
-    /// The disk of a device node.
-    pub(super) fn of(path: &Path) -> Option<Self> {
-        path.to_str()?.strip_prefix("/dev/zram")?.parse().ok().map(Self)
+    /// The disk whose file system `dir` is on. By the device's number, not by a name: `dir` may be relative, or a link.
+    pub(super) fn at(dir: &Path) -> Option<Self> {
+        let device = std::fs::metadata(dir).ok()?.dev();
+        let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
+        let name = std::fs::read_link(format!("/sys/dev/block/{major}:{minor}")).ok()?;
+        name.file_name()?.to_str()?.strip_prefix("zram")?.parse().ok().map(Self)
     }
 
     pub(super) fn path(&self) -> PathBuf {
@@ -153,7 +157,6 @@ mod tests {
         assert_eq!(parse_mount(line, Path::new("/mnt")), Some(("ext4".into(), "/dev/zram1".into())));
         assert_eq!(parse_mount(line, Path::new("/")), None);
         assert_eq!(parse_mount("", Path::new("/")), None);
-        assert_eq!(Zram::of(Path::new("/dev/zram1")).map(|zram| zram.path()), Some("/dev/zram1".into()));
-        assert!(Zram::of(Path::new("/dev/sda")).is_none());
+        assert!(Zram::at(Path::new("/proc")).is_none());
     }
 }

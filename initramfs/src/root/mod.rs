@@ -11,6 +11,7 @@ pub use memory::MemoryError;
 use crate::mount;
 use device::{LoopDevice, Zram};
 use memory::Memory;
+use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, umount2};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
@@ -243,24 +244,32 @@ fn make_filesystem(disk: &Path) -> Result<(), RootError> {
 
 /// Takes down a root made by [`make`] that is not in use any more: overlay, work mounts and memory disk.
 ///
+/// Goes on where an earlier try has ended: what is gone already is passed over.
+///
 /// # Errors
-/// It is in use.
+/// It is in use, or nothing of it is there.
 pub fn take_down(new_root: &Path, work: &Path) -> Result<(), RootError> {
     let busy = |path: &Path| {
         let doing = format!("unmount '{}'", path.display());
-        move |error: nix::errno::Errno| RootError::Step {
-            doing,
-            source: error.into(),
-            advice: "; end what uses it first",
-        }
+        move |error: Errno| RootError::Step { doing, source: error.into(), advice: "; end what uses it first" }
     };
     let (lower, writable) = (work.join("lower"), work.join("writable"));
-    let disk = device::mounted(&writable).map_err(step("read /proc/self/mountinfo"))?;
-    for path in [new_root, &writable, &lower] {
-        umount2(path, MntFlags::UMOUNT_NOFOLLOW).map_err(busy(path))?;
+    let mut disk = Zram::at(&writable);
+    let mut found = false;
+    for path in [new_root, writable.as_path(), lower.as_path()] {
+        match umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => found = true,
+            // Nothing is mounted there, or there is no such place any more.
+            Err(Errno::EINVAL | Errno::ENOENT) if path == writable => disk = None,
+            Err(Errno::EINVAL | Errno::ENOENT) => {}
+            Err(error) => return Err(busy(path)(error)),
+        }
     }
-    if let Some(zram) = disk.and_then(|(_, source)| Zram::of(&source)) {
+    if let Some(zram) = disk {
         zram.remove().map_err(step("remove the memory disk"))?;
+    }
+    if !found {
+        return Err(step(format!("unmount '{}'", new_root.display()))(io::Error::other("nothing is mounted there")));
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
@@ -91,7 +91,9 @@ impl Server {
             runtime.shutdown_background();
         }
         // The port is free once the listener is dropped.
+        let end = Instant::now() + Duration::from_secs(20);
         while std::net::TcpStream::connect_timeout(&self.address, Duration::from_millis(200)).is_ok() {
+            assert!(Instant::now() < end, "the server does not end");
             std::thread::sleep(Duration::from_millis(10));
         }
     }
