@@ -54,7 +54,8 @@ impl Vm {
         if options.kvm {
             qemu.args(["-accel", "kvm", "-cpu", "host"]);
         } else {
-            qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max"]);
+            // Without erms: string moves are emulated byte by byte, and the kernel then clears pages by larger ones.
+            qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,-erms,-fsrm"]);
         }
         qemu.args(["-smp", "2", "-m", &options.memory.to_string()]);
         qemu.arg("-kernel").arg(&options.kernel).arg("-initrd").arg(&options.initramfs);
