@@ -62,7 +62,8 @@ fn last_in_tree(plan: &Plan<'_>) -> bool {
 /// From the first step to the command's end; `None` if `imgutil` ended before.
 fn live(plan: &Plan<'_>, channel: &Channel, planted: &mut Planted) -> Result<Option<WaitStatus>, String> {
     keep_only_what_is_needed(plan, channel).map_err(|error| format!("cannot prepare PID 1: {error}"))?;
-    // From here on the kernel ends this process with `imgutil`. It may have ended before the line above.
+    // Nothing ends this process with `imgutil` but what it sees on the channel: a kill in the middle of the set-up would leave
+    // places in the tree.
     if gone(channel) {
         return Ok(None);
     }
@@ -76,8 +77,9 @@ fn live(plan: &Plan<'_>, channel: &Channel, planted: &mut Planted) -> Result<Opt
     for warning in planted.warnings.drain(..) {
         channel.send(&Message::Warning(warning)).map_err(|error| error.to_string())?;
     }
-    // Now there are places in the tree to take away: not death with `imgutil`, but the end of the socket ends this process.
-    rustix::process::set_parent_process_death_signal(None).map_err(|error| error.to_string())?;
+    if gone(channel) {
+        return Ok(None);
+    }
 
     let terminal = terminal.map(|terminal| hand_over(terminal, plan.options.terminal.as_ref(), channel)).transpose()?;
     let command = sys::fork_into(|| {
@@ -92,7 +94,6 @@ fn live(plan: &Plan<'_>, channel: &Channel, planted: &mut Planted) -> Result<Opt
 
 /// Own session, so that the terminal's signals come once, through `imgutil`; no descriptor but those that are needed.
 fn keep_only_what_is_needed(plan: &Plan<'_>, channel: &Channel) -> io::Result<()> {
-    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
     nix::unistd::setsid()?;
     rustix::process::umask(rustix::fs::Mode::empty());
     let mut keep = vec![channel.as_fd(), plan.null.as_fd()];

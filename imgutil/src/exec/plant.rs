@@ -239,7 +239,12 @@ impl Planted {
                         let above = parent.try_clone().during("keep", &shown)?;
                         match self.make_stub(above, name.to_owned(), shown.clone())? {
                             Some(place) => place,
-                            None => open(&path).during("open", &shown)?,
+                            // The other command may end first: then the place is this one's to take away.
+                            None => {
+                                let fd = open(&path).during("open", &shown)?;
+                                self.adopt(parent.as_fd(), name, &shown)?;
+                                fd
+                            }
                         }
                     }
                 }
