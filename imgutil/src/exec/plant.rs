@@ -237,14 +237,13 @@ impl Planted {
                         open(&path).during("open", &shown)?
                     } else {
                         let above = parent.try_clone().during("keep", &shown)?;
-                        match self.make_stub(above, name.to_owned(), shown.clone())? {
-                            Some(place) => place,
+                        if let Some(place) = self.make_stub(above, name.to_owned(), shown.clone())? {
+                            place
+                        } else {
                             // The other command may end first: then the place is this one's to take away.
-                            None => {
-                                let fd = open(&path).during("open", &shown)?;
-                                self.adopt(parent.as_fd(), name, &shown)?;
-                                fd
-                            }
+                            let fd = open(&path).during("open", &shown)?;
+                            self.adopt(parent.as_fd(), name, &shown)?;
+                            fd
                         }
                     }
                 }
