@@ -10,7 +10,7 @@ use nix::mount::{MntFlags, umount2};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use zeroize::Zeroizing;
 
 /// Longest text that is read as a key: more than a key, so that a wrong file gets the right message.
@@ -77,13 +77,15 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let reader = runtime.block_on(Reader::open(addresses, &tls, &options, DEFAULT_CACHE))?;
     drop(options);
     let state = StateFile::new(&args.state).with_context(|| format!("cannot write to '{}'", args.state.display()))?;
+    // Before the mount can be seen: whoever sees it may end it.
+    let ends = if args.foreground { Some(runtime.block_on(async { Ends::new() })?) } else { None };
     let mount = Mount::new(&args.dir, ImageFile::new(reader.clone(), runtime.handle().clone()))?;
     state
         .write(&moor_tether::state::State::of(&reader))
         .with_context(|| format!("cannot write '{}'", args.state.display()))?;
 
-    if args.foreground {
-        runtime.spawn(unmount_on_signal(args.dir.clone()));
+    if let Some(ends) = ends {
+        runtime.spawn(ends.unmount(args.dir.clone()));
     } else {
         kmsg::log_to_kernel();
         daemon::say_ready().context("cannot tell that the mount is there")?;
@@ -107,16 +109,26 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// In the foreground a signal ends the mount, and the mount's end the program.
-async fn unmount_on_signal(dir: PathBuf) {
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
-        return;
-    };
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = int.recv() => {}
+struct Ends {
+    term: Signal,
+    int: Signal,
+}
+
+impl Ends {
+    /// From here on the signals wait for [`Self::unmount`].
+    fn new() -> Result<Self> {
+        let watch = |kind| signal(kind).context("cannot watch for signals");
+        Ok(Self { term: watch(SignalKind::terminate())?, int: watch(SignalKind::interrupt())? })
     }
-    if let Err(error) = umount2(&dir, MntFlags::MNT_DETACH) {
-        tracing::error!("cannot unmount '{}': {error}", dir.display());
+
+    async fn unmount(mut self, dir: PathBuf) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
+        }
+        if let Err(error) = umount2(&dir, MntFlags::MNT_DETACH) {
+            tracing::error!("cannot unmount '{}': {error}", dir.display());
+        }
     }
 }
 
