@@ -6,6 +6,7 @@ use super::init::{self, Plan};
 use super::plant::Sources;
 use super::pty::{Raw, Relay};
 use super::signals::SignalWatch;
+use super::user::{self, Mapping, UserError};
 use super::{ExecError, Finished, Options, Outcome, Root, sys};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::CloneFlags;
@@ -26,27 +27,87 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 pub(super) fn run(options: &Options, signals: Option<&SignalWatch>) -> Result<Finished, ExecError> {
     let to_terminal = options.terminal.is_some() && rustix::termios::isatty(std::io::stderr());
     let command = Prepared::new(options, to_terminal)?;
-    let (lock, sources) = match &options.root {
-        Root::Tree(tree) => (Some(lock(tree)?), Sources::read(tree)),
-        Root::Host => (None, Sources::nothing()),
+    let (lock, sources, mapping) = match &options.root {
+        Root::Tree(tree) => {
+            let mapping = mapping(tree)?;
+            (Some(lock(tree)?), Sources::read(tree, options.network), mapping)
+        }
+        Root::Host => (None, Sources::nothing(), None),
     };
     let null = init::open_null().map_err(|error| ExecError::Start("open /dev/null", error))?;
     let (here, there) = Channel::pair().map_err(|error| ExecError::Start("make a socket", error))?;
-    let plan = Plan { options, command: &command, sources: &sources, lock: lock.as_ref(), null: &null };
+    let plan = Plan {
+        options,
+        command: &command,
+        sources: &sources,
+        lock: lock.as_ref(),
+        null: &null,
+        in_user_namespace: mapping.is_some(),
+    };
 
-    nix::sched::unshare(CloneFlags::CLONE_NEWPID)
-        .map_err(|error| ExecError::Start("make a process-id namespace", error.into()))?;
+    if mapping.is_none() {
+        nix::sched::unshare(CloneFlags::CLONE_NEWPID)
+            .map_err(|error| ExecError::Start("make a process-id namespace", error.into()))?;
+    }
     let child = {
         // The handlers of this program must not run in the child, which has its memory but is another process.
         let _blocked = Blocked::all()?;
-        sys::fork_into(|| init::run(&plan, &there)).map_err(|error| ExecError::Start("fork", error))?
+        let start = if mapping.is_none() { init::run } else { init::run_in_user_namespace };
+        sys::fork_into(|| start(&plan, &there)).map_err(|error| ExecError::Start("fork", error))?
     };
     drop(there);
-    let followed = follow(options, signals, &here, child);
+    let followed = match &mapping {
+        None => follow(options, signals, &here, child),
+        Some(mapping) => start_mapped(mapping, &here, child).and_then(|started| match started {
+            Ok(init) => follow(options, signals, &here, init),
+            Err(failed) => Ok(failed),
+        }),
+    };
     // If following failed, closing the socket ends PID 1, and with it the image's processes.
     drop(here);
     let status = waitpid(child, None).map_err(|error| ExecError::Start("wait for PID 1", error.into()))?;
-    followed?.finish(status)
+    let mut heard = followed?;
+    if let Some(mapping) = mapping {
+        heard.warnings.extend(mapping.warning());
+        if let (Some(reason), Some(advice)) = (&mut heard.failed, user::advice()) {
+            reason.push_str("; ");
+            reason.push_str(&advice);
+        }
+    }
+    heard.finish(status)
+}
+
+/// The ids of the image's users; `None` for root, whose image has the host's.
+fn mapping(tree: &Path) -> Result<Option<Mapping>, ExecError> {
+    if rustix::process::geteuid().is_root() {
+        return Ok(None);
+    }
+    let mapping = Mapping::of_this_user()?;
+    let owner = rustix::fs::stat(tree)
+        .map_err(|error| ExecError::Tree { path: tree.to_path_buf(), source: error.into() })?
+        .st_uid;
+    if !mapping.knows(owner) {
+        return Err(UserError::Owner { tree: tree.to_path_buf(), owner, user: user::own_name() }.into());
+    }
+    Ok(Some(mapping))
+}
+
+/// Maps the ids of the user namespace that `child` makes. PID 1, or what was heard when it could not be started.
+fn start_mapped(mapping: &Mapping, channel: &Channel, child: Pid) -> Result<Result<Pid, Heard>, ExecError> {
+    let hear = || channel.receive().map_err(|error| ExecError::Start("hear from PID 1", error));
+    let mut heard = Heard::default();
+    loop {
+        match hear()? {
+            Some(Message::NeedsIds) => {
+                mapping.apply(child)?;
+                channel.send(&Message::IdsAreMapped).map_err(|error| ExecError::Start("start PID 1", error))?;
+            }
+            Some(Message::Started(init)) => return Ok(Ok(init)),
+            Some(Message::Failed(reason)) => heard.failed = Some(reason),
+            Some(_) => {}
+            None => return Ok(Err(heard)),
+        }
+    }
 }
 
 /// All signals blocked on this thread; as before when dropped.
@@ -173,6 +234,8 @@ fn follow(options: &Options, signals: Option<&SignalWatch>, channel: &Channel, c
             Some(Message::Warning(warning)) => heard.warnings.push(warning),
             Some(Message::Exited(code)) => heard.outcome = Some(Outcome::Exited(code)),
             Some(Message::Signaled(number)) => heard.outcome = Some(Outcome::Signaled(number)),
+            // Said before PID 1 has begun.
+            Some(Message::NeedsIds | Message::IdsAreMapped | Message::Started(_)) => {}
             None => break,
         }
     }
