@@ -191,7 +191,7 @@ fn what_is_missing_is_named_with_the_command_that_mends_it() {
         .unwrap();
     }
     let few = user
-        .imgutil(&format!("echo ann:{FIRST}:1000 >/etc/subuid"))
+        .imgutil(&format!("chown {UID} /mnt/image; echo ann:{FIRST}:1000 >/etc/subuid"))
         .args(["exec", "/mnt/image", "--", "true"])
         .output()
         .unwrap();

@@ -5,7 +5,7 @@ use super::os::Os;
 use super::tools::Tools;
 use super::workdir::WorkDir;
 use super::{BuildError, Plan};
-use crate::exec::{ExecError, Options, Outcome};
+use crate::exec::{ExecError, Machine, Options, Outcome};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
@@ -58,15 +58,7 @@ pub(super) fn check_host(sources: &[Source], os: &Os, plan: &Plan) -> Result<(),
         let package = (source.key == Path::new(&os.keyring)).then(|| os.keyring_package.clone());
         return Err(BuildError::NoKey { uri: source.uri.clone(), key: source.key.clone(), package });
     }
-    let machine = match plan.arch.as_str() {
-        "amd64" => "x86_64",
-        "arm64" => "aarch64",
-        other => other,
-    };
-    let foreign = machine != std::env::consts::ARCH;
-    if foreign && !Path::new("/proc/sys/fs/binfmt_misc").join(format!("qemu-{machine}")).exists() {
-        return Err(BuildError::Foreign { arch: plan.arch.clone() });
-    }
+    Machine::named(&plan.arch)?.runner()?;
     Ok(())
 }
 
@@ -82,6 +74,7 @@ pub(super) fn run(
     tools.stage("starting mmdebstrap")?;
     let (finished, tail) = tools.run(|streams| {
         let mut options = Options::on_host(command, streams);
+        options.machine = Some(Machine::named(&plan.arch)?);
         options.environment = vec![
             // The initramfs is made once, at the end, not after the kernel and again after the last package.
             ("INITRD".to_owned(), "No".to_owned()),

@@ -13,7 +13,7 @@ mod workdir;
 
 pub use output::Tail;
 
-use crate::exec::{ExecError, SignalWatch};
+use crate::exec::{ExecError, ForeignError, SignalWatch};
 use crate::recipe::{Base, Recipe, is_package_name};
 use nix::sys::signal::Signal;
 use std::io;
@@ -116,11 +116,8 @@ pub enum BuildError {
         known: Vec<String>,
     },
     /// The host cannot run its programs.
-    #[error("this host cannot run programs for '{arch}': install qemu-user-static and binfmt-support")]
-    Foreign {
-        /// The architecture.
-        arch: String,
-    },
+    #[error(transparent)]
+    Foreign(#[from] ForeignError),
     /// Not a name at all.
     #[error("'{0}' is no package name")]
     PackageName(String),

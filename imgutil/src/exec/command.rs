@@ -87,8 +87,7 @@ impl Prepared {
             Errno::ENOEXEC => (
                 126,
                 format!(
-                    "cannot run '{name}': it is no program for this machine; for another architecture install qemu-user-static and \
-                     binfmt-support on the host"
+                    "cannot run '{name}': it is no program that this machine, or an emulator for this image, can run"
                 ),
             ),
             error => (126, format!("cannot run '{name}': {}", error.desc())),

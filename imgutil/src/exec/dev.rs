@@ -31,7 +31,8 @@ pub(super) struct Terminal {
 pub(super) enum Nodes {
     /// They are made, not bound from the host: a `chmod /dev/null` in a maintainer script must not reach the host's.
     Made,
-    /// The root of a user namespace can make none. He cannot change the host's either.
+    /// The root of a user namespace can make none. Read-only mounts of the host's: what is written goes to the device, but their
+    /// mode and owner cannot be changed.
     Bound(Vec<Detached>),
 }
 
@@ -42,8 +43,14 @@ impl Nodes {
 
     /// Takes hold of the host's, in the order of `NODES`; call it while the host's paths still mean something.
     pub(super) fn of_the_host() -> Result<Self, MountError> {
-        let copy =
-            |(name, _, _): &(&str, u32, u32)| Detached::copy_of(rustix::fs::CWD, &Path::new("/dev").join(name), false);
+        let attributes =
+            MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+        let copy = |(name, _, _): &(&str, u32, u32)| {
+            let path = Path::new("/dev").join(name);
+            let node = Detached::copy_of(rustix::fs::CWD, &path, false)?;
+            node.restrict(attributes, false).during("make read-only", &path)?;
+            Ok::<_, MountError>(node)
+        };
         Ok(Self::Bound(NODES.iter().map(copy).collect::<Result<_, _>>()?))
     }
 

@@ -5,6 +5,8 @@ use super::channel::{Channel, Message};
 use super::command::{Prepared, leave_standard_streams};
 use super::dev::Terminal;
 use super::devices::Guard;
+use super::foreign::Emulator;
+use super::mounts::Detached;
 use super::plant::{Planted, Sources};
 use super::root;
 use super::{Options, Root, Window, sys};
@@ -28,6 +30,8 @@ pub(super) struct Plan<'a> {
     pub(super) lock: Option<&'a OwnedFd>,
     /// `/dev/null` of the host.
     pub(super) null: &'a OwnedFd,
+    /// What has to be registered to run the image's programs.
+    pub(super) emulator: Option<&'a Emulator>,
     /// Whether PID 1 is root of a user namespace, not of the host.
     pub(super) in_user_namespace: bool,
 }
@@ -38,19 +42,20 @@ pub(super) struct Holdings {
     pub(super) planted: Planted,
     /// The control group.
     pub(super) guard: Guard,
+    /// Registrations of emulators, which last as long as this.
+    pub(super) formats: Option<Detached>,
 }
 
 /// The process between `imgutil` and PID 1 that makes the user namespace: a thread cannot, and PID 1 must be born into it.
 pub(super) fn run_in_user_namespace(plan: &Plan<'_>, channel: &Channel) -> u8 {
     match start_in_user_namespace(plan, channel) {
-        Ok(Some(child)) => {
+        Ok(child) => {
             // From here on the end of PID 1 is what `imgutil` waits for on the socket: this process must not hold it.
             let _ = sys::close_all_from(3, &[], false);
             // Nothing to report: what happened is said by PID 1.
             while matches!(waitpid(child, None), Err(Errno::EINTR)) {}
             0
         }
-        Ok(None) => 1,
         Err(reason) => {
             let _ = channel.send(&Message::Failed(reason));
             1
@@ -58,15 +63,22 @@ pub(super) fn run_in_user_namespace(plan: &Plan<'_>, channel: &Channel) -> u8 {
     }
 }
 
-fn start_in_user_namespace(plan: &Plan<'_>, channel: &Channel) -> Result<Option<Pid>, String> {
+/// Makes this process root of a new user namespace, whose ids the other end of `channel` maps.
+pub(super) fn enter_user_namespace(channel: &Channel) -> Result<(), String> {
     nix::sched::unshare(CloneFlags::CLONE_NEWUSER).map_err(|error| format!("cannot make a user namespace: {error}"))?;
     channel.send(&Message::NeedsIds).map_err(|error| error.to_string())?;
-    let Ok(Some(Message::IdsAreMapped)) = channel.receive() else { return Ok(None) };
+    let Ok(Some(Message::IdsAreMapped)) = channel.receive() else {
+        return Err("the ids of the user namespace were not mapped".to_owned());
+    };
     // The user's other groups mean nothing in the image, and would open files of the host to it.
     nix::unistd::setgroups(&[]).map_err(|error| format!("cannot leave the user's groups: {error}"))?;
     nix::unistd::setresgid(0.into(), 0.into(), 0.into())
         .map_err(|error| format!("cannot become root's group: {error}"))?;
-    nix::unistd::setresuid(0.into(), 0.into(), 0.into()).map_err(|error| format!("cannot become root: {error}"))?;
+    nix::unistd::setresuid(0.into(), 0.into(), 0.into()).map_err(|error| format!("cannot become root: {error}"))
+}
+
+fn start_in_user_namespace(plan: &Plan<'_>, channel: &Channel) -> Result<Pid, String> {
+    enter_user_namespace(channel)?;
     nix::sched::unshare(CloneFlags::CLONE_NEWPID)
         .map_err(|error| format!("cannot make a process-id namespace: {error}"))?;
     // PID 1 says nothing before its number has been said: it waits for the end of this pipe.
@@ -89,7 +101,7 @@ fn start_in_user_namespace(plan: &Plan<'_>, channel: &Channel) -> Result<Option<
     .map_err(|error| format!("cannot fork: {error}"))?;
     channel.send(&Message::Started(child)).map_err(|error| error.to_string())?;
     drop(go);
-    Ok(Some(child))
+    Ok(child)
 }
 
 impl Plan<'_> {
@@ -104,12 +116,12 @@ impl Plan<'_> {
 
 /// The whole life of PID 1. Its exit status means nothing: what happened is said over `channel`.
 pub(super) fn run(plan: &Plan<'_>, channel: &Channel) -> u8 {
-    let mut holdings = Holdings { planted: Planted::default(), guard: Guard::MountsOnly(String::new()) };
+    let mut holdings = Holdings { planted: Planted::default(), guard: Guard::MountsOnly(String::new()), formats: None };
     let ended = live(plan, channel, &mut holdings);
     // Whoever still runs in the image could write to the places that are about to be removed.
     let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
     while !matches!(waitpid(Pid::from_raw(-1), None), Err(Errno::ECHILD)) {}
-    let Holdings { mut planted, guard } = holdings;
+    let Holdings { mut planted, guard, formats: _formats } = holdings;
     if last_in_tree(plan) {
         planted.remove();
     }
@@ -149,7 +161,7 @@ fn live(plan: &Plan<'_>, channel: &Channel, holdings: &mut Holdings) -> Result<O
         .map_err(|error| format!("cannot watch signals: {error}"))?;
     let terminal = match &plan.options.root {
         Root::Tree(tree) => root::enter_tree(tree, plan, holdings),
-        Root::Host => root::enter_host().map(|()| None),
+        Root::Host => root::enter_host(plan, holdings).map(|()| None),
     }
     .map_err(|error| error.to_string())?;
     for warning in holdings.planted.warnings.drain(..) {

@@ -3,7 +3,8 @@
 //! The host's side is `session`, PID 1 of the image is `init`; between them runs `channel`. One module per concept of
 //! the kernel: `root` (namespaces, `pivot_root`, `/proc`, `/sys`, `/run`), `user` (ids of an ordinary user), `mounts`, `dev`,
 //! `devices` (which ones may be opened) with `bpf`, `caps`, `pty`, `signals`; `plant` holds what an image sees only while a
-//! command runs, `bind` the user's own binds.
+//! command runs, `bind` the user's own binds, `trial` changes that are looked at before they are kept, `foreign` images of
+//! other architectures.
 
 mod bind;
 mod bpf;
@@ -12,6 +13,7 @@ mod channel;
 mod command;
 mod dev;
 mod devices;
+mod foreign;
 mod init;
 mod mounts;
 mod plant;
@@ -20,18 +22,22 @@ mod root;
 mod session;
 mod signals;
 mod sys;
+mod trial;
 mod user;
 
 pub use bind::{Bind, BindError};
 pub use command::CommandError;
+pub use foreign::{ForeignError, Machine};
 pub use pty::{PtyError, Window};
 pub use signals::{PASSED_ON, SignalError, SignalWatch};
+pub use trial::{Change, Kind, State, Trial, TrialError};
 pub use user::UserError;
 
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Which files the command sees.
 #[derive(Debug)]
@@ -62,6 +68,10 @@ pub struct Options {
     pub binds: Vec<Bind>,
     /// Its network.
     pub network: Network,
+    /// The layer that takes its changes; they go into the tree if `None`.
+    pub trial: Option<Arc<Trial>>,
+    /// For a command among the host's files: programs of this architecture must run too. Of a tree it is found out.
+    pub machine: Option<Machine>,
     /// Program and arguments; empty means the image's shell.
     pub command: Vec<OsString>,
     /// Variables beside the usual ones.
@@ -88,6 +98,8 @@ impl Options {
             name: None,
             binds: Vec::new(),
             network: Network::Host,
+            trial: None,
+            machine: None,
             command,
             environment: Vec::new(),
             terminal: None,
@@ -110,6 +122,8 @@ impl Options {
             name: None,
             binds: Vec::new(),
             network: Network::Host,
+            trial: None,
+            machine: None,
             command,
             environment: Vec::new(),
             terminal: None,
@@ -158,6 +172,12 @@ pub enum ExecError {
     /// No user namespace for an ordinary user.
     #[error(transparent)]
     User(#[from] UserError),
+    /// The image's programs do not run here.
+    #[error(transparent)]
+    Foreign(#[from] ForeignError),
+    /// What an interrupted trial was keeping could not be kept.
+    #[error(transparent)]
+    Trial(#[from] TrialError),
     /// The tree cannot be opened.
     #[error("cannot use '{path}' as an image tree: {source}")]
     Tree {

@@ -3,9 +3,11 @@
 use super::command::{SHELL_FILE, shell_file};
 use super::dev::{self, Nodes, Terminal};
 use super::devices::{Guard, Rule};
+use super::foreign::Emulator;
 use super::init::{Holdings, Plan};
 use super::mounts::{Detached, During, MountError, file_type, open_below, tmpfs, top_directory};
 use super::plant::PLACE_MODE;
+use super::trial::Trial;
 use super::{Network, sys};
 use nix::mount::{MntFlags, MsFlags};
 use nix::sched::CloneFlags;
@@ -52,8 +54,9 @@ fn unshare(network: Network) -> Result<(), RootError> {
 
 /// Keeps the host's files and gives the caller its own process list: what a program that itself sets up mounts
 /// (mmdebstrap) runs in, so that they end with it.
-pub(super) fn enter_host() -> Result<(), RootError> {
+pub(super) fn enter_host(plan: &Plan<'_>, holdings: &mut Holdings) -> Result<(), RootError> {
     unshare(Network::Host)?;
+    holdings.formats = plan.emulator.map(Emulator::register).transpose()?;
     let proc = proc_filesystem()?;
     let place = rustix::fs::open("/proc", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).during("open", "/proc")?;
     proc.attach(place.as_fd()).during("mount", "/proc")?;
@@ -78,11 +81,15 @@ pub(super) fn enter_tree(tree: &Path, plan: &Plan<'_>, holdings: &mut Holdings) 
         devices.extend(rule.map(|rule| (bind, rule)));
     }
     restrict_devices(&devices, plan, holdings)?;
+    holdings.formats = plan.emulator.map(Emulator::register).transpose()?;
     let nodes = if plan.in_user_namespace { Nodes::of_the_host()? } else { Nodes::to_be_made() };
     let proc_mount = proc_filesystem()?;
     let sys_mount = sys_filesystem(plan)?;
     // nodev: a device file that lies in the image must not open the host's device.
-    let root_mount = Detached::copy_of(rustix::fs::CWD, tree, true)?;
+    let root_mount = match &options.trial {
+        None => Detached::copy_of(rustix::fs::CWD, tree, true)?,
+        Some(trial) => overlay(tree, trial, plan.in_user_namespace)?,
+    };
     root_mount.restrict(MountAttrFlags::MOUNT_ATTR_NODEV, true).during("forbid device files in", tree)?;
     let place = rustix::fs::open(tree, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .during("open", tree)?;
@@ -117,6 +124,33 @@ pub(super) fn enter_tree(tree: &Path, plan: &Plan<'_>, holdings: &mut Holdings) 
         nix::unistd::sethostname(name).map_err(|error| RootError::HostName(name.clone(), error.into()))?;
     }
     Ok(terminal)
+}
+
+/// The tree with a layer over it that takes all changes.
+fn overlay(tree: &Path, trial: &Trial, in_user_namespace: bool) -> Result<Detached, MountError> {
+    let open = |path: &Path| {
+        rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).during("open", path)
+    };
+    let (tree, upper, work) = (open(tree)?, open(&trial.upper())?, open(&trial.work())?);
+    // Paths that have no character with a meaning to overlayfs.
+    let path = |fd: &OwnedFd| format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(fd));
+    let (lower_path, upper_path, work_path) = (path(&tree), path(&upper), path(&work));
+    // Every renamed directory and every changed file is in the layer as a whole, and names of one file stay together (index):
+    // that is what `trial` reads.
+    let mut options = vec![
+        ("lowerdir", lower_path.as_str()),
+        ("upperdir", upper_path.as_str()),
+        ("workdir", work_path.as_str()),
+        ("redirect_dir", "nofollow"),
+        ("metacopy", "off"),
+        ("index", "on"),
+    ];
+    let mut flags = Vec::new();
+    if in_user_namespace {
+        options.truncate(3);
+        flags.push("userxattr");
+    }
+    Detached::with_flags("overlay", &options, &flags, MountAttrFlags::empty())
 }
 
 /// Lets the command open the image's own devices, and those that were bound by name, and no others.

@@ -1,10 +1,11 @@
-//! User namespaces: the ids of an ordinary user who runs a command in an image as its root.
+//! User namespaces: the ids of an ordinary user who runs a command in an image as its root, and root's own where the
+//! namespace is wanted for what it carries (`foreign`).
 //!
 //! Id 0 of the image is the user; 1 and up are the user's subordinate ids (subuid(5)), which only `newuidmap` may map. What a
 //! machine lacks for that is named with the command that mends it.
 
 use nix::unistd::{Pid, User};
-use std::io;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -71,11 +72,17 @@ struct Range {
 pub(super) struct Mapping {
     uids: Vec<Range>,
     gids: Vec<Range>,
-    /// `newuidmap` and `newgidmap`.
-    helpers: (PathBuf, PathBuf),
+    /// `newuidmap` and `newgidmap`; root (`None`) needs no help.
+    helpers: Option<(PathBuf, PathBuf)>,
 }
 
 impl Mapping {
+    /// Every id stands for itself. Root only.
+    pub(super) fn identity() -> Self {
+        let all = vec![Range { inside: 0, outside: 0, count: u32::MAX }];
+        Self { uids: all.clone(), gids: all, helpers: None }
+    }
+
     /// The ids of the user who runs this process.
     pub(super) fn of_this_user() -> Result<Self, UserError> {
         let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
@@ -93,7 +100,11 @@ impl Mapping {
             }
             Ok(std::iter::once(Range { inside: 0, outside: own, count: 1 }).chain(found).collect())
         };
-        Ok(Self { uids: range(uid, "uids", "/etc/subuid")?, gids: range(gid, "gids", "/etc/subgid")?, helpers })
+        Ok(Self {
+            uids: range(uid, "uids", "/etc/subuid")?,
+            gids: range(gid, "gids", "/etc/subgid")?,
+            helpers: Some(helpers),
+        })
     }
 
     /// Whether somebody in the image can own a file of this uid.
@@ -114,8 +125,21 @@ impl Mapping {
 
     /// Maps the ids of `process`, which has just made its user namespace.
     pub(super) fn apply(&self, process: Pid) -> Result<(), UserError> {
-        run_helper(&self.helpers.0, process, &self.uids)?;
-        run_helper(&self.helpers.1, process, &self.gids)
+        if let Some((for_users, for_groups)) = &self.helpers {
+            run_helper(for_users, process, &self.uids)?;
+            return run_helper(for_groups, process, &self.gids);
+        }
+        for (file, ranges) in [("uid_map", &self.uids), ("gid_map", &self.gids)] {
+            let lines: String =
+                ranges.iter().map(|range| format!("{} {} {}\n", range.inside, range.outside, range.count)).collect();
+            // In one write, as user_namespaces(7) wants it.
+            std::fs::File::options()
+                .write(true)
+                .open(format!("/proc/{process}/{file}"))
+                .and_then(|mut file| file.write_all(lines.as_bytes()))
+                .map_err(|error| UserError::Map(format!("writing {file}: {error}")))?;
+        }
+        Ok(())
     }
 }
 
@@ -237,12 +261,13 @@ mod tests {
     fn owners_that_are_mapped_are_known() {
         let range = |inside, outside, count| Range { inside, outside, count };
         let uids = vec![range(0, 1000, 1), range(1, 100_000, 65_536)];
-        let mapping = Mapping { gids: uids.clone(), uids, helpers: (PathBuf::new(), PathBuf::new()) };
+        let mapping = Mapping { gids: uids.clone(), uids, helpers: None };
         for (uid, known) in
             [(1000, true), (1001, false), (0, false), (100_000, true), (165_535, true), (165_536, false)]
         {
             assert_eq!(mapping.knows(uid), known, "{uid}");
         }
         assert_eq!(mapping.warning(), None);
+        assert!(Mapping::identity().knows(0) && Mapping::identity().warning().is_none());
     }
 }
