@@ -1,5 +1,5 @@
 //! Trees of another architecture: which one a tree is for, and what runs its programs here. That is qemu's user emulation, called
-//! by the kernel (binfmt_misc, Documentation/admin-guide/binfmt-misc.rst).
+//! by the kernel (`binfmt_misc`, Documentation/admin-guide/binfmt-misc.rst).
 //!
 //! Since kernel 6.7 a user namespace has registrations of its own: then nothing is needed but the emulator's file, and the host's
 //! list is neither read nor changed. On older kernels the host must have it registered, with flag F: the emulator is opened when
@@ -255,7 +255,8 @@ impl Emulator {
         Ok(list)
     }
 
-    /// `:name:M:offset:magic:mask:interpreter:flags`. O and C let programs that the user may not read, and setuid ones, run.
+    /// `:name:M:offset:magic:mask:interpreter:flags`. O and C let programs that the user may not read, and setuid ones, run; P gives
+    /// them their own name (qemu 6 and later understand it).
     fn line(&self) -> Vec<u8> {
         use std::os::unix::ffi::OsStrExt as _;
         let escaped =
@@ -263,7 +264,7 @@ impl Emulator {
         let (magic, mask) = self.machine.magic();
         let mut line = format!(":qemu-{}:M:0:{}:{}:", self.machine.qemu, escaped(magic), escaped(mask)).into_bytes();
         line.extend_from_slice(self.program.as_os_str().as_bytes());
-        line.extend_from_slice(b":OCF");
+        line.extend_from_slice(b":POCF");
         line
     }
 }
@@ -326,7 +327,7 @@ mod tests {
             String::from_utf8(emulator.line()).unwrap(),
             ":qemu-aarch64:M:0:\\x7f\\x45\\x4c\\x46\\x02\\x01\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x02\\x00\\xb7\\x00:\
              \\xff\\xff\\xff\\xff\\xff\\xff\\xff\\x00\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xfe\\xff\\xff\\xff:\
-             /usr/bin/qemu-aarch64-static:OCF"
+             /usr/bin/qemu-aarch64-static:POCF"
         );
     }
 

@@ -130,8 +130,8 @@ impl Mapping {
             return run_helper(for_groups, process, &self.gids);
         }
         for (file, ranges) in [("uid_map", &self.uids), ("gid_map", &self.gids)] {
-            let lines: String =
-                ranges.iter().map(|range| format!("{} {} {}\n", range.inside, range.outside, range.count)).collect();
+            let line = |range: &Range| format!("{} {} {}", range.inside, range.outside, range.count);
+            let lines = ranges.iter().map(line).collect::<Vec<_>>().join("\n");
             // In one write, as user_namespaces(7) wants it.
             std::fs::File::options()
                 .write(true)
