@@ -98,9 +98,12 @@ pub(crate) struct Emulator {
 }
 
 impl Machine {
-    /// The one called `name` in Debian's words.
+    /// The one called `name` in Debian's words, or in those of `uname -m`.
     pub fn named(name: &str) -> Result<Self, ForeignError> {
-        MACHINES.into_iter().find(|machine| machine.name == name).ok_or_else(|| ForeignError::Unknown(name.to_owned()))
+        MACHINES
+            .into_iter()
+            .find(|machine| machine.name == name || machine.qemu == name)
+            .ok_or_else(|| ForeignError::Unknown(name.to_owned()))
     }
 
     /// This one.
