@@ -20,6 +20,7 @@ enum Command {
     Unpack(cmd::unpack::Args),
     Inspect(cmd::inspect::Args),
     Verify(cmd::verify::Args),
+    Test(cmd::test::Args),
 }
 
 fn main() -> ExitCode {
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         Command::Unpack(args) => cmd::unpack::run(&args),
         Command::Inspect(args) => cmd::inspect::run(&args),
         Command::Verify(args) => cmd::verify::run(&args),
+        Command::Test(args) => cmd::test::run(&args),
     };
     match result {
         Ok(code) => code,

@@ -119,9 +119,8 @@ impl Member {
     pub fn start(&mut self, namespace: &Namespace) -> Result<(), VmError> {
         let _ = std::fs::remove_file(self.socket());
         let path = self.log();
-        let log = || {
-            std::fs::OpenOptions::new().create(true).append(true).open(&path).map_err(VmError::io("write", &path))
-        };
+        let log =
+            || std::fs::OpenOptions::new().create(true).append(true).open(&path).map_err(VmError::io("write", &path));
         let mut command = tied_as(UID, &self.options.moord);
         command.args(["run", "--config"]).arg(self.config());
         let mut guard = Guard::new(spawn(namespace.enter(&command).stdout(log()?).stderr(log()?))?);
@@ -134,6 +133,12 @@ impl Member {
         })?;
         self.guard = Some(guard);
         Ok(())
+    }
+
+    /// Its process id while it runs.
+    #[must_use]
+    pub fn id(&self) -> Option<u32> {
+        self.guard.as_ref().and_then(Guard::id)
     }
 
     /// Pulls the plug: SIGKILL.

@@ -42,6 +42,7 @@ pub struct Vm {
     console: PathBuf,
     errors: PathBuf,
     ssh_port: u16,
+    tpm: Option<Swtpm>,
 }
 
 impl Vm {
@@ -79,7 +80,12 @@ impl Vm {
             qemu.args(["-tpmdev", "emulator,id=tpm0,chardev=tpm0", "-device", "tpm-crb,tpmdev=tpm0"]);
         }
         let guard = Guard::new(spawn(namespace.enter(&qemu).stdout(Stdio::null()).stderr(log))?);
-        Ok(Self { guard, console, errors, ssh_port: options.ssh_port })
+        Ok(Self { guard, console, errors, ssh_port: options.ssh_port, tpm: None })
+    }
+
+    /// Takes over the TPM of a machine that nobody else needs it for: they end together.
+    pub fn keep(&mut self, tpm: Swtpm) {
+        self.tpm = Some(tpm);
     }
 
     /// All that the console showed so far.
@@ -104,9 +110,10 @@ impl Vm {
             Ok(at.is_some())
         })
         .map_err(|error: VmError| match error {
-            VmError::TimedOut { what, seconds } => {
-                VmError::TimedOut { what: format!("{what}, which ends with\n{}\n, and that", self.console_tail(40)), seconds }
-            }
+            VmError::TimedOut { what, seconds } => VmError::TimedOut {
+                what: format!("{what}, which ends with\n{}\n, and that", self.console_tail(40)),
+                seconds,
+            },
             other => other,
         })?;
         Ok(found)
@@ -138,6 +145,9 @@ impl Vm {
     /// Switches it off, as if the plug were pulled.
     pub fn power_off(&mut self) {
         self.guard.kill();
+        if let Some(mut tpm) = self.tpm.take() {
+            tpm.stop();
+        }
     }
 
     /// A command for `ssh root@NODE COMMAND…` with strict host key checking against `known_hosts` alone.
@@ -156,6 +166,8 @@ impl Vm {
         ssh.args(["-o", "GlobalKnownHostsFile=/dev/null", "-o", "StrictHostKeyChecking=yes", "-o", "BatchMode=yes"]);
         // The certificate's principal is the node's name; the address is the tunnel's.
         ssh.args(["-o", &format!("HostKeyAlias={node}"), "-o", "IdentitiesOnly=yes", "-o", "ConnectTimeout=30"]);
+        // A guest that hangs is noticed.
+        ssh.args(["-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=8"]);
         ssh.arg("127.0.0.1").args(command);
         namespace.enter(&ssh)
     }

@@ -4,6 +4,7 @@ pub mod build;
 pub mod exec;
 pub mod inspect;
 pub mod pack;
+pub mod test;
 pub mod unpack;
 pub mod verify;
 

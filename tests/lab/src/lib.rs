@@ -11,5 +11,5 @@ pub mod tree;
 
 pub use bins::Bins;
 pub use member::Member;
-pub use scenario::Scenario;
 pub use moor_vm::{Namespace, Swtpm, Vm, VmOptions, vm};
+pub use scenario::Scenario;
