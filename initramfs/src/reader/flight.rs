@@ -140,7 +140,11 @@ impl Flight {
         let (winner, loser) =
             if is_second { (self.second.take(), self.lead.take()) } else { (self.lead.take(), self.second.take()) };
         if let Some(loser) = loser {
-            loser.member.pace().gave_up(now.saturating_sub(loser.since), now);
+            let waited = now.saturating_sub(loser.since);
+            loser.member.pace().gave_up(waited, now);
+            if is_second && loser.member.was_overtaken() {
+                self.inner.failed(&loser.member, &Fault::Slow(waited));
+            }
         }
         let Some(Runner { member, since, is_first, running, .. }) = winner else { return };
         let took = now.saturating_sub(since);
@@ -152,7 +156,9 @@ impl Flight {
         if is_second {
             self.inner.counts.hedges_won.fetch_add(1, Ordering::Relaxed);
         }
-        if !attempt.is_done() {
+        if attempt.is_done() {
+            member.answered();
+        } else {
             self.lead = Some(Runner {
                 member,
                 step: Box::pin(attempt.next()),

@@ -18,6 +18,8 @@ const REST_MAX: Duration = Duration::from_secs(30);
 const REST_MAX_ALONE: Duration = Duration::from_secs(5);
 /// Wrong bytes that exclude a member.
 const WRONG_LIMIT: u32 = 2;
+/// Requests in a row that others answered first, after which it counts as slow.
+const OVERTAKEN_LIMIT: u32 = 3;
 /// Time limits grow at most this much for a member that runs into them again and again.
 const PATIENCE_MAX: u32 = 16;
 
@@ -73,6 +75,8 @@ pub(super) struct Member {
     patience: AtomicU32,
     in_flight: Arc<AtomicU32>,
     overdue: Arc<AtomicU32>,
+    /// Requests in a row that another member answered first.
+    lost: AtomicU32,
     bytes: AtomicU64,
     requests: AtomicU64,
     faults: AtomicU64,
@@ -108,6 +112,7 @@ impl Member {
             patience: AtomicU32::new(1),
             in_flight: Arc::default(),
             overdue: Arc::default(),
+            lost: AtomicU32::new(0),
             bytes: AtomicU64::new(0),
             requests: AtomicU64::new(0),
             faults: AtomicU64::new(0),
@@ -147,6 +152,16 @@ impl Member {
     /// Whether it has kept somebody waiting longer than usual, right now.
     pub(super) fn is_late(&self) -> bool {
         self.overdue.load(Ordering::Relaxed) > 0
+    }
+
+    /// It answered.
+    pub(super) fn answered(&self) {
+        self.lost.store(0, Ordering::Relaxed);
+    }
+
+    /// Another member was asked later and answered first. Returns whether that is its habit.
+    pub(super) fn was_overtaken(&self) -> bool {
+        self.lost.fetch_add(1, Ordering::Relaxed) + 1 >= OVERTAKEN_LIMIT
     }
 
     /// Asks for a range of the file. `total`: the length that the file must have, once it is known.
