@@ -69,15 +69,25 @@ impl Scenario {
     /// A step failed; with what it printed.
     pub fn with_initramfs(initramfs: Initramfs, dir: &Path, say: &mut dyn FnMut(&str)) -> anyhow::Result<Self> {
         let bins = Bins::find()?;
+        let begin = Instant::now();
+        let tree = tree::debian(&bins, initramfs, say)?;
+        let took = begin.elapsed();
+        let mut scenario = Self::of_tree(bins, &tree, 9, dir, say)?;
+        scenario.steps.insert(0, Step { name: "root tree (imgutil build)".to_owned(), took });
+        Ok(scenario)
+    }
+
+    /// The same with a tree that is there, packed at a zstd level.
+    ///
+    /// # Errors
+    /// A step failed; with what it printed.
+    pub fn of_tree(bins: Bins, tree: &Path, level: u32, dir: &Path, say: &mut dyn FnMut(&str)) -> anyhow::Result<Self> {
         let mut steps = Vec::new();
         let mut last = Instant::now();
         let mut done = |name: &str, steps: &mut Vec<Step>| {
             steps.push(Step { name: name.to_owned(), took: last.elapsed() });
             last = Instant::now();
         };
-
-        let tree = tree::debian(&bins, initramfs, say)?;
-        done("root tree (imgutil build)", &mut steps);
 
         say("packing it into a sealed image: compressed, encrypted, signed (imgutil pack)");
         let signer = dir.join("signer");
@@ -86,7 +96,8 @@ impl Scenario {
         run_shown(
             tied(bins.path("imgutil"))
                 .arg("pack")
-                .arg(&tree)
+                .arg(tree)
+                .args(["--level", &level.to_string()])
                 .arg("-o")
                 .arg(&image)
                 .arg("--key-file")
@@ -151,6 +162,14 @@ impl Scenario {
     /// # Errors
     /// swtpm or QEMU failed.
     pub fn power_on(&self, name: &str, tpm: &Swtpm, ssh_port: u16) -> anyhow::Result<Vm> {
+        self.power_on_with(name, tpm, ssh_port, &[])
+    }
+
+    /// The same with disks in it.
+    ///
+    /// # Errors
+    /// swtpm or QEMU failed.
+    pub fn power_on_with(&self, name: &str, tpm: &Swtpm, ssh_port: u16, disks: &[PathBuf]) -> anyhow::Result<Vm> {
         let netboot = self.dir.join("netboot");
         let command_line = std::fs::read_to_string(netboot.join("cmdline"))?;
         let options = VmOptions {
@@ -161,7 +180,7 @@ impl Scenario {
             mac: MAC.into(),
             memory: 2048,
             ssh_port,
-            disks: Vec::new(),
+            disks: disks.to_vec(),
             kvm: self.kvm,
         };
         Ok(Vm::start(&self.namespace, &self.dir.join(name), &options, Some(tpm))?)

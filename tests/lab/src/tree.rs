@@ -74,6 +74,40 @@ pub fn debian(bins: &Bins, initramfs: Initramfs, say: &mut dyn FnMut(&str)) -> a
     Ok(tree)
 }
 
+/// Returns an up-to-date tree with more packages, kept under `name`.
+///
+/// # Errors
+/// A step failed; with what it printed.
+pub fn with_packages(
+    bins: &Bins,
+    initramfs: Initramfs,
+    name: &str,
+    packages: &[&str],
+    say: &mut dyn FnMut(&str),
+) -> anyhow::Result<PathBuf> {
+    let base = debian(bins, initramfs, say)?;
+    let lock = std::fs::File::create(bins.cache().join("tree.lock"))?;
+    lock.lock().context("locking the tree")?;
+    let base_name = base.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let tree = base.with_file_name(format!("{name}-{base_name}"));
+    let planted = std::fs::read_to_string(marker(&base)).context("reading the tree's marker")?;
+    if std::fs::read_to_string(marker(&tree)).ok().as_deref() == Some(planted.as_str()) {
+        return Ok(tree);
+    }
+    // Its agent is another one now, and copying is cheaper than an initramfs.
+    say(&format!("installing {} in a copy of the tree (apt by imgutil exec)", packages.join(", ")));
+    let _ = std::fs::remove_file(marker(&tree));
+    run(tied("rm").arg("-rf").arg(&tree))?;
+    run(tied("cp").args(["-a", "--reflink=auto"]).arg(&base).arg(&tree)).context("copying the tree")?;
+    let install = format!(
+        "apt-get -q update && INITRD=No apt-get -q install -y --no-install-recommends {} && apt-get clean",
+        packages.join(" ")
+    );
+    exec(bins, &tree, &install)?;
+    mark(&tree, &planted)?;
+    Ok(tree)
+}
+
 /// A copy of `base` with dracut. It appears under its name when it is whole.
 fn with_dracut(bins: &Bins, base: &Path, tree: &Path) -> anyhow::Result<()> {
     let unfinished = tree.with_extension("new");
