@@ -329,7 +329,10 @@ fn reason(plan: &Plan, doing: &str, tail: Tail) -> BuildError {
     if let Some((address, reason)) = unreachable(plan, &tail) {
         return BuildError::Unreachable { address, reason };
     }
-    BuildError::Tool { doing: doing.to_owned(), reason: tail.reason(), tail }
+    // "  - nothing provides X needed by Y" stands below "Problem: conflicting requests".
+    let conflict = tail.lines().find_map(|line| line.trim_start().strip_prefix("- "));
+    let reason = conflict.map_or_else(|| tail.reason(), str::to_owned);
+    BuildError::Tool { doing: doing.to_owned(), reason, tail }
 }
 
 /// What is not signed as it must be: the metadata of a repository, or a package.
@@ -338,7 +341,8 @@ fn untrusted(plan: &Plan, tail: &Tail) -> Option<String> {
         if let Some((repository, what)) = failed_metadata(plan, line)
             && (what.contains("GPG signature") || what.contains("GPG verification"))
         {
-            let what = if what.contains("not available") { "it is not signed" } else { "the signature is not of its key" };
+            let what =
+                if what.contains("not available") { "it is not signed" } else { "the signature is not of its key" };
             return Some(format!("the index of {}: {what}", repository.uri));
         }
         let package = line.strip_prefix("Package ").and_then(|rest| rest.strip_suffix(" is not signed"));
@@ -347,6 +351,13 @@ fn untrusted(plan: &Plan, tail: &Tail) -> Option<String> {
         }
         if let Some((_, package)) = line.split_once("Failing package is: ") {
             return Some(format!("package {package} is signed by another key"));
+        }
+        // "Package "NAME" from local repository "R" has incorrect checksum", "[MIRROR] FILE: Downloading successful, but checksum
+        // doesn't match. …"
+        let local = line.strip_prefix("Package \"").filter(|_| line.ends_with("has incorrect checksum"));
+        let fetched = line.strip_prefix("[MIRROR] ").filter(|_| line.contains("checksum doesn't match"));
+        if let Some(package) = local.or(fetched).and_then(|rest| rest.split(['"', ' ']).next()) {
+            return Some(format!("package {} is not the file that the index names", package.trim_end_matches(':')));
         }
         if let Some(package) = line.strip_prefix("Problem opening package ") {
             return Some(format!("package {package} is damaged, or its signature is bad"));

@@ -7,7 +7,6 @@ use crate::build::near::near;
 use crate::build::output::{Meaning, NoMeaning, Tail};
 use crate::build::plan::{Plan, Repository};
 use crate::build::tree::Tree;
-use crate::build::workdir::WorkDir;
 use crate::build::{BuildError, Event};
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -138,7 +137,11 @@ fn choose(context: &mut Context<'_, '_>, places: &Places, wanted: Vec<String>) -
 }
 
 /// All versions that the repositories have of the packages.
-fn versions(context: &mut Context<'_, '_>, places: &Places, packages: &[Package]) -> Result<Vec<Installed>, BuildError> {
+fn versions(
+    context: &mut Context<'_, '_>,
+    places: &Places,
+    packages: &[Package],
+) -> Result<Vec<Installed>, BuildError> {
     let mut arguments = search_arguments();
     arguments.push("--match-exact".to_owned());
     arguments.extend(packages.iter().map(|package| package.name.clone()));
@@ -189,9 +192,8 @@ fn command(places: &Places, root: &Path, arguments: &[String]) -> Vec<OsString> 
 
 /// Writes zypper's configuration and one file for each repository.
 fn configure(plan: &Plan, places: &Places) -> Result<(), BuildError> {
-    let write = |path: PathBuf, text: &str| {
-        std::fs::write(&path, text).map_err(|error| BuildError::io("write", &path, error))
-    };
+    let write =
+        |path: PathBuf, text: &str| std::fs::write(&path, text).map_err(|error| BuildError::io("write", &path, error));
     let directory = places.config().join("repos.d");
     std::fs::create_dir_all(&directory).map_err(|error| BuildError::io("make", &directory, error))?;
     let main = format!(
@@ -305,8 +307,12 @@ fn reason(plan: &Plan, doing: &str, tail: Tail) -> BuildError {
         }
         if let Some((package, why)) = line.split_once(": Signature verification failed [") {
             let package = package.split(' ').next().unwrap_or(package);
-            let what = if why.contains("unsigned") { "is not signed" } else { "is not signed by the repository's key" };
-            untrusted.get_or_insert(format!("package {package} {what} ({})", why.trim_end_matches(']')));
+            let what = match why {
+                why if why.contains("unsigned") => "is not signed",
+                why if why.contains("not available") => "is signed by another key",
+                _ => "is damaged, or its signature is bad",
+            };
+            untrusted.get_or_insert(format!("package {package} {what}"));
         }
         if let Some(rest) = line.strip_prefix("File 'repomd.xml' from repository '") {
             let (name, what) = rest.split_once("' ").unwrap_or((rest, ""));
@@ -320,7 +326,8 @@ fn reason(plan: &Plan, doing: &str, tail: Tail) -> BuildError {
         // "Error message: …" follows two lines below.
         if let Some((_, address)) = line.split_once("Download (curl) error for '") {
             let why = lines[index..].iter().find_map(|line| line.strip_prefix("Error message: "));
-            unreachable = Some((address.trim_end_matches(['\'', ':']).to_owned(), why.unwrap_or("no reason given").to_owned()));
+            unreachable =
+                Some((address.trim_end_matches(['\'', ':']).to_owned(), why.unwrap_or("no reason given").to_owned()));
         }
         if let Some((address, _)) = line.split_once("] Valid metadata not found at specified URL") {
             let address = address.split_once('|').map_or(address, |(_, address)| address);
@@ -335,7 +342,13 @@ fn reason(plan: &Plan, doing: &str, tail: Tail) -> BuildError {
         (None, None, Some((name, others))) => {
             BuildError::UnknownPackage { name: name.clone(), near: Vec::new(), others: others.to_vec() }
         }
-        (None, None, None) => rpm::failed(doing, tail),
+        (None, None, None) => {
+            // "<description>Problem: nothing provides X needed by Y"
+            let conflict =
+                lines.iter().find_map(|line| line.split_once("Problem: ")).map(|(_, conflict)| conflict.to_owned());
+            let reason = conflict.unwrap_or_else(|| tail.reason());
+            BuildError::Tool { doing: doing.to_owned(), reason, tail }
+        }
     }
 }
 

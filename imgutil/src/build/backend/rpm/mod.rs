@@ -196,9 +196,8 @@ pub(super) fn check_installed(
 /// Fails if a package has another digest than the one asked for.
 pub(super) fn check_digests(wanted: &[Package], there: &[Package]) -> Result<(), BuildError> {
     for package in wanted {
-        let other = there.iter().find(|other| {
-            other.installed() == package.installed() && other.sha256 != package.sha256
-        });
+        let other =
+            there.iter().find(|other| other.installed() == package.installed() && other.sha256 != package.sha256);
         if other.is_some() {
             return Err(BuildError::OtherFile { name: package.name.clone(), version: package.version.clone() });
         }
@@ -343,7 +342,10 @@ mod tests {
         let versions: Vec<Installed> = there.iter().map(Package::installed).collect();
         assert!(check_versions(&there[1..], &versions).is_ok());
         let gone = check_versions(&[package("a", "0:0-1", ""), package("c", "0:1-1", "")], &versions).unwrap_err();
-        assert!(gone.to_string().contains("a 0:0-1 is gone from the repositories: they have 0:1-1 and 0:2-1 (and 1 more"), "{gone}");
+        assert!(
+            gone.to_string().contains("a 0:0-1 is gone from the repositories: they have 0:1-1 and 0:2-1 (and 1 more"),
+            "{gone}"
+        );
         assert!(check_digests(&there, &there).is_ok());
         assert!(matches!(check_digests(&[package("b", "0:1-1", "dd")], &there), Err(BuildError::OtherFile { .. })));
     }
