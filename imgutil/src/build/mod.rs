@@ -155,11 +155,7 @@ pub struct KnownOs {
 /// All releases that can be built.
 #[must_use]
 pub fn known_os() -> Vec<KnownOs> {
-    let known = |os: os::Os| KnownOs {
-        name: os.name,
-        architectures: os.arch.into_values().map(|arch| arch.name).collect(),
-        tested: os.tested,
-    };
+    let known = |os: os::Os| KnownOs { architectures: os.architectures(), tested: os.tested, name: os.name };
     os::all().into_iter().map(known).collect()
 }
 

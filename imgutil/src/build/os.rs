@@ -76,6 +76,15 @@ pub(super) struct Os {
     pub(super) services: Services,
 }
 
+impl Os {
+    /// Its architectures in its own words, sorted.
+    pub(super) fn architectures(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.arch.values().map(|arch| arch.name.clone()).collect();
+        names.sort();
+        names
+    }
+}
+
 /// The tools that install packages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -81,7 +81,7 @@ impl Plan {
 fn find_arch<'a>(os: &'a Os, name: &str) -> Result<(&'a str, &'a OsArch), BuildError> {
     os.arch.iter().find(|(machine, arch)| *machine == name || arch.name == name).map_or_else(
         || {
-            let known = os.arch.values().map(|arch| arch.name.clone()).collect();
+            let known = os.architectures();
             Err(BuildError::UnknownArch { os: os.name.clone(), arch: name.to_owned(), known })
         },
         |(machine, arch)| Ok((machine.as_str(), arch)),

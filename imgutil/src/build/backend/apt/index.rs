@@ -16,7 +16,7 @@ pub(super) struct Index {
 /// One version of a package.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Version {
-    pub(super) version: String,
+    pub(super) number: String,
     pub(super) arch: String,
     pub(super) sha256: String,
 }
@@ -85,8 +85,8 @@ pub(super) fn installed(status: &Path) -> Result<Vec<Installed>, BuildError> {
     let mut all = Vec::new();
     paragraphs(status, |text| {
         if text.lines().any(|line| line.starts_with("Status: ") && line.ends_with(" installed")) {
-            let (name, Version { version, arch, .. }) = parse(text);
-            all.push(Installed { name: name.to_owned(), version, arch });
+            let (name, Version { number, arch, .. }) = parse(text);
+            all.push(Installed { name: name.to_owned(), version: number, arch });
         }
         Ok(())
     })?;
@@ -120,7 +120,7 @@ fn parse(text: &str) -> (&str, Version) {
     for line in text.lines() {
         match line.split_once(": ") {
             Some(("Package", value)) => name = value,
-            Some(("Version", value)) => value.clone_into(&mut version.version),
+            Some(("Version", value)) => value.clone_into(&mut version.number),
             Some(("Architecture", value)) => value.clone_into(&mut version.arch),
             Some(("SHA256", value)) => value.clone_into(&mut version.sha256),
             _ => {}
@@ -154,14 +154,14 @@ mod tests {
         std::fs::write(&list, LIST).unwrap();
         std::fs::write(directory.path().join("host_dists_x_InRelease"), "x").unwrap();
         let index = Index::read(directory.path()).unwrap();
-        let vim = Version { version: "2:9".to_owned(), arch: "amd64".to_owned(), sha256: "aa".to_owned() };
+        let vim = Version { number: "2:9".to_owned(), arch: "amd64".to_owned(), sha256: "aa".to_owned() };
         assert_eq!(index.versions("vim"), [vim]);
         assert_eq!(index.versions("no"), []);
         assert_eq!(index.names().count(), 2);
 
         let narrowed = directory.path().join("narrowed");
         std::fs::create_dir(&narrowed).unwrap();
-        index.write_narrowed(&narrowed, |name, version| name == "zsh" && version.version == "5").unwrap();
+        index.write_narrowed(&narrowed, |name, version| name == "zsh" && version.number == "5").unwrap();
         let text = std::fs::read_to_string(narrowed.join(list.file_name().unwrap())).unwrap();
         assert_eq!(text, "Package: zsh\nVersion: 5\nArchitecture: all\nSHA256: bb\n\n");
         assert_eq!(Index::read(&narrowed).unwrap().versions("vim"), []);

@@ -67,7 +67,9 @@ fn command(context: &Context<'_, '_>) -> Result<Vec<OsString>, BuildError> {
         );
         command.push(format!("--essential-hook={plant}").into());
     }
-    command.extend([plan.os.release.clone().into(), work.root().into_os_string()]);
+    // No suite: with one, mmdebstrap would look for essential packages in that suite alone, and the newest version of one may be
+    // in another (updates, security).
+    command.extend(["".into(), work.root().into_os_string()]);
     command.extend(sources(plan).into_iter().map(OsString::from));
     Ok(command)
 }

@@ -89,25 +89,22 @@ pub(super) fn narrow(context: &mut Context<'_, '_>, packages: &[Package]) -> Res
     let lists = lists(context.work);
     let index = Index::read(&lists)?;
     let mut gone = packages.iter().filter(|package| {
-        !index
-            .versions(&package.name)
-            .iter()
-            .any(|there| there.version == package.version && there.arch == package.arch)
+        !index.versions(&package.name).iter().any(|there| there.number == package.version && there.arch == package.arch)
     });
     if let Some(package) = gone.next() {
-        let there = index.versions(&package.name).iter().map(|there| there.version.clone()).collect();
+        let there = index.versions(&package.name).iter().map(|there| there.number.clone()).collect();
         let (name, version) = (package.name.clone(), package.version.clone());
         return Err(BuildError::VersionGone { name, version, there, others: gone.count() });
     }
     let wanted = |name: &str, version: &super::index::Version| {
         packages.binary_search_by(|package| {
-            (package.name.as_str(), &package.version, &package.arch).cmp(&(name, &version.version, &version.arch))
+            (package.name.as_str(), &package.version, &package.arch).cmp(&(name, &version.number, &version.arch))
         })
     };
     // The version may be the same and the file another one, where an archive is not Debian's.
     let changed = packages.iter().find(|package| {
         !index.versions(&package.name).iter().any(|there| {
-            there.version == package.version && there.arch == package.arch && there.sha256 == package.sha256
+            there.number == package.version && there.arch == package.arch && there.sha256 == package.sha256
         })
     });
     if let Some(package) = changed {
@@ -183,7 +180,7 @@ fn chosen(line: &str, index: &Index) -> Option<Package> {
     let file = rest.split(' ').next()?.strip_suffix(".deb")?;
     let mut parts = file.splitn(3, '_');
     let (name, version, arch) = (parts.next()?, parts.next()?.replace("%3a", ":"), parts.next()?);
-    let known = index.versions(name).iter().find(|known| known.version == version && known.arch == arch)?;
+    let known = index.versions(name).iter().find(|known| known.number == version && known.arch == arch)?;
     Some(Package {
         name: name.to_owned(),
         version,
