@@ -1,4 +1,4 @@
-//! Small RPM repositories made by the tests themselves: packages by rpmbuild, keys by gpg, indexes by createrepo_c, signatures of
+//! Small RPM repositories made by the tests themselves: packages by `rpmbuild`, keys by gpg, indexes by `createrepo_c`, signatures of
 //! both by the keys that a test wants.
 #![allow(dead_code, unreachable_pub)] // each test program uses a part
 #![allow(clippy::unwrap_used)]

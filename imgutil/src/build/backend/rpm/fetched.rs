@@ -29,7 +29,7 @@ impl Fetched {
             let kind = entry.file_type().map_err(|error| BuildError::io("look at", &path, error))?;
             if kind.is_dir() {
                 self.add(&path, &uri)?;
-            } else if name.ends_with(".rpm") {
+            } else if path.extension().is_some_and(|end| end == "rpm") {
                 self.files.entry(name).or_insert((path, uri));
             }
         }

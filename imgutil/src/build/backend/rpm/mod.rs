@@ -20,6 +20,7 @@ use crate::build::tree::Tree;
 use crate::build::workdir::WorkDir;
 use std::collections::BTreeSet;
 use std::ffi::OsString;
+use std::fmt::Write as _;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -312,7 +313,8 @@ pub(super) fn file_url(path: &Path) -> String {
         if byte.is_ascii_alphanumeric() || b"/-._~".contains(byte) {
             url.push(char::from(*byte));
         } else {
-            url.push_str(&format!("%{byte:02X}"));
+            // Writing to a String cannot fail.
+            let _ = write!(url, "%{byte:02X}");
         }
     }
     url
