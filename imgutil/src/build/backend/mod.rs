@@ -2,6 +2,9 @@
 //! part of a build when it is told, and knows nothing of recipes, locks and caches; the order is kept in `build`.
 
 mod apt;
+mod dnf;
+mod rpm;
+mod zypper;
 
 use super::BuildError;
 use super::os::BackendName;
@@ -23,6 +26,13 @@ pub(super) struct Package {
     pub(super) sha256: String,
     /// Where its file is.
     pub(super) uri: String,
+}
+
+impl Package {
+    /// The same without its file.
+    pub(super) fn installed(&self) -> Installed {
+        Installed { name: self.name.clone(), version: self.version.clone(), arch: self.arch.clone() }
+    }
 }
 
 /// A package that a tree has.
@@ -88,6 +98,8 @@ pub(super) trait Backend: Send + Sync {
 pub(super) fn get(name: BackendName) -> &'static dyn Backend {
     match name {
         BackendName::Apt => &apt::Apt,
+        BackendName::Dnf => &dnf::Dnf,
+        BackendName::Zypper => &zypper::Zypper,
     }
 }
 
