@@ -20,6 +20,13 @@ pub fn imgutil() -> Command {
     command
 }
 
+/// Something that runs with mounts of its own, which end with it.
+pub fn unshared() -> Command {
+    let mut command = tied("unshare");
+    command.args(["--mount", "--propagation", "private", "--"]).stdin(Stdio::null());
+    command
+}
+
 /// Runs `imgutil exec TREE -- COMMAND…` as a script would.
 pub fn exec(tree: &Path, command: &[&str]) -> Output {
     imgutil().arg("exec").arg(tree).arg("--").args(command).output().unwrap()
