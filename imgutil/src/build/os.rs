@@ -36,6 +36,9 @@ pub(super) struct Os {
     pub(super) arch: BTreeMap<String, OsArch>,
     /// What makes the initramfs.
     pub(super) initramfs: Initramfs,
+    /// The system's locale.
+    #[serde(default)]
+    pub(super) locale: Locale,
     /// What is installed.
     pub(super) packages: Packages,
     /// What is enabled.
@@ -111,6 +114,23 @@ pub(super) enum InitramfsTool {
     InitramfsTools,
     /// `dracut` of all others.
     Dracut,
+}
+
+/// How a release is told its locale.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Locale {
+    /// The file that names it.
+    pub(super) file: String,
+    /// Packages for every locale but C and C.UTF-8, with `{language}` as `de`.
+    pub(super) packages: Vec<String>,
+}
+
+impl Default for Locale {
+    /// As Debian does it.
+    fn default() -> Self {
+        Self { file: "/etc/default/locale".to_owned(), packages: vec!["locales".to_owned()] }
+    }
 }
 
 /// Package lists of the two bases.

@@ -2,21 +2,32 @@
 
 use super::os::{Os, OsArch};
 use super::{BuildError, Options};
-use crate::recipe::{Base, Recipe, is_package_name};
+use crate::recipe::{Base, File, Group, Item, Key, PackageWord, Recipe, Target, User};
 use std::path::PathBuf;
 
-/// Options and the data of the operating system, put together.
+/// Options and the data of the operating system, put together: what does not count for this target is left out.
 pub(super) struct Plan {
     pub(super) os: Os,
-    pub(super) recipe: Recipe,
+    pub(super) arch: Arch,
+    pub(super) base: Base,
     /// The node's files, where they are to be planted.
     pub(super) node_files: Option<PathBuf>,
-    pub(super) arch: Arch,
     /// The distribution's own first.
     pub(super) repositories: Vec<Repository>,
     /// Packages to ask for: what they depend on comes with them.
     pub(super) packages: Vec<String>,
+    /// Packages that must not come, whoever asks for them.
+    pub(super) remove: Vec<String>,
+    pub(super) groups: Vec<Group>,
+    pub(super) users: Vec<User>,
+    pub(super) files: Vec<File>,
     pub(super) services: Vec<String>,
+    pub(super) disable: Vec<String>,
+    pub(super) locale: Option<String>,
+    pub(super) timezone: Option<String>,
+    pub(super) run: Vec<String>,
+    /// The files that the recipe was read from, the one that was named last.
+    pub(super) recipe_files: Vec<PathBuf>,
 }
 
 /// An architecture by both of its names.
@@ -36,43 +47,96 @@ pub(super) struct Repository {
     pub(super) suites: Vec<String>,
     /// For apt.
     pub(super) components: Vec<String>,
-    /// File with its public keys, on the host.
-    pub(super) key: PathBuf,
-    /// Where the image has that file from a package of its own; otherwise it is laid in.
-    pub(super) key_in_image: Option<String>,
-    /// The host's package that brings the file.
-    pub(super) key_package: Option<String>,
+    pub(super) key: RepositoryKey,
+}
+
+/// How a repository's signatures are checked. There is no way to leave it open.
+pub(super) enum RepositoryKey {
+    /// By the public keys in a file of the host.
+    File {
+        path: PathBuf,
+        /// Where the image has that file from a package of its own; otherwise it is laid in.
+        in_image: Option<String>,
+        /// The host's package that brings the file.
+        package: Option<String>,
+    },
+    /// By this public key, armoured.
+    Text(String),
+    /// Not at all: the recipe says so of this repository.
+    Unsigned,
 }
 
 impl Plan {
     pub(super) fn new(options: &Options, os: Os) -> Result<Self, BuildError> {
         let recipe = options.recipe.clone();
         let (machine, os_arch) = find_arch(&os, recipe.arch.as_deref().unwrap_or(std::env::consts::ARCH))?;
-        let mut packages = os.packages.minimal.clone();
-        let mut services = Vec::new();
-        if recipe.base == Base::Node {
-            packages.extend(os.packages.node.iter().chain(&os_arch.kernel).cloned());
-            services.clone_from(&os.services.node);
-        }
-        for name in &recipe.packages {
-            if !is_package_name(name) {
-                return Err(BuildError::PackageName(name.clone()));
-            }
-            if !packages.contains(name) {
-                packages.push(name.clone());
-            }
-        }
-        services.extend(recipe.services.iter().cloned());
+        let target = Target { os: &os.name, machine, arch: &os_arch.name };
+        let base = recipe.base.unwrap_or_default();
+        let (packages, remove) = packages(&os, os_arch, &recipe, base, target);
+        let mut services = if base == Base::Node { os.services.node.clone() } else { Vec::new() };
+        services.extend(counting(&recipe.services, target).map(|name| name.0.clone()));
+        let disable: Vec<String> = counting(&recipe.disable, target).map(|name| name.0.clone()).collect();
+        services.retain(|name| !disable.contains(name));
         Ok(Self {
             arch: Arch { machine: machine.to_owned(), name: os_arch.name.clone() },
-            repositories: repositories(&os, os_arch, &recipe),
+            base,
+            repositories: repositories(&os, os_arch, &recipe, target),
             node_files: options.node_files.clone(),
             packages,
+            remove,
             services,
-            recipe,
+            disable,
+            run: counting(&recipe.run, target).map(|command| command.0.clone()).collect(),
+            files: recipe.files.iter().filter(|file| file.when.holds(target)).cloned().collect(),
+            groups: recipe.groups,
+            users: recipe.users,
+            locale: recipe.locale.map(|name| name.0),
+            timezone: recipe.timezone.map(|name| name.0),
+            recipe_files: recipe.read_from,
             os,
         })
     }
+}
+
+/// The entries whose condition is true.
+fn counting<'a, T>(items: &'a [Item<T>], target: Target<'a>) -> impl Iterator<Item = &'a T> {
+    items.iter().filter(move |item| item.when.holds(target)).map(|item| &item.value)
+}
+
+/// Packages to ask for and packages to leave out. A later word of the recipe wins over an earlier one.
+fn packages(os: &Os, arch: &OsArch, recipe: &Recipe, base: Base, target: Target<'_>) -> (Vec<String>, Vec<String>) {
+    let mut wanted = os.packages.minimal.clone();
+    if base == Base::Node {
+        wanted.extend(os.packages.node.iter().chain(&arch.kernel).cloned());
+    }
+    if let Some(locale) = recipe.locale.as_ref().filter(|locale| !is_built_in(&locale.0)) {
+        let language = locale.0.split(['_', '.', '@']).next().unwrap_or_default();
+        wanted.extend(os.locale.packages.iter().map(|name| name.replace("{language}", language)));
+    }
+    let mut removed: Vec<String> = Vec::new();
+    for PackageWord(word) in counting(&recipe.packages, target) {
+        let (name, (into, out_of)) = match word.strip_prefix('-') {
+            Some(name) => (name, (&mut removed, &mut wanted)),
+            None => (word.as_str(), (&mut wanted, &mut removed)),
+        };
+        out_of.retain(|known| known != name);
+        if !into.iter().any(|known| known == name) {
+            into.push(name.to_owned());
+        }
+    }
+    for PackageWord(word) in counting(&recipe.remove, target) {
+        let name = word.trim_start_matches('-');
+        wanted.retain(|known| known != name);
+        if !removed.iter().any(|known| known == name) {
+            removed.push(name.to_owned());
+        }
+    }
+    (wanted, removed)
+}
+
+/// Whether every system has this locale without a package.
+pub(super) fn is_built_in(locale: &str) -> bool {
+    matches!(locale, "C" | "POSIX" | "C.UTF-8" | "C.utf8")
 }
 
 /// The architecture called `name`, by either of its names.
@@ -86,12 +150,14 @@ fn find_arch<'a>(os: &'a Os, name: &str) -> Result<(&'a str, &'a OsArch), BuildE
     )
 }
 
-fn repositories(os: &Os, arch: &OsArch, recipe: &Recipe) -> Vec<Repository> {
-    let mirror = recipe.mirror.as_ref().or(arch.mirror.as_ref()).unwrap_or(&os.mirror);
-    let security = recipe.security_mirror.as_ref().or(arch.security_mirror.as_ref()).or(os.security_mirror.as_ref());
+fn repositories(os: &Os, arch: &OsArch, recipe: &Recipe, target: Target<'_>) -> Vec<Repository> {
+    let own = |uri: &crate::recipe::Uri| uri.0.clone();
+    let mirror = recipe.mirror.as_ref().map(own).or(arch.mirror.clone()).unwrap_or(os.mirror.clone());
+    let security =
+        recipe.security_mirror.as_ref().map(own).or(arch.security_mirror.clone()).or(os.security_mirror.clone());
+    let security = security.unwrap_or_default();
     let mut all = Vec::new();
     for repository in &os.repositories {
-        let security = security.map_or("", String::as_str);
         if repository.uri.contains("{security-mirror}") && security.is_empty() {
             continue;
         }
@@ -106,20 +172,27 @@ fn repositories(os: &Os, arch: &OsArch, recipe: &Recipe) -> Vec<Repository> {
             uri,
             suites: repository.suites.clone(),
             components: repository.components.clone(),
-            key: PathBuf::from(&repository.key),
-            key_in_image: Some(repository.key.clone()),
-            key_package: Some(repository.key_package.clone()),
+            key: RepositoryKey::File {
+                path: PathBuf::from(&repository.key),
+                in_image: Some(repository.key.clone()),
+                package: Some(repository.key_package.clone()),
+            },
         });
     }
     for (index, repository) in recipe.repositories.iter().enumerate() {
+        if !repository.when.holds(target) {
+            continue;
+        }
         all.push(Repository {
             name: format!("recipe-{index}"),
             uri: repository.uri.clone(),
             suites: repository.suites.clone(),
             components: repository.components.clone(),
-            key: recipe.directory.join(&repository.key),
-            key_in_image: None,
-            key_package: None,
+            key: match &repository.key {
+                Key::File(path) => RepositoryKey::File { path: path.clone(), in_image: None, package: None },
+                Key::Text(text) => RepositoryKey::Text(text.clone()),
+                Key::Unsigned => RepositoryKey::Unsigned,
+            },
         });
     }
     all
@@ -132,7 +205,7 @@ mod tests {
 
     fn plan(os_name: &str, recipe: &str) -> Plan {
         let recipe = Recipe::parse(recipe, std::path::Path::new("r.toml")).unwrap();
-        let options = Options { tree: PathBuf::from("tree"), recipe, node_files: None };
+        let options = Options { recipe, ..Options::new(PathBuf::from("tree")) };
         Plan::new(&options, os::find(os_name).unwrap()).unwrap()
     }
 
@@ -148,5 +221,26 @@ mod tests {
         assert_eq!((uris(&changed), changed.arch.name.as_str()), (vec!["http://m/debian"], "amd64"));
         let ports = plan("ubuntu-24.04", "arch = \"arm64\"");
         assert_eq!((uris(&ports)[0], ports.arch.machine.as_str()), ("http://ports.ubuntu.com/ubuntu-ports", "aarch64"));
+    }
+
+    #[test]
+    fn what_does_not_count_for_the_target_is_left_out_and_the_last_word_wins() {
+        let plan = plan(
+            "debian-12",
+            r#"
+            arch = "amd64"
+            base = "minimal"
+            packages = ["vim", "-nano", { name = "less", version = "13" }, "-ca-certificates", "nano", "-vim", "zsh"]
+            remove = ["zsh"]
+            services = ["a.service", { name = "b.service", arch = "arm64" }, "c.service"]
+            disable = ["c.service"]
+            locale = "de_DE.UTF-8"
+            run = [{ command = "false", os = "ubuntu" }]
+            "#,
+        );
+        assert_eq!(plan.packages, ["apt", "debian-archive-keyring", "locales", "nano"]);
+        assert_eq!(plan.remove, ["ca-certificates", "vim", "zsh"]);
+        assert_eq!((plan.services, plan.disable), (vec!["a.service".to_owned()], vec!["c.service".to_owned()]));
+        assert!(plan.run.is_empty());
     }
 }

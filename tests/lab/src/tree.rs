@@ -31,8 +31,10 @@ pub fn debian(bins: &Bins, say: &mut dyn FnMut(&str)) -> anyhow::Result<PathBuf>
 
     if !tree.exists() {
         say("building a Debian 12 root tree from the archive (imgutil build)");
-        run_shown(tied(bins.path("imgutil")).args(["build", "--os", OS, "--node-files"]).arg(&stage).arg(&tree))
-            .context("imgutil build")?;
+        run_shown(
+            tied(bins.path("imgutil")).args(["build", "--no-cache", "--os", OS, "--node-files"]).arg(&stage).arg(&tree),
+        )
+        .context("imgutil build")?;
         std::fs::write(&marker, &planted)?;
     } else if std::fs::read_to_string(&marker).ok().as_deref() != Some(planted.as_str()) {
         say("laying the newly compiled agent into the cached tree (update-initramfs by imgutil exec)");

@@ -5,14 +5,16 @@ mod apt;
 
 use super::BuildError;
 use super::os::BackendName;
-use super::plan::Plan;
+use super::plan::{Plan, RepositoryKey};
 use super::tools::Tools;
 use super::tree::Tree;
 use super::workdir::WorkDir;
+use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// A package in exactly one version.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Package {
     pub(super) name: String,
     /// In the words of the back end: epoch and release included.
@@ -34,7 +36,8 @@ pub(super) struct Installed {
 }
 
 /// The state of a repository when packages were chosen from it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Snapshot {
     /// Its signed index, in the back end's words.
     pub(super) index: String,
@@ -56,6 +59,8 @@ pub(super) struct Context<'a, 'b> {
     pub(super) tools: &'a mut Tools<'b>,
     pub(super) work: &'a WorkDir,
     pub(super) plan: &'a Plan,
+    /// Nothing in the image is to be newer than this, in seconds since 1970.
+    pub(super) epoch: Option<i64>,
 }
 
 /// One family of distributions.
@@ -67,12 +72,16 @@ pub(super) trait Backend: Send + Sync {
     /// has a key. Nothing is fetched.
     fn check_host(&self, plan: &Plan) -> Result<(), BuildError>;
 
-    /// Fetches the signed indexes of the repositories and works out every package that `plan.packages` make necessary.
+    /// Fetches the signed indexes of the repositories and works out every package that `plan.packages` make necessary, none of
+    /// `plan.remove` among them.
     fn resolve(&self, context: &mut Context<'_, '_>) -> Result<Resolved, BuildError>;
 
     /// Fills `work.root()` with exactly `packages`. The node's files in `work.stage()`, if there are any, are planted before the
     /// kernel's scripts run; no initramfs is made. A package that is in no repository any more is `BuildError::VersionGone`.
     fn install(&self, context: &mut Context<'_, '_>, packages: &[Package]) -> Result<(), BuildError>;
+
+    /// What besides the packages decides what `install` makes: the tool's version, and how it is used.
+    fn maker(&self) -> Result<String, BuildError>;
 
     /// The packages in `work.root()`, sorted.
     fn installed(&self, context: &mut Context<'_, '_>) -> Result<Vec<Installed>, BuildError>;
@@ -93,12 +102,13 @@ pub(super) fn get(name: BackendName) -> &'static dyn Backend {
 
 /// Checks common to all back ends: every key is there, and programs of the architecture can run.
 fn check_keys_and_machine(plan: &Plan) -> Result<(), BuildError> {
-    if let Some(repository) = plan.repositories.iter().find(|repository| !repository.key.is_file()) {
-        return Err(BuildError::NoKey {
-            uri: repository.uri.clone(),
-            key: repository.key.clone(),
-            package: repository.key_package.clone(),
-        });
+    for repository in &plan.repositories {
+        if let RepositoryKey::File { path, package, .. } = &repository.key
+            && !path.is_file()
+        {
+            let (uri, package) = (repository.uri.clone(), package.clone());
+            return Err(BuildError::NoKey { uri, key: path.clone(), package });
+        }
     }
     let machine = &plan.arch.machine;
     let foreign = machine != std::env::consts::ARCH;
