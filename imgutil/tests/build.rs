@@ -3,13 +3,13 @@
 
 mod build_tree;
 
-use build_tree::{exec, imgutil, mounts, processes, scratch, shell, text, wait_until};
+use build_tree::{exec, imgutil, mounts, processes, scratch, shell, text, tied, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
-use std::process::{Child, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 fn names(directory: &Path) -> Vec<String> {
     let mut names: Vec<String> =
@@ -32,57 +32,288 @@ fn error(output: &Output, status: i32) -> String {
     errors[0].to_owned()
 }
 
+/// A key pair of the test's own, in a GnuPG directory: its armoured public key.
+fn signing_key(home: &Path) -> String {
+    std::fs::create_dir(home).unwrap();
+    std::fs::set_permissions(home, std::fs::Permissions::from_mode(0o700)).unwrap();
+    let gpg = |args: &[&str]| {
+        let output =
+            Command::new("gpg").args(["--batch", "--quiet", "--homedir"]).arg(home).args(args).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    gpg(&["--passphrase", "", "--quick-generate-key", "archive@test", "ed25519", "sign", "never"]);
+    let key = gpg(&["--armor", "--export", "archive@test"]);
+    // The agent that gpg started would outlive the test.
+    drop(Command::new("gpgconf").arg("--homedir").arg(home).args(["--kill", "all"]).status());
+    key
+}
+
+/// An archive of one package, `own-hello`, signed by the key in `home`.
+fn archive(directory: &Path, home: &Path) {
+    std::fs::create_dir_all(directory.join("p/DEBIAN")).unwrap();
+    std::fs::create_dir_all(directory.join("p/usr/share")).unwrap();
+    std::fs::write(directory.join("p/usr/share/own"), "own\n").unwrap();
+    let control = "Package: own-hello\nVersion: 1:2.0\nArchitecture: all\nMaintainer: t <t@t>\nDescription: t\n";
+    std::fs::write(directory.join("p/DEBIAN/control"), control).unwrap();
+    let script = format!(
+        "dpkg-deb --build p own-hello_2.0_all.deb && rm -r p && apt-ftparchive packages . > Packages && \
+         apt-ftparchive -o APT::FTPArchive::Release::Suite=own release . > ../Release && mv ../Release . && \
+         gpg --batch --quiet --homedir {0} --clearsign -o InRelease Release && gpgconf --homedir {0} --kill all",
+        home.display()
+    );
+    let output = Command::new("sh").args(["-ec", &script]).current_dir(directory).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+}
+
+/// The digest of what `imgutil pack` makes of a tree.
+fn payload(work: &Path, tree: &str) -> String {
+    let image = work.join(format!("{tree}.moor"));
+    let output = imgutil().args(["pack", "--plain", "--level", "1", tree, "-o"]).arg(&image).current_dir(work).output();
+    assert!(output.as_ref().unwrap().status.success(), "{}", text(&output.unwrap().stderr));
+    let output = imgutil().args(["inspect", "--json"]).arg(&image).output().unwrap();
+    std::fs::remove_file(image).unwrap();
+    let shown: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    find(&shown, "payload_sha256").expect("a digest").to_owned()
+}
+
+/// The first text of that name, however deep.
+fn find<'a>(value: &'a serde_json::Value, name: &str) -> Option<&'a str> {
+    match value {
+        serde_json::Value::Object(map) => map
+            .get(name)
+            .and_then(serde_json::Value::as_str)
+            .or_else(|| map.values().find_map(|value| find(value, name))),
+        serde_json::Value::Array(list) => list.iter().find_map(|value| find(value, name)),
+        _ => None,
+    }
+}
+
 #[test]
-fn a_recipe_becomes_a_tree() {
+fn a_recipe_becomes_a_tree_and_its_lock_makes_the_same_again() {
     let work = scratch();
-    std::fs::write(work.path().join("banner"), "welcome\n").unwrap();
-    let recipe = r#"
-        os = "debian-12"
-        base = "minimal"
-        packages = ["hello"]
-        locale = "C.UTF-8"
-        run = ["echo ran > /etc/ran", "test \"$(cat /etc/secret)\" = x"]
+    let write = |name: &str, content: &str| std::fs::write(work.path().join(name), content).unwrap();
+    let home = work.path().join("gnupg");
+    let key = signing_key(&home);
+    archive(&work.path().join("archive"), &home);
+    std::fs::create_dir_all(work.path().join("site/skeleton/deep")).unwrap();
+    write("site/banner", "welcome\n");
+    write("site/skeleton/deep/tool", "#!/bin/sh\n");
+    std::fs::set_permissions(work.path().join("site/skeleton/deep/tool"), std::fs::Permissions::from_mode(0o700))
+        .unwrap();
+    write(
+        "site/common.toml",
+        r#"
+        packages = ["hello", { name = "less", version = ">=13" }, "own-hello"]
         [[file]]
         path = "/etc/issue"
         source = "banner"
         [[file]]
+        path = "/opt/skeleton"
+        source = "skeleton"
+        "#,
+    );
+    let recipe = format!(
+        r#"
+        include = ["site/common.toml"]
+        os = "debian-12"
+        base = "minimal"
+        packages = ["-ca-certificates", {{ name = "no-such-package", arch = "arm64" }}]
+        locale = "C.UTF-8"
+        timezone = "Europe/Berlin"
+        run = ["echo ran > /etc/ran", "test \"$(cat /etc/secret)\" = x", "date > /etc/built-at; ls -li /etc > /dev/null"]
+        [[repository]]
+        uri = "copy:{}/archive"
+        suites = ["./"]
+        key = """
+{key}"""
+        [[file]]
         path = "/etc/secret"
         content = "x\n"
         mode = "0600"
+        owner = "op:adm"
+        [[file]]
+        path = "/var/lib/data"
+        directory = true
+        mode = "0750"
+        [[file]]
+        path = "/etc/alias"
+        link = "issue"
+        [[group]]
+        name = "crew"
+        gid = 2345
         [[user]]
         name = "op"
         uid = 1234
-        groups = ["adm"]
-    "#;
-    std::fs::write(work.path().join("recipe.toml"), recipe).unwrap();
-    let output = build(work.path(), &["-f", "recipe.toml", "tree"]);
-    assert!(output.status.success(), "{}", text(&output.stderr));
-    assert!(text(&output.stdout).contains("debian-12 amd64, kernel none"), "{}", text(&output.stdout));
+        groups = ["adm", "crew"]
+        ssh-keys = ["ssh-ed25519 AAAA op"]
+        "#,
+        work.path().display()
+    );
+    // A recipe whose commands put the time of day into the image cannot be built twice alike: not this one.
+    let recipe = recipe.replace("date > /etc/built-at; ", "");
+    write("recipe.toml", &recipe);
+    let cached = ["--cache", "cache", "-f", "recipe.toml"];
+    let good = |args: &[&str]| {
+        let output = build(work.path(), &[&cached[..], args].concat());
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        (text(&output.stdout), text(&output.stderr))
+    };
+    let (out, log) = good(&["tree"]);
+    assert!(out.contains("debian-12 amd64, kernel none, in "), "{out}");
     // A log has its lines from the start.
-    assert!(text(&output.stderr).starts_with("imgutil: fetching the lists of packages\n"), "{}", text(&output.stderr));
+    assert!(log.starts_with("imgutil: fetching the lists of packages\n"), "{log}");
     let tree = work.path().join("tree");
-    assert_eq!(names(work.path()), ["banner", "recipe.toml", "tree"]);
+    let expected = ["archive", "cache", "gnupg", "recipe.lock", "recipe.toml", "site", "tree"];
+    assert_eq!(names(work.path()), expected);
     assert_eq!(tree.metadata().unwrap().permissions().mode() & 0o7777, 0o755);
-    assert_eq!(std::fs::read_to_string(tree.join("etc/issue")).unwrap(), "welcome\n");
-    assert_eq!(std::fs::read_to_string(tree.join("etc/ran")).unwrap(), "ran\n");
-    assert_eq!(std::fs::read_to_string(tree.join("etc/default/locale")).unwrap(), "LANG=C.UTF-8\n");
-    assert_eq!(tree.join("etc/secret").metadata().unwrap().permissions().mode() & 0o7777, 0o600);
-    assert_eq!(shell(&tree, "hello; id -u op; id -Gn op"), "Hello, world!\n1234\nop adm\n");
-    assert_eq!(tree.join("home/op").metadata().unwrap().uid(), 1234);
+    let read = |path: &str| std::fs::read_to_string(tree.join(path)).unwrap();
+    assert_eq!((read("etc/issue"), read("etc/ran")), ("welcome\n".to_owned(), "ran\n".to_owned()));
+    assert_eq!((read("etc/default/locale"), read("usr/share/own")), ("LANG=C.UTF-8\n".to_owned(), "own\n".to_owned()));
+    let seen = |path: &str| {
+        let metadata = tree.join(path).symlink_metadata().unwrap();
+        (metadata.mode() & 0o7777, metadata.uid(), metadata.gid())
+    };
+    assert_eq!((seen("etc/secret"), seen("var/lib/data")), ((0o600, 1234, 4), (0o750, 0, 0)));
+    assert_eq!((seen("opt/skeleton/deep"), seen("opt/skeleton/deep/tool")), ((0o755, 0, 0), (0o755, 0, 0)));
+    assert_eq!(seen("home/op/.ssh/authorized_keys"), (0o600, 1234, 1234));
+    assert_eq!(tree.join("etc/alias").read_link().unwrap(), Path::new("issue"));
+    assert_eq!(tree.join("etc/localtime").read_link().unwrap(), Path::new("/usr/share/zoneinfo/Europe/Berlin"));
+    assert_eq!(shell(&tree, "hello; id -u op; id -Gn op"), "Hello, world!\n1234\nop adm crew\n");
+    // Left out, and not wanted here.
+    for gone in ["usr/sbin/update-ca-certificates", "usr/bin/less"] {
+        assert!(!tree.join(gone).exists(), "{gone}");
+    }
     // Nothing of one machine or of the build.
     assert_eq!(std::fs::read(tree.join("etc/machine-id")).unwrap(), b"");
     for gone in ["etc/hostname", "var/log/dpkg.log", "etc/apt/sources.list", "usr/sbin/policy-rc.d"] {
         assert!(!tree.join(gone).exists(), "{gone}");
     }
     assert_eq!(names(&tree.join("var/lib/apt/lists")), ["partial"]);
-    let sources = std::fs::read_to_string(tree.join("etc/apt/sources.list.d/image.sources")).unwrap();
-    assert!(sources.contains("bookworm-security") && sources.matches("Signed-By: ").count() == 2, "{sources}");
+    let sources = read("etc/apt/sources.list.d/image.sources");
+    assert!(sources.contains("bookworm-security") && sources.matches("Signed-By: ").count() == 3, "{sources}");
+    assert_eq!(read("etc/apt/keyrings/recipe-0.asc").trim(), key.trim());
     // What was built can be built upon.
     assert_eq!(exec(&tree, &["dpkg", "--audit"]).stdout, b"");
     assert_eq!(mounts(&tree), Vec::<String>::new());
-
     let again = build(work.path(), &["-f", "recipe.toml", "tree"]);
     assert!(error(&again, 1).contains("tree' exists: build makes a new tree"), "{}", text(&again.stderr));
+
+    // The lock names every package that is there, with version and digest.
+    let lock = std::fs::read_to_string(work.path().join("recipe.lock")).unwrap();
+    let installed = shell(&tree, "dpkg-query -W -f '${Package}\\n'");
+    assert_eq!(lock.matches("[[package]]").count(), installed.lines().count());
+    assert!(lock.contains("name = \"own-hello\"\nversion = \"1:2.0\"\narch = \"all\"\nsha256 = \""), "{lock}");
+    for source in ["recipe.toml", "site/common.toml", "site/banner", "site/skeleton"] {
+        assert!(lock.contains(&format!("path = \"{source}\"")), "{source}: {lock}");
+    }
+
+    // The same again, installed anew, under another name and at another time.
+    let digest = payload(work.path(), "tree");
+    std::fs::remove_dir_all(&tree).unwrap();
+    let output = build(work.path(), &["--no-cache", "-f", "recipe.toml", "--locked", "another"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stdout).contains(", packages as locked on 2"), "{}", text(&output.stdout));
+    assert_eq!(payload(work.path(), "another"), digest);
+    std::fs::remove_dir_all(work.path().join("another")).unwrap();
+
+    // Out of the cache no network is needed, nor the archives: the same once more in a network namespace without any.
+    let without_network = |args: &[&str]| {
+        let mut command = tied("unshare");
+        command.args(["-n", env!("CARGO_BIN_EXE_imgutil"), "build"]).args(cached).args(args);
+        command.current_dir(work.path()).output().unwrap()
+    };
+    let output = without_network(&["--locked", "third"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(payload(work.path(), "third"), digest);
+    std::fs::remove_dir_all(work.path().join("third")).unwrap();
+
+    // A command and a file more: --locked refuses, and without it the packages stay as they are.
+    write("recipe.toml", &recipe.replace("echo ran", "echo ran again"));
+    let line = error(&build(work.path(), &[&cached[..], &["--locked", "tree"]].concat()), 1);
+    assert!(line.contains("does not match its lock") && line.contains("'recipe.toml' has changed"), "{line}");
+    let output = without_network(&["tree"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(read("etc/ran"), "ran again\n");
+    std::fs::remove_dir_all(&tree).unwrap();
+    let packages = |lock: &str| lock[lock.find("[[package]]").unwrap()..].to_owned();
+    let after = std::fs::read_to_string(work.path().join("recipe.lock")).unwrap();
+    assert!(after != lock && packages(&after) == packages(&lock), "only the sources' digests are new");
+
+    // Versions that are gone are named, and so is a file that is not the locked one.
+    let before = names(work.path());
+    for (from, to, parts) in [
+        (
+            "version = \"1:2.0\"",
+            "version = \"1:1.0\"",
+            ["own-hello 1:1.0 is gone from the repositories: they have 1:2.0", "--update-lock"],
+        ),
+        ("name = \"hello\"", "name = \"hellooo\"", ["hellooo 2.10", "they have no version of it"]),
+    ] {
+        write("recipe.lock", &after.replace(from, to));
+        let line = error(&build(work.path(), &["--no-cache", "-f", "recipe.toml", "tree"]), 1);
+        assert!(parts.iter().all(|part| line.contains(part)), "{line}");
+        assert_eq!(names(work.path()), before);
+    }
+    let digest_of = |name: &str| {
+        let part = &after[after.find(&format!("name = \"{name}\"\n")).unwrap()..];
+        part.split("sha256 = \"").nth(1).unwrap()[..64].to_owned()
+    };
+    write("recipe.lock", &after.replace(&digest_of("own-hello"), &digest_of("hello")));
+    let line = error(&build(work.path(), &["--no-cache", "-f", "recipe.toml", "tree"]), 1);
+    assert!(line.contains("own-hello 1:2.0 in the repositories is not the file that the lock names"), "{line}");
+
+    // A damaged entry of the cache is taken away and not used.
+    write("recipe.lock", &after);
+    let base = work.path().join("cache/base");
+    let entry = base.join(names(&base).iter().find(|name| name.ends_with(".tar.zst")).unwrap());
+    let mut bytes = std::fs::read(&entry).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&entry, bytes).unwrap();
+    let output = without_network(&["tree"]);
+    assert!(error(&output, 1).contains("cannot fetch http"), "{}", text(&output.stderr));
+    assert_eq!(names(&base), Vec::<String>::new());
+
+    // A key that did not sign: nothing of the archive is used.
+    let other = signing_key(&work.path().join("gnupg2"));
+    write("recipe.toml", &recipe.replace(key.trim(), other.trim()));
+    let before = names(work.path());
+    let line = error(&build(work.path(), &["--no-cache", "-f", "recipe.toml", "tree"]), 1);
+    assert!(line.contains("is not signed by its key, so nothing of it was used"), "{line}");
+    assert_eq!(names(work.path()), before);
+}
+
+#[test]
+fn a_full_disk_is_one_line() {
+    let work = scratch();
+    // Gone with the namespace, whatever happens.
+    let script = format!(
+        "mount -t tmpfs -o size=20m none {0} && {1} build --no-cache --minimal {0}/tree; code=$?; ls -A {0}; exit $code",
+        work.path().display(),
+        env!("CARGO_BIN_EXE_imgutil")
+    );
+    let output = tied("unshare").args(["-m", "sh", "-c", &script]).output().unwrap();
+    let line = error(&output, 1);
+    assert!(line.contains("is full: make room there, or build elsewhere"), "{line}");
+    assert_eq!(text(&output.stdout), "", "nothing is left");
+}
+
+#[test]
+fn a_build_without_a_tree_explains_itself() {
+    let work = scratch();
+    let output = build(work.path(), &[]);
+    assert_eq!(output.status.code(), Some(2));
+    let printed = text(&output.stderr);
+    assert!(printed.contains("imgutil build TREE") && printed.contains("--list-os"), "{printed}");
+    assert!(printed.lines().count() < 20, "{printed}");
+    let output = build(work.path(), &["--list-os", "--json"]);
+    let list: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let tested = |name: &str| {
+        let os = list.as_array().unwrap().iter().find(|os| os["name"] == name).unwrap();
+        os["tested"].as_bool().unwrap()
+    };
+    assert!(tested("debian-12") && !tested("ubuntu-26.04"));
 }
 
 #[test]
@@ -95,8 +326,12 @@ fn mistakes_are_answered_in_one_line_and_leave_nothing() {
         "key.toml",
         "base = \"minimal\"\n[[repository]]\nuri = \"http://127.0.0.1/x\"\nsuites = [\"a\"]\nkey = \"none.asc\"\n",
     );
+    write("source.toml", "base = \"minimal\"\n[[file]]\npath = \"/a\"\nsource = \"none-such\"\n");
+    write("circle.toml", "include = \"circle.toml\"\n");
+    write("bare.toml", "base = \"minimal\"\n\n[[repository]]\nuri = \"http://x\"\nsuites = [\"a\"]\n");
+    write("out.toml", "base = \"minimal\"\n");
     let before = names(work.path());
-    let cases: [(&[&str], &[&str]); 9] = [
+    let cases: [(&[&str], &[&str]); 14] = [
         (
             &["-f", "unknown.toml", "tree"],
             &["build 'tree': unknown package 'vimm'", "vim", "nor 'no-such-package'", "correct the name"],
@@ -107,6 +342,14 @@ fn mistakes_are_answered_in_one_line_and_leave_nothing() {
             &["-f", "key.toml", "tree"],
             &["none.asc' that signs 'http://127.0.0.1/x' is missing", "check the recipe's 'key'"],
         ),
+        (&["-f", "source.toml", "tree"], &["cannot read", "none-such", "No such file"]),
+        (&["-f", "circle.toml", "tree"], &["circle.toml' cannot include", "would never end"]),
+        (
+            &["-f", "bare.toml", "tree"],
+            &["recipe 'bare.toml', line 3: repository 'http://x' has no key", "unsigned = true"],
+        ),
+        (&["-f", "out.toml", "--locked", "tree"], &["lock 'out.lock': it does not exist: build once without --locked"]),
+        (&["--locked", "tree"], &["without a recipe there is no lock: name it with --lock"]),
         (&["--os", "debian-1", "tree"], &["unknown operating system 'debian-1': known are debian-12"]),
         (
             &["--arch", "vax", "--minimal", "tree"],
@@ -131,8 +374,12 @@ fn mistakes_are_answered_in_one_line_and_leave_nothing() {
 
 /// A build that has begun to unpack.
 fn begun(work: &Path) -> Child {
-    let mut child =
-        imgutil().args(["build", "--minimal", "tree"]).current_dir(work).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = imgutil()
+        .args(["build", "--no-cache", "--minimal", "tree"])
+        .current_dir(work)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     while !lines.next().expect("it ended before it began").unwrap().contains("unpacking essential packages") {}
     // Whoever reads the lines goes on to read them.

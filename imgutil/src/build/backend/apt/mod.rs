@@ -132,6 +132,11 @@ fn trust_in_image(tree: &Tree, repository: &Repository) -> Result<String, BuildE
     Ok(format!("Signed-By: {key}"))
 }
 
+/// Whether a path can stand in the options of a line of sources.list.
+fn is_plain(path: &Path) -> bool {
+    !path.as_os_str().as_encoded_bytes().iter().any(|byte| byte.is_ascii_whitespace() || b"[]".contains(byte))
+}
+
 /// Where a key that a recipe holds itself is kept for apt on the host.
 fn key_file(work: &WorkDir, repository: &Repository) -> std::path::PathBuf {
     work.indexes().join(format!("{}.asc", repository.name))

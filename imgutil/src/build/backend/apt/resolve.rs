@@ -5,7 +5,7 @@
 use super::super::{Context, Package, Resolved, Snapshot};
 use super::index::Index;
 use super::output::{Counter, explain};
-use super::{key_file, sources};
+use super::{is_plain, key_file, sources};
 use crate::build::BuildError;
 use crate::build::plan::RepositoryKey;
 use crate::build::workdir::WorkDir;
@@ -47,7 +47,12 @@ pub(super) fn update(context: &mut Context<'_, '_>) -> Result<(), BuildError> {
     }
     for repository in &context.plan.repositories {
         if let RepositoryKey::Text(text) = &repository.key {
-            std::fs::write(key_file(context.work, repository), text).map_err(failed)?;
+            let path = key_file(context.work, repository);
+            if !is_plain(&path) {
+                let problem = "apt takes no key below a path with blanks or brackets: build elsewhere".to_owned();
+                return Err(BuildError::Repository { uri: repository.uri.clone(), problem });
+            }
+            std::fs::write(path, text).map_err(failed)?;
         }
     }
     let own_files = [
