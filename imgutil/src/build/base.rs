@@ -97,12 +97,11 @@ pub(super) fn make(
     locking: &Locking,
     cache: Option<&Cache>,
 ) -> Result<Base, BuildError> {
-    let mut base = match &locking.old {
-        Some(lock) => Base { packages: lock.packages.clone(), snapshots: Vec::new() },
-        None => {
-            let resolved = backend.resolve(context)?;
-            Base { packages: resolved.packages, snapshots: resolved.snapshots }
-        }
+    let mut base = if let Some(lock) = &locking.old {
+        Base { packages: lock.packages.clone(), snapshots: Vec::new() }
+    } else {
+        let resolved = backend.resolve(context)?;
+        Base { packages: resolved.packages, snapshots: resolved.snapshots }
     };
     let key = key(context.plan, backend, &base.packages, locking.wanted.node_files.as_deref())?;
     let restored = match cache {

@@ -220,13 +220,11 @@ fn run(
     streams: impl FnOnce([OwnedFd; 3]) -> [OwnedFd; 3],
 ) -> Result<(), BuildError> {
     let (finished, tail) = context.tools.run(&mut NoMeaning, |usual| Ok(Options::on_host(command, streams(usual))))?;
-    match finished?.outcome {
-        Outcome::Exited(0) => Ok(()),
-        _ => {
-            let reason = tail.reason();
-            Err(BuildError::tool(doing, &reason, tail, &context.work.root()))
-        }
+    if finished?.outcome == Outcome::Exited(0) {
+        return Ok(());
     }
+    let reason = tail.reason();
+    Err(BuildError::tool(doing, &reason, tail, &context.work.root()))
 }
 
 #[cfg(test)]

@@ -41,6 +41,14 @@ pub enum BuildError {
         /// What could have been given.
         known: Vec<String>,
     },
+    /// A data file of the user's cannot be used.
+    #[error("the description of an operating system '{path}': {reason}")]
+    OsFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, in one line.
+        reason: String,
+    },
     /// No kernel for it.
     #[error("{os} is not known for architecture '{arch}': known are {}", known.join(", "))]
     UnknownArch {

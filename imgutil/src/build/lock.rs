@@ -161,7 +161,7 @@ pub(super) fn request(plan: &Plan) -> Result<String, BuildError> {
         for text in [repository.uri.as_str(), &repository.suites.join(" "), &repository.components.join(" ")] {
             feed(text);
         }
-        feed(&super::sources::key_digest(&repository.key)?);
+        feed(&super::sources::key_digest(repository)?);
     }
     Ok(hex::encode(context.finish()))
 }

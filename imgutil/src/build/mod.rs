@@ -23,6 +23,7 @@ mod tree;
 mod workdir;
 
 pub use error::BuildError;
+pub use os::is_path as is_os_file;
 pub use output::Tail;
 
 use crate::exec::SignalWatch;
@@ -127,12 +128,15 @@ pub fn build(
         return Err(BuildError::NotRoot);
     }
     let name = options.recipe.os.as_deref().unwrap_or(DEFAULT_OS);
-    let os = os::find(name).map_err(|known| BuildError::UnknownOs { name: name.to_owned(), known })?;
-    let plan = plan::Plan::new(options, os)?;
+    let os = os::find(name)?;
+    let mut plan = plan::Plan::new(options, os)?;
     let backend = backend::get(plan.os.backend);
     backend.check_host(&plan)?;
 
     let work = workdir::WorkDir::create(&options.tree)?;
+    for repository in &mut plan.repositories {
+        repository.stage_key(&work)?;
+    }
     let mut units = Vec::new();
     if let Some(node_files) = &plan.node_files {
         stage::copy(node_files, &work.stage())?;

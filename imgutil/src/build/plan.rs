@@ -1,9 +1,10 @@
 //! What is to be built, worked out of the options and the data of the operating system. Nothing is looked at or fetched here.
 
-use super::os::{Os, OsArch};
+use super::os::{Os, OsArch, OsRepository};
+use super::workdir::WorkDir;
 use super::{BuildError, Options};
 use crate::recipe::{Base, File, Group, Item, Key, PackageWord, Recipe, Target, User};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Options and the data of the operating system, put together: what does not count for this target is left out.
 pub(super) struct Plan {
@@ -47,23 +48,18 @@ pub(super) struct Repository {
     pub(super) suites: Vec<String>,
     /// For apt.
     pub(super) components: Vec<String>,
-    pub(super) key: RepositoryKey,
-}
-
-/// How a repository's signatures are checked. There is no way to leave it open.
-pub(super) enum RepositoryKey {
-    /// By the public keys in a file of the host.
-    File {
-        path: PathBuf,
-        /// Where the image has that file from a package of its own; otherwise it is laid in.
-        in_image: Option<String>,
-        /// The host's package that brings the file.
-        package: Option<String>,
-    },
-    /// By this public key, armoured.
-    Text(String),
-    /// Not at all: the recipe says so of this repository.
-    Unsigned,
+    /// File with its public keys, on the host.
+    pub(super) key: PathBuf,
+    /// The public key itself, where the recipe holds it: `key` is then the file that it is written to.
+    pub(super) key_text: Option<String>,
+    /// The recipe says of this repository that nobody signs it: there is no key.
+    pub(super) unsigned: bool,
+    /// Where the image has that file from a package of its own; otherwise it is laid in.
+    pub(super) key_in_image: Option<String>,
+    /// The host's package that brings the file.
+    pub(super) key_package: Option<String>,
+    /// Whether its index is signed, where the back end has a choice; packages always are.
+    pub(super) signed_metadata: bool,
 }
 
 impl Plan {
@@ -95,6 +91,17 @@ impl Plan {
             recipe_files: recipe.read_from,
             os,
         })
+    }
+}
+
+impl Repository {
+    /// Writes the key that the recipe holds itself to a file, for tools that want one.
+    pub(super) fn stage_key(&mut self, work: &WorkDir) -> Result<(), BuildError> {
+        if let Some(text) = &self.key_text {
+            self.key = work.path().join(format!("{}.asc", self.name));
+            std::fs::write(&self.key, text).map_err(|error| BuildError::io("write", &self.key, error))?;
+        }
+        Ok(())
     }
 }
 
@@ -172,11 +179,12 @@ fn repositories(os: &Os, arch: &OsArch, recipe: &Recipe, target: Target<'_>) -> 
             uri,
             suites: repository.suites.clone(),
             components: repository.components.clone(),
-            key: RepositoryKey::File {
-                path: PathBuf::from(&repository.key),
-                in_image: Some(repository.key.clone()),
-                package: Some(repository.key_package.clone()),
-            },
+            key: key_on_host(repository),
+            key_text: None,
+            unsigned: false,
+            key_in_image: Some(repository.key_in_image.as_ref().unwrap_or(&repository.key).clone()),
+            key_package: Some(repository.key_package.clone()),
+            signed_metadata: repository.signed_metadata,
         });
     }
     for (index, repository) in recipe.repositories.iter().enumerate() {
@@ -188,14 +196,22 @@ fn repositories(os: &Os, arch: &OsArch, recipe: &Recipe, target: Target<'_>) -> 
             uri: repository.uri.clone(),
             suites: repository.suites.clone(),
             components: repository.components.clone(),
-            key: match &repository.key {
-                Key::File(path) => RepositoryKey::File { path: path.clone(), in_image: None, package: None },
-                Key::Text(text) => RepositoryKey::Text(text.clone()),
-                Key::Unsigned => RepositoryKey::Unsigned,
-            },
+            key: if let Key::File(path) = &repository.key { path.clone() } else { PathBuf::new() },
+            key_text: if let Key::Text(text) = &repository.key { Some(text.clone()) } else { None },
+            unsigned: repository.key == Key::Unsigned,
+            key_in_image: None,
+            key_package: None,
+            signed_metadata: repository.signed_metadata,
         });
     }
     all
+}
+
+/// Where the host has the keys: a host of the same family may have them where the image has them.
+fn key_on_host(repository: &OsRepository) -> PathBuf {
+    let places = [Some(&repository.key), repository.key_in_image.as_ref()];
+    let found = places.into_iter().flatten().find(|place| Path::new(place).is_file());
+    PathBuf::from(found.unwrap_or(&repository.key))
 }
 
 #[cfg(test)]

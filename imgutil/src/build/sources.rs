@@ -1,9 +1,9 @@
 //! Digests of everything that a recipe brings: its own files, keys, files to lay in, the node's files.
 
 use super::BuildError;
-use super::plan::{Plan, RepositoryKey};
+use super::plan::{Plan, Repository};
 use crate::recipe::What;
-use aws_lc_rs::digest::{Context, SHA256, digest};
+use aws_lc_rs::digest::{Context, SHA256};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::io::Read;
@@ -40,12 +40,8 @@ pub(super) fn all(plan: &Plan) -> Result<Vec<Source>, BuildError> {
 }
 
 /// Digest of a repository's key; a word of its own where it has none.
-pub(super) fn key_digest(key: &RepositoryKey) -> Result<String, BuildError> {
-    match key {
-        RepositoryKey::File { path, .. } => of_path(path),
-        RepositoryKey::Text(text) => Ok(hex::encode(digest(&SHA256, text.as_bytes()))),
-        RepositoryKey::Unsigned => Ok("unsigned".to_owned()),
-    }
+pub(super) fn key_digest(repository: &Repository) -> Result<String, BuildError> {
+    if repository.unsigned { Ok("unsigned".to_owned()) } else { of_path(&repository.key) }
 }
 
 /// Digest of a file's content, or of a directory with everything in it.

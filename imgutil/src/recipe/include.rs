@@ -77,6 +77,10 @@ fn read_text(path: &Path) -> io::Result<String> {
 
 /// Makes the paths on the host absolute.
 fn locate(recipe: &mut Recipe, directory: &Path) {
+    // A description of an operating system; its name has no slash.
+    if let Some(os) = recipe.os.as_mut().filter(|os| os.contains('/')) {
+        *os = directory.join(&*os).display().to_string();
+    }
     for File { what, .. } in &mut recipe.files {
         if let What::Copy(source) = what {
             *source = directory.join(&source);

@@ -90,6 +90,9 @@ pub struct Repository {
     pub components: Vec<String>,
     /// How its signatures are checked.
     pub key: Key,
+    /// Whether its index is signed. An archive of apt always has to; an RPM repository that does not sign its index still has
+    /// to sign its packages.
+    pub signed_metadata: bool,
     /// When it counts.
     pub when: When,
 }
@@ -106,7 +109,7 @@ pub enum Key {
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 struct RawRepository {
     uri: Uri,
     #[serde(default)]
@@ -116,6 +119,7 @@ struct RawRepository {
     key: Option<String>,
     #[serde(default)]
     unsigned: bool,
+    signed_metadata: Option<bool>,
     #[serde(default, deserialize_with = "strings")]
     arch: Vec<String>,
     #[serde(default, deserialize_with = "strings")]
@@ -154,6 +158,7 @@ impl TryFrom<RawRepository> for Repository {
             suites: plain(raw.suites),
             components: plain(raw.components),
             key,
+            signed_metadata: raw.signed_metadata.unwrap_or(true),
             when: When::new(raw.arch, raw.os, raw.version.as_deref())?,
         })
     }

@@ -2,10 +2,13 @@
 //! part of a build when it is told, and knows nothing of recipes, locks and caches; the order is kept in `build`.
 
 mod apt;
+mod dnf;
+mod rpm;
+mod zypper;
 
 use super::BuildError;
 use super::os::BackendName;
-use super::plan::{Plan, RepositoryKey};
+use super::plan::{Plan, Repository};
 use super::tools::Tools;
 use super::tree::Tree;
 use super::workdir::WorkDir;
@@ -25,6 +28,13 @@ pub(super) struct Package {
     pub(super) sha256: String,
     /// Where its file is.
     pub(super) uri: String,
+}
+
+impl Package {
+    /// The same without its file.
+    pub(super) fn installed(&self) -> Installed {
+        Installed { name: self.name.clone(), version: self.version.clone(), arch: self.arch.clone() }
+    }
 }
 
 /// A package that a tree has.
@@ -97,18 +107,21 @@ pub(super) trait Backend: Send + Sync {
 pub(super) fn get(name: BackendName) -> &'static dyn Backend {
     match name {
         BackendName::Apt => &apt::Apt,
+        BackendName::Dnf => &dnf::Dnf,
+        BackendName::Zypper => &zypper::Zypper,
     }
 }
 
 /// Checks common to all back ends: every key is there, and programs of the architecture can run.
 fn check_keys_and_machine(plan: &Plan) -> Result<(), BuildError> {
-    for repository in &plan.repositories {
-        if let RepositoryKey::File { path, package, .. } = &repository.key
-            && !path.is_file()
-        {
-            let (uri, package) = (repository.uri.clone(), package.clone());
-            return Err(BuildError::NoKey { uri, key: path.clone(), package });
-        }
+    let missing =
+        |repository: &&Repository| !repository.unsigned && repository.key_text.is_none() && !repository.key.is_file();
+    if let Some(repository) = plan.repositories.iter().find(missing) {
+        return Err(BuildError::NoKey {
+            uri: repository.uri.clone(),
+            key: repository.key.clone(),
+            package: repository.key_package.clone(),
+        });
     }
     let machine = &plan.arch.machine;
     let foreign = machine != std::env::consts::ARCH;

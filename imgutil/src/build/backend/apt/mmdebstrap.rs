@@ -67,7 +67,7 @@ fn command(context: &Context<'_, '_>) -> Result<Vec<OsString>, BuildError> {
     // No suite: with one, mmdebstrap would look for essential packages in that suite alone, and the newest version of one may be
     // in another (updates, security).
     command.extend(["".into(), work.root().into_os_string()]);
-    command.extend(sources(work, plan).into_iter().map(OsString::from));
+    command.extend(sources(plan)?.into_iter().map(OsString::from));
     Ok(command)
 }
 

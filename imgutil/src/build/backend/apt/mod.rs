@@ -9,10 +9,9 @@ mod resolve;
 use super::{Backend, Context, Installed, Package, Resolved, check_keys_and_machine};
 use crate::build::BuildError;
 use crate::build::lay::copy_file;
-use crate::build::plan::{Plan, Repository, RepositoryKey};
+use crate::build::plan::{Plan, Repository};
 use crate::build::sources::of_path;
 use crate::build::tree::Tree;
-use crate::build::workdir::WorkDir;
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -32,15 +31,6 @@ impl Backend for Apt {
         for repository in &plan.repositories {
             if repository.suites.is_empty() {
                 return refuse(repository, "an archive of apt has suites: name them in 'suites'");
-            }
-            if let RepositoryKey::File { path, .. } = &repository.key
-                && path
-                    .as_os_str()
-                    .as_encoded_bytes()
-                    .iter()
-                    .any(|byte| byte.is_ascii_whitespace() || b"[]".contains(byte))
-            {
-                return refuse(repository, "apt takes no key whose path has blanks or brackets: move the file");
             }
         }
         let names = plan.packages.iter().chain(&plan.remove);
@@ -116,17 +106,15 @@ impl Backend for Apt {
 /// The field that ties a repository to its key, in the image: a key that a package of the image has, or one that is laid in.
 fn trust_in_image(tree: &Tree, repository: &Repository) -> Result<String, BuildError> {
     let place = |extension: &str| format!("/etc/apt/keyrings/{}.{extension}", repository.name);
-    let key = match &repository.key {
-        RepositoryKey::Unsigned => return Ok("Trusted: yes".to_owned()),
-        RepositoryKey::File { in_image: Some(path), .. } if tree.exists(path) => path.clone(),
-        RepositoryKey::File { path, .. } => {
-            let place = place(path.extension().and_then(|end| end.to_str()).unwrap_or("asc"));
-            copy_file(tree, Path::new(&place), path, 0o644, (0, 0))?;
+    if repository.unsigned {
+        return Ok("Trusted: yes".to_owned());
+    }
+    let key = match &repository.key_in_image {
+        Some(path) if tree.exists(path) => path.clone(),
+        _ => {
+            let place = place(repository.key.extension().and_then(|end| end.to_str()).unwrap_or("asc"));
+            copy_file(tree, Path::new(&place), &repository.key, 0o644, (0, 0))?;
             place
-        }
-        RepositoryKey::Text(text) => {
-            tree.write_text(place("asc"), text)?;
-            place("asc")
         }
     };
     Ok(format!("Signed-By: {key}"))
@@ -137,26 +125,27 @@ fn is_plain(path: &Path) -> bool {
     !path.as_os_str().as_encoded_bytes().iter().any(|byte| byte.is_ascii_whitespace() || b"[]".contains(byte))
 }
 
-/// Where a key that a recipe holds itself is kept for apt on the host.
-fn key_file(work: &WorkDir, repository: &Repository) -> std::path::PathBuf {
-    work.indexes().join(format!("{}.asc", repository.name))
-}
-
 /// The lines of sources.list, as apt on the host is to read them.
-fn sources(work: &WorkDir, plan: &Plan) -> Vec<String> {
+fn sources(plan: &Plan) -> Result<Vec<String>, BuildError> {
     let mut lines = Vec::new();
     for repository in &plan.repositories {
-        let trust = match &repository.key {
-            RepositoryKey::File { path, .. } => format!("signed-by={}", path.display()),
-            RepositoryKey::Text(_) => format!("signed-by={}", key_file(work, repository).display()),
-            RepositoryKey::Unsigned => "trusted=yes".to_owned(),
+        let trust = if repository.unsigned {
+            "trusted=yes".to_owned()
+        } else if is_plain(&repository.key) {
+            format!("signed-by={}", repository.key.display())
+        } else {
+            let problem = format!(
+                "apt takes no key whose path has blanks or brackets ('{}'): give the key, or the tree, another place",
+                repository.key.display()
+            );
+            return Err(BuildError::Repository { uri: repository.uri.clone(), problem });
         };
         let components = repository.components.join(" ");
         for suite in &repository.suites {
             lines.push(format!("deb [{trust}] {} {suite} {components}", repository.uri));
         }
     }
-    lines
+    Ok(lines)
 }
 
 /// Whether apt would take this as a package (deb-control(5)): name, optional architecture, optional version or release.

@@ -5,9 +5,8 @@
 use super::super::{Context, Package, Resolved, Snapshot};
 use super::index::Index;
 use super::output::{Counter, explain};
-use super::{is_plain, key_file, sources};
+use super::sources;
 use crate::build::BuildError;
-use crate::build::plan::RepositoryKey;
 use crate::build::workdir::WorkDir;
 use crate::exec::{Options, Outcome};
 use aws_lc_rs::digest::{SHA256, digest};
@@ -45,18 +44,8 @@ pub(super) fn update(context: &mut Context<'_, '_>) -> Result<(), BuildError> {
     for name in ["lists/partial", "cache/archives/partial"] {
         std::fs::create_dir_all(directory.join(name)).map_err(failed)?;
     }
-    for repository in &context.plan.repositories {
-        if let RepositoryKey::Text(text) = &repository.key {
-            let path = key_file(context.work, repository);
-            if !is_plain(&path) {
-                let problem = "apt takes no key below a path with blanks or brackets: build elsewhere".to_owned();
-                return Err(BuildError::Repository { uri: repository.uri.clone(), problem });
-            }
-            std::fs::write(path, text).map_err(failed)?;
-        }
-    }
     let own_files = [
-        ("sources.list", sources(context.work, context.plan).join("\n") + "\n"),
+        ("sources.list", sources(context.plan)?.join("\n") + "\n"),
         ("status", String::new()),
         // Read first: the host's own configuration is none of the image's.
         ("apt.conf", "Dir::Etc::main \"/dev/null\";\nDir::Etc::parts \"/dev/null\";\n".to_owned()),
