@@ -46,7 +46,7 @@ pub fn text(bytes: &[u8]) -> String {
 /// A minimal Debian 12 tree that no test may change.
 pub fn minimal_tree() -> PathBuf {
     cached("minimal", |tree| {
-        let output = imgutil().args(["build", "--minimal"]).arg(tree).output().unwrap();
+        let output = imgutil().args(["build", "--no-cache", "--minimal"]).arg(tree).output().unwrap();
         assert!(output.status.success(), "{}", text(&output.stderr));
     })
 }

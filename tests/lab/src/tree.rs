@@ -40,8 +40,10 @@ pub fn debian(bins: &Bins, initramfs: Initramfs, say: &mut dyn FnMut(&str)) -> a
     let (stage, planted) = stage(bins)?;
     let base = cache.join(format!("{OS}-{:016x}", hash_of(&[bins.workspace.join("imgutil/os")])?));
     let make = |tree: &Path| -> anyhow::Result<()> {
-        run_shown(tied(bins.path("imgutil")).args(["build", "--os", OS, "--node-files"]).arg(&stage).arg(tree))
-            .context("imgutil build")
+        run_shown(
+            tied(bins.path("imgutil")).args(["build", "--no-cache", "--os", OS, "--node-files"]).arg(&stage).arg(tree),
+        )
+        .context("imgutil build")
     };
     if !base.exists() {
         say("building a Debian 12 root tree from the archive (imgutil build)");

@@ -28,6 +28,7 @@ impl Backend for Dnf {
             return Err(BuildError::NoTool { tool: "dnf", package: "dnf" });
         }
         rpm::check_tool("rpmkeys", "/usr/bin/rpmkeys", "rpm")?;
+        rpm::refuse_unsigned(plan)?;
         check_keys_and_machine(plan)
     }
 
@@ -61,6 +62,10 @@ impl Backend for Dnf {
         }
         rpm::check_installed(context, "dnf", packages)?;
         rpm::settle(context)
+    }
+
+    fn maker(&self) -> Result<String, BuildError> {
+        rpm::maker("dnf", tool().map_or(TOOL, |(program, _)| program))
     }
 
     fn installed(&self, context: &mut Context<'_, '_>) -> Result<Vec<Installed>, BuildError> {
@@ -238,8 +243,9 @@ fn configure(context: &Context<'_, '_>, places: &Places, only: Option<&[Package]
     if let Some(platform) = &rpm.platform {
         let _ = writeln!(text, "module_platform_id={platform}");
     }
-    if !rpm.exclude.is_empty() {
-        let _ = writeln!(text, "exclude={}", rpm.exclude.join(","));
+    let excluded: Vec<&str> = rpm.exclude.iter().chain(&context.plan.remove).map(String::as_str).collect();
+    if !excluded.is_empty() {
+        let _ = writeln!(text, "exclude={}", excluded.join(","));
     }
     if let Some(packages) = only {
         let exact: Vec<String> =

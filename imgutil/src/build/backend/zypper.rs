@@ -23,6 +23,11 @@ impl Backend for Zypper {
     fn check_host(&self, plan: &Plan) -> Result<(), BuildError> {
         rpm::check_tool("zypper", TOOL, "zypper")?;
         rpm::check_tool("rpmkeys", "/usr/bin/rpmkeys", "rpm")?;
+        rpm::refuse_unsigned(plan)?;
+        if let Some(name) = plan.remove.first() {
+            let message = format!("zypper cannot be told never to choose '{name}': leave the removal out");
+            return Err(BuildError::Setting(message));
+        }
         check_keys_and_machine(plan)
     }
 
@@ -61,6 +66,10 @@ impl Backend for Zypper {
         rpm::check_installed(context, "zypper", packages)?;
         mark(&Tree::open(&root)?, context.plan, packages)?;
         rpm::settle(context)
+    }
+
+    fn maker(&self) -> Result<String, BuildError> {
+        rpm::maker("zypper", TOOL)
     }
 
     fn installed(&self, context: &mut Context<'_, '_>) -> Result<Vec<Installed>, BuildError> {

@@ -13,9 +13,11 @@ pub(super) use root::{make_places, run};
 
 use super::{Context, Installed, Package, Snapshot};
 use crate::build::BuildError;
-use crate::build::finish::{copy_in, in_tree};
+use crate::build::finish::in_tree;
+use crate::build::lay::copy_file;
 use crate::build::output::{Meaning, NoMeaning, Tail};
 use crate::build::plan::{Plan, Repository};
+use crate::build::sources::of_path;
 use crate::build::tree::Tree;
 use crate::build::workdir::WorkDir;
 use std::collections::BTreeSet;
@@ -88,6 +90,24 @@ pub(super) fn prepare(context: &Context<'_, '_>) -> Result<Places, BuildError> {
 /// Checks that a tool of the host's is there.
 pub(super) fn check_tool(tool: &'static str, path: &str, package: &'static str) -> Result<(), BuildError> {
     if Path::new(path).exists() { Ok(()) } else { Err(BuildError::NoTool { tool, package }) }
+}
+
+/// The tool and RPM themselves decide what a tree becomes: their programs' digests.
+pub(super) fn maker(name: &str, tool: &str) -> Result<String, BuildError> {
+    let (tool, rpm) = (of_path(Path::new(tool))?, of_path(Path::new("/usr/bin/rpm"))?);
+    Ok(format!("{name} {tool} rpm {rpm}"))
+}
+
+/// RPM is told to install nothing unsigned, whatever its repository: one without a key cannot be used.
+pub(super) fn refuse_unsigned(plan: &Plan) -> Result<(), BuildError> {
+    match plan.repositories.iter().find(|repository| repository.unsigned) {
+        Some(repository) => Err(BuildError::Repository {
+            uri: repository.uri.clone(),
+            problem: "packages of RPM are installed only if they are signed: sign them (rpmsign) and give the key"
+                .to_owned(),
+        }),
+        None => Ok(()),
+    }
 }
 
 /// Makes an empty root in which packages can be chosen or installed: its mount points, and a database with the keys.
@@ -288,7 +308,7 @@ fn kernels_to_boot(context: &Context<'_, '_>, tree: &Tree) -> Result<(), BuildEr
     for version in tree.list("/usr/lib/modules")? {
         let (kernel, place) = (format!("/usr/lib/modules/{version}/vmlinuz"), format!("/boot/vmlinuz-{version}"));
         if tree.exists(&kernel) && !tree.exists(&place) {
-            copy_in(tree, Path::new(&place), &context.work.root().join(&kernel[1..]), 0o755)?;
+            copy_file(tree, Path::new(&place), &context.work.root().join(&kernel[1..]), 0o755, (0, 0))?;
         }
     }
     Ok(())
@@ -302,7 +322,7 @@ pub(super) fn key_in_image(tree: &Tree, repository: &Repository) -> Result<Strin
         return Ok(path.clone());
     }
     let place = format!("{KEYS}/RPM-GPG-KEY-{}", repository.name);
-    copy_in(tree, Path::new(&place), &repository.key, 0o644)?;
+    copy_file(tree, Path::new(&place), &repository.key, 0o644, (0, 0))?;
     Ok(place)
 }
 
