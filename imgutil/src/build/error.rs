@@ -240,7 +240,9 @@ pub enum BuildError {
 impl BuildError {
     /// A tool's failure; a full disk is said to be one. `place` is where it wrote.
     pub(super) fn tool(doing: &str, reason: &str, tail: Tail, place: &Path) -> Self {
-        if tail.lines().any(|line| line.contains("No space left on device")) {
+        // The kernel's words, and RPM's.
+        let full = ["No space left on device", "more space on the ", "more space needed on the "];
+        if tail.lines().any(|line| full.iter().any(|words| line.contains(words))) {
             return Self::Full(place.to_path_buf());
         }
         Self::Tool { doing: doing.to_owned(), reason: reason.to_owned(), tail }

@@ -127,7 +127,7 @@ pub(super) fn open_root(context: &mut Context<'_, '_>, root: &Path) -> Result<()
     if succeeded {
         return Ok(());
     }
-    Err(failed("taking the keys of the repositories", tail))
+    Err(failed(context.work, "taking the keys of the repositories", tail))
 }
 
 /// The packages in a root, sorted, as RPM of the host reads them.
@@ -137,7 +137,7 @@ pub(super) fn query(context: &mut Context<'_, '_>, root: &Path) -> Result<Vec<In
     command.extend(["-qa", "--qf", QUERY].map(OsString::from));
     match ask(context, root, &mut NoMeaning, command)? {
         Ok(text) => parse_query(&text),
-        Err(tail) => Err(failed("listing the packages", tail)),
+        Err(tail) => Err(failed(context.work, "listing the packages", tail)),
     }
 }
 
@@ -157,9 +157,10 @@ pub(super) fn ask(
     std::fs::read_to_string(&path).map(Ok).map_err(|error| BuildError::io("read", &path, error))
 }
 
-/// The failure of a tool that nothing more is known of.
-pub(super) fn failed(doing: &str, tail: Tail) -> BuildError {
-    BuildError::Tool { doing: doing.to_owned(), reason: tail.reason(), tail }
+/// The failure of a tool that nothing more is known of, but that the disk may be full.
+pub(super) fn failed(work: &WorkDir, doing: &str, tail: Tail) -> BuildError {
+    let reason = tail.reason();
+    BuildError::tool(doing, &reason, tail, work.tree())
 }
 
 /// Lines of [`QUERY`].
@@ -290,7 +291,7 @@ fn own_database(context: &mut Context<'_, '_>, tree: &Tree) -> Result<(), BuildE
     let file = File::create(&headers).map_err(|error| BuildError::io("make", &headers, error))?;
     let (succeeded, tail) = run(context, &root, &mut NoMeaning, command, Some(file))?;
     if !succeeded {
-        return Err(failed("reading the package database", tail));
+        return Err(failed(context.work, "reading the package database", tail));
     }
     let directory = context.plan.os.rpm.database.clone();
     for name in tree.list(&directory)? {
