@@ -86,7 +86,7 @@ pub fn rpm(bins: &Bins, say: &mut dyn FnMut(&str)) -> anyhow::Result<PathBuf> {
         say("building a tree of them (imgutil build, dnf)");
         run_shown(
             tied(bins.path("imgutil"))
-                .args(["build", "--os"])
+                .args(["build", "--no-cache", "--os"])
                 .arg(repository.join("os.toml"))
                 .arg("--node-files")
                 .arg(&stage)
