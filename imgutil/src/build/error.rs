@@ -1,7 +1,7 @@
 //! Why a tree was not built.
 
 use super::output::Tail;
-use crate::exec::ExecError;
+use crate::exec::{ExecError, ForeignError};
 use nix::sys::signal::Signal;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -60,11 +60,8 @@ pub enum BuildError {
         known: Vec<String>,
     },
     /// The host cannot run its programs.
-    #[error("this host cannot run programs for '{arch}': install qemu-user-static and binfmt-support")]
-    Foreign {
-        /// The architecture.
-        arch: String,
-    },
+    #[error(transparent)]
+    Foreign(#[from] ForeignError),
     /// Not a name at all.
     #[error("'{0}' is no package name")]
     PackageName(String),

@@ -12,8 +12,8 @@ use super::plan::{Plan, Repository};
 use super::tools::Tools;
 use super::tree::Tree;
 use super::workdir::WorkDir;
+use crate::exec::Machine;
 use serde::{Deserialize, Serialize};
-use std::path::Path;
 
 /// A package in exactly one version.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -123,10 +123,6 @@ fn check_keys_and_machine(plan: &Plan) -> Result<(), BuildError> {
             package: repository.key_package.clone(),
         });
     }
-    let machine = &plan.arch.machine;
-    let foreign = machine != std::env::consts::ARCH;
-    if foreign && !Path::new("/proc/sys/fs/binfmt_misc").join(format!("qemu-{machine}")).exists() {
-        return Err(BuildError::Foreign { arch: plan.arch.name.clone() });
-    }
+    Machine::named(&plan.arch.machine)?.runner()?;
     Ok(())
 }
