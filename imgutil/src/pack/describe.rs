@@ -46,18 +46,26 @@ pub(super) struct BootFiles {
     pub(super) initramfs: File,
 }
 
-/// Opens the newest `/boot/vmlinuz-*` and the `/boot/initrd.img-*` of the same release.
+/// Opens the newest `/boot/vmlinuz-*` and the initramfs of the same release.
 pub(super) fn boot_files(root: BorrowedFd<'_>) -> Result<BootFiles> {
     let names = in_root::list(root, "boot")?;
     let Some(release) = newest_kernel(&names) else {
         bail!("the tree has no kernel (boot/vmlinuz-*): install one, for example with `imgutil exec`");
     };
     let kernel = in_root::open(root, &format!("boot/vmlinuz-{release}"))?;
-    let initramfs = in_root::open(root, &format!("boot/initrd.img-{release}"))?;
+    // As initramfs-tools, dracut on EL, and dracut on SUSE name it.
+    let mut initramfs = None;
+    for name in [format!("initrd.img-{release}"), format!("initramfs-{release}.img"), format!("initrd-{release}")] {
+        if initramfs.is_none() {
+            initramfs = in_root::open(root, &format!("boot/{name}"))?;
+        }
+    }
     Ok(BootFiles {
         kernel: kernel.with_context(|| format!("the tree's boot/vmlinuz-{release} is no regular file"))?,
         initramfs: initramfs.with_context(|| {
-            format!("the tree's kernel {release} has no boot/initrd.img-{release}: run `update-initramfs -c -k {release}` in it")
+            format!(
+                "the tree's kernel {release} has no boot/initrd.img-{release} (or initramfs-{release}.img): run `update-initramfs -c -k {release}` or `dracut --no-hostonly --kver {release}` in it"
+            )
         })?,
         release: release.to_owned(),
     })
