@@ -10,5 +10,7 @@ mod key_file;
 pub mod pack;
 pub mod progress;
 pub mod recipe;
+pub mod sbom;
+pub mod scrub;
 pub mod squashfs;
 pub mod unpack;

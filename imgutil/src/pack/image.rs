@@ -2,10 +2,12 @@
 
 use super::describe::{self, BootFiles, Description};
 use super::scan::{self, Warnings};
-use super::squash::{Squashed, squash};
+use super::squash::{SquashOptions, Squashed, squash};
 use crate::files::{Existing, NewFile, write_whole};
 use crate::key_file::NewKeyFile;
 use crate::progress::Progress;
+use crate::scrub::LeftOut;
+use crate::squashfs::Compression;
 use crate::unpack::parent_of;
 use anyhow::{Context as _, Result, bail};
 use moor_image::{Dek, Filesystem, Metadata, Payload, SealOptions, Sealed, Sealer, SignatureFile, SigningKey};
@@ -26,8 +28,8 @@ pub struct PackOptions {
     pub lineage: Uuid,
     /// Grows in a lineage.
     pub serial: u64,
-    /// zstd level, 1 to 22.
-    pub level: u32,
+    /// How the tree becomes a squashfs.
+    pub squash: SquashOptions,
 }
 
 /// Where the results go.
@@ -48,6 +50,8 @@ pub struct Packed {
     pub sealed: Sealed,
     /// What could not be kept.
     pub warnings: Warnings,
+    /// What was left out on purpose.
+    pub left_out: LeftOut,
     /// Inodes in the image.
     pub inodes: u64,
     /// Bytes of regular files before compression.
@@ -134,11 +138,11 @@ pub(crate) fn seal<W: Read + Write + Seek>(
         key,
     };
     let sealer = Sealer::new(out, seal_options)?;
-    let Squashed { out: mut sealer, superblock, warnings, inodes, file_bytes } =
-        squash(tree, sealer, options.level, progress)?;
+    let Squashed { out: mut sealer, superblock, warnings, left_out, inodes, file_bytes } =
+        squash(tree, sealer, &options.squash, progress)?;
     sealer.patch_start(0, &superblock)?;
     let (out, sealed) = sealer.finish(|payload| metadata(description, options, payload), None)?;
-    Ok((out, Packed { sealed, warnings, inodes, file_bytes }))
+    Ok((out, Packed { sealed, warnings, left_out, inodes, file_bytes }))
 }
 
 fn metadata(description: Description, options: &PackOptions, payload: moor_image::PayloadSummary) -> Metadata {
@@ -148,7 +152,10 @@ fn metadata(description: Description, options: &PackOptions, payload: moor_image
         arch: description.arch,
         kernel: description.kernel,
         builder: format!("imgutil {}", env!("CARGO_PKG_VERSION")),
-        inputs: BTreeMap::from([("zstd-level".to_owned(), options.level.to_string())]),
+        inputs: BTreeMap::from([match options.squash.compression {
+            Compression::Zstd(level) => ("zstd-level".to_owned(), level.to_string()),
+            Compression::Xz => ("compression".to_owned(), "xz".to_owned()),
+        }]),
         payload_sha256: hex::encode(payload.sha256),
         packages: description.packages,
         filesystems: vec![Filesystem { mount: "/".into(), offset: 0, length: payload.length, layout: String::new() }],

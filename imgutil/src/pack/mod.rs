@@ -3,6 +3,7 @@
 mod contents;
 mod describe;
 mod image;
+mod read;
 mod scan;
 mod squash;
 mod upload;
@@ -10,5 +11,5 @@ mod upload;
 pub(crate) use image::signature_path;
 pub use image::{Destination, PackOptions, Packed, pack_to_files};
 pub use scan::Warnings;
-pub use squash::{Squashed, squash};
+pub use squash::{SquashOptions, Squashed, squash};
 pub use upload::{Server, pack_to_server};

@@ -3,6 +3,7 @@
 use super::describe;
 use super::image::{PackOptions, Packed, seal};
 use super::scan;
+use super::squash::SquashOptions;
 use crate::progress::Progress;
 use anyhow::{Context as _, Result, bail};
 use moor_api::admin::{ImageView, ImportImage};
@@ -41,7 +42,7 @@ pub fn pack_to_server(
     tree: &Path,
     name: &ImageName,
     encrypted: bool,
-    level: u32,
+    squash: SquashOptions,
     server: &Server,
 ) -> Result<(Packed, ImageView)> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -57,7 +58,7 @@ pub fn pack_to_server(
         name: name.to_string(),
         lineage: last.map_or_else(Uuid::new_v4, |image| image.lineage),
         serial: last.map_or(1, |image| image.serial + 1),
-        level,
+        squash,
     };
     let key = if encrypted { Some(Dek::generate()?) } else { None };
     let sealed = tempfile::tempfile().context("cannot make a temporary file for the sealed image")?;

@@ -14,7 +14,7 @@ mod reader;
 mod sink;
 mod tree;
 
-pub use data::{ContentId, DataWriter, WriterOptions};
+pub use data::{Compression, ContentId, DataWriter, WriterOptions};
 pub use error::SquashfsError;
 pub use format::{BLOCK_SIZE, SUPERBLOCK_SIZE};
 pub use inode::{FileData, Inode, InodeKind, Listing};
