@@ -1,11 +1,14 @@
 //! One module per subcommand: its arguments and the few lines that call the library and print.
 
 pub mod build;
+mod cli;
 pub mod exec;
 pub mod inspect;
 pub mod pack;
 pub mod unpack;
 pub mod verify;
+
+pub use cli::Cli;
 
 /// An error and its causes as one line that a terminal can take: a cause that the message before it ends with is not said
 /// twice, and control characters (a file name may have any) are escaped.

@@ -3,6 +3,7 @@
 //! Everything a lab starts dies with it: each process is tied to the thread that started it by a parent-death signal, so that
 //! nothing is left when a test panics or is killed. Root is assumed; a missing tool is an error, never a skip.
 
+pub mod bench;
 pub mod bins;
 pub mod member;
 pub mod namespace;
