@@ -9,7 +9,13 @@ use crate::header::{
 use crate::keys::{Dek, Keys, Section};
 use crate::metadata::Metadata;
 use aws_lc_rs::{digest, rand};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
+use std::sync::mpsc;
+
+/// Bytes that are read back at once, and handed on to be hashed.
+const READ_BACK: usize = 1 << 20;
+/// So many of them wait for the other thread.
+const READ_AHEAD: usize = 3;
 
 /// How to seal.
 pub struct SealOptions {
@@ -259,17 +265,49 @@ impl<W: Read + Write + Seek> Sealer<W> {
         Ok((out, Sealed { digest: header.digest, size: header.file_length(), chunks, payload_sha256 }))
     }
 
-    /// Reads every chunk back, compares it with its leaf hash, and hashes the plaintext.
+    /// Reads every chunk back, compares it with its leaf hash, and hashes the plaintext: that on a thread of its own, because it is
+    /// half of the work and nothing else is left to do at this point.
     fn read_back(&mut self, chunks: u64) -> Result<[u8; 32], ImageError> {
-        let mut plain = digest::Context::new(&digest::SHA256);
         self.out.flush().map_err(ImageError::io("writing the image"))?;
         self.out.seek(SeekFrom::Start(HEADER_LENGTH as u64)).map_err(ImageError::io("reading the image back"))?;
+        let (plaintext, opened) = mpsc::sync_channel::<Vec<u8>>(READ_AHEAD);
+        let (used, reuse) = mpsc::channel();
+        std::thread::scope(|scope| {
+            let hasher = std::thread::Builder::new().name("payload-hash".into()).spawn_scoped(scope, move || {
+                let mut context = digest::Context::new(&digest::SHA256);
+                for group in opened {
+                    context.update(&group);
+                    // The other side may be done: then nobody wants the buffer.
+                    let _ = used.send(group);
+                }
+                let mut out = [0; 32];
+                out.copy_from_slice(context.finish().as_ref());
+                out
+            });
+            let hasher = hasher.map_err(ImageError::io("starting the thread that hashes"))?;
+            let opened = self.open_all(chunks, &plaintext, &reuse);
+            drop(plaintext);
+            let hash = hasher.join().map_err(|_| ImageError::Crypto("hashing the plaintext"))?;
+            opened.map(|()| hash)
+        })
+    }
+
+    /// Reads and opens all chunks, and hands the plaintext on in groups of about a mebibyte.
+    fn open_all(
+        &mut self,
+        chunks: u64,
+        plaintext: &mpsc::SyncSender<Vec<u8>>,
+        reuse: &mpsc::Receiver<Vec<u8>>,
+    ) -> Result<(), ImageError> {
+        let mut group = Vec::with_capacity(READ_BACK);
         let mut chunk = Vec::with_capacity(self.chunk_size + 16);
+        let mut sealed = BufReader::with_capacity(READ_BACK, &mut self.out);
         for (index, leaf) in (0..chunks).zip(self.leaves.chunks(32)) {
-            let length = (self.length - index * self.chunk_size as u64).min(self.chunk_size as u64) + self.tag;
+            let size = self.chunk_size as u64;
+            let length = (self.length - index * size).min(size) + self.tag;
             chunk.clear();
-            (&mut self.out).take(length).read_to_end(&mut chunk).map_err(ImageError::io("reading the image back"))?;
-            let start = self.offset_of(index);
+            (&mut sealed).take(length).read_to_end(&mut chunk).map_err(ImageError::io("reading the image back"))?;
+            let start = HEADER_LENGTH as u64 + index * (size + self.tag);
             let differs = || ImageError::ReadBack { start, end: start + length };
             if chunk.len() as u64 != length || hash::leaf(index, &chunk) != leaf {
                 return Err(differs());
@@ -279,11 +317,15 @@ impl<W: Read + Write + Seek> Sealer<W> {
             {
                 return Err(differs());
             }
-            plain.update(&chunk);
+            group.extend_from_slice(&chunk);
+            if group.len() + self.chunk_size > READ_BACK || index + 1 == chunks {
+                let mut next = reuse.try_recv().unwrap_or_else(|_| Vec::with_capacity(READ_BACK));
+                next.clear();
+                let ended = ImageError::Crypto("hashing the plaintext");
+                plaintext.send(std::mem::replace(&mut group, next)).map_err(|_| ended)?;
+            }
         }
-        let mut out = [0; 32];
-        out.copy_from_slice(plain.finish().as_ref());
-        Ok(out)
+        Ok(())
     }
 }
 

@@ -12,6 +12,7 @@ mod tree;
 mod workdir;
 
 pub use output::Tail;
+pub(crate) use workdir::empty as empty_directory;
 
 use crate::exec::{ExecError, SignalWatch};
 use crate::recipe::{Base, Recipe, is_package_name};

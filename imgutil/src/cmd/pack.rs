@@ -2,7 +2,7 @@
 
 use crate::cmd::printable;
 use crate::pack::{
-    Destination, PackOptions, Packed, Server, SquashOptions, Warnings, pack_to_files, pack_to_server,
+    Destination, Labels, PackOptions, ProfileOptions, Packed, Server, SquashOptions, Warnings, pack_to_files, pack_to_server,
 };
 use crate::progress::{Progress, bytes_text};
 use crate::scrub::{self, LeftOut, ViewOptions};
@@ -21,13 +21,22 @@ use uuid::Uuid;
 /// The tree is not changed, but what does not belong into an image is left out of it: host keys, machine-id, tokens, logs, package
 /// caches, histories. A private key in any other place is an error that names it.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example: imgutil pack ./tree -o node.moor --key-file node.key --level 15 --exclude not-in-image.txt")]
+#[command(
+    after_help = "Examples:\n  imgutil pack ./tree -o node.moor --key-file node.key --level 15 --exclude not-in-image.txt\n  imgutil pack ./tree compute -b debian-diskless"
+)]
 #[command(group = clap::ArgGroup::new("where").required(true).args(["output", "profile"]))]
 pub struct Args {
     /// The root tree.
     tree: PathBuf,
     /// Name of the image on the server, instead of -o.
     profile: Option<ImageName>,
+    /// Also make the profile PROFILE for this image and publish it, with the settings and scripts of BASE: a shipped profile, or
+    /// another one that is there.
+    #[arg(short, long, value_name = "BASE", requires = "profile")]
+    base: Option<String>,
+    /// Also publish the profile PROFILE, so that nodes get this image at their next boot.
+    #[arg(long, requires = "profile")]
+    publish: bool,
     /// Where the image goes; an old one of this name is replaced.
     #[arg(short, long, value_name = "FILE.moor")]
     output: Option<PathBuf>,
@@ -42,7 +51,8 @@ pub struct Args {
     /// Sign with this OpenSSH Ed25519 private key; the signature goes to FILE.moor.sig.
     #[arg(long, value_name = "FILE", conflicts_with = "profile")]
     sign_key: Option<PathBuf>,
-    /// Also copy the newest kernel and its initramfs to DIR/vmlinuz and DIR/initrd.img.
+    /// Also copy the newest kernel and its initramfs to DIR/vmlinuz and DIR/initrd.img, and the distribution's signed shim and GRUB
+    /// where the tree has them.
     #[arg(long, value_name = "DIR", conflicts_with = "profile")]
     boot_dir: Option<PathBuf>,
     /// Lineage of the image, as `imgutil inspect` shows it; a new one by default.
@@ -138,14 +148,20 @@ pub fn run(args: Args) -> Result<ExitCode> {
         );
     }
     if let Some(profile) = &args.profile {
-        let (packed, view) = pack_to_server(&args.tree, profile, !args.plain, squash, &args.server)?;
+        let options = ProfileOptions { base: args.base, publish: args.publish };
+        let (packed, view, published) =
+            pack_to_server(&args.tree, profile, !args.plain, squash, &args.server, &options)?;
         warn(&packed.warnings);
         if args.json {
             println!("{}", serde_json::to_string_pretty(&Output::of(&packed))?);
             return Ok(ExitCode::SUCCESS);
         }
-        left_out(&packed.left_out);
+        left_out(&packed);
         println!("{}: serial {}, digest {}, {}", view.name, view.serial, view.digest, bytes_text(view.size));
+        match published {
+            Some(profile) => println!("profile {}: @{} published", profile.name, profile.serial),
+            None => println!("nodes get it with `moor profile publish {profile}` (or --publish)"),
+        }
         return Ok(ExitCode::SUCCESS);
     }
     let image = args.output.as_deref().context("name the image's file with -o, or a profile")?;
@@ -171,7 +187,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     if args.json {
         println!("{}", serde_json::to_string_pretty(&Output::of(&packed))?);
     } else {
-        left_out(&packed.left_out);
+        left_out(&packed);
         summary(image, &packed, &options);
     }
     Ok(ExitCode::SUCCESS)
@@ -185,6 +201,7 @@ struct Output<'a> {
     size: u64,
     inodes: u64,
     file_bytes: u64,
+    labels: Option<&'a Labels>,
     #[serde(flatten)]
     left_out: &'a LeftOut,
 }
@@ -197,16 +214,35 @@ impl<'a> Output<'a> {
             size: packed.sealed.size,
             inodes: packed.inodes,
             file_bytes: packed.file_bytes,
+            labels: packed.labels.as_ref(),
             left_out: &packed.left_out,
         }
     }
 }
 
-/// Says on standard error what was left out on purpose.
-fn left_out(left_out: &LeftOut) {
+/// Says on standard error what was left out and set on purpose.
+fn left_out(packed: &Packed) {
+    if packed.boot_loaders == Some(false) {
+        eprintln!(
+            "imgutil: the tree has no signed shim and GRUB (Debian: shim-signed, grub-efi-amd64-signed): only kernel and initramfs were copied"
+        );
+    }
+    if let Some(labels) = &packed.labels {
+        eprintln!(
+            "imgutil: SELinux labels of the tree's policy '{}': {} inodes ({} of which it says nothing)",
+            printable(&labels.policy),
+            labels.labelled,
+            labels.others
+        );
+    }
+    let left_out = &packed.left_out;
     let summary = left_out.summary();
     if !summary.is_empty() {
         eprintln!("imgutil: scrubbed: {summary} (each path: --json; keep all: --no-scrub)");
+    }
+    if !left_out.unmatched.is_empty() {
+        let patterns: Vec<String> = left_out.unmatched.iter().map(|pattern| printable(pattern)).collect();
+        eprintln!("imgutil: warning: patterns that match nothing: {}", patterns.join(" "));
     }
     if !left_out.excluded.is_empty() {
         eprintln!("imgutil: excluded {} files and directories", left_out.excluded.len());

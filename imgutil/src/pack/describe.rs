@@ -50,21 +50,63 @@ pub(super) struct BootFiles {
     pub(super) initramfs: File,
 }
 
-/// Opens the newest `/boot/vmlinuz-*` and the `/boot/initrd.img-*` of the same release.
+/// Opens the newest `/boot/vmlinuz-*` and the initramfs of the same release.
 pub(super) fn boot_files(root: BorrowedFd<'_>) -> Result<BootFiles> {
     let names = in_root::list(root, "boot")?;
     let Some(release) = newest(&names, "vmlinuz-") else {
         bail!("the tree has no kernel (boot/vmlinuz-*): install one, for example with `imgutil exec`");
     };
     let kernel = in_root::open(root, &format!("boot/vmlinuz-{release}"))?;
-    let initramfs = in_root::open(root, &format!("boot/initrd.img-{release}"))?;
+    // As initramfs-tools, dracut on EL, and dracut on SUSE name it.
+    let mut initramfs = None;
+    for name in [format!("initrd.img-{release}"), format!("initramfs-{release}.img"), format!("initrd-{release}")] {
+        if initramfs.is_none() {
+            initramfs = in_root::open(root, &format!("boot/{name}"))?;
+        }
+    }
     Ok(BootFiles {
         kernel: kernel.with_context(|| format!("the tree's boot/vmlinuz-{release} is no regular file"))?,
         initramfs: initramfs.with_context(|| {
-            format!("the tree's kernel {release} has no boot/initrd.img-{release}: run `update-initramfs -c -k {release}` in it")
+            format!(
+                "the tree's kernel {release} has no boot/initrd.img-{release} (or initramfs-{release}.img): run `update-initramfs -c -k {release}` or `dracut --no-hostonly --kver {release}` in it"
+            )
         })?,
         release: release.to_owned(),
     })
+}
+
+/// The distribution's signed boot loaders, which firmware with Secure Boot takes: file name that they look for each other by, and
+/// the file. None unless both are there: one of two distributions does not start the other.
+pub(super) fn boot_loaders(root: BorrowedFd<'_>) -> Result<Option<[(String, File); 2]>> {
+    for (short, long) in [("x64", "x86_64"), ("aa64", "arm64"), ("aa64", "aarch64")] {
+        // Debian and Ubuntu; GRUB's build for the network comes first.
+        let debian_shim = [format!("usr/lib/shim/shim{short}.efi.signed"), format!("usr/lib/shim/shim{short}.efi.signed.latest")];
+        let debian_grub = ["grubnet", "grub"]
+            .map(|name| format!("usr/lib/grub/{long}-efi-signed/{name}{short}.efi.signed"));
+        // SUSE.
+        let suse_shim = [format!("usr/share/efi/{long}/shim.efi")];
+        let suse_grub = [format!("usr/share/efi/{long}/grub.efi")];
+        let mut pairs = vec![(debian_shim.to_vec(), debian_grub.to_vec()), (suse_shim.to_vec(), suse_grub.to_vec())];
+        // EL and Fedora: on the EFI system partition, in a directory of the vendor's.
+        for vendor in in_root::list(root, "boot/efi/EFI")? {
+            let file = |name: &str| vec![format!("boot/efi/EFI/{vendor}/{name}{short}.efi")];
+            pairs.push((file("shim"), file("grub")));
+        }
+        for (shims, grubs) in pairs {
+            let open = |paths: Vec<String>| -> Result<Option<File>> {
+                for path in paths {
+                    if let Some(file) = in_root::open(root, &path)? {
+                        return Ok(Some(file));
+                    }
+                }
+                Ok(None)
+            };
+            if let (Some(shim), Some(grub)) = (open(shims)?, open(grubs)?) {
+                return Ok(Some([(format!("shim{short}.efi"), shim), (format!("grub{short}.efi"), grub)]));
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// The greatest version among names of the form PREFIX VERSION.

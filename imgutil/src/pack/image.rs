@@ -2,6 +2,7 @@
 
 use super::describe::{self, BootFiles, Description};
 use super::scan::{self, Warnings};
+use super::selinux::Labels;
 use super::squash::{SquashOptions, Squashed, squash};
 use crate::files::{Existing, NewFile, write_whole};
 use crate::key_file::NewKeyFile;
@@ -52,10 +53,14 @@ pub struct Packed {
     pub warnings: Warnings,
     /// What was left out on purpose.
     pub left_out: LeftOut,
+    /// SELinux labels that were set.
+    pub labels: Option<Labels>,
     /// Inodes in the image.
     pub inodes: u64,
     /// Bytes of regular files before compression.
     pub file_bytes: u64,
+    /// Whether signed boot loaders were copied beside the kernel, if that was asked for.
+    pub boot_loaders: Option<bool>,
 }
 
 /// Packs `tree` into files. On failure none of them is there (boot files may be).
@@ -70,6 +75,7 @@ pub fn pack_to_files(
     check_names(destination)?;
     let sign_key = destination.sign_key.map(read_sign_key).transpose()?;
     let boot_files = destination.boot_dir.map(|_| describe::boot_files(root.as_fd())).transpose()?;
+    let boot_loaders = destination.boot_dir.map(|_| describe::boot_loaders(root.as_fd())).transpose()?;
     let key = destination.key_file.map(|_| Dek::generate()).transpose()?;
     let key_file = match (destination.key_file, &key) {
         (Some(path), Some(key)) => Some(NewKeyFile::create(path, key)?),
@@ -78,28 +84,53 @@ pub fn pack_to_files(
     // A plain image holds what the tree keeps from others, /etc/shadow for one.
     let image = NewFile::create(destination.image, if key.is_some() { 0o644 } else { 0o600 })?;
     let out = image.file().try_clone().context("cannot use the image file twice")?;
-    let (_, packed) = seal(tree, out, key, options, progress)
+    let (_, mut packed) = seal(tree, out, key, options, progress)
         .with_context(|| format!("cannot pack '{}' into '{}'", tree.display(), destination.image.display()))?;
 
     let signature = sign_key.map(|key| signature(&packed.sealed.digest, &key)).transpose()?;
-    let signature_path = signature_path(destination.image);
     if let (Some(directory), Some(files)) = (destination.boot_dir, boot_files) {
         write_boot_files(directory, files)?;
+        packed.boot_loaders = Some(matches!(boot_loaders, Some(Some(_))));
+        for (name, file) in boot_loaders.flatten().into_iter().flatten() {
+            copy_out(directory, &name, file)?;
+        }
     }
     let key_file = key_file.map(NewKeyFile::appear).transpose()?;
-    match &signature {
-        Some(bytes) => write_whole(&signature_path, 0o644, bytes)?,
-        // One of an image that is being replaced would only be wrong.
-        None => remove_if_there(&signature_path)?,
-    }
-    if let Err(error) = image.appear(Existing::Replace) {
-        remove_if_there(&signature_path)?;
-        return Err(error);
-    }
+    appear(image, destination.image, signature)?;
     if let Some(key_file) = key_file {
         key_file.keep();
     }
     Ok(packed)
+}
+
+/// Gives the image its name, and its signature file the contents that belong to it. There is no moment at which the image that is
+/// there, the old one or the new one, lacks a signature that it has: until both are in place the file vouches for both.
+fn appear(image: NewFile, path: &Path, signature: Option<SignatureFile>) -> Result<()> {
+    let path = signature_path(path);
+    let old = match std::fs::read(&path) {
+        Ok(bytes) => Some(bytes),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => return Err(error).with_context(|| format!("cannot read the old '{}'", path.display())),
+    };
+    let Some(signature) = signature else {
+        image.appear(Existing::Replace)?;
+        // The old image's would only be wrong from here on; a crash before this leaves one that is not over the new image.
+        return remove_if_there(&path);
+    };
+    let mut both = signature.clone();
+    // An old file that cannot be read vouches for nothing.
+    if let Some(old) = old.as_deref().and_then(|bytes| SignatureFile::parse(bytes).ok()) {
+        both.add_all(old);
+    }
+    write_whole(&path, 0o644, &both.to_bytes()?)?;
+    if let Err(error) = image.appear(Existing::Replace) {
+        match old {
+            Some(bytes) => write_whole(&path, 0o644, &bytes)?,
+            None => remove_if_there(&path)?,
+        }
+        return Err(error);
+    }
+    if both == signature { Ok(()) } else { write_whole(&path, 0o644, &signature.to_bytes()?) }
 }
 
 /// Refuses a key file that the image, or its signatures, would take the place of: the key would be lost.
@@ -138,11 +169,11 @@ pub(crate) fn seal<W: Read + Write + Seek>(
         key,
     };
     let sealer = Sealer::new(out, seal_options)?;
-    let Squashed { out: mut sealer, superblock, warnings, left_out, inodes, file_bytes } =
+    let Squashed { out: mut sealer, superblock, warnings, left_out, labels, inodes, file_bytes } =
         squash(tree, sealer, &options.squash, progress)?;
     sealer.patch_start(0, &superblock)?;
     let (out, sealed) = sealer.finish(|payload| metadata(description, options, payload), None)?;
-    Ok((out, Packed { sealed, warnings, left_out, inodes, file_bytes }))
+    Ok((out, Packed { sealed, warnings, left_out, labels, inodes, file_bytes, boot_loaders: None }))
 }
 
 fn metadata(description: Description, options: &PackOptions, payload: moor_image::PayloadSummary) -> Metadata {
@@ -175,10 +206,10 @@ fn read_sign_key(path: &Path) -> Result<SigningKey> {
     SigningKey::from_openssh(&text).with_context(context)
 }
 
-fn signature(digest: &[u8; 32], key: &SigningKey) -> Result<Vec<u8>> {
+fn signature(digest: &[u8; 32], key: &SigningKey) -> Result<SignatureFile> {
     let mut file = SignatureFile::default();
     file.sign(digest, key)?;
-    Ok(file.to_bytes()?)
+    Ok(file)
 }
 
 fn remove_if_there(path: &Path) -> Result<()> {
@@ -193,13 +224,15 @@ fn remove_if_there(path: &Path) -> Result<()> {
 /// Copies kernel and initramfs out of the tree. They are what a boot loader reads, so they are not secret.
 fn write_boot_files(directory: &Path, files: BootFiles) -> Result<()> {
     std::fs::create_dir_all(directory).with_context(|| format!("cannot create '{}'", directory.display()))?;
-    for (mut source, name) in [(files.kernel, "vmlinuz"), (files.initramfs, "initrd.img")] {
-        let path = directory.join(name);
-        let new = NewFile::create(&path, 0o644)?;
-        let mut target: &File = new.file();
-        std::io::copy(&mut source, &mut target)
-            .with_context(|| format!("cannot copy the kernel {} to '{}'", files.release, path.display()))?;
-        new.appear(Existing::Replace)?;
-    }
-    Ok(())
+    let context = || format!("cannot copy the kernel {}", files.release);
+    copy_out(directory, "vmlinuz", files.kernel).with_context(context)?;
+    copy_out(directory, "initrd.img", files.initramfs).with_context(context)
+}
+
+fn copy_out(directory: &Path, name: &str, mut source: File) -> Result<()> {
+    let path = directory.join(name);
+    let new = NewFile::create(&path, 0o644)?;
+    let mut target: &File = new.file();
+    std::io::copy(&mut source, &mut target).with_context(|| format!("cannot write '{}'", path.display()))?;
+    new.appear(Existing::Replace)
 }

@@ -3,13 +3,17 @@
 mod contents;
 mod describe;
 mod image;
+mod look;
 mod read;
 mod scan;
+mod selinux;
 mod squash;
 mod upload;
 
 pub(crate) use image::signature_path;
 pub use image::{Destination, PackOptions, Packed, pack_to_files};
+pub(crate) use look::look_at_tree;
 pub use scan::Warnings;
+pub use selinux::Labels;
 pub use squash::{SquashOptions, Squashed, squash};
-pub use upload::{Server, pack_to_server};
+pub use upload::{ProfileOptions, Server, pack_to_server};

@@ -2,10 +2,12 @@
 
 use super::contents;
 use super::scan::{self, InodeIndex, Kind, Tree, Warnings};
+use super::selinux::{self, Labels};
 use crate::progress::Progress;
 use crate::scrub::{KeyGuard, LeftOut, View, ViewOptions};
 use crate::squashfs::{
-    Attributes, BLOCK_SIZE, Compression, ContentId, DataWriter, Entry, InodeRef, SUPERBLOCK_SIZE, Special, TreeWriter, WriterOptions, XattrId,
+    Attributes, BLOCK_SIZE, Compression, ContentId, DataWriter, Entry, InodeRef, SUPERBLOCK_SIZE, Special, TreeWriter,
+    WriterOptions, XattrId,
 };
 use anyhow::{Context as _, Result};
 use std::io::Write;
@@ -51,6 +53,8 @@ pub struct Squashed<W> {
     pub warnings: Warnings,
     /// What was left out on purpose.
     pub left_out: LeftOut,
+    /// SELinux labels that were set.
+    pub labels: Option<Labels>,
     /// Inodes in the image.
     pub inodes: u64,
     /// Bytes of regular files, before compression and sharing.
@@ -62,7 +66,8 @@ pub fn squash<W: Write>(path: &Path, out: W, options: &SquashOptions, progress: 
     let root = scan::open_root(path)?;
     let mut view = View::new(&options.view)?;
     let guard = KeyGuard::new(root.as_fd(), &options.view)?;
-    let tree = scan::scan(root.as_fd(), &mut view).with_context(|| format!("in the tree '{}'", path.display()))?;
+    let mut tree = scan::scan(root.as_fd(), &mut view).with_context(|| format!("in the tree '{}'", path.display()))?;
+    let labels = selinux::label(&mut tree, root.as_fd())?;
     let file_bytes = tree.inodes.iter().map(|inode| if let Kind::File(size) = inode.kind { size } else { 0 }).sum();
     progress.total(file_bytes);
     // The newest time in the tree: the same tree gives the same bytes.
@@ -85,6 +90,7 @@ pub fn squash<W: Write>(path: &Path, out: W, options: &SquashOptions, progress: 
         file_bytes,
         warnings: tree.warnings,
         left_out: view.finish(),
+        labels,
     })
 }
 

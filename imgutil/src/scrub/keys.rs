@@ -98,7 +98,8 @@ fn der(bytes: &[u8]) -> Option<&'static str> {
     }
     if let Some((algorithm, after)) = element(after, 0x30) {
         // rsaEncryption, id-ecPublicKey, Ed25519 and its relatives.
-        const ALGORITHMS: [&[u8]; 3] = [b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01", b"\x2a\x86\x48\xce\x3d\x02\x01", b"\x2b\x65"];
+        const ALGORITHMS: [&[u8]; 3] =
+            [b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01", b"\x2a\x86\x48\xce\x3d\x02\x01", b"\x2b\x65"];
         let (algorithm, _) = element(algorithm, 0x06)?;
         let known = ALGORITHMS.iter().any(|known| algorithm.starts_with(known));
         return (known && element(after, 0x04).is_some()).then_some("a PKCS #8 private key");

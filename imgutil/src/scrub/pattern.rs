@@ -75,11 +75,6 @@ impl Patterns {
         Ok(())
     }
 
-    /// How many there are.
-    pub(crate) fn len(&self) -> usize {
-        self.patterns.len()
-    }
-
     /// The place of the root's entries.
     pub(crate) fn root(&self) -> Place {
         let mut place = Place::default();
@@ -112,9 +107,9 @@ impl Patterns {
             let segments = &pattern.segments;
             let (here, is_last) = (&segments[*at as usize], *at as usize + 1 == segments.len());
             if *here == Segment::AnyDepth {
-                // It takes this name and stays; `reach` has added what follows it.
+                // It takes this name and may take more.
                 if is_directory {
-                    below.add(*index, *at);
+                    pattern.reach(*index, *at, &mut below);
                 }
                 if is_last && (is_directory || !pattern.directories_only) {
                     push(matched, *index);

@@ -1,12 +1,12 @@
 //! First half of writing: file contents, cut into blocks and compressed by libsquashfs's workers.
 #![allow(unsafe_code)] // calls into libsquashfs
 
+use super::SUPERBLOCK_SIZE;
 use super::compressor::{Compressor, destroy};
 use super::error::SquashfsError;
 use super::ffi;
 use super::sink::{Shared, Sink, SinkBlocks, SinkFile};
 use super::tree::TreeWriter;
-use super::SUPERBLOCK_SIZE;
 use std::io::Write;
 use std::ptr::{self, NonNull};
 

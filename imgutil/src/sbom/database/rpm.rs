@@ -13,7 +13,11 @@ pub(super) fn headers(files: &dyn Files) -> Result<Vec<Vec<u8>>> {
     for place in PLACES {
         let names = files.list(place)?;
         let read = |name: &str| -> Result<Option<Vec<u8>>> {
-            if names.iter().any(|known| known == name) { files.read(&format!("{place}/{name}"), DATABASE) } else { Ok(None) }
+            if names.iter().any(|known| known == name) {
+                files.read(&format!("{place}/{name}"), DATABASE)
+            } else {
+                Ok(None)
+            }
         };
         let context = |name: &str| format!("cannot read the package database '/{place}/{name}'");
         if let Some(database) = read("rpmdb.sqlite")? {
