@@ -59,7 +59,7 @@ fn a_recipe_becomes_a_tree() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(text(&output.stdout).contains("debian-12 amd64, kernel none"), "{}", text(&output.stdout));
     // A log has its lines from the start.
-    assert!(text(&output.stderr).starts_with("imgutil: starting mmdebstrap\n"), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).starts_with("imgutil: fetching the lists of packages\n"), "{}", text(&output.stderr));
     let tree = work.path().join("tree");
     assert_eq!(names(work.path()), ["banner", "recipe.toml", "tree"]);
     assert_eq!(tree.metadata().unwrap().permissions().mode() & 0o7777, 0o755);

@@ -34,6 +34,12 @@ pub struct State {
     pub chunks_verified: u64,
     /// Bytes of verified chunks in the cache.
     pub cache_bytes: u64,
+    /// Requests that were sent to a second member too, because the first one kept somebody waiting.
+    #[serde(default)]
+    pub hedges: u64,
+    /// Of those, how often the second was first.
+    #[serde(default)]
+    pub hedges_won: u64,
     /// Each member.
     pub members: Vec<MemberStatus>,
 }
@@ -42,7 +48,9 @@ impl State {
     /// As the reader stands now.
     #[must_use]
     pub fn of(reader: &Reader) -> Self {
-        let Figures { bytes_fetched, chunks_fetched, chunks_verified, cache_bytes, members } = reader.figures();
+        let figures = reader.figures();
+        let Figures { bytes_fetched, chunks_fetched, chunks_verified, cache_bytes, hedges, hedges_won, members } =
+            figures;
         Self {
             pid: std::process::id(),
             digest: hex::encode(reader.header().digest()),
@@ -51,6 +59,8 @@ impl State {
             chunks_fetched,
             chunks_verified,
             cache_bytes,
+            hedges,
+            hedges_won,
             members,
         }
     }
@@ -74,6 +84,7 @@ impl fmt::Display for State {
         writeln!(f, "fetched   {} of {} bytes ({share:.1} %)", self.bytes_fetched, self.image_size)?;
         writeln!(f, "chunks    {} received, {} verified", self.chunks_fetched, self.chunks_verified)?;
         writeln!(f, "cache     {} bytes", self.cache_bytes)?;
+        writeln!(f, "hedges    {}, {} of them first", self.hedges, self.hedges_won)?;
         for member in &self.members {
             let standing = serde_json::to_value(member.state).unwrap_or_default();
             write!(

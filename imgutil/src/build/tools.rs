@@ -1,7 +1,7 @@
 //! Running a tool for a build: in namespaces that end with it, its output to the log and to the progress display, and an
 //! orderly end when the build is interrupted.
 
-use super::output::{Tail, follow};
+use super::output::{Meaning, Tail, follow};
 use super::{BuildError, Event};
 use crate::exec::{self, ExecError, Finished, Options, SignalWatch};
 use nix::sys::signal::Signal;
@@ -43,10 +43,11 @@ impl<'a> Tools<'a> {
         }
     }
 
-    /// Runs what `make` makes of three standard streams. `Err` if it could not run or the build is to end; how it ended
+    /// Runs what `make` makes of three standard streams; `meaning` turns what is printed into progress. `Err` if it could not run or the build is to end; how it ended
     /// and what it printed last otherwise.
     pub(super) fn run(
         &mut self,
+        meaning: &mut dyn Meaning,
         make: impl FnOnce([OwnedFd; 3]) -> Result<Options, ExecError>,
     ) -> Result<(Result<Finished, ExecError>, Tail), BuildError> {
         self.interrupted(&[])?;
@@ -61,7 +62,7 @@ impl<'a> Tools<'a> {
         let options = make(streams)?;
         let (log, progress, signals) = (&self.log, &mut *self.progress, self.signals);
         let (finished, tail) = std::thread::scope(|scope| {
-            let reader = scope.spawn(move || follow(File::from(read), log, progress));
+            let reader = scope.spawn(move || follow(File::from(read), log, meaning, progress));
             let finished = exec::run(&options, signals);
             // The last holder of the pipe's other end: now the reader comes to the end.
             drop(options);

@@ -47,7 +47,7 @@ impl WorkDir {
             empty(&path)?;
         }
         let work = Self { path, tree, _lock: lock };
-        for (directory, mode) in [(work.root(), 0o755), (work.temporary(), 0o700)] {
+        for (directory, mode) in [(work.root(), 0o755), (work.temporary(), 0o700), (work.indexes(), 0o700)] {
             rustix::fs::mkdir(&directory, Mode::from_raw_mode(mode))
                 .map_err(|error| BuildError::io("make the directory", &directory, error.into()))?;
         }
@@ -62,6 +62,11 @@ impl WorkDir {
     /// Temporary files of the tools.
     pub(super) fn temporary(&self) -> PathBuf {
         self.path.join("tmp")
+    }
+
+    /// What a back end fetches and works out before it installs.
+    pub(super) fn indexes(&self) -> PathBuf {
+        self.path.join("indexes")
     }
 
     /// Where the node's files wait to be planted.

@@ -14,6 +14,19 @@ use std::time::{Duration, Instant};
 /// In a log, a stage with many steps says so often how far it is.
 const EVERY: Duration = Duration::from_secs(10);
 
+/// What a build without a tree to make says.
+const EXPLANATION: &str = "\
+imgutil build makes a root tree from a distribution's packages. Name the tree to make:
+
+    imgutil build TREE                       a diskless node of Debian 12
+    imgutil build --os debian-13 TREE        another system (imgutil build --list-os)
+    imgutil build -p vim,htop TREE           with more packages
+    imgutil build --minimal TREE             only essential packages, no kernel
+    imgutil build -f recipe.toml TREE        everything said in a file (docs/recipes.md)
+
+Then: imgutil exec TREE to change it, imgutil pack TREE to make an image of it. All options: imgutil build --help
+";
+
 /// Build a root tree from a distribution's packages (as root)
 ///
 /// The tree boots as a diskless node: kernel, systemd, sshd, the agent, and an initramfs that every later kernel update
@@ -25,7 +38,7 @@ pub struct Args {
     /// Recipe in TOML: packages, archives, files, users, services and commands
     #[arg(short = 'f', long, value_name = "RECIPE")]
     file: Option<PathBuf>,
-    /// Operating system: debian-12 (default), debian-13, ubuntu-24.04 (untested)
+    /// Operating system, as --list-os shows them [default: debian-12]
     #[arg(long)]
     os: Option<String>,
     /// Architecture, as amd64 or arm64 [default: the host's]
@@ -46,9 +59,15 @@ pub struct Args {
     /// Directory with the node's files in the layout of the target's root
     #[arg(long, value_name = "DIR", default_value = NODE_FILES)]
     node_files: PathBuf,
+    /// Show the operating systems that can be built, and end
+    #[arg(long)]
+    list_os: bool,
+    /// Show them in JSON
+    #[arg(long, requires = "list_os")]
+    json: bool,
     /// The tree to make
     // `-p A B TREE`: what follows the first package cannot be told from TREE but by its place.
-    #[arg(required = true, value_name = "TREE")]
+    #[arg(value_name = "TREE")]
     rest: Vec<PathBuf>,
 }
 
@@ -70,6 +89,13 @@ fn uri(text: &str) -> Result<String, String> {
 
 /// Runs it.
 pub fn run(mut args: Args) -> anyhow::Result<ExitCode> {
+    if args.list_os {
+        return list_os(args.json);
+    }
+    if args.rest.is_empty() {
+        eprint!("{EXPLANATION}");
+        return Ok(ExitCode::from(2));
+    }
     let tree = split_rest(args.rest, &mut args.packages)?;
     let mut recipe = args.file.as_deref().map(Recipe::read).transpose()?.unwrap_or_default();
     recipe.os = args.os.or(recipe.os);
@@ -114,6 +140,19 @@ pub fn run(mut args: Args) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::from(code))
         }
     }
+}
+
+fn list_os(json: bool) -> anyhow::Result<ExitCode> {
+    let known = build::known_os();
+    if json {
+        println!("{}", serde_json::to_string_pretty(&known)?);
+    } else {
+        for os in known {
+            let note = if os.tested { "" } else { " (untested)" };
+            println!("{:<16} {}{note}", os.name, os.architectures.join(", "));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// A line that changes on a terminal, plain lines in a log.

@@ -3,13 +3,14 @@
 use anyhow::{Context as _, Result, bail};
 use moor_image::{Dek, OpenOptions, PublicKey};
 use moor_tether::mount::{ImageFile, Mount};
-use moor_tether::reader::{Address, DEFAULT_CACHE, Reader};
+use moor_tether::reader::{Address, Https, Reader, Real, Settings};
 use moor_tether::state::{DEFAULT_PATH, StateFile};
 use moor_tether::{daemon, kmsg, survive, tls};
 use nix::mount::{MntFlags, umount2};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use zeroize::Zeroizing;
 
@@ -74,7 +75,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if args.foreground {
         kmsg::log_to_stderr();
     }
-    let reader = runtime.block_on(Reader::open(addresses, &tls, &options, DEFAULT_CACHE))?;
+    let world = Arc::new(Real::new(runtime.handle().clone()));
+    let reader = runtime.block_on(Reader::open(Https::all(addresses, &tls), world, &options, Settings::default()))?;
     drop(options);
     let state = StateFile::new(&args.state).with_context(|| format!("cannot write to '{}'", args.state.display()))?;
     // Before the mount can be seen: whoever sees it may end it.
@@ -136,7 +138,7 @@ fn addresses(urls: &[String]) -> Result<Vec<Address>> {
     urls.iter().map(|url| Ok(Address::resolve(url)?)).collect()
 }
 
-fn tls(args: &Args) -> Result<std::sync::Arc<rustls::ClientConfig>> {
+fn tls(args: &Args) -> Result<Arc<rustls::ClientConfig>> {
     Ok(match (&args.site, &args.ca) {
         (Some(site), _) => tls::site(site)?,
         (None, Some(ca)) => tls::authority(ca)?,

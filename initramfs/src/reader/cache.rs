@@ -1,21 +1,26 @@
 //! Verified chunks in memory, within a bound, and the flights that bring more. One flight per chunk: whoever wants a chunk that is
 //! already on its way waits for it.
 
+use super::class::Ticket;
 use bytes::Bytes;
 use moor_image::ImageError;
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::sync::Arc;
 use tokio::sync::oneshot;
 
 /// What a flight brings: verified plaintext, or the finding that the image itself is bad, whoever serves it.
 pub(super) type Landed = Result<Bytes, Arc<ImageError>>;
 
+/// A flight that nobody waits for yet, and that has more chunks than this to bring before the one that is wanted now, is not waited for.
+const NEAR: u64 = 4;
+
 /// A chunk that was asked for.
 pub(super) enum Lookup {
     Cached(Bytes),
     /// On its way.
     Waiting(oneshot::Receiver<Landed>),
-    /// Nobody fetches it yet: the caller has to. The receiver tells when it is there.
+    /// Nobody fetches it yet, or not soon: the caller has to, and says so by [`Cache::taken`]. The receiver tells when it is there.
     Missing(oneshot::Receiver<Landed>),
 }
 
@@ -25,7 +30,15 @@ pub(super) struct Cache {
     clock: u64,
     chunks: HashMap<u64, (u64, Bytes)>,
     by_use: BTreeMap<u64, u64>,
-    flights: HashMap<u64, Vec<oneshot::Sender<Landed>>>,
+    flights: HashMap<u64, Coming>,
+}
+
+/// A chunk on its way.
+#[derive(Default)]
+struct Coming {
+    waiting: Vec<oneshot::Sender<Landed>>,
+    /// The flight that brings it.
+    ticket: Option<Arc<Ticket>>,
 }
 
 impl Cache {
@@ -47,26 +60,32 @@ impl Cache {
             return Lookup::Cached(bytes.clone());
         }
         let (sender, receiver) = oneshot::channel();
-        if let Some(waiting) = self.flights.get_mut(&chunk) {
-            waiting.push(sender);
-            return Lookup::Waiting(receiver);
+        let coming = self.flights.entry(chunk).or_default();
+        coming.waiting.push(sender);
+        match &coming.ticket {
+            Some(ticket) if ticket.is_wanted() || ticket.before(chunk) <= NEAR => {
+                ticket.promote();
+                Lookup::Waiting(receiver)
+            }
+            _ => Lookup::Missing(receiver),
         }
-        self.flights.insert(chunk, vec![sender]);
-        Lookup::Missing(receiver)
     }
 
-    /// Starts a flight that nobody waits for yet. `false`: the chunk is there or on its way.
-    pub(super) fn claim(&mut self, chunk: u64) -> bool {
-        if self.chunks.contains_key(&chunk) || self.flights.contains_key(&chunk) {
-            return false;
+    /// Whether a chunk is neither there nor on its way.
+    pub(super) fn is_missing(&self, chunk: u64) -> bool {
+        !self.chunks.contains_key(&chunk) && !self.flights.contains_key(&chunk)
+    }
+
+    /// These chunks are brought by this flight from now on.
+    pub(super) fn taken(&mut self, chunks: Range<u64>, ticket: &Arc<Ticket>) {
+        for chunk in chunks {
+            self.flights.entry(chunk).or_default().ticket = Some(ticket.clone());
         }
-        self.flights.insert(chunk, Vec::new());
-        true
     }
 
     /// A flight ends: what it brought goes to all who wait, and stays when it is good.
     pub(super) fn land(&mut self, chunk: u64, landed: &Landed) {
-        for waiting in self.flights.remove(&chunk).unwrap_or_default() {
+        for waiting in self.flights.remove(&chunk).unwrap_or_default().waiting {
             // Who went away needs no answer.
             let _ = waiting.send(landed.clone());
         }
@@ -76,8 +95,11 @@ impl Cache {
     }
 
     /// A flight ends without a result (its task was dropped): those who wait start another one.
-    pub(super) fn crash(&mut self, chunk: u64) {
-        self.flights.remove(&chunk);
+    pub(super) fn crash(&mut self, chunk: u64, ticket: &Arc<Ticket>) {
+        let is_its = |coming: &Coming| coming.ticket.as_ref().is_some_and(|held| Arc::ptr_eq(held, ticket));
+        if self.flights.get(&chunk).is_some_and(is_its) {
+            self.flights.remove(&chunk);
+        }
     }
 
     fn insert(&mut self, chunk: u64, bytes: Bytes) {
@@ -100,6 +122,7 @@ impl Cache {
 
 #[cfg(test)]
 mod tests {
+    use super::super::class::Class;
     use super::*;
 
     fn chunk(byte: u8) -> Bytes {
@@ -123,16 +146,36 @@ mod tests {
         assert_eq!(cache.size(), 30);
     }
 
+    fn flight(class: Class, first: u64) -> Arc<Ticket> {
+        Arc::new(Ticket::new(class, first))
+    }
+
     #[test]
     fn one_flight_serves_all_who_wait() {
         let mut cache = Cache::new(100);
         let Lookup::Missing(mut first) = cache.lookup(7) else { panic!("somebody fetches it") };
+        cache.taken(7..8, &flight(Class::Demand, 7));
         let Lookup::Waiting(mut second) = cache.lookup(7) else { panic!("a second flight") };
-        assert!(!cache.claim(7));
+        assert!(!cache.is_missing(7) && cache.is_missing(8));
         cache.land(7, &Ok(chunk(1)));
         assert_eq!(first.try_recv().unwrap().unwrap(), second.try_recv().unwrap().unwrap());
-        assert!(!cache.claim(7));
-        assert!(cache.claim(8));
+        assert!(!cache.is_missing(7));
+    }
+
+    #[test]
+    fn a_guess_that_somebody_waits_for_becomes_a_demand_unless_it_is_far_off() {
+        let mut cache = Cache::new(100);
+        let guess = flight(Class::Prefetch, 0);
+        cache.taken(0..64, &guess);
+        assert!(matches!(cache.lookup(40), Lookup::Missing(_)), "40 chunks come before it");
+        cache.taken(40..41, &flight(Class::Demand, 40));
+        assert!(!guess.is_wanted());
+        // The guess ends early: what somebody else brings is still on its way.
+        cache.crash(40, &guess);
+        assert!(matches!(cache.lookup(40), Lookup::Waiting(_)));
+        guess.arrived(1);
+        assert!(matches!(cache.lookup(4), Lookup::Waiting(_)));
+        assert!(guess.is_wanted());
     }
 
     #[test]
@@ -142,7 +185,9 @@ mod tests {
         cache.land(1, &Err(Arc::new(ImageError::Argument("bad"))));
         assert!(waiting.try_recv().unwrap().is_err());
         let Lookup::Missing(mut waiting) = cache.lookup(1) else { panic!("it was kept") };
-        cache.crash(1);
+        let lost = flight(Class::Demand, 1);
+        cache.taken(1..2, &lost);
+        cache.crash(1, &lost);
         assert!(waiting.try_recv().is_err());
         assert!(matches!(cache.lookup(1), Lookup::Missing(_)));
     }

@@ -23,6 +23,9 @@ pub enum Fault {
     /// It stopped sending.
     #[error("no byte for {:.1} s", .0.as_secs_f32())]
     Silent(Duration),
+    /// It takes much longer than another member.
+    #[error("no chunk for {:.1} s, while another server answers", .0.as_secs_f32())]
+    Slow(Duration),
     /// The connection broke.
     #[error("the connection broke: {0}")]
     Broken(String),
@@ -56,7 +59,7 @@ impl Fault {
     /// Whether it is over time: then the member gets more of it.
     #[must_use]
     pub fn is_timeout(&self) -> bool {
-        matches!(self, Self::Unreachable(_) | Self::Silent(_))
+        matches!(self, Self::Unreachable(_) | Self::Silent(_) | Self::Slow(_))
     }
 
     /// Whether the next attempt may well succeed without anybody's doing.

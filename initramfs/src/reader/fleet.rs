@@ -2,37 +2,48 @@
 
 use super::fault::Fault;
 use super::member::{Member, Standing};
+use super::world::{World, within};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-use tokio::sync::watch;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::sync::Notify;
 
 /// How often an outage is named on the console.
 const SAY_EVERY: Duration = Duration::from_mins(1);
+/// Another member has to be so many times better before requests go there: connections are warm where they are.
+const CLEARLY: u32 = 3;
+const CLEARLY_OF: u32 = 2;
+/// Requests of one member that run side by side before one more costs a multiple of the time.
+const SIDE_BY_SIDE: u32 = 4;
+/// What was measured longer ago says nothing against a member.
+const STALE: Duration = Duration::from_secs(30);
+/// One request in so many goes to another member, if nothing is known against it: else a better one would never be found.
+const EXPLORE: u64 = 32;
 
 pub(super) struct Fleet {
     members: Vec<Arc<Member>>,
-    /// Where ties between members are broken: each node has its own, so that nodes spread over members.
-    first: usize,
-    good: watch::Sender<usize>,
+    world: Arc<dyn World>,
+    /// The member that is asked until another is clearly better. Each node begins with its own, so that nodes spread.
+    current: AtomicUsize,
+    /// How many members can be asked.
+    usable: AtomicUsize,
+    changed: Notify,
 }
 
 impl Fleet {
-    pub(super) fn new(members: Vec<Arc<Member>>) -> Self {
-        let mut bytes = [0; 1];
-        // Without randomness every node begins with the first member: not even, but right.
-        let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::NONBLOCK);
-        let first = usize::from(bytes[0]) % members.len().max(1);
-        let good = watch::Sender::new(members.len());
-        Self { members, first, good }
+    pub(super) fn new(members: Vec<Arc<Member>>, world: Arc<dyn World>) -> Self {
+        let first = index(world.random(), members.len());
+        let usable = AtomicUsize::new(members.len());
+        Self { members, world, current: AtomicUsize::new(first), usable, changed: Notify::new() }
     }
 
     pub(super) fn members(&self) -> &[Arc<Member>] {
         &self.members
     }
 
-    /// Whether no member is good.
+    /// Whether no member can be asked.
     pub(super) fn is_down(&self) -> bool {
-        *self.good.borrow() == 0
+        self.usable.load(Ordering::Relaxed) == 0
     }
 
     /// Whether every member is excluded: then they are asked all the same, because each byte is verified anyway and the alternative
@@ -41,50 +52,122 @@ impl Fleet {
         self.members.iter().all(|member| member.standing() == Standing::Excluded)
     }
 
-    /// Counts the good members again, after one of them changed.
+    /// Counts the usable members again, after one of them changed, and tells those who wait for one.
     pub(super) fn recount(&self) {
-        let good = self.members.iter().filter(|member| member.standing() == Standing::Good).count();
-        self.good.send_if_modified(|count| std::mem::replace(count, good) != good);
+        let is_usable = |member: &&Arc<Member>| matches!(member.standing(), Standing::Good | Standing::Slow);
+        self.usable.store(self.members.iter().filter(is_usable).count(), Ordering::Relaxed);
+        self.changed.notify_waiters();
     }
 
-    /// The good member with the fewest requests running. Waits for one as long as it takes.
-    pub(super) async fn pick(&self) -> Arc<Member> {
-        let mut good = self.good.subscribe();
+    /// The members that stand so.
+    fn standing(&self, standing: Standing) -> Vec<usize> {
+        (0..self.members.len()).filter(|index| self.members[*index].standing() == standing).collect()
+    }
+
+    /// The member to ask for so many chunks. Waits for one as long as it takes.
+    pub(super) async fn pick(&self, chunks: u64) -> Arc<Member> {
         loop {
-            good.borrow_and_update();
-            let rotated = self.members.iter().cycle().skip(self.first).take(self.members.len());
-            let best =
-                rotated.filter(|member| member.standing() == Standing::Good).min_by_key(|member| member.in_flight());
-            if let Some(best) = best {
-                return best.clone();
+            let changed = self.changed.notified();
+            let mut changed = std::pin::pin!(changed);
+            // From here on no change is missed.
+            changed.as_mut().enable();
+            if let Some(member) = self.choose(chunks) {
+                return member;
             }
-            if good.changed().await.is_err() {
-                // The sender lives in `self`: cannot be. Waiting is what a reader without members does.
-                std::future::pending::<()>().await;
+            changed.await;
+        }
+    }
+
+    /// The current member, unless one of the others, drawn at random, is clearly better. Where none is good, the least slow.
+    fn choose(&self, chunks: u64) -> Option<Arc<Member>> {
+        let mut candidates = self.standing(Standing::Good);
+        if candidates.is_empty() {
+            candidates = self.standing(Standing::Slow);
+            let least = candidates.into_iter().min_by_key(|index| self.members[*index].pace().expected())?;
+            return Some(self.members[least].clone());
+        }
+        let random = self.world.random();
+        let current = self.current.load(Ordering::Relaxed);
+        let current = if let Some(at) = candidates.iter().position(|index| *index == current) {
+            candidates.swap_remove(at)
+        } else {
+            let next = candidates.swap_remove(index(random >> 32, candidates.len()));
+            self.current.store(next, Ordering::Relaxed);
+            next
+        };
+        let mut chosen = current;
+        if !candidates.is_empty() {
+            let other = candidates[index(random >> 16, candidates.len())];
+            let (time, other_time) = (self.time(current, current, chunks), self.time(other, current, chunks));
+            let is_clear =
+                |other: Duration, this: Duration| other.saturating_mul(CLEARLY) < this.saturating_mul(CLEARLY_OF);
+            let is_tried = random.is_multiple_of(EXPLORE) && other_time <= time.saturating_mul(CLEARLY);
+            if is_clear(other_time, time) {
+                self.current.store(other, Ordering::Relaxed);
+                chosen = other;
+            } else if is_tried || is_clear(self.loaded(other, other_time), self.loaded(current, time)) {
+                // Not for good: the two share a load, or the other is looked at once.
+                chosen = other;
             }
         }
+        Some(self.members[chosen].clone())
+    }
+
+    /// The time that an answer of so many chunks takes. What is not known lately is thought to be as the current member's.
+    fn time(&self, member: usize, current: usize, chunks: u64) -> Duration {
+        let known = |member: usize| {
+            let pace = self.members[member].pace();
+            pace.whole(chunks).filter(|_| member == current || self.world.since(pace.measured()) < STALE)
+        };
+        known(member).or_else(|| known(current)).unwrap_or(Duration::from_millis(1))
+    }
+
+    /// The same, with what the member has to do already.
+    fn loaded(&self, member: usize, time: Duration) -> Duration {
+        time.saturating_mul(SIDE_BY_SIDE + self.members[member].in_flight()) / SIDE_BY_SIDE
+    }
+
+    /// The best good member but `not`, if there is one that keeps nobody waiting: where all do, asking more only makes it worse.
+    pub(super) fn other(&self, not: &Arc<Member>) -> Option<Arc<Member>> {
+        let others = self.members.iter().filter(|member| !Arc::ptr_eq(member, not));
+        let ready = others.filter(|member| member.standing() == Standing::Good && !member.is_late());
+        ready.min_by_key(|member| member.pace().expected().unwrap_or_default()).cloned()
+    }
+
+    /// The time in which the quickest other good member answers.
+    pub(super) fn others_expected(&self, not: &Arc<Member>) -> Option<Duration> {
+        let others = self.members.iter().filter(|member| !Arc::ptr_eq(member, not));
+        others.filter(|member| member.standing() == Standing::Good).filter_map(|member| member.pace().expected()).min()
     }
 
     /// Says on the log that no member answers, once a minute, and when one does again. Runs as long as the reader.
     pub(super) async fn watch_outages(self: Arc<Self>) {
-        let mut good = self.good.subscribe();
         loop {
-            if good.wait_for(|count| *count == 0).await.is_err() {
-                return;
-            }
-            let since = Instant::now();
+            self.until(Self::is_down).await;
+            let since = self.world.now();
+            let lasts = |fleet: &Self| fleet.world.since(since).as_secs();
             while self.is_down() {
                 tracing::error!(
                     "no server of the image answers since {} s; programs wait until one does: {}",
-                    since.elapsed().as_secs(),
+                    lasts(&self),
                     self.reasons()
                 );
-                let back = tokio::time::timeout(SAY_EVERY, good.wait_for(|count| *count > 0)).await;
-                if matches!(back, Ok(Err(_))) {
-                    return;
-                }
+                // The next round says it again, or the end.
+                let _ = within(&*self.world, SAY_EVERY, self.until(|fleet| !fleet.is_down())).await;
             }
-            tracing::warn!("a server of the image answers again after {} s", since.elapsed().as_secs());
+            tracing::warn!("a server of the image answers again after {} s", lasts(&self));
+        }
+    }
+
+    async fn until(&self, ready: impl Fn(&Self) -> bool) {
+        loop {
+            let changed = self.changed.notified();
+            let mut changed = std::pin::pin!(changed);
+            changed.as_mut().enable();
+            if ready(self) {
+                return;
+            }
+            changed.await;
         }
     }
 
@@ -112,11 +195,15 @@ impl Fleet {
         before == Standing::Good
     }
 
-    /// Notes a verified read; a trial is one whose purpose it was.
-    pub(super) fn succeeded(&self, member: &Member, is_trial: bool) {
-        if member.succeeded(is_trial) {
+    /// A verified read has shown that a member is good again.
+    pub(super) fn passed(&self, member: &Member) {
+        if member.passed() {
             tracing::info!("{} is back, a verified read succeeded", member.url());
             self.recount();
         }
     }
+}
+
+fn index(random: u64, length: usize) -> usize {
+    usize::try_from(random % (length.max(1) as u64)).unwrap_or(0)
 }

@@ -1,42 +1,34 @@
-//! HTTPS to one server: connections that are kept, range requests on them, and the rules of an answer.
+//! Requests to one server: connections that are kept, the time limits, and the rules of an answer.
 
-use super::address::Address;
 use super::fault::Fault;
+use super::world::{Head, Path, Wire, World, within};
 use bytes::{Buf as _, Bytes};
-use http::{Request, Response, StatusCode, header};
-use http_body_util::{BodyExt as _, Empty};
-use hyper::body::Incoming;
-use hyper::client::conn::http1::{self, SendRequest};
-use hyper_util::rt::TokioIo;
-use rustls::ClientConfig;
-use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
-use tokio::net::TcpStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
 
 /// Connections to one server at most.
-pub(super) const CONNECTIONS: usize = 4;
+pub(super) const CONNECTIONS: usize = 8;
+/// Connections that are kept when nothing is asked for a while: the next burst begins without a handshake.
+const KEPT: usize = 2;
+/// A connection that has rested longer is closed, unless it is one of those.
+const RESTED_LONG: Duration = Duration::from_secs(20);
 /// Time for a TCP connection.
 const CONNECT: Duration = Duration::from_secs(1);
 /// Time without a byte.
 const SILENCE: Duration = Duration::from_secs(2);
 
-/// The way to one server.
-pub(super) struct Link {
-    address: Address,
-    tls: TlsConnector,
-    idle: Mutex<Vec<SendRequest<Empty<Bytes>>>>,
-    slots: Arc<Semaphore>,
+struct Rested {
+    wire: Box<dyn Wire>,
+    since: Duration,
 }
 
-/// The part of an answer that came with its head: total length of the file, and its entity tag.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Head {
-    pub(super) total: u64,
-    pub(super) etag: Option<Bytes>,
+/// The way to one server.
+pub(super) struct Link {
+    path: Box<dyn Path>,
+    world: Arc<dyn World>,
+    idle: Mutex<Vec<Rested>>,
+    slots: Arc<Semaphore>,
 }
 
 /// How long the slowest step of a request took, as a share of its time limit without patience.
@@ -49,8 +41,8 @@ impl Slowness {
         Self(share)
     }
 
-    fn note(&mut self, since: Instant, limit: Duration) {
-        self.0 = self.0.max(since.elapsed().as_secs_f32() / limit.as_secs_f32());
+    fn note(&mut self, took: Duration, limit: Duration) {
+        self.0 = self.0.max(took.as_secs_f32() / limit.as_secs_f32());
     }
 
     /// The patience that gives such a server four times the time that it took.
@@ -64,60 +56,64 @@ impl Slowness {
 
 /// An answer whose body is being read. Dropped before its end, it closes the connection.
 pub(super) struct Answer {
-    pub(super) head: Head,
-    body: Incoming,
+    /// Length of the whole file, as the server says.
+    pub(super) total: u64,
+    pub(super) etag: Option<Bytes>,
+    wire: Box<dyn Wire>,
+    world: Arc<dyn World>,
     pending: Bytes,
     left: u64,
     patience: u32,
     slowness: Slowness,
-    connection: Option<SendRequest<Empty<Bytes>>>,
     _slot: OwnedSemaphorePermit,
 }
 
 impl Link {
-    pub(super) fn new(address: Address, tls: Arc<ClientConfig>) -> Self {
-        Self {
-            address,
-            tls: TlsConnector::from(tls),
-            idle: Mutex::new(Vec::new()),
-            slots: Arc::new(Semaphore::new(CONNECTIONS)),
-        }
+    pub(super) fn new(path: Box<dyn Path>, world: Arc<dyn World>) -> Self {
+        Self { path, world, idle: Mutex::new(Vec::new()), slots: Arc::new(Semaphore::new(CONNECTIONS)) }
     }
 
-    pub(super) fn address(&self) -> &Address {
-        &self.address
+    pub(super) fn url(&self) -> &str {
+        self.path.url()
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Rested>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Closes the connections that rest: after a fault they are not to be trusted either.
     pub(super) fn forget_connections(&self) {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.idle().clear();
     }
 
     /// Asks for `length` bytes from `start`. `patience` multiplies the time limits.
     pub(super) async fn get(&self, start: u64, length: u64, patience: u32) -> Result<Answer, Fault> {
         let slot = self.slots.clone().acquire_owned().await.map_err(|_| Fault::Broken("the reader ends".into()))?;
-        let range = format!("bytes={start}-{}", start + length - 1);
         let mut slowness = Slowness::default();
         loop {
-            let rested = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            // The one that was used last: it is the least likely to have been closed meanwhile.
+            let rested = self.idle().pop();
             let is_rested = rested.is_some();
-            let mut connection = match rested {
-                Some(connection) => connection,
+            let mut wire = match rested {
+                Some(rested) => rested.wire,
                 None => self.connect(patience, &mut slowness).await?,
             };
-            let asked = Instant::now();
-            match self.ask(&mut connection, &range, patience).await {
-                Ok(response) => {
-                    slowness.note(asked, SILENCE);
-                    let head = check_head(&response, start, length)?;
+            let limit = SILENCE * patience;
+            let asked = self.world.now();
+            let head = within(&*self.world, limit, wire.ask(start, length)).await.unwrap_or(Err(Fault::Silent(limit)));
+            match head {
+                Ok(head) => {
+                    slowness.note(self.world.since(asked), SILENCE);
+                    let total = check_head(&head, start, length)?;
                     return Ok(Answer {
-                        head,
-                        body: response.into_body(),
+                        total,
+                        etag: head.etag,
+                        wire,
+                        world: self.world.clone(),
                         pending: Bytes::new(),
                         left: length,
                         patience,
                         slowness,
-                        connection: Some(connection),
                         _slot: slot,
                     });
                 }
@@ -128,71 +124,32 @@ impl Link {
         }
     }
 
-    async fn ask(
-        &self,
-        connection: &mut SendRequest<Empty<Bytes>>,
-        range: &str,
-        patience: u32,
-    ) -> Result<Response<Incoming>, Fault> {
-        let request = Request::builder()
-            .uri(self.address.path())
-            .header(header::HOST, self.address.authority())
-            .header(header::RANGE, range)
-            .header(header::ACCEPT_ENCODING, "identity")
-            .body(Empty::new())
-            .map_err(|error| Fault::Broken(error.to_string()))?;
-        let limit = SILENCE * patience;
-        timeout(limit, async {
-            connection.ready().await?;
-            connection.send_request(request).await
-        })
-        .await
-        .map_err(|_| Fault::Silent(limit))?
-        .map_err(|error| Fault::Broken(chain(&error)))
-    }
-
-    async fn connect(&self, patience: u32, slowness: &mut Slowness) -> Result<SendRequest<Empty<Bytes>>, Fault> {
-        let begun = Instant::now();
-        let limit = CONNECT * patience;
-        let mut last = Fault::Unreachable(limit);
-        let mut tcp = None;
-        for socket in self.address.sockets() {
-            match timeout(limit, TcpStream::connect(socket)).await {
-                Ok(Ok(stream)) => {
-                    tcp = Some(stream);
-                    break;
-                }
-                Ok(Err(error)) => last = Fault::Connect(error.to_string()),
-                Err(_) => last = Fault::Unreachable(limit),
-            }
-        }
-        let tcp = tcp.ok_or(last)?;
-        slowness.note(begun, CONNECT);
-        tcp.set_nodelay(true).map_err(|error| Fault::Connect(error.to_string()))?;
-        let begun = Instant::now();
-        let limit = SILENCE * patience;
-        let handshake = async {
-            let tls = self.tls.connect(self.address.name().clone(), tcp).await.map_err(|error| tls_fault(&error))?;
-            http1::handshake(TokioIo::new(tls)).await.map_err(|error| Fault::Broken(chain(&error)))
-        };
-        let (sender, connection) = timeout(limit, handshake).await.map_err(|_| Fault::Silent(limit))??;
-        slowness.note(begun, SILENCE);
-        tokio::spawn(async move {
-            // An error of the connection reaches the request that waits on it.
-            let _ = connection.await;
-        });
-        Ok(sender)
+    async fn connect(&self, patience: u32, slowness: &mut Slowness) -> Result<Box<dyn Wire>, Fault> {
+        let (begun, limit) = (self.world.now(), CONNECT * patience);
+        let connected = within(&*self.world, limit, self.path.connect()).await;
+        let mut wire = connected.unwrap_or(Err(Fault::Unreachable(limit)))?;
+        slowness.note(self.world.since(begun), CONNECT);
+        let (begun, limit) = (self.world.now(), SILENCE * patience);
+        within(&*self.world, limit, wire.secure()).await.unwrap_or(Err(Fault::Silent(limit)))?;
+        slowness.note(self.world.since(begun), SILENCE);
+        Ok(wire)
     }
 
     /// Takes an answer back whose body was read to its end, so that its connection serves the next request.
-    pub(super) fn keep(&self, mut answer: Answer) {
-        if answer.left == 0
-            && answer.pending.is_empty()
-            && let Some(connection) = answer.connection.take()
-            && !connection.is_closed()
-        {
-            self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
+    pub(super) fn keep(&self, answer: Answer) {
+        if answer.left > 0 || !answer.pending.is_empty() || !answer.wire.is_usable() {
+            return;
         }
+        let now = self.world.now();
+        let mut idle = self.idle();
+        // The oldest stand first.
+        while idle.len() >= KEPT
+            && let Some(oldest) = idle.first()
+            && now.saturating_sub(oldest.since) > RESTED_LONG
+        {
+            idle.remove(0);
+        }
+        idle.push(Rested { wire: answer.wire, since: now });
     }
 }
 
@@ -206,17 +163,10 @@ impl Answer {
         let mut out = Vec::with_capacity(length);
         while out.len() < length {
             if self.pending.is_empty() {
-                let begun = Instant::now();
-                let limit = SILENCE * self.patience;
-                let frame = timeout(limit, self.body.frame()).await.map_err(|_| Fault::Silent(limit))?;
-                self.slowness.note(begun, SILENCE);
-                let frame = match frame {
-                    Some(Ok(frame)) => frame,
-                    Some(Err(error)) => return Err(Fault::Broken(chain(&error))),
-                    None => return Err(Fault::Broken("the answer ended early".into())),
-                };
-                // Trailers carry nothing for us.
-                let Ok(data) = frame.into_data() else { continue };
+                let (begun, limit) = (self.world.now(), SILENCE * self.patience);
+                let data = within(&*self.world, limit, self.wire.next()).await.unwrap_or(Err(Fault::Silent(limit)))?;
+                self.slowness.note(self.world.since(begun), SILENCE);
+                let data = data.ok_or_else(|| Fault::Broken("the answer ended early".into()))?;
                 count(data.len() as u64);
                 self.left = self
                     .left
@@ -232,20 +182,19 @@ impl Answer {
     }
 }
 
-/// Status, Content-Range and entity tag of an answer to a request for `length` bytes from `start`.
-fn check_head(response: &Response<Incoming>, start: u64, length: u64) -> Result<Head, Fault> {
-    match response.status() {
-        StatusCode::PARTIAL_CONTENT => {}
-        StatusCode::OK => return Err(Fault::NoRanges),
-        StatusCode::RANGE_NOT_SATISFIABLE => {
+/// Status and Content-Range of an answer to a request for `length` bytes from `start`. Returns the length of the file.
+fn check_head(head: &Head, start: u64, length: u64) -> Result<u64, Fault> {
+    match head.status {
+        206 => {}
+        200 => return Err(Fault::NoRanges),
+        416 => {
             // The file ends before the range: say how long it is, when the server tells.
-            let actual = header_text(response, header::CONTENT_RANGE)
-                .and_then(|text| text.strip_prefix("bytes */")?.parse().ok());
+            let actual = head.content_range.as_deref().and_then(|text| text.strip_prefix("bytes */")?.parse().ok());
             return Err(Fault::Length { expected: start + length, actual: actual.unwrap_or(0) });
         }
-        status => return Err(Fault::Status(status.as_u16())),
+        status => return Err(Fault::Status(status)),
     }
-    let text = header_text(response, header::CONTENT_RANGE).unwrap_or("no Content-Range");
+    let text = head.content_range.as_deref().unwrap_or("no Content-Range");
     let (first, last, total) = parse_content_range(text).ok_or_else(|| Fault::OtherRange(text.to_owned()))?;
     if first == start && last < start + length - 1 && total == last + 1 {
         return Err(Fault::Length { expected: start + length, actual: total });
@@ -253,12 +202,7 @@ fn check_head(response: &Response<Incoming>, start: u64, length: u64) -> Result<
     if first != start || last != start + length - 1 {
         return Err(Fault::OtherRange(text.to_owned()));
     }
-    let etag = response.headers().get(header::ETAG).map(|value| Bytes::copy_from_slice(value.as_bytes()));
-    Ok(Head { total, etag })
-}
-
-fn header_text(response: &Response<Incoming>, name: header::HeaderName) -> Option<&str> {
-    response.headers().get(name)?.to_str().ok()
+    Ok(total)
 }
 
 /// `bytes FIRST-LAST/TOTAL` (RFC 9110 §14.4).
@@ -267,30 +211,6 @@ fn parse_content_range(text: &str) -> Option<(u64, u64, u64)> {
     let (first, last) = range.split_once('-')?;
     let (first, last, total) = (first.parse().ok()?, last.parse().ok()?, total.parse().ok()?);
     (first <= last && last < total).then_some((first, last, total))
-}
-
-fn tls_fault(error: &io::Error) -> Fault {
-    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-        Some(rustls::Error::InvalidCertificate(cause)) => Fault::Authority(format!("{cause:?}")),
-        Some(rustls::Error::General(cause)) => Fault::Authority(cause.clone()),
-        Some(cause) => Fault::Tls(cause.to_string()),
-        None => Fault::Broken(error.to_string()),
-    }
-}
-
-/// The whole chain of an error in one line; hyper's own text alone says little.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let more = cause.to_string();
-        if !text.ends_with(&more) {
-            text.push_str(": ");
-            text.push_str(&more);
-        }
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

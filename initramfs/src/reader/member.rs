@@ -1,10 +1,10 @@
 //! One server of the image: how to reach it, how it has behaved, and what it has served.
 
-use super::address::Address;
 use super::fault::Fault;
-use super::link::{Answer, Head, Link, Slowness};
+use super::link::{Answer, Link, Slowness};
+use super::pace::Pace;
+use super::world::{Path, World};
 use bytes::Bytes;
-use rustls::ClientConfig;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,6 +18,8 @@ const REST_MAX: Duration = Duration::from_secs(30);
 const REST_MAX_ALONE: Duration = Duration::from_secs(5);
 /// Wrong bytes that exclude a member.
 const WRONG_LIMIT: u32 = 2;
+/// Requests in a row that others answered first, after which it counts as slow.
+const OVERTAKEN_LIMIT: u32 = 3;
 /// Time limits grow at most this much for a member that runs into them again and again.
 const PATIENCE_MAX: u32 = 16;
 
@@ -27,6 +29,8 @@ const PATIENCE_MAX: u32 = 16;
 pub enum Standing {
     /// It is asked.
     Good,
+    /// It was much slower than another. It is asked while no other answers, and comes back by a read that is not.
+    Slow,
     /// It rests after a fault, and comes back by a verified read.
     BackingOff,
     /// It served wrong bytes twice. It is asked again only when no other member is left.
@@ -46,6 +50,9 @@ pub struct MemberStatus {
     pub faults: u64,
     /// How it stands.
     pub state: Standing,
+    /// The smoothed time to the first chunk of an answer, in microseconds.
+    #[serde(default)]
+    pub latency_us: u64,
     /// Its last fault, in words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_fault: Option<String>,
@@ -62,78 +69,118 @@ struct Health {
 
 pub(super) struct Member {
     link: Link,
+    world: Arc<dyn World>,
     health: Mutex<Health>,
+    pace: Mutex<Pace>,
     patience: AtomicU32,
-    in_flight: AtomicU32,
+    in_flight: Arc<AtomicU32>,
+    overdue: Arc<AtomicU32>,
+    /// Requests in a row that another member answered first.
+    lost: AtomicU32,
     bytes: AtomicU64,
     requests: AtomicU64,
     faults: AtomicU64,
 }
 
-/// Counts a request as running, for the choice between members.
-pub(super) struct Running<'a>(&'a AtomicU32);
+/// Counts something as long as it lives.
+pub(super) struct Counted(Arc<AtomicU32>);
 
-impl Drop for Running<'_> {
+impl Counted {
+    fn new(counter: &Arc<AtomicU32>) -> Self {
+        counter.fetch_add(1, Ordering::Relaxed);
+        Self(counter.clone())
+    }
+}
+
+impl Drop for Counted {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Member {
-    pub(super) fn new(address: Address, tls: Arc<ClientConfig>) -> Self {
+    pub(super) fn new(path: Box<dyn Path>, world: Arc<dyn World>) -> Self {
         Self {
-            link: Link::new(address, tls),
+            link: Link::new(path, world.clone()),
+            world,
             health: Mutex::new(Health { standing: Standing::Good, row: 0, wrong: 0, last: None, etag: None }),
+            pace: Mutex::default(),
             patience: AtomicU32::new(1),
-            in_flight: AtomicU32::new(0),
+            in_flight: Arc::default(),
+            overdue: Arc::default(),
+            lost: AtomicU32::new(0),
             bytes: AtomicU64::new(0),
             requests: AtomicU64::new(0),
             faults: AtomicU64::new(0),
         }
     }
 
-    fn health(&self) -> MutexGuard<'_, Health> {
-        self.health.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub(super) fn url(&self) -> &str {
-        self.link.address().url()
+        self.link.url()
     }
 
     pub(super) fn standing(&self) -> Standing {
-        self.health().standing
+        lock(&self.health).standing
     }
 
     pub(super) fn last_fault(&self) -> Option<String> {
-        self.health().last.clone()
+        lock(&self.health).last.clone()
+    }
+
+    pub(super) fn pace(&self) -> MutexGuard<'_, Pace> {
+        lock(&self.pace)
     }
 
     pub(super) fn in_flight(&self) -> u32 {
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    pub(super) fn running(&self) -> Running<'_> {
-        self.in_flight.fetch_add(1, Ordering::Relaxed);
-        Running(&self.in_flight)
+    /// Counts a request as running, for the choice between members.
+    pub(super) fn running(&self) -> Counted {
+        Counted::new(&self.in_flight)
+    }
+
+    /// Counts a request as overdue.
+    pub(super) fn late(&self) -> Counted {
+        Counted::new(&self.overdue)
+    }
+
+    /// Whether it has kept somebody waiting longer than usual, right now.
+    pub(super) fn is_late(&self) -> bool {
+        self.overdue.load(Ordering::Relaxed) > 0
+    }
+
+    /// It answered.
+    pub(super) fn answered(&self) {
+        self.lost.store(0, Ordering::Relaxed);
+    }
+
+    /// Another member was asked later and answered first. Returns whether that is its habit.
+    pub(super) fn was_overtaken(&self) -> bool {
+        self.lost.fetch_add(1, Ordering::Relaxed) + 1 >= OVERTAKEN_LIMIT
     }
 
     /// Asks for a range of the file. `total`: the length that the file must have, once it is known.
     pub(super) async fn get(&self, start: u64, length: u64, total: Option<u64>) -> Result<Answer, Fault> {
         self.requests.fetch_add(1, Ordering::Relaxed);
         let answer = self.link.get(start, length, self.patience.load(Ordering::Relaxed)).await?;
-        self.check(&answer.head, total)?;
+        self.check(&answer, total)?;
         Ok(answer)
     }
 
-    fn check(&self, head: &Head, total: Option<u64>) -> Result<(), Fault> {
+    fn check(&self, answer: &Answer, total: Option<u64>) -> Result<(), Fault> {
         if let Some(expected) = total
-            && head.total != expected
+            && answer.total != expected
         {
-            return Err(Fault::Length { expected, actual: head.total });
+            return Err(Fault::Length { expected, actual: answer.total });
         }
-        let mut health = self.health();
+        let mut health = lock(&self.health);
         match &health.etag {
-            Some(known) if Some(known) != head.etag.as_ref() => {
+            Some(known) if Some(known) != answer.etag.as_ref() => {
                 // What comes next is judged by its bytes; the new tag counts from its first verified read on.
                 health.etag = None;
                 Err(Fault::Replaced)
@@ -150,8 +197,8 @@ impl Member {
     /// Takes a finished answer back. Everything in it was verified.
     pub(super) fn keep(&self, answer: Answer) {
         self.adapt(answer.slowness());
-        if let Some(etag) = &answer.head.etag {
-            self.health().etag = Some(etag.clone());
+        if let Some(etag) = &answer.etag {
+            lock(&self.health).etag = Some(etag.clone());
         }
         self.link.keep(answer);
     }
@@ -163,25 +210,27 @@ impl Member {
         self.patience.store(next, Ordering::Relaxed);
     }
 
-    /// A verified read succeeded. Returns whether the member was resting before. A read that was under way when the member was excluded
-    /// (`is_trial` false) does not bring it back.
-    pub(super) fn succeeded(&self, is_trial: bool) -> bool {
-        let mut health = self.health();
-        if health.standing == Standing::Excluded && !is_trial {
-            return false;
-        }
+    /// A read whose purpose it was has shown that the member is good. Returns whether it was not before.
+    pub(super) fn passed(&self) -> bool {
+        let mut health = lock(&self.health);
         health.row = 0;
         let was = std::mem::replace(&mut health.standing, Standing::Good);
         was != Standing::Good
     }
 
     /// Something failed. Returns how the member stands now. Requests that were running when the member was found out (`is_trial`
-    /// false, and it is not good any more) count as faults, but say nothing new about it.
+    /// false, and it rests already) count as faults, but say nothing new about it.
     pub(super) fn failed(&self, fault: &Fault, is_trial: bool) -> Standing {
         self.link.forget_connections();
         self.faults.fetch_add(1, Ordering::Relaxed);
-        let mut health = self.health();
-        if health.standing != Standing::Good && !is_trial {
+        let mut health = lock(&self.health);
+        let is_known = match health.standing {
+            Standing::Good => false,
+            // That it is slow is known; anything else is news.
+            Standing::Slow => matches!(fault, Fault::Slow(_)),
+            Standing::BackingOff | Standing::Excluded => true,
+        };
+        if is_known && !is_trial {
             return health.standing;
         }
         if fault.is_timeout() {
@@ -194,52 +243,80 @@ impl Member {
         if matches!(fault, Fault::Wrong(_)) {
             health.wrong += 1;
         }
-        health.standing = if health.wrong >= WRONG_LIMIT { Standing::Excluded } else { Standing::BackingOff };
+        health.standing = match fault {
+            _ if health.wrong >= WRONG_LIMIT => Standing::Excluded,
+            Fault::Slow(_) => Standing::Slow,
+            _ => Standing::BackingOff,
+        };
         health.standing
     }
 
     /// How long to rest before the next try.
     pub(super) fn rest(&self, alone: bool) -> Duration {
-        let row = self.health().row;
+        let row = lock(&self.health).row;
         let longest = if alone { REST_MAX_ALONE } else { REST_MAX };
         let rest = REST_MIN.saturating_mul(1 << row.saturating_sub(1).min(10)).min(longest);
-        jitter(rest)
+        jitter(rest, self.world.random())
     }
 
     pub(super) fn status(&self) -> MemberStatus {
-        let health = self.health();
+        let latency = self.pace().expected().unwrap_or_default();
+        let health = lock(&self.health);
         MemberStatus {
             url: self.url().to_owned(),
             bytes: self.bytes.load(Ordering::Relaxed),
             requests: self.requests.load(Ordering::Relaxed),
             faults: self.faults.load(Ordering::Relaxed),
             state: health.standing,
+            latency_us: u64::try_from(latency.as_micros()).unwrap_or(u64::MAX),
             last_fault: health.last.clone(),
         }
     }
 }
 
 /// Between 75 % and 125 % of `duration`, never under the shortest rest, so that a thousand nodes do not come back at one instant.
-fn jitter(duration: Duration) -> Duration {
-    let mut bytes = [0; 2];
-    // Without randomness all rest alike: not even, but right.
-    let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::NONBLOCK);
-    let share = 0.75 + f64::from(u16::from_le_bytes(bytes)) / f64::from(u16::MAX) / 2.0;
+fn jitter(duration: Duration, random: u64) -> Duration {
+    let [low, high, ..] = random.to_le_bytes();
+    let share = 0.75 + f64::from(u16::from_le_bytes([low, high])) / f64::from(u16::MAX) / 2.0;
     duration.mul_f64(share).max(REST_MIN)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reader::world::{Boxed, Wire};
+
+    /// Chance as it is, and nothing else.
+    struct Chance;
+
+    impl World for Chance {
+        fn now(&self) -> Duration {
+            Duration::ZERO
+        }
+        fn sleep(&self, _: Duration) -> Boxed<'static, ()> {
+            Box::pin(std::future::pending())
+        }
+        fn spawn(&self, _: Boxed<'static, ()>) {}
+        fn random(&self) -> u64 {
+            let mut bytes = [0; 8];
+            rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()).unwrap();
+            u64::from_le_bytes(bytes)
+        }
+    }
+
+    struct Nowhere;
+
+    impl Path for Nowhere {
+        fn url(&self) -> &'static str {
+            "https://nowhere/x"
+        }
+        fn connect(&self) -> Boxed<'_, Result<Box<dyn Wire>, Fault>> {
+            Box::pin(std::future::pending())
+        }
+    }
 
     fn member() -> Member {
-        let roots = rustls::RootCertStore::empty();
-        let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        Member::new(Address::resolve("https://127.0.0.1:1/x").unwrap(), Arc::new(config))
+        Member::new(Box::new(Nowhere), Arc::new(Chance))
     }
 
     #[test]
@@ -254,7 +331,7 @@ mod tests {
             longest = longest.max(rest);
         }
         assert!(longest > Duration::from_secs(20));
-        assert!(member.succeeded(true));
+        assert!(member.passed());
         member.failed(&Fault::Connect("refused".into()), false);
         assert!(member.rest(false) < Duration::from_secs(1));
     }
@@ -265,14 +342,23 @@ mod tests {
         let wrong = || Fault::Wrong(moor_image::ImageError::Argument("x"));
         assert_eq!(member.failed(&wrong(), false), Standing::BackingOff);
         assert_eq!(member.failed(&wrong(), false), Standing::BackingOff, "it ran before the member was found out");
-        member.succeeded(true);
+        member.passed();
         assert_eq!(member.failed(&Fault::NoRanges, false), Standing::BackingOff);
         assert_eq!(member.failed(&wrong(), true), Standing::Excluded);
         assert_eq!(member.failed(&Fault::NoRanges, true), Standing::Excluded);
-        assert!(!member.succeeded(false), "an older read brought it back");
-        assert_eq!(member.standing(), Standing::Excluded);
-        assert!(member.succeeded(true));
+        assert!(member.passed());
         assert_eq!(member.standing(), Standing::Good);
+    }
+
+    #[test]
+    fn slow_is_not_dead_but_what_a_slow_member_does_wrong_counts() {
+        let member = member();
+        let slow = || Fault::Slow(Duration::from_millis(400));
+        assert_eq!(member.failed(&slow(), false), Standing::Slow);
+        assert_eq!(member.failed(&slow(), false), Standing::Slow);
+        assert_eq!(member.failed(&Fault::Broken("x".into()), false), Standing::BackingOff);
+        assert_eq!(member.failed(&slow(), true), Standing::Slow);
+        assert!(member.passed());
     }
 
     #[test]

@@ -4,42 +4,60 @@
 //! An outage is not an error: a read waits until some member serves the chunk. The one error is a chunk that is bad in the image
 //! itself, whoever serves it ([`ReadError`]).
 //!
-//! [`open`] finds a good header. [`fleet`] chooses a [`member`], [`link`] asks it, [`fault`] says what it did wrong, [`table`] holds
-//! the hashes to verify against, [`cache`] what was verified, [`ahead`] guesses what comes next.
+//! What it needs of the world is in [`world`]; [`https`] and [`real`] are the world there is, and tests bring another. [`open`] finds a
+//! good header. [`fleet`] chooses a [`member`] by its [`pace`], [`link`] asks it, [`fault`] says what it did wrong, and [`recovery`] takes
+//! it back. [`flight`] fetches one thing from whoever brings it first, [`hedges`] bounds how often two are asked. [`table`] holds the
+//! hashes to verify against, [`cache`] what was verified. [`ahead`] and [`prefetch`] guess what comes next, [`class`] makes guesses wait
+//! for what is wanted, and [`trace`] notes what was.
 
 mod address;
 mod ahead;
 mod cache;
+mod class;
 mod fault;
 mod fleet;
+mod flight;
+mod hedges;
+mod https;
 mod link;
 mod member;
 mod open;
+mod pace;
+mod prefetch;
+mod real;
+mod recovery;
 mod table;
+mod trace;
+pub mod world;
 
 pub use address::{Address, AddressError};
 pub use fault::Fault;
+pub use https::Https;
 pub use member::{MemberStatus, Standing};
 pub use open::OpenError;
+pub use real::Real;
+pub use trace::Trace;
 
 use ahead::Ahead;
 use bytes::Bytes;
 use cache::{Cache, Landed, Lookup};
+use class::{Class, DEMAND_RANGE, Lines, Ticket};
 use fleet::Fleet;
-use member::Member;
+use flight::{Flight, Item, Need, Run};
+use hedges::Hedges;
 use moor_image::{Header, ImageError, LEAVES_PER_PAGE, LeafPage, OpenOptions, Verifier};
-use rustls::ClientConfig;
+use prefetch::Prefetch;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use table::Table;
 use tokio::sync::{Semaphore, oneshot};
+use trace::Recorder;
+use world::{Path, World};
 
 /// Bound of the cache of verified chunks, in bytes.
 pub const DEFAULT_CACHE: u64 = 8 << 20;
-/// Longest range of one request, in bytes of plaintext.
-const RANGE: u64 = 1 << 20;
-/// Bytes of all requests that run at one time.
+/// Bytes of all requests that somebody waits for and that run at one time.
 const BUDGET: u64 = 8 << 20;
 /// Unit of the budget's semaphore.
 const BUDGET_UNIT: u64 = 4096;
@@ -58,6 +76,10 @@ pub struct Figures {
     pub chunks_fetched: u64,
     /// Chunks that verified.
     pub chunks_verified: u64,
+    /// Requests that were sent to a second member too, because the first one kept somebody waiting.
+    pub hedges: u64,
+    /// Of those, how often the second was first.
+    pub hedges_won: u64,
     /// Bytes of verified chunks in the cache.
     pub cache_bytes: u64,
     /// Each member.
@@ -68,7 +90,23 @@ pub struct Figures {
 #[derive(Clone)]
 pub struct Reader(Arc<Inner>);
 
+/// How to read.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Bound of the cache of verified chunks, in bytes.
+    pub cache: u64,
+    /// Chunks that earlier boots read, in order: they are fetched before anybody asks.
+    pub prefetch: Vec<u64>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { cache: DEFAULT_CACHE, prefetch: Vec::new() }
+    }
+}
+
 struct Inner {
+    world: Arc<dyn World>,
     verifier: Verifier,
     fleet: Arc<Fleet>,
     cache: Mutex<Cache>,
@@ -76,9 +114,20 @@ struct Inner {
     /// Held while a page is fetched, so that each is fetched once.
     table_flight: tokio::sync::Mutex<()>,
     ahead: Mutex<Ahead>,
+    prefetch: Mutex<Prefetch>,
+    lines: Mutex<Lines>,
     budget: Semaphore,
+    hedges: Hedges,
+    trace: Mutex<Recorder>,
+    counts: Counts,
+}
+
+#[derive(Default)]
+struct Counts {
     fetched: AtomicU64,
     verified: AtomicU64,
+    hedges: AtomicU64,
+    hedges_won: AtomicU64,
     /// A chunk that somebody wanted lately: what a member that comes back is tried with.
     recent: AtomicU64,
 }
@@ -87,64 +136,46 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Chunks that one task fetches; those that it did not land when it is dropped are free for others.
-struct Run {
-    inner: Arc<Inner>,
-    left: Range<u64>,
-}
-
-impl Drop for Run {
-    fn drop(&mut self) {
-        if !self.left.is_empty() {
-            let mut cache = lock(&self.inner.cache);
-            for chunk in self.left.clone() {
-                cache.crash(chunk);
-            }
-        }
-    }
-}
-
-impl Run {
-    fn land(&mut self, landed: &Landed) {
-        lock(&self.inner.cache).land(self.left.start, landed);
-        self.left.start += 1;
-    }
-}
-
 impl Reader {
-    /// Opens the image at `addresses`, which all serve the same bytes. Must be called within a tokio runtime, which has to outlive
-    /// the reader.
+    /// Opens the image that is at the end of all `paths`, the same bytes everywhere.
     ///
     /// # Errors
     /// No member serves an image that passes `options`.
     pub async fn open(
-        addresses: Vec<Address>,
-        tls: &Arc<ClientConfig>,
+        paths: Vec<Box<dyn Path>>,
+        world: Arc<dyn World>,
         options: &OpenOptions,
-        cache: u64,
+        settings: Settings,
     ) -> Result<Self, OpenError> {
-        let (verifier, members) = open::open(addresses, tls, options).await?;
-        let chunk_size = verifier.header().chunk_size();
-        let fleet = Arc::new(Fleet::new(members));
+        let (verifier, members) = open::open(paths, &world, options).await?;
+        let header = verifier.header();
+        let (chunk_size, chunks) = (header.chunk_size(), header.chunks);
+        let fleet = Arc::new(Fleet::new(members, world.clone()));
         fleet.recount();
-        tokio::spawn(fleet.clone().watch_outages());
-        let reader = Self(Arc::new(Inner {
+        world.spawn(Box::pin(fleet.clone().watch_outages()));
+        let begun = world.now();
+        let inner = Arc::new(Inner {
+            world,
             verifier,
             fleet: fleet.clone(),
-            cache: Mutex::new(Cache::new(cache)),
+            cache: Mutex::new(Cache::new(settings.cache)),
             table: Mutex::new(Table::new()),
             table_flight: tokio::sync::Mutex::new(()),
             ahead: Mutex::new(Ahead::new(chunk_size)),
+            prefetch: Mutex::new(Prefetch::new(&settings.prefetch, chunks, settings.cache / chunk_size)),
+            lines: Mutex::new(Lines::new(chunk_size)),
             budget: Semaphore::new(usize::try_from(BUDGET / BUDGET_UNIT).unwrap_or(usize::MAX)),
-            fetched: AtomicU64::new(0),
-            verified: AtomicU64::new(0),
-            recent: AtomicU64::new(0),
-        }));
+            hedges: Hedges::new(),
+            trace: Mutex::new(Recorder::new(begun)),
+            counts: Counts::default(),
+        });
         for member in fleet.members().iter().filter(|member| member.standing() != Standing::Good) {
             tracing::warn!("{} fails and rests: {}", member.url(), member.last_fault().unwrap_or_default());
-            reader.0.bring_back(member);
+            inner.bring_back(member);
         }
-        Ok(reader)
+        inner.look_at_the_others();
+        inner.pump();
+        Ok(Self(inner))
     }
 
     /// The header.
@@ -165,11 +196,19 @@ impl Reader {
         let members: Vec<_> = self.0.fleet.members().iter().map(|member| member.status()).collect();
         Figures {
             bytes_fetched: members.iter().map(|member| member.bytes).sum(),
-            chunks_fetched: self.0.fetched.load(Ordering::Relaxed),
-            chunks_verified: self.0.verified.load(Ordering::Relaxed),
+            chunks_fetched: self.0.counts.fetched.load(Ordering::Relaxed),
+            chunks_verified: self.0.counts.verified.load(Ordering::Relaxed),
+            hedges: self.0.counts.hedges.load(Ordering::Relaxed),
+            hedges_won: self.0.counts.hedges_won.load(Ordering::Relaxed),
             cache_bytes: lock(&self.0.cache).size(),
             members,
         }
+    }
+
+    /// What was read of the image in the first two minutes.
+    #[must_use]
+    pub fn trace(&self) -> Trace {
+        lock(&self.0.trace).trace(&self.0.verifier)
     }
 
     /// Reads verified plaintext; less than `length` only at the end of the image. Waits as long as no member serves it.
@@ -183,7 +222,7 @@ impl Reader {
         }
         let size = self.header().chunk_size();
         let (first, last) = (offset / size, (end - 1) / size);
-        self.0.recent.store(first, Ordering::Relaxed);
+        self.0.counts.recent.store(first, Ordering::Relaxed);
         let waiting = self.0.order(first, last);
         let mut out = Vec::with_capacity(length);
         for (chunk, lookup) in (first..).zip(waiting) {
@@ -199,52 +238,106 @@ impl Reader {
 impl Inner {
     /// Looks chunks `first` to `last` up, and starts flights for what is missing and for what is likely to be wanted next.
     fn order(self: &Arc<Self>, first: u64, last: u64) -> Vec<Lookup> {
+        lock(&self.trace).wanted(first, last, self.world.now());
         let ahead = lock(&self.ahead).observe(first, last);
         let mut missing = Vec::new();
-        let lookups: Vec<_> = {
+        let mut lookups = Vec::new();
+        let runs: Vec<_> = {
             let mut cache = lock(&self.cache);
-            let lookups = (first..=last)
-                .map(|chunk| {
-                    let lookup = cache.lookup(chunk);
-                    if matches!(lookup, Lookup::Missing(_)) {
-                        missing.push(chunk);
-                    }
-                    lookup
-                })
-                .collect();
-            // While nothing is served, guesses would only stand in the way of what is wanted.
-            if !self.fleet.is_down() {
-                let ahead = ahead.start.max(last + 1)..ahead.end.min(self.verifier.header().chunks);
-                missing.extend(ahead.filter(|chunk| cache.claim(*chunk)));
+            for chunk in first..=last {
+                let lookup = cache.lookup(chunk);
+                if matches!(lookup, Lookup::Missing(_)) {
+                    missing.push(chunk);
+                }
+                lookups.push(lookup);
             }
-            lookups
+            self.take(&mut cache, Class::Demand, &missing)
         };
-        for run in runs(&missing, self.verifier.header().chunk_size()) {
-            let run = Run { inner: self.clone(), left: run };
-            tokio::spawn(run.fly());
+        for (run, ticket) in runs {
+            self.launch(Class::Demand, run, ticket);
         }
+        lock(&self.prefetch).wanted(first, last);
+        lock(&self.lines).push(ahead.start.max(last + 1)..ahead.end.min(self.verifier.header().chunks));
+        self.pump();
         lookups
+    }
+
+    /// Joins chunks into runs, each with a ticket of its own, and says that they are on their way.
+    fn take(&self, cache: &mut Cache, class: Class, chunks: &[u64]) -> Vec<(Range<u64>, Arc<Ticket>)> {
+        let with_ticket = |run: Range<u64>| {
+            let ticket = Arc::new(Ticket::new(class, run.start));
+            cache.taken(run.clone(), &ticket);
+            (run, ticket)
+        };
+        runs(chunks, self.verifier.header().chunk_size()).into_iter().map(with_ticket).collect()
+    }
+
+    /// Fetches a run, in a task of its own.
+    fn launch(self: &Arc<Self>, class: Class, run: Range<u64>, ticket: Arc<Ticket>) {
+        let chunks = run.end - run.start;
+        lock(&self.lines).begins(class, chunks);
+        let place = Place { inner: self.clone(), class, chunks };
+        let run = Run { inner: self.clone(), ticket, left: run };
+        self.world.spawn(Box::pin(async move {
+            let inner = place.inner.clone();
+            let units = u32::try_from((chunks * inner.verifier.header().chunk_size()).min(BUDGET) / BUDGET_UNIT);
+            // Guesses are bounded by their lines, and must not hold up what is wanted.
+            let budget = match class {
+                Class::Demand => Some(inner.budget.acquire_many(units.unwrap_or(1)).await),
+                Class::Ahead | Class::Prefetch => None,
+            };
+            run.fly().await;
+            drop(budget);
+            drop(place);
+            inner.pump();
+        }));
+    }
+
+    /// Starts what may be fetched without anybody waiting for it, as far as there is room.
+    fn pump(self: &Arc<Self>) {
+        // While nothing is served, guesses would only stand in the way of what is wanted.
+        while !self.fleet.is_down() {
+            let (class, chunks) = {
+                let mut lines = lock(&self.lines);
+                match lines.ahead() {
+                    Some(chunks) => (Class::Ahead, chunks),
+                    None => match lock(&self.prefetch).take(lines.prefetch()) {
+                        Some(chunks) => (Class::Prefetch, chunks),
+                        None => return,
+                    },
+                }
+            };
+            let runs = {
+                let mut cache = lock(&self.cache);
+                let missing: Vec<_> = chunks.filter(|chunk| cache.is_missing(*chunk)).collect();
+                self.take(&mut cache, class, &missing)
+            };
+            for (run, ticket) in runs {
+                self.launch(class, run, ticket);
+            }
+        }
     }
 
     /// Waits for a chunk. A flight that was lost is started once more.
     async fn arrive(self: &Arc<Self>, chunk: u64, lookup: Lookup) -> Result<Bytes, ReadError> {
-        let mut receiver: oneshot::Receiver<Landed> = match lookup {
-            Lookup::Cached(bytes) => return Ok(bytes),
-            Lookup::Waiting(receiver) | Lookup::Missing(receiver) => receiver,
-        };
+        let mut lookup = lookup;
         loop {
+            let receiver: oneshot::Receiver<Landed> = match lookup {
+                Lookup::Cached(bytes) => return Ok(bytes),
+                Lookup::Waiting(receiver) | Lookup::Missing(receiver) => receiver,
+            };
             if let Ok(landed) = receiver.await {
                 return landed.map_err(ReadError);
             }
-            let again = lock(&self.cache).lookup(chunk);
-            receiver = match again {
-                Lookup::Cached(bytes) => return Ok(bytes),
-                Lookup::Waiting(receiver) => receiver,
-                Lookup::Missing(receiver) => {
-                    tokio::spawn(Run { inner: self.clone(), left: chunk..chunk + 1 }.fly());
-                    receiver
-                }
+            let runs = {
+                let mut cache = lock(&self.cache);
+                lookup = cache.lookup(chunk);
+                let missing = if matches!(lookup, Lookup::Missing(_)) { vec![chunk] } else { Vec::new() };
+                self.take(&mut cache, Class::Demand, &missing)
             };
+            for (run, ticket) in runs {
+                self.launch(Class::Demand, run, ticket);
+            }
         }
     }
 
@@ -254,136 +347,29 @@ impl Inner {
             return page;
         }
         let _flight = self.table_flight.lock().await;
+        if let Some(page) = lock(&self.table).get(index) {
+            return page;
+        }
+        let mut flight = Flight::new(self.clone(), Arc::new(Ticket::new(Class::Demand, 0)));
         loop {
-            if let Some(page) = lock(&self.table).get(index) {
+            if let Item::Page(page) = flight.next(&Need::Page(index)).await {
+                lock(&self.table).insert(page.clone());
                 return page;
             }
-            let member = self.fleet.pick().await;
-            let _running = member.running();
-            match self.page_from(&member, index).await {
-                Ok(page) => {
-                    self.fleet.succeeded(&member, false);
-                    return page;
-                }
-                Err(fault) => self.failed(&member, &fault),
-            }
         }
-    }
-
-    async fn page_from(&self, member: &Member, index: u64) -> Result<Arc<LeafPage>, Fault> {
-        let missing = || Fault::Wrong(ImageError::Argument("the image has no such table page"));
-        let (start, length) = self.verifier.page_range(index).ok_or_else(missing)?;
-        let size = usize::try_from(length).map_err(|_| missing())?;
-        let mut answer = member.get(start, length, Some(self.verifier.header().file_length())).await?;
-        let bytes = member.take(&mut answer, size).await?;
-        let page = Arc::new(self.verifier.verify_page(index, &bytes).map_err(Fault::Wrong)?);
-        lock(&self.table).insert(page.clone());
-        member.keep(answer);
-        Ok(page)
-    }
-
-    fn failed(self: &Arc<Self>, member: &Arc<Member>, fault: &Fault) {
-        if self.fleet.failed(member, fault, false) {
-            self.bring_back(member);
-        }
-    }
-
-    /// Lets a member rest, then tries it with a real read that is verified, until one succeeds. Ends with the reader.
-    fn bring_back(self: &Arc<Self>, member: &Arc<Member>) {
-        let (reader, member): (Weak<Self>, _) = (Arc::downgrade(self), member.clone());
-        tokio::spawn(async move {
-            loop {
-                let Some(inner) = reader.upgrade() else { return };
-                let rest = member.rest(inner.fleet.is_down());
-                drop(inner);
-                tokio::time::sleep(rest).await;
-                let Some(inner) = reader.upgrade() else { return };
-                match member.standing() {
-                    Standing::Good => return,
-                    Standing::Excluded if !inner.fleet.all_excluded() => continue,
-                    _ => {}
-                }
-                match inner.try_out(&member).await {
-                    Ok(()) => {
-                        inner.fleet.succeeded(&member, true);
-                        return;
-                    }
-                    Err(fault) => _ = inner.fleet.failed(&member, &fault, true),
-                }
-            }
-        });
-    }
-
-    /// One verified read of a page and a chunk on this member alone; what it brings is not kept.
-    async fn try_out(&self, member: &Member) -> Result<(), Fault> {
-        let chunk = self.recent.load(Ordering::Relaxed);
-        let Some((start, length)) = self.verifier.chunk_range(chunk) else { return Ok(()) };
-        let index = self.verifier.page_of_chunk(chunk);
-        let held = lock(&self.table).get(index);
-        let page = match held {
-            Some(page) => page,
-            None => self.page_from(member, index).await?,
-        };
-        let size = usize::try_from(length).map_err(|_| Fault::Broken("a chunk does not fit into memory".into()))?;
-        let mut answer = member.get(start, length, Some(self.verifier.header().file_length())).await?;
-        let mut bytes = member.take(&mut answer, size).await?;
-        match self.verifier.open_chunk(chunk, &page, &mut bytes) {
-            // A chunk that was sealed badly is none of the member's doing.
-            Ok(()) | Err(ImageError::Forged { .. }) => {}
-            Err(error) => return Err(Fault::Wrong(error)),
-        }
-        member.keep(answer);
-        Ok(())
     }
 }
 
-impl Run {
-    /// Fetches the run from whoever serves it, verifies and lands chunk by chunk.
-    async fn fly(mut self) {
-        let inner = self.inner.clone();
-        let units = (self.left.end - self.left.start) * inner.verifier.header().chunk_size() / BUDGET_UNIT;
-        let units = u32::try_from(units.min(BUDGET / BUDGET_UNIT)).unwrap_or(1);
-        let Ok(_budget) = inner.budget.acquire_many(units).await else { return };
-        let page = inner.page(inner.verifier.page_of_chunk(self.left.start)).await;
-        while !self.left.is_empty() {
-            let member = inner.fleet.pick().await;
-            let _running = member.running();
-            match self.stream(&member, &page).await {
-                Ok(()) => inner.fleet.succeeded(&member, false),
-                Err(fault) => inner.failed(&member, &fault),
-            }
-        }
-    }
+/// A fetch's place in its line, as long as it lasts.
+struct Place {
+    inner: Arc<Inner>,
+    class: Class,
+    chunks: u64,
+}
 
-    /// One request for all that is left. What verified before a fault is landed.
-    async fn stream(&mut self, member: &Member, page: &LeafPage) -> Result<(), Fault> {
-        let inner = self.inner.clone();
-        let verifier = &inner.verifier;
-        let missing = || Fault::Broken("the image has no such chunk".into());
-        let (start, _) = verifier.chunk_range(self.left.start).ok_or_else(missing)?;
-        let (last, length) = verifier.chunk_range(self.left.end - 1).ok_or_else(missing)?;
-        let mut answer = member.get(start, last + length - start, Some(verifier.header().file_length())).await?;
-        while !self.left.is_empty() {
-            let chunk = self.left.start;
-            let (_, length) = verifier.chunk_range(chunk).ok_or_else(missing)?;
-            let size = usize::try_from(length).map_err(|_| missing())?;
-            let mut bytes = member.take(&mut answer, size).await?;
-            inner.fetched.fetch_add(1, Ordering::Relaxed);
-            match verifier.open_chunk(chunk, page, &mut bytes) {
-                Ok(()) => {
-                    inner.verified.fetch_add(1, Ordering::Relaxed);
-                    self.land(&Ok(Bytes::from(bytes)));
-                }
-                // The bytes are those of the image: nobody has better ones.
-                Err(error @ ImageError::Forged { .. }) => {
-                    tracing::error!("{error}");
-                    self.land(&Err(Arc::new(error)));
-                }
-                Err(error) => return Err(Fault::Wrong(error)),
-            }
-        }
-        member.keep(answer);
-        Ok(())
+impl Drop for Place {
+    fn drop(&mut self) {
+        lock(&self.inner.lines).ends(self.class, self.chunks);
     }
 }
 
@@ -392,9 +378,9 @@ fn within(offset: u64, chunk: &Bytes) -> usize {
     usize::try_from(offset).map_or(chunk.len(), |offset| offset.min(chunk.len()))
 }
 
-/// Joins chunks (in ascending order) into ranges of at most [`RANGE`] bytes that stay within one page of the table.
+/// Joins chunks (in ascending order) into ranges of at most [`DEMAND_RANGE`] bytes that stay within one page of the table.
 fn runs(chunks: &[u64], chunk_size: u64) -> Vec<Range<u64>> {
-    let longest = (RANGE / chunk_size).max(1);
+    let longest = (DEMAND_RANGE / chunk_size).max(1);
     let mut runs: Vec<Range<u64>> = Vec::new();
     for &chunk in chunks {
         match runs.last_mut() {

@@ -1,10 +1,9 @@
 //! Opening: header and page hashes from the first member that has them and passes every check.
 
-use super::address::Address;
 use super::fault::Fault;
 use super::member::Member;
+use super::world::{Path, World};
 use moor_image::{HEADER_LENGTH, Header, ImageError, OpenOptions, Verifier};
-use rustls::ClientConfig;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,21 +46,21 @@ impl fmt::Display for Reasons<'_> {
 
 /// Asks the members in order. Returns what the first good one gave, and all members with what was learnt about them.
 pub(super) async fn open(
-    addresses: Vec<Address>,
-    tls: &Arc<ClientConfig>,
+    paths: Vec<Box<dyn Path>>,
+    world: &Arc<dyn World>,
     options: &OpenOptions,
 ) -> Result<(Verifier, Vec<Arc<Member>>), OpenError> {
-    if addresses.is_empty() {
+    if paths.is_empty() {
         return Err(OpenError::NoMember);
     }
-    let members: Vec<_> = addresses.into_iter().map(|address| Arc::new(Member::new(address, tls.clone()))).collect();
+    let members: Vec<_> = paths.into_iter().map(|path| Arc::new(Member::new(path, world.clone()))).collect();
     let mut pauses = ROUNDS.iter();
     loop {
         let mut faults = Vec::new();
         for member in &members {
             match from_member(member, options).await {
                 Ok(verifier) => {
-                    member.succeeded(false);
+                    member.passed();
                     return Ok((verifier, members));
                 }
                 // No other member can mend these: the image is the right one, the key or the trust is not.
@@ -81,7 +80,7 @@ pub(super) async fn open(
             }
         }
         match pauses.next() {
-            Some(pause) if faults.iter().all(|(_, fault)| fault.is_passing()) => tokio::time::sleep(*pause).await,
+            Some(pause) if faults.iter().all(|(_, fault)| fault.is_passing()) => world.sleep(*pause).await,
             _ => return Err(OpenError::Members(faults)),
         }
     }
@@ -90,7 +89,7 @@ pub(super) async fn open(
 async fn from_member(member: &Member, options: &OpenOptions) -> Result<Verifier, Fault> {
     let mut answer = member.get(0, HEADER_LENGTH as u64, None).await?;
     let bytes = member.take(&mut answer, HEADER_LENGTH).await?;
-    let actual = answer.head.total;
+    let actual = answer.total;
     let bytes: &[u8; HEADER_LENGTH] =
         bytes.as_slice().try_into().map_err(|_| Fault::Broken("the answer ended early".into()))?;
     let header = Header::parse(bytes).map_err(|error| Fault::Wrong(error.into()))?;

@@ -1,0 +1,109 @@
+//! What is different between families of distributions: how packages are chosen, installed and listed. A back end does its
+//! part of a build when it is told, and knows nothing of recipes, locks and caches; the order is kept in `build`.
+
+mod apt;
+
+use super::BuildError;
+use super::os::BackendName;
+use super::plan::Plan;
+use super::tools::Tools;
+use super::tree::Tree;
+use super::workdir::WorkDir;
+use std::path::Path;
+
+/// A package in exactly one version.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Package {
+    pub(super) name: String,
+    /// In the words of the back end: epoch and release included.
+    pub(super) version: String,
+    /// In the distribution's words.
+    pub(super) arch: String,
+    /// SHA-256 of the package's file, hexadecimal, as the signed index of its repository says it.
+    pub(super) sha256: String,
+    /// Where its file is.
+    pub(super) uri: String,
+}
+
+/// A package that a tree has.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Installed {
+    pub(super) name: String,
+    pub(super) version: String,
+    pub(super) arch: String,
+}
+
+/// The state of a repository when packages were chosen from it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Snapshot {
+    /// Its signed index, in the back end's words.
+    pub(super) index: String,
+    /// That index's own date, as it says it.
+    pub(super) date: String,
+    /// SHA-256 of that index, hexadecimal.
+    pub(super) sha256: String,
+}
+
+/// Everything that would be installed, and what that was worked out from.
+#[derive(Debug, Default)]
+pub(super) struct Resolved {
+    pub(super) packages: Vec<Package>,
+    pub(super) snapshots: Vec<Snapshot>,
+}
+
+/// What a back end works with.
+pub(super) struct Context<'a, 'b> {
+    pub(super) tools: &'a mut Tools<'b>,
+    pub(super) work: &'a WorkDir,
+    pub(super) plan: &'a Plan,
+}
+
+/// One family of distributions.
+///
+/// `check_host` comes first and once. After it either `resolve` and then `install` with what it gave, or `install` alone
+/// with what a lock says. The rest is asked of a tree with packages, wherever that came from.
+pub(super) trait Backend: Send + Sync {
+    /// Checks what the tools would only complain about later and in other words: that they are there, that every repository
+    /// has a key. Nothing is fetched.
+    fn check_host(&self, plan: &Plan) -> Result<(), BuildError>;
+
+    /// Fetches the signed indexes of the repositories and works out every package that `plan.packages` make necessary.
+    fn resolve(&self, context: &mut Context<'_, '_>) -> Result<Resolved, BuildError>;
+
+    /// Fills `work.root()` with exactly `packages`. The node's files in `work.stage()`, if there are any, are planted before the
+    /// kernel's scripts run; no initramfs is made. A package that is in no repository any more is `BuildError::VersionGone`.
+    fn install(&self, context: &mut Context<'_, '_>, packages: &[Package]) -> Result<(), BuildError>;
+
+    /// The packages in `work.root()`, sorted.
+    fn installed(&self, context: &mut Context<'_, '_>) -> Result<Vec<Installed>, BuildError>;
+
+    /// Writes the image's own list of repositories, each tied to its key, in place of any other.
+    fn write_repositories(&self, plan: &Plan, tree: &Tree) -> Result<(), BuildError>;
+
+    /// Takes out of the tree what the package manager keeps of this build: lists, caches, logs.
+    fn clean(&self, tree: &Tree) -> Result<(), BuildError>;
+}
+
+/// The back end of that name.
+pub(super) fn get(name: BackendName) -> &'static dyn Backend {
+    match name {
+        BackendName::Apt => &apt::Apt,
+    }
+}
+
+/// Checks common to all back ends: every key is there, and programs of the architecture can run.
+fn check_keys_and_machine(plan: &Plan) -> Result<(), BuildError> {
+    if let Some(repository) = plan.repositories.iter().find(|repository| !repository.key.is_file()) {
+        return Err(BuildError::NoKey {
+            uri: repository.uri.clone(),
+            key: repository.key.clone(),
+            package: repository.key_package.clone(),
+        });
+    }
+    let machine = &plan.arch.machine;
+    let foreign = machine != std::env::consts::ARCH;
+    if foreign && !Path::new("/proc/sys/fs/binfmt_misc").join(format!("qemu-{machine}")).exists() {
+        return Err(BuildError::Foreign { arch: plan.arch.name.clone() });
+    }
+    Ok(())
+}

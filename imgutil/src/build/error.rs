@@ -1,0 +1,210 @@
+//! Why a tree was not built.
+
+use super::output::Tail;
+use crate::exec::ExecError;
+use nix::sys::signal::Signal;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Why a tree was not built. Nothing is left under its name.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// Not root.
+    #[error("building an image needs root (no support for ordinary users yet): use sudo")]
+    NotRoot,
+    /// Something has the tree's name.
+    #[error("'{0}' exists: build makes a new tree; remove it or choose another name")]
+    Exists(PathBuf),
+    /// Another build of the same tree runs.
+    #[error("another build of '{tree}' is running ('{work}' is locked)")]
+    Busy {
+        /// The tree.
+        tree: PathBuf,
+        /// The directory it works in.
+        work: PathBuf,
+    },
+    /// A file operation failed.
+    #[error("cannot {doing} '{path}': {source}")]
+    Io {
+        /// What was being done, as a verb phrase.
+        doing: &'static str,
+        /// To which path.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// No such data file.
+    #[error("unknown operating system '{name}': known are {}", known.join(", "))]
+    UnknownOs {
+        /// As given.
+        name: String,
+        /// What could have been given.
+        known: Vec<String>,
+    },
+    /// No kernel for it.
+    #[error("{os} is not known for architecture '{arch}': known are {}", known.join(", "))]
+    UnknownArch {
+        /// The operating system.
+        os: String,
+        /// As given.
+        arch: String,
+        /// What could have been given.
+        known: Vec<String>,
+    },
+    /// The host cannot run its programs.
+    #[error("this host cannot run programs for '{arch}': install qemu-user-static and binfmt-support")]
+    Foreign {
+        /// The architecture.
+        arch: String,
+    },
+    /// Not a name at all.
+    #[error("'{0}' is no package name")]
+    PackageName(String),
+    /// The repositories do not have it.
+    #[error(
+        "unknown package '{name}': none of the repositories has it{}{}; correct the name, or add the repository that has it",
+        if near.is_empty() { String::new() } else { format!(" (did you mean {}?)", near.join(", ")) },
+        if others.is_empty() { String::new() } else { format!(", nor '{}'", others.join("', '")) }
+    )]
+    UnknownPackage {
+        /// The first one that is unknown.
+        name: String,
+        /// Names like it.
+        near: Vec<String>,
+        /// The others that are unknown.
+        others: Vec<String>,
+    },
+    /// A version that was asked for exactly is in no repository any more.
+    #[error(
+        "{name} {version} is gone from the repositories: {}{}; build with --update-lock to take what is there, or from a \
+         mirror that keeps old versions",
+        if there.is_empty() { "they have no version of it".to_owned() } else { format!("they have {}", there.join(" and ")) },
+        if *others == 0 { String::new() } else { format!(" (and {others} more packages are gone)") }
+    )]
+    VersionGone {
+        /// The package.
+        name: String,
+        /// The version that was asked for.
+        version: String,
+        /// Its versions in the repositories.
+        there: Vec<String>,
+        /// So many other packages are gone too.
+        others: usize,
+    },
+    /// A version that was asked for exactly is there, as another file.
+    #[error(
+        "{name} {version} in the repositories is not the file that the lock names (its SHA-256 differs): build with \
+         --update-lock to take what is there, if you trust the repository"
+    )]
+    OtherFile {
+        /// The package.
+        name: String,
+        /// The version that was asked for.
+        version: String,
+    },
+    /// Another version, or a package that was not chosen.
+    #[error(
+        "{name} {installed} was installed, {}: this is a fault of imgutil or of a package's scripts",
+        chosen.as_ref().map_or("which was not chosen".to_owned(), |version| format!("where {version} was chosen"))
+    )]
+    NotAsChosen {
+        /// The package.
+        name: String,
+        /// Its version in the tree.
+        installed: String,
+        /// The version that was to be there; none: it was not to be there.
+        chosen: Option<String>,
+    },
+    /// The node's files are not there.
+    #[error(
+        "cannot read the node's files in '{0}': {1}; install the package mooring-node, or name the directory with \
+         --node-files, or build with --minimal"
+    )]
+    NodeFiles(PathBuf, io::Error),
+    /// A tool of the host's is not there.
+    #[error("{tool} is not installed: install the package {package}")]
+    NoTool {
+        /// The program.
+        tool: &'static str,
+        /// What brings it on Debian.
+        package: &'static str,
+    },
+    /// The public key of a repository is not there.
+    #[error(
+        "the key '{key}' that signs '{uri}' is missing: {}",
+        package.as_ref().map_or("check the recipe's 'key'".to_owned(), |package| format!("install the package {package}"))
+    )]
+    NoKey {
+        /// The repository.
+        uri: String,
+        /// Where its key should be.
+        key: PathBuf,
+        /// What brings it.
+        package: Option<String>,
+    },
+    /// A repository lacks something the back end wants.
+    #[error("repository '{uri}': {problem}")]
+    Repository {
+        /// Its address.
+        uri: String,
+        /// What is wrong, with what to do.
+        problem: String,
+    },
+    /// A repository does not answer.
+    #[error("cannot fetch {address}: {reason}; check the mirror's address and the network")]
+    Unreachable {
+        /// What was asked for.
+        address: String,
+        /// The tool's words.
+        reason: String,
+    },
+    /// A repository or package is not signed by the key it must be signed by.
+    #[error("a repository is not signed by its key, so nothing of it was used: {0}")]
+    Untrusted(String),
+    /// A tool failed in another way.
+    #[error("{doing} failed: {reason}")]
+    Tool {
+        /// What was being done.
+        doing: String,
+        /// The line that most likely says why.
+        reason: String,
+        /// The last lines it printed.
+        tail: Tail,
+    },
+    /// A tool printed something that cannot be understood.
+    #[error("{tool} answered with what is not understood: {answer}")]
+    Answer {
+        /// The program.
+        tool: &'static str,
+        /// What it printed, or what is wrong with it.
+        answer: String,
+    },
+    /// No kernel came with the packages.
+    #[error("the packages brought no kernel into /boot")]
+    NoKernel,
+    /// There is nothing that makes an initramfs.
+    #[error(
+        "the packages brought neither update-initramfs nor dracut: add one of the packages initramfs-tools, dracut"
+    )]
+    NoInitramfsTool,
+    /// The tool made nothing.
+    #[error("{tool} made no initramfs for kernel {kernel}")]
+    NoInitramfs {
+        /// Which tool.
+        tool: &'static str,
+        /// For which kernel.
+        kernel: String,
+    },
+    /// Somebody asked it to end.
+    #[error("interrupted by {0}")]
+    Interrupted(Signal),
+    /// A command could not be run.
+    #[error(transparent)]
+    Exec(#[from] ExecError),
+}
+
+impl BuildError {
+    pub(super) fn io(doing: &'static str, path: impl AsRef<Path>, source: io::Error) -> Self {
+        Self::Io { doing, path: path.as_ref().to_path_buf(), source }
+    }
+}

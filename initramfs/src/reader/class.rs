@@ -1,0 +1,183 @@
+//! How urgent a fetch is, and what waits its turn: guesses yield to what somebody wants.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tokio::sync::Notify;
+
+/// Bytes of plaintext of one request that somebody waits for.
+pub(super) const DEMAND_RANGE: u64 = 1 << 20;
+/// Bytes of all prefetches that run at one time.
+const PREFETCH_BYTES: u64 = 4 << 20;
+/// The same while there are requests that somebody waits for: what stands before those on the wire has to be short.
+const YIELDING_BYTES: u64 = 256 << 10;
+/// Bytes that are fetched ahead of readers at one time.
+const AHEAD_BYTES: u64 = 4 << 20;
+/// Read-aheads that may wait: older ones were overtaken by their readers.
+const AHEAD_WAITING: usize = 32;
+/// Prefetches side by side.
+const PREFETCHES: u64 = 4;
+
+/// From the most urgent down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Class {
+    /// Somebody waits for it.
+    Demand,
+    /// A reader goes there.
+    Ahead,
+    /// Earlier boots read it.
+    Prefetch,
+}
+
+/// What a flight and those who wait for it share.
+#[derive(Debug)]
+pub(super) struct Ticket {
+    /// Whether somebody waits.
+    wanted: std::sync::atomic::AtomicBool,
+    /// The next chunk that it brings.
+    at: AtomicU64,
+    promoted: Notify,
+}
+
+impl Ticket {
+    pub(super) fn new(class: Class, first: u64) -> Self {
+        Self { wanted: (class == Class::Demand).into(), at: AtomicU64::new(first), promoted: Notify::new() }
+    }
+
+    pub(super) fn is_wanted(&self) -> bool {
+        self.wanted.load(Ordering::Relaxed)
+    }
+
+    /// Somebody waits for it from now on.
+    pub(super) fn promote(&self) {
+        if !self.wanted.swap(true, Ordering::Relaxed) {
+            self.promoted.notify_one();
+        }
+    }
+
+    /// Ends once it is promoted.
+    pub(super) async fn promotion(&self) {
+        self.promoted.notified().await;
+    }
+
+    pub(super) fn arrived(&self, chunk: u64) {
+        self.at.store(chunk + 1, Ordering::Relaxed);
+    }
+
+    /// How many chunks come before this one.
+    pub(super) fn before(&self, chunk: u64) -> u64 {
+        chunk.saturating_sub(self.at.load(Ordering::Relaxed))
+    }
+}
+
+/// What runs and what waits.
+#[derive(Debug)]
+pub(super) struct Lines {
+    chunk_size: u64,
+    ahead: VecDeque<Range<u64>>,
+    demands: u64,
+    ahead_bytes: u64,
+    prefetches: u64,
+    prefetch_bytes: u64,
+}
+
+impl Lines {
+    pub(super) fn new(chunk_size: u64) -> Self {
+        Self { chunk_size, ahead: VecDeque::new(), demands: 0, ahead_bytes: 0, prefetches: 0, prefetch_bytes: 0 }
+    }
+
+    /// A reader goes to these chunks.
+    pub(super) fn push(&mut self, chunks: Range<u64>) {
+        if !chunks.is_empty() {
+            if self.ahead.len() == AHEAD_WAITING {
+                self.ahead.pop_front();
+            }
+            self.ahead.push_back(chunks);
+        }
+    }
+
+    /// The next chunks to fetch ahead, if there is room for it.
+    pub(super) fn ahead(&mut self) -> Option<Range<u64>> {
+        if self.ahead_bytes >= AHEAD_BYTES {
+            return None;
+        }
+        let mut chunks = self.ahead.pop_front()?;
+        let most = (DEMAND_RANGE / self.chunk_size).max(1);
+        if chunks.end - chunks.start > most {
+            self.ahead.push_front(chunks.start + most..chunks.end);
+            chunks.end = chunks.start + most;
+        }
+        Some(chunks)
+    }
+
+    /// How many chunks a prefetch may have now; 0: none now.
+    pub(super) fn prefetch(&self) -> u64 {
+        let yields = self.demands > 0 || self.ahead_bytes > 0;
+        let most = if yields { YIELDING_BYTES } else { PREFETCH_BYTES };
+        if self.prefetches >= PREFETCHES || self.prefetch_bytes >= most {
+            return 0;
+        }
+        ((most - self.prefetch_bytes).min(DEMAND_RANGE) / self.chunk_size).max(1)
+    }
+
+    pub(super) fn begins(&mut self, class: Class, chunks: u64) {
+        match class {
+            Class::Demand => self.demands += 1,
+            Class::Ahead => self.ahead_bytes += chunks * self.chunk_size,
+            Class::Prefetch => {
+                self.prefetches += 1;
+                self.prefetch_bytes += chunks * self.chunk_size;
+            }
+        }
+    }
+
+    pub(super) fn ends(&mut self, class: Class, chunks: u64) {
+        match class {
+            Class::Demand => self.demands -= 1,
+            Class::Ahead => self.ahead_bytes -= chunks * self.chunk_size,
+            Class::Prefetch => {
+                self.prefetches -= 1;
+                self.prefetch_bytes -= chunks * self.chunk_size;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prefetches_yield_and_read_ahead_is_bounded() {
+        let mut lines = Lines::new(64 << 10);
+        assert_eq!(lines.prefetch(), 16);
+        lines.begins(Class::Demand, 1);
+        assert_eq!(lines.prefetch(), 4);
+        lines.begins(Class::Prefetch, 1);
+        assert_eq!(lines.prefetch(), 3);
+        lines.begins(Class::Prefetch, 3);
+        assert_eq!(lines.prefetch(), 0);
+        lines.ends(Class::Demand, 1);
+        assert_eq!(lines.prefetch(), 16);
+        lines.begins(Class::Prefetch, 16);
+        lines.begins(Class::Prefetch, 16);
+        assert_eq!(lines.prefetch(), 0, "four are enough");
+        lines.push(0..100);
+        for part in [0..16, 16..32, 32..48, 48..64] {
+            assert_eq!(lines.ahead(), Some(part));
+            lines.begins(Class::Ahead, 16);
+        }
+        assert_eq!(lines.ahead(), None);
+        lines.ends(Class::Ahead, 16);
+        assert_eq!(lines.ahead(), Some(64..80));
+    }
+
+    #[test]
+    fn old_read_ahead_gives_way() {
+        let mut lines = Lines::new(64 << 10);
+        for index in 0..100 {
+            lines.push(index * 100..index * 100 + 1);
+        }
+        assert_eq!(lines.ahead(), Some(6800..6801));
+    }
+}

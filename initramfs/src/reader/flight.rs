@@ -1,0 +1,354 @@
+//! Fetching one thing, whatever the members do: a request goes to the best member; when it keeps somebody waiting it goes to another one
+//! too (a *hedge*), or moves there. What verifies first counts, and the other is given up.
+
+use super::class::Ticket;
+use super::fault::Fault;
+use super::link::Answer;
+use super::member::{Counted, Member, Standing};
+use super::world::Boxed;
+use super::{Inner, Landed, lock};
+use bytes::Bytes;
+use moor_image::{ImageError, LeafPage};
+use std::future::poll_fn;
+use std::ops::Range;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::Poll;
+use std::time::Duration;
+
+/// No request is sent twice sooner.
+const HEDGE_AFTER: Duration = Duration::from_millis(10);
+/// The same while nothing is known of a member yet.
+const HEDGE_UNKNOWN_AFTER: Duration = Duration::from_millis(100);
+/// A request that somebody waits for moves to another member after so long, if that one is clearly quicker.
+const MOVE_AFTER: Duration = Duration::from_millis(400);
+/// The same where nobody waits.
+const MOVE_UNWANTED_AFTER: Duration = Duration::from_secs(1);
+/// So many times quicker.
+const QUICKER: u32 = 4;
+/// How often a request that is overdue is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_millis(25);
+
+/// What is fetched.
+#[derive(Clone)]
+pub(super) enum Need {
+    /// A page of leaf hashes.
+    Page(u64),
+    /// Chunks, whose hashes are in this page.
+    Chunks(Range<u64>, Arc<LeafPage>),
+}
+
+impl Need {
+    /// How many items it has.
+    fn items(&self) -> u64 {
+        match self {
+            Self::Page(_) => 1,
+            Self::Chunks(chunks, _) => chunks.end - chunks.start,
+        }
+    }
+}
+
+/// A part of it, verified.
+pub(super) enum Item {
+    Page(Arc<LeafPage>),
+    /// A chunk, or the finding that the image is bad there.
+    Chunk(u64, Landed),
+}
+
+/// One request to one member.
+struct Attempt {
+    inner: Arc<Inner>,
+    member: Arc<Member>,
+    need: Need,
+    answer: Option<Answer>,
+}
+
+type Step = Boxed<'static, (Attempt, Result<Item, Fault>)>;
+
+/// An attempt at the next item. Dropped, it gives its request up.
+struct Runner {
+    member: Arc<Member>,
+    step: Step,
+    /// When it was asked for the item.
+    since: Duration,
+    /// Whether it is the first one of its answer.
+    is_first: bool,
+    running: Counted,
+    late: Option<Counted>,
+}
+
+/// The attempts at one need: one, or two while it is hedged.
+pub(super) struct Flight {
+    inner: Arc<Inner>,
+    ticket: Arc<Ticket>,
+    lead: Option<Runner>,
+    second: Option<Runner>,
+}
+
+enum Event {
+    Item(bool, Attempt, Item),
+    Fault(bool, Attempt, Fault),
+    Promoted,
+    Due,
+}
+
+impl Flight {
+    pub(super) fn new(inner: Arc<Inner>, ticket: Arc<Ticket>) -> Self {
+        if ticket.is_wanted() {
+            inner.hedges.earn();
+        }
+        Self { inner, ticket, lead: None, second: None }
+    }
+
+    /// The next item of `need`: its page, or its first chunk. Waits as long as no member serves it.
+    pub(super) async fn next(&mut self, need: &Need) -> Item {
+        loop {
+            if self.lead.is_none() {
+                let member = self.inner.fleet.pick(need.items()).await;
+                self.lead = Some(self.start(member, need));
+            }
+            match self.event().await {
+                Event::Item(is_second, attempt, item) => {
+                    self.won(is_second, attempt);
+                    return item;
+                }
+                Event::Fault(is_second, attempt, fault) => {
+                    let lost = if is_second { self.second.take() } else { self.lead.take() };
+                    drop(lost);
+                    if !is_second {
+                        self.lead = self.second.take();
+                    }
+                    self.inner.failed(&attempt.member, &fault);
+                }
+                Event::Promoted => self.inner.hedges.earn(),
+                Event::Due => self.overdue(need),
+            }
+        }
+    }
+
+    fn start(&self, member: Arc<Member>, need: &Need) -> Runner {
+        let attempt = Attempt { inner: self.inner.clone(), member: member.clone(), need: need.clone(), answer: None };
+        let running = member.running();
+        let since = self.inner.world.now();
+        Runner { member, step: Box::pin(attempt.next()), since, is_first: true, running, late: None }
+    }
+
+    /// One of the two has an item: the other is given up, and it goes on with what is left.
+    fn won(&mut self, is_second: bool, attempt: Attempt) {
+        let now = self.inner.world.now();
+        let (winner, loser) =
+            if is_second { (self.second.take(), self.lead.take()) } else { (self.lead.take(), self.second.take()) };
+        if let Some(loser) = loser {
+            let waited = now.saturating_sub(loser.since);
+            loser.member.pace().gave_up(waited, now);
+            if is_second && loser.member.was_overtaken() {
+                self.inner.failed(&loser.member, &Fault::Slow(waited));
+            }
+        }
+        let Some(Runner { member, since, is_first, running, .. }) = winner else { return };
+        let took = now.saturating_sub(since);
+        if is_first {
+            member.pace().first(took, now);
+        } else {
+            member.pace().next(took, now);
+        }
+        if is_second {
+            self.inner.counts.hedges_won.fetch_add(1, Ordering::Relaxed);
+        }
+        if attempt.is_done() {
+            member.answered();
+        } else {
+            self.lead = Some(Runner {
+                member,
+                step: Box::pin(attempt.next()),
+                since: now,
+                is_first: false,
+                running,
+                late: None,
+            });
+        }
+    }
+
+    /// What happens next.
+    async fn event(&mut self) -> Event {
+        let mut due = self.inner.world.sleep(self.patience());
+        let ticket = self.ticket.clone();
+        let mut promotion = pin!(ticket.promotion());
+        poll_fn(|context| {
+            for (is_second, runner) in [(false, &mut self.lead), (true, &mut self.second)] {
+                if let Some(runner) = runner
+                    && let Poll::Ready((attempt, result)) = runner.step.as_mut().poll(context)
+                {
+                    return Poll::Ready(match result {
+                        Ok(item) => Event::Item(is_second, attempt, item),
+                        Err(fault) => Event::Fault(is_second, attempt, fault),
+                    });
+                }
+            }
+            if promotion.as_mut().poll(context).is_ready() {
+                return Poll::Ready(Event::Promoted);
+            }
+            due.as_mut().poll(context).map(|()| Event::Due)
+        })
+        .await
+    }
+
+    /// How long to wait before it is asked whether the lead is overdue.
+    fn patience(&self) -> Duration {
+        let Some(lead) = &self.lead else { return LOOK_AGAIN };
+        let waited = self.inner.world.since(lead.since);
+        let limit = if self.ticket.is_wanted() { usual(&lead.member) } else { MOVE_UNWANTED_AFTER };
+        limit.checked_sub(waited).filter(|left| !left.is_zero()).unwrap_or(LOOK_AGAIN)
+    }
+
+    /// The lead takes longer than usual: somebody else may do it better.
+    fn overdue(&mut self, need: &Need) {
+        let is_wanted = self.ticket.is_wanted();
+        let Some(lead) = &mut self.lead else { return };
+        let now = self.inner.world.now();
+        let waited = now.saturating_sub(lead.since);
+        if is_wanted && lead.late.is_none() {
+            lead.late = Some(lead.member.late());
+        }
+        if let Some(second) = &mut self.second {
+            // It is judged as the lead was: if both keep waiting, no third is asked.
+            if now.saturating_sub(second.since) >= usual(&second.member) && second.late.is_none() {
+                second.late = Some(second.member.late());
+            }
+        }
+        let Some(other) = self.inner.fleet.other(&lead.member) else { return };
+        let limit = if is_wanted { MOVE_AFTER } else { MOVE_UNWANTED_AFTER };
+        let is_resting = lead.member.standing() != Standing::Good;
+        let expected = other.pace().expected().unwrap_or_default();
+        if is_resting || (waited >= limit && waited > expected * QUICKER) {
+            let member = lead.member.clone();
+            member.pace().gave_up(waited, now);
+            self.lead = match self.second.take() {
+                Some(second) => Some(second),
+                None => Some(self.start(other, need)),
+            };
+            if !is_resting {
+                self.inner.failed(&member, &Fault::Slow(waited));
+            }
+        } else if is_wanted && self.second.is_none() && expected <= waited && self.inner.hedges.spend() {
+            self.inner.counts.hedges.fetch_add(1, Ordering::Relaxed);
+            self.second = Some(self.start(other, need));
+        }
+    }
+}
+
+/// The time after which a member is overdue.
+fn usual(member: &Member) -> Duration {
+    member.pace().percentile().map_or(HEDGE_UNKNOWN_AFTER, |time| time.max(HEDGE_AFTER))
+}
+
+impl Attempt {
+    /// Whether all of its need is there.
+    fn is_done(&self) -> bool {
+        self.answer.is_none()
+    }
+
+    async fn next(mut self) -> (Self, Result<Item, Fault>) {
+        let result = self.item().await;
+        (self, result)
+    }
+
+    async fn item(&mut self) -> Result<Item, Fault> {
+        let (start, length, size) = self.range()?;
+        let mut answer = if let Some(answer) = self.answer.take() {
+            answer
+        } else {
+            let total = self.inner.verifier.header().file_length();
+            self.member.get(start, length, Some(total)).await?
+        };
+        let bytes = self.member.take(&mut answer, size).await?;
+        let (item, is_last) = self.verify(bytes)?;
+        if is_last {
+            self.member.keep(answer);
+        } else {
+            self.answer = Some(answer);
+        }
+        Ok(item)
+    }
+
+    /// Where the need is in the file, and the length of its first item.
+    fn range(&self) -> Result<(u64, u64, usize), Fault> {
+        let verifier = &self.inner.verifier;
+        let missing = || Fault::Wrong(ImageError::Argument("the image has no such place"));
+        let (start, end, size) = match &self.need {
+            Need::Page(index) => {
+                let (start, length) = verifier.page_range(*index).ok_or_else(missing)?;
+                (start, start + length, length)
+            }
+            Need::Chunks(chunks, _) => {
+                let (start, size) = verifier.chunk_range(chunks.start).ok_or_else(missing)?;
+                let (last, length) = verifier.chunk_range(chunks.end.saturating_sub(1)).ok_or_else(missing)?;
+                (start, last + length, size)
+            }
+        };
+        Ok((start, end - start, usize::try_from(size).map_err(|_| missing())?))
+    }
+
+    fn verify(&mut self, mut bytes: Vec<u8>) -> Result<(Item, bool), Fault> {
+        let verifier = &self.inner.verifier;
+        match &mut self.need {
+            Need::Page(index) => {
+                let page = verifier.verify_page(*index, &bytes).map_err(Fault::Wrong)?;
+                Ok((Item::Page(Arc::new(page)), true))
+            }
+            Need::Chunks(left, page) => {
+                let chunk = left.start;
+                self.inner.counts.fetched.fetch_add(1, Ordering::Relaxed);
+                let landed = match verifier.open_chunk(chunk, page, &mut bytes) {
+                    Ok(()) => {
+                        self.inner.counts.verified.fetch_add(1, Ordering::Relaxed);
+                        Ok(Bytes::from(bytes))
+                    }
+                    // The bytes are those of the image: nobody has better ones.
+                    Err(error @ ImageError::Forged { .. }) => {
+                        tracing::error!("{error}");
+                        Err(Arc::new(error))
+                    }
+                    Err(error) => return Err(Fault::Wrong(error)),
+                };
+                left.start += 1;
+                Ok((Item::Chunk(chunk, landed), left.is_empty()))
+            }
+        }
+    }
+}
+
+/// Chunks that one task fetches; those that it did not land when it is dropped are free for others.
+pub(super) struct Run {
+    pub(super) inner: Arc<Inner>,
+    pub(super) ticket: Arc<Ticket>,
+    pub(super) left: Range<u64>,
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        if !self.left.is_empty() {
+            let mut cache = lock(&self.inner.cache);
+            for chunk in self.left.clone() {
+                cache.crash(chunk, &self.ticket);
+            }
+        }
+    }
+}
+
+impl Run {
+    /// Fetches the run from whoever serves it, and lands it chunk by chunk.
+    pub(super) async fn fly(mut self) {
+        let inner = self.inner.clone();
+        let page = inner.page(inner.verifier.page_of_chunk(self.left.start)).await;
+        let mut flight = Flight::new(inner.clone(), self.ticket.clone());
+        while !self.left.is_empty() {
+            if let Item::Chunk(chunk, landed) = flight.next(&Need::Chunks(self.left.clone(), page.clone())).await {
+                self.ticket.arrived(chunk);
+                lock(&inner.cache).land(chunk, &landed);
+                self.left.start = chunk + 1;
+            }
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! How a member comes back: by a real read, alone and verified.
+
+use super::fault::Fault;
+use super::link::Answer;
+use super::member::{Member, Standing};
+use super::{Inner, lock};
+use moor_image::ImageError;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+/// A read in this time is never too slow.
+const QUICK: Duration = Duration::from_millis(100);
+/// A member may take so many times as long as the best of the others.
+const SLOWER: u32 = 4;
+/// When members that nobody has asked yet are tried: a fault is better found before they are needed.
+const FIRST_LOOK: Duration = Duration::from_secs(1);
+
+impl Inner {
+    pub(super) fn failed(self: &Arc<Self>, member: &Arc<Member>, fault: &Fault) {
+        if self.fleet.failed(member, fault, false) {
+            self.bring_back(member);
+        }
+    }
+
+    /// Lets a member rest, then tries it with a real read that is verified, until one succeeds. Ends with the reader.
+    pub(super) fn bring_back(self: &Arc<Self>, member: &Arc<Member>) {
+        let (reader, member, world): (Weak<Self>, _, _) = (Arc::downgrade(self), member.clone(), self.world.clone());
+        self.world.spawn(Box::pin(async move {
+            loop {
+                let Some(inner) = reader.upgrade() else { return };
+                let rest = member.rest(inner.fleet.is_down());
+                drop(inner);
+                world.sleep(rest).await;
+                let Some(inner) = reader.upgrade() else { return };
+                match member.standing() {
+                    Standing::Good => return,
+                    Standing::Excluded if !inner.fleet.all_excluded() => continue,
+                    _ => {}
+                }
+                match inner.try_out(&member).await {
+                    Ok(()) => {
+                        inner.fleet.passed(&member);
+                        return;
+                    }
+                    Err(fault) => _ = inner.fleet.failed(&member, &fault, true),
+                }
+            }
+        }));
+    }
+
+    /// Reads a chunk from each member that nobody has asked yet, once, after the first rush.
+    pub(super) fn look_at_the_others(self: &Arc<Self>) {
+        for member in self.fleet.members() {
+            let (reader, member, world): (Weak<Self>, _, _) =
+                (Arc::downgrade(self), member.clone(), self.world.clone());
+            self.world.spawn(Box::pin(async move {
+                let spread = world.random() % 1000;
+                world.sleep(FIRST_LOOK + Duration::from_millis(spread)).await;
+                let Some(inner) = reader.upgrade() else { return };
+                if member.standing() == Standing::Good
+                    && member.pace().expected().is_none()
+                    && let Err(fault) = inner.try_out(&member).await
+                {
+                    inner.failed(&member, &fault);
+                }
+            }));
+        }
+    }
+
+    /// One verified read of a page, if it is needed, and a chunk on this member alone; what it brings is not kept.
+    async fn try_out(self: &Arc<Self>, member: &Arc<Member>) -> Result<(), Fault> {
+        let chunk = self.counts.recent.load(Ordering::Relaxed);
+        if chunk >= self.verifier.header().chunks {
+            return Ok(());
+        }
+        let index = self.verifier.page_of_chunk(chunk);
+        let held = lock(&self.table).get(index);
+        let page = if let Some(page) = held {
+            page
+        } else {
+            let (start, length) = self.verifier.page_range(index).ok_or_else(out_of_reach)?;
+            let (bytes, answer) = self.fetch(member, start, length).await?;
+            let page = Arc::new(self.verifier.verify_page(index, &bytes).map_err(Fault::Wrong)?);
+            member.keep(answer);
+            lock(&self.table).insert(page.clone());
+            page
+        };
+        let begun = self.world.now();
+        let (start, length) = self.verifier.chunk_range(chunk).ok_or_else(out_of_reach)?;
+        let (mut bytes, answer) = self.fetch(member, start, length).await?;
+        match self.verifier.open_chunk(chunk, &page, &mut bytes) {
+            // A chunk that was sealed badly is none of the member's doing.
+            Ok(()) | Err(ImageError::Forged { .. }) => member.keep(answer),
+            Err(error) => return Err(Fault::Wrong(error)),
+        }
+        let took = self.world.since(begun);
+        member.pace().first(took, self.world.now());
+        match self.fleet.others_expected(member) {
+            Some(best) if took > QUICK.max(best * SLOWER) => Err(Fault::Slow(took)),
+            _ => Ok(()),
+        }
+    }
+
+    async fn fetch(&self, member: &Member, start: u64, length: u64) -> Result<(Vec<u8>, Answer), Fault> {
+        let size = usize::try_from(length).map_err(|_| out_of_reach())?;
+        let mut answer = member.get(start, length, Some(self.verifier.header().file_length())).await?;
+        let bytes = member.take(&mut answer, size).await?;
+        Ok((bytes, answer))
+    }
+}
+
+fn out_of_reach() -> Fault {
+    Fault::Wrong(ImageError::Argument("the image has no such place"))
+}

@@ -1,0 +1,222 @@
+//! The reader on a simulated network: no wrong byte, no error and no hang, whatever servers do and when.
+//!
+//! `MOOR_SEED=N` repeats the schedules from seed N on, `MOOR_SCHEDULES=N` runs so many of each kind. Otherwise the first seed is taken
+//! from the commit, so that every commit tries others.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+mod sim;
+
+use common::{noise, seal};
+use moor_image::OpenOptions;
+use moor_tether::reader::world::{Path, World as _};
+use moor_tether::reader::{Figures, Reader, Settings, Standing};
+use sim::network::{Conduct, Server, Way};
+use sim::schedule::{Files, Outcome, run};
+use sim::world::Sim;
+use std::process::Command;
+use std::sync::{Arc, LazyLock, Mutex};
+use std::time::Duration;
+
+/// Schedules of each kind.
+const SCHEDULES: u64 = 250;
+/// Hedges that are free at the start.
+const FREE_HEDGES: u64 = 4;
+
+static FILES: LazyLock<Arc<Files>> = LazyLock::new(|| {
+    let sample = seal(noise(1_500_000, 1), 14);
+    let other = seal(noise(1_500_000, 2), 14).file;
+    Arc::new(Files { sample, other })
+});
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|text| text.parse().unwrap())
+}
+
+/// From the environment, else from the commit.
+fn first_seed() -> u64 {
+    number("MOOR_SEED").unwrap_or_else(|| {
+        let head = Command::new("git").args(["rev-parse", "HEAD"]).output().unwrap();
+        let text = String::from_utf8_lossy(&head.stdout).into_owned();
+        text.bytes().fold(0, |seed: u64, byte| seed.wrapping_mul(31).wrapping_add(byte.into())) % 1_000_000_000
+    })
+}
+
+/// Runs schedules on all cores, and says which seeds failed, and how.
+fn all(is_guarded: bool, judge: impl Fn(&Outcome) -> Result<(), String> + Sync) {
+    let (first, count) = (first_seed(), number("MOOR_SCHEDULES").unwrap_or(SCHEDULES));
+    println!("schedules {first} to {}; MOOR_SEED={first} repeats them", first + count - 1);
+    let (next, failed) = (Mutex::new(first..first + count), Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().unwrap().get() {
+            scope.spawn(|| {
+                loop {
+                    let Some(seed) = next.lock().unwrap().next() else { return };
+                    let result = run(&FILES, seed, is_guarded).and_then(|outcome| judge(&outcome));
+                    if let Err(why) = result {
+                        failed.lock().unwrap().push(format!("MOOR_SEED={seed} MOOR_SCHEDULES=1: {why}"));
+                    }
+                }
+            });
+        }
+    });
+    let failed = failed.into_inner().unwrap();
+    let (some, more) = failed.split_at(failed.len().min(10));
+    assert!(some.is_empty(), "{}\nand {} more", some.join("\n"), more.len());
+}
+
+fn hedges_are_few(outcome: &Outcome) -> Result<(), String> {
+    let requests: u64 = outcome.figures.members.iter().map(|member| member.requests).sum();
+    let allowed = FREE_HEDGES + requests / 20;
+    if outcome.figures.hedges > allowed {
+        return Err(format!("{} hedges in {requests} requests", outcome.figures.hedges));
+    }
+    Ok(())
+}
+
+#[test]
+fn any_server_may_do_anything() {
+    all(false, |outcome| {
+        hedges_are_few(outcome)?;
+        // Once they have been good for a while, all are taken back, but those that lied twice.
+        let is_back = |standing| matches!(standing, Standing::Good | Standing::Excluded);
+        if outcome.standings.iter().any(|standing| !is_back(*standing)) {
+            return Err(format!("all are good again, and the reader takes them for {:?}", outcome.standings));
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn while_one_server_is_good_no_read_takes_a_second() {
+    all(true, |outcome| {
+        hedges_are_few(outcome)?;
+        if outcome.longest >= Duration::from_secs(1) {
+            return Err(format!("a read took {:?}", outcome.longest));
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_seed_gives_the_same_run_again() {
+    let runs = [0, 0, 1].map(|more| run(&FILES, first_seed() + more, false).unwrap());
+    assert_eq!(runs[0].requests, runs[1].requests);
+    assert_eq!((runs[0].longest, &runs[0].figures), (runs[1].longest, &runs[1].figures));
+    assert_ne!(runs[0].requests, runs[2].requests);
+}
+
+/// Two servers, 5 ms away each, and a reader of both with a small cache.
+async fn pair(sim: &Sim, prefetch: Vec<u64>) -> ([Arc<Server>; 2], Reader) {
+    let files = FILES.clone();
+    let server =
+        |name| Server::new(sim, name, (&files.sample.file, &files.other), Duration::from_millis(5), 100_000_000);
+    let servers = [server(0), server(1)];
+    let paths = servers.iter().map(|server| Box::new(Way(server.clone())) as Box<dyn Path>).collect();
+    let options = OpenOptions { key: Some(files.sample.key.clone()), ..OpenOptions::default() };
+    let settings = Settings { cache: 600_000, prefetch };
+    let reader = Reader::open(paths, Arc::new(sim.clone()), &options, settings).await.unwrap();
+    (servers, reader)
+}
+
+const HOUR: Duration = Duration::from_hours(1);
+
+#[test]
+fn the_first_read_of_all_is_taken_over_from_a_member_that_does_not_answer_it() {
+    for (seed, conduct) in
+        (0..).zip([Conduct::Silent, Conduct::Blackholed, Conduct::Stalls(0), Conduct::Slow, Conduct::Refused])
+    {
+        for bad in 0..2 {
+            let sim = Sim::new(seed);
+            let world = sim.clone();
+            let took = sim.run(HOUR, async move {
+                let (servers, reader) = pair(&world, Vec::new()).await;
+                servers[bad].behave(conduct);
+                let begun = world.now();
+                reader.read(700_000, 4096).await.unwrap();
+                world.since(begun)
+            });
+            assert!(took.unwrap() < Duration::from_millis(500), "{conduct:?} of {bad}: {took:?}");
+        }
+    }
+}
+
+#[test]
+fn while_all_are_slow_hardly_a_request_is_sent_twice() {
+    let sim = Sim::new(1);
+    let world = sim.clone();
+    let figures = sim.run(HOUR, async move {
+        let (servers, reader) = pair(&world, Vec::new()).await;
+        for index in 0..40 {
+            reader.read(index * 30_000, 100).await.unwrap();
+        }
+        for server in &servers {
+            server.behave(Conduct::Late(700));
+        }
+        let before = reader.figures();
+        for round in 0..40_u64 {
+            let reads = (0..8).map(|program| {
+                let (reader, at) = (reader.clone(), (round * 8 + program) * 76_543 % 1_400_000);
+                let (sender, receiver) = tokio::sync::oneshot::channel();
+                world.spawn(Box::pin(async move { _ = sender.send(reader.read(at, 100).await.is_ok()) }));
+                receiver
+            });
+            for read in reads.collect::<Vec<_>>() {
+                assert!(read.await.unwrap());
+            }
+        }
+        (before, reader.figures())
+    });
+    let (before, after) = figures.unwrap();
+    let requests = |figures: &Figures| figures.members.iter().map(|member| member.requests).sum::<u64>();
+    let (hedges, asked) = (after.hedges - before.hedges, requests(&after) - requests(&before));
+    assert!(hedges <= FREE_HEDGES + asked / 50 && asked > 150, "{hedges} hedges in {asked} requests");
+}
+
+#[test]
+fn a_server_with_another_image_is_excluded_and_told_of_and_nothing_of_it_is_read() {
+    let sim = Sim::new(2);
+    let world = sim.clone();
+    let members = sim.run(HOUR, async move {
+        let (servers, reader) = pair(&world, Vec::new()).await;
+        servers[0].behave(Conduct::OtherImage);
+        for index in 0..600_u64 {
+            let at = index * 77_777 % 1_400_000;
+            let start = usize::try_from(at).unwrap();
+            assert!(reader.read(at, 100).await.unwrap() == FILES.sample.plaintext[start..start + 100]);
+            world.sleep(Duration::from_millis(100)).await;
+        }
+        reader.figures().members
+    });
+    let members = members.unwrap();
+    assert_eq!((members[0].state, members[1].state), (Standing::Excluded, Standing::Good));
+    assert!(members[0].last_fault.as_ref().unwrap().contains("is damaged"), "{members:?}");
+}
+
+#[test]
+fn what_earlier_boots_read_is_there_before_it_is_asked_for() {
+    // No two are neighbours: read-ahead has no part in this.
+    let list: Vec<u64> = (0..40).map(|index| index * 17 % 45 * 2).collect();
+    let time = |prefetch: Vec<u64>, list: Vec<u64>| {
+        let sim = Sim::new(3);
+        let world = sim.clone();
+        let result = sim.run(HOUR, async move {
+            let (_servers, reader) = pair(&world, prefetch).await;
+            let begun = world.now();
+            for chunk in list {
+                reader.read(chunk << 14, 4096).await.unwrap();
+                // What a program does between reads.
+                world.sleep(Duration::from_millis(3)).await;
+            }
+            (world.since(begun), reader.figures().chunks_fetched)
+        });
+        result.unwrap()
+    };
+    let (cold, cold_chunks) = time(Vec::new(), list.clone());
+    let (warm, warm_chunks) = time(list.clone(), list.clone());
+    assert!(warm * 3 < cold * 2, "{warm:?} with, {cold:?} without");
+    assert!(warm_chunks <= cold_chunks + 2, "{warm_chunks} with, {cold_chunks} without");
+    // A list of other chunks costs what fits into half of the cache, and no more.
+    let (_, wrong_chunks) = time((50..90).collect(), (0..20).map(|index| index * 2).collect());
+    assert!(wrong_chunks <= 20 + 600_000 / 2 / (1 << 14) + 16, "{wrong_chunks}");
+}
