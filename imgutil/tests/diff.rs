@@ -13,12 +13,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn status(packages: &[(&str, &str)]) -> String {
-    packages
-        .iter()
-        .map(|(name, version)| {
-            format!("Package: {name}\nStatus: install ok installed\nArchitecture: amd64\nVersion: {version}\n\n")
-        })
-        .collect()
+    let paragraph = |(name, version): &(&str, &str)| {
+        format!("Package: {name}\nStatus: install ok installed\nArchitecture: amd64\nVersion: {version}\n")
+    };
+    packages.iter().map(paragraph).collect::<Vec<_>>().join("\n")
 }
 
 /// A tree, and what became of it.
@@ -165,7 +163,7 @@ fn generations_are_listed_and_old_ones_pruned() {
     let first = |text: &str| -> Vec<String> {
         text.lines()
             .filter_map(|line| line.split_whitespace().next())
-            .filter(|name| name.ends_with(".moor"))
+            .filter(|name| Path::new(name).extension().is_some_and(|end| end == "moor"))
             .map(str::to_owned)
             .collect()
     };

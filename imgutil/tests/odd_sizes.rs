@@ -1,6 +1,7 @@
 //! Unpack of any image gives back the tree: trees made at random from everything that a file system has. 100 MB and 10,000 files
 //! here; 1 GB files and 100,000 small ones in `make test-full`.
 #![allow(missing_docs, clippy::unwrap_used)]
+#![allow(clippy::cast_possible_truncation)] // numbers at random, below a limit each
 
 mod common;
 
@@ -45,14 +46,15 @@ struct Grower {
 
 impl Grower {
     fn name(&mut self) -> Vec<u8> {
-        let length = 1 + self.random.below(if self.random.one_in(50) { 240 } else { 14 });
+        let longest = if self.random.one_in(50) { 240 } else { 14 };
+        let length = 1 + self.random.below(longest);
         let odd = self.random.one_in(4);
-        let bytes = (0..length).map(|_| match self.random.below(256) as u8 {
+        let byte = |_| match self.random.below(256) as u8 {
             0 | b'/' => b'_',
             byte if odd => byte,
             byte => b'a' + byte % 26,
-        });
-        bytes.collect()
+        };
+        (0..length).map(byte).collect()
     }
 
     fn place(&mut self) -> PathBuf {
@@ -88,7 +90,8 @@ impl Grower {
                 let kinds = [FileType::Fifo, FileType::Socket, FileType::CharacterDevice, FileType::BlockDevice];
                 let kind = kinds[self.random.below(4) as usize];
                 let (major, minor) = (self.random.below(4096) as u32, self.random.below(1 << 20) as u32);
-                rustix::fs::mknodat(CWD, &path, kind, Mode::from_raw_mode(0o600), rustix::fs::makedev(major, minor)).unwrap();
+                rustix::fs::mknodat(CWD, &path, kind, Mode::from_raw_mode(0o600), rustix::fs::makedev(major, minor))
+                    .unwrap();
             }
             18..24 if !self.files.is_empty() => {
                 let other = self.random.below(self.files.len() as u64) as usize;
@@ -137,7 +140,8 @@ impl Grower {
             rustix::fs::lsetxattr(path, "security.capability", &capability, XattrFlags::empty()).unwrap();
         }
         if (kind.is_file() || kind.is_dir()) && self.random.one_in(10) {
-            let (name, size) = (format!("user.{}", self.random.below(40)), self.random.below(900) as usize);
+            let name = format!("user.{}", self.random.below(40));
+            let size = self.random.below(900) as usize;
             let value = self.bytes(size);
             rustix::fs::lsetxattr(path, name.as_str(), &value, XattrFlags::empty()).unwrap();
         }
@@ -157,7 +161,14 @@ fn comes_back(work: &Path, tree: &Path, name: &str, more: &[&str]) {
     let more = [&["--no-scrub"], more].concat();
     let files = pack(tree, work, name, &more);
     let unpacked = work.join(format!("{name}-unpacked"));
-    run(["unpack", files.image.to_str().unwrap(), unpacked.to_str().unwrap(), "--key-file", files.key.to_str().unwrap()]).good();
+    run([
+        "unpack",
+        files.image.to_str().unwrap(),
+        unpacked.to_str().unwrap(),
+        "--key-file",
+        files.key.to_str().unwrap(),
+    ])
+    .good();
     assert_same("source", &snapshot(tree), name, &snapshot(&unpacked));
     fs::remove_dir_all(unpacked).unwrap();
     fs::remove_file(files.image).unwrap();
@@ -166,18 +177,16 @@ fn comes_back(work: &Path, tree: &Path, name: &str, more: &[&str]) {
 #[test]
 fn any_tree_comes_back_the_same() {
     let work = tempfile::tempdir().unwrap();
-    for (seed, more) in [
-        (1, &[][..]),
-        (2, &["--block-size", "4K"]),
-        (3, &["--block-size", "1M", "--processors", "3"]),
-        (4, &["--xz"]),
-    ] {
+    for (seed, more) in
+        [(1, &[][..]), (2, &["--block-size", "4K"]), (3, &["--block-size", "1M", "--processors", "3"]), (4, &["--xz"])]
+    {
         let tree = work.path().join(format!("tree-{seed}"));
         random_tree(&tree, seed, 400);
         // `pack` of the tests sets a level, which xz has not.
         if more == ["--xz"] {
             let image = work.path().join("xz.moor");
-            run(["pack", tree.to_str().unwrap(), "--plain", "--no-scrub", "--xz", "-o", image.to_str().unwrap()]).good();
+            run(["pack", tree.to_str().unwrap(), "--plain", "--no-scrub", "--xz", "-o", image.to_str().unwrap()])
+                .good();
             let unpacked = work.path().join("xz");
             run(["unpack", image.to_str().unwrap(), unpacked.to_str().unwrap()]).good();
             assert_same("source", &snapshot(&tree), "xz", &snapshot(&unpacked));

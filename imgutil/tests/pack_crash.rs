@@ -51,7 +51,8 @@ fn an_image_that_is_replaced_is_signed_at_every_moment() {
     for nth in 1.. {
         fs::write(tree.join("file"), format!("generation {nth}")).unwrap();
         let key = work.path().join(format!("{nth}.key"));
-        let args = ["pack", tree.to_str().unwrap(), "-o", image, "--key-file", key.to_str().unwrap(), "--sign-key", signer];
+        let args =
+            ["pack", tree.to_str().unwrap(), "-o", image, "--key-file", key.to_str().unwrap(), "--sign-key", signer];
         let was_killed = killed_at("renameat,renameat2,rename,linkat,unlinkat,unlink,fsync", nth, &args);
         let after = digest();
         replaced += usize::from(after != before);
@@ -63,7 +64,8 @@ fn an_image_that_is_replaced_is_signed_at_every_moment() {
     }
     assert!(kills >= 5 && replaced >= 2, "killed {kills} times, replaced {replaced} times");
     // In the end the signature file is that of the last image alone.
-    let signatures: serde_json::Value = serde_json::from_slice(&fs::read(output.join("image.moor.sig")).unwrap()).unwrap();
+    let signatures: serde_json::Value =
+        serde_json::from_slice(&fs::read(output.join("image.moor.sig")).unwrap()).unwrap();
     assert_eq!(signatures["signatures"].as_array().unwrap().len(), 1);
 }
 
@@ -80,7 +82,8 @@ fn what_a_killed_unpack_left_is_removed_by_the_next_one() {
     let output = work.path().join("output");
     fs::create_dir(&output).unwrap();
     let to = output.join("unpacked");
-    let args = ["unpack", files.image.to_str().unwrap(), to.to_str().unwrap(), "--key-file", files.key.to_str().unwrap()];
+    let args =
+        ["unpack", files.image.to_str().unwrap(), to.to_str().unwrap(), "--key-file", files.key.to_str().unwrap()];
     // In the middle of the files, and when the root has its attributes already.
     for (calls, nth) in [("fchown", 10), ("renameat2", 1)] {
         assert!(killed_at(calls, nth, &args));
@@ -109,7 +112,8 @@ fn two_unpacks_to_one_name_do_not_meet() {
     let held = fs::File::open(&staging).unwrap();
     held.lock().unwrap();
     let to = work.path().join("to");
-    let args = ["unpack", files.image.to_str().unwrap(), to.to_str().unwrap(), "--key-file", files.key.to_str().unwrap()];
+    let args =
+        ["unpack", files.image.to_str().unwrap(), to.to_str().unwrap(), "--key-file", files.key.to_str().unwrap()];
     run(args).one_line_error(1, &["another imgutil unpacks to", "/to'"]);
     assert!(Path::exists(&staging.join("of-the-other")));
     drop(held);

@@ -1,4 +1,4 @@
-//! SELinux labels of an image: each inode gets what libselinux itself says of its path, by Debian's real policy.
+//! `SELinux` labels of an image: each inode gets what libselinux itself says of its path, by Debian's real policy.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod build_tree;
@@ -50,7 +50,14 @@ fn a_policy_in_the_tree_labels_the_image() {
 
     let image = pack(&tree, work.path(), "labelled", &["--no-scrub"]);
     let unpacked = work.path().join("unpacked");
-    run(["unpack", image.image.to_str().unwrap(), unpacked.to_str().unwrap(), "--key-file", image.key.to_str().unwrap()]).good();
+    run([
+        "unpack",
+        image.image.to_str().unwrap(),
+        unpacked.to_str().unwrap(),
+        "--key-file",
+        image.key.to_str().unwrap(),
+    ])
+    .good();
     for (path, wanted) in [
         ("", Some("default_t")),
         ("etc", Some("etc_t")),
@@ -96,14 +103,20 @@ fn policy() -> PathBuf {
         let _ = fs::remove_dir_all(&new);
         fs::create_dir_all(&new).unwrap();
         // `_apt` may not enter the directory, and need not.
-        tool(Command::new("apt-get").args(["-q", "-o", "APT::Sandbox::User=root", "download", "selinux-policy-default"]).current_dir(&new));
+        tool(
+            Command::new("apt-get")
+                .args(["-q", "-o", "APT::Sandbox::User=root", "download", "selinux-policy-default"])
+                .current_dir(&new),
+        );
         let deb = fs::read_dir(&new).unwrap().next().unwrap().unwrap().path();
         tool(Command::new("dpkg-deb").arg("-x").arg(deb).arg(new.join("root")));
         let package = new.join("root");
         let files = new.join("files");
         fs::create_dir(&files).unwrap();
-        let mut modules: Vec<PathBuf> =
-            fs::read_dir(package.join("usr/share/selinux/default")).unwrap().map(|entry| entry.unwrap().path()).collect();
+        let mut modules: Vec<PathBuf> = fs::read_dir(package.join("usr/share/selinux/default"))
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .collect();
         modules.sort_unstable();
         let rules: String = modules.iter().map(|module| file_contexts(module)).collect();
         fs::write(files.join("file_contexts"), rules).unwrap();
@@ -124,7 +137,8 @@ fn file_contexts(module: &Path) -> String {
     let places: Vec<usize> = (0..count).map(|index| number(12 + 4 * index) as usize).chain([bytes.len()]).collect();
     let section = places.windows(2).find(|place| number(place[0]) == SECTION);
     let text = section.map_or("", |place| std::str::from_utf8(&bytes[place[0] + 4..place[1]]).unwrap());
-    text.lines().filter(|line| line.starts_with('/')).map(|line| format!("{line}\n")).collect()
+    let lines: Vec<&str> = text.lines().filter(|line| line.starts_with('/')).collect();
+    lines.join("\n") + "\n"
 }
 
 /// What libselinux says, asked through its own tool.
@@ -162,15 +176,35 @@ fn labels_are_those_of_libselinux() {
         match kind {
             "d" => fs::create_dir_all(&to).unwrap(),
             "f" if !to.exists() => write(&to, ""),
-            "l" if fs::symlink_metadata(&to).is_err() && to.parent().unwrap().is_dir() => symlink("target", &to).unwrap(),
+            "l" if fs::symlink_metadata(&to).is_err() && to.parent().unwrap().is_dir() => {
+                symlink("target", &to).unwrap();
+            }
             _ => {}
         }
     }
     for path in [
-        "var/lib/mysql/ibdata1", "var/www/html/index.html", "var/www/cgi-bin/x", "home/user/.ssh/authorized_keys", "root/.bashrc",
-        "usr/lib64/libx.so.1", "usr/local/lib/libx.so", "opt/app/bin/run", "srv/www/x", "etc/cups/ppd/x.ppd", "var/log/httpd/error_log",
-        "usr/sbin/sshd", "usr/bin/podman", "var/lib/docker/x", "boot/grub2/grub.cfg", "usr/libexec/qemu-kvm", "etc/resolv.conf.bak",
-        "usr/lib/systemd/system/ssh.service", "var/spool/cron/crontabs/root", "lib/modules/6.1.0/modules.dep", "a b/c", "etc/f[x]*",
+        "var/lib/mysql/ibdata1",
+        "var/www/html/index.html",
+        "var/www/cgi-bin/x",
+        "home/user/.ssh/authorized_keys",
+        "root/.bashrc",
+        "usr/lib64/libx.so.1",
+        "usr/local/lib/libx.so",
+        "opt/app/bin/run",
+        "srv/www/x",
+        "etc/cups/ppd/x.ppd",
+        "var/log/httpd/error_log",
+        "usr/sbin/sshd",
+        "usr/bin/podman",
+        "var/lib/docker/x",
+        "boot/grub2/grub.cfg",
+        "usr/libexec/qemu-kvm",
+        "etc/resolv.conf.bak",
+        "usr/lib/systemd/system/ssh.service",
+        "var/spool/cron/crontabs/root",
+        "lib/modules/6.1.0/modules.dep",
+        "a b/c",
+        "etc/f[x]*",
     ] {
         if !tree.join(path).exists() {
             write(&tree.join(path), "");
@@ -179,7 +213,14 @@ fn labels_are_those_of_libselinux() {
 
     let image = pack(&tree, work.path(), "labelled", &["--no-scrub"]);
     let unpacked = work.path().join("unpacked");
-    run(["unpack", image.image.to_str().unwrap(), unpacked.to_str().unwrap(), "--key-file", image.key.to_str().unwrap()]).good();
+    run([
+        "unpack",
+        image.image.to_str().unwrap(),
+        unpacked.to_str().unwrap(),
+        "--key-file",
+        image.key.to_str().unwrap(),
+    ])
+    .good();
     let (mut waiting, mut compared, mut different) = (vec![unpacked.clone()], 0, Vec::new());
     while let Some(path) = waiting.pop() {
         let kind = path.symlink_metadata().unwrap().file_type();
@@ -188,8 +229,20 @@ fn labels_are_those_of_libselinux() {
         }
         assert!(!kind.is_char_device() && !kind.is_block_device());
         let name = format!("/{}", path.strip_prefix(&unpacked).unwrap().display());
-        let letter = if kind.is_dir() { "d" } else if kind.is_symlink() { "l" } else { "f" };
-        let letter = if letter == "f" { "--" } else if letter == "d" { "-d" } else { "-l" };
+        let letter = if kind.is_dir() {
+            "d"
+        } else if kind.is_symlink() {
+            "l"
+        } else {
+            "f"
+        };
+        let letter = if letter == "f" {
+            "--"
+        } else if letter == "d" {
+            "-d"
+        } else {
+            "-l"
+        };
         let wanted = oracle(&contexts.join("file_contexts"), &name, letter);
         let seen = label(&path);
         if seen != wanted {

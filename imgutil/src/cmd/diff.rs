@@ -32,6 +32,7 @@ pub struct Args {
 }
 
 /// Runs it.
+#[must_use]
 pub fn run(args: &Args) -> ExitCode {
     match compare(args) {
         Ok(true) => ExitCode::SUCCESS,

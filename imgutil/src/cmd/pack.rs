@@ -2,7 +2,8 @@
 
 use crate::cmd::printable;
 use crate::pack::{
-    Destination, Labels, PackOptions, ProfileOptions, Packed, Server, SquashOptions, Warnings, pack_to_files, pack_to_server,
+    Destination, Labels, PackOptions, Packed, ProfileOptions, Server, SquashOptions, Warnings, pack_to_files,
+    pack_to_server,
 };
 use crate::progress::{Progress, bytes_text};
 use crate::scrub::{self, LeftOut, ViewOptions};

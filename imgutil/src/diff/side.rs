@@ -176,7 +176,7 @@ fn hash_in_tree(root: &OwnedFd, path: &Path) -> Result<[u8; 32]> {
 }
 
 fn zeros(context: &mut digest::Context, mut length: u64) {
-    const ZEROS: [u8; 65_536] = [0; 65_536];
+    static ZEROS: [u8; 65_536] = [0; 65_536];
     while length > 0 {
         #[allow(clippy::cast_possible_truncation)] // at most the length of ZEROS
         let step = length.min(ZEROS.len() as u64) as usize;

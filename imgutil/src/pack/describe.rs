@@ -80,9 +80,10 @@ pub(super) fn boot_files(root: BorrowedFd<'_>) -> Result<BootFiles> {
 pub(super) fn boot_loaders(root: BorrowedFd<'_>) -> Result<Option<[(String, File); 2]>> {
     for (short, long) in [("x64", "x86_64"), ("aa64", "arm64"), ("aa64", "aarch64")] {
         // Debian and Ubuntu; GRUB's build for the network comes first.
-        let debian_shim = [format!("usr/lib/shim/shim{short}.efi.signed"), format!("usr/lib/shim/shim{short}.efi.signed.latest")];
-        let debian_grub = ["grubnet", "grub"]
-            .map(|name| format!("usr/lib/grub/{long}-efi-signed/{name}{short}.efi.signed"));
+        let debian_shim =
+            [format!("usr/lib/shim/shim{short}.efi.signed"), format!("usr/lib/shim/shim{short}.efi.signed.latest")];
+        let debian_grub =
+            ["grubnet", "grub"].map(|name| format!("usr/lib/grub/{long}-efi-signed/{name}{short}.efi.signed"));
         // SUSE.
         let suse_shim = [format!("usr/share/efi/{long}/shim.efi")];
         let suse_grub = [format!("usr/share/efi/{long}/grub.efi")];

@@ -82,15 +82,12 @@ impl<'a> Reading<'a> {
 
     /// Reads everything below `root`.
     pub(super) fn run(mut self, root: BorrowedFd<'_>) -> Result<()> {
-        match self.directory(root, InodeIndex(0), Path::new("/"))? {
-            Ok(()) => {
-                if let Some(guard) = self.guard.take() {
-                    guard.finish()?;
-                }
-                // If nobody takes it, the other side knows why.
-                let _ = self.send();
+        if self.directory(root, InodeIndex(0), Path::new("/"))?.is_ok() {
+            if let Some(guard) = self.guard.take() {
+                guard.finish()?;
             }
-            Err(Ended) => {}
+            // If nobody takes it, the other side knows why.
+            let _ = self.send();
         }
         Ok(())
     }
@@ -138,7 +135,8 @@ impl<'a> Reading<'a> {
     ) -> Result<Result<(), Ended>> {
         if size == 0 {
             // All empty files share one content.
-            return Ok(self.whole(index, size, Some([0; 32]), 0));
+            self.whole(index, size, Some([0; 32]), 0);
+            return Ok(Ok(()));
         }
         let mut file = self.open(parent, name, index, size)?;
         let is_unique = self.sizes.get(&size).copied().unwrap_or(true);
@@ -159,19 +157,20 @@ impl<'a> Reading<'a> {
                     return Ok(Ok(()));
                 }
             }
-            return Ok(self.whole(index, size, hash, length));
+            self.whole(index, size, hash, length);
+            return Ok(Ok(()));
         }
         self.large(&mut file, index, size, is_unique, path)
     }
 
     /// Hands on a file whose `length` bytes are the last ones of the batch.
-    fn whole(&mut self, index: InodeIndex, size: u64, hash: Option<Hash>, length: usize) -> Result<(), Ended> {
+    fn whole(&mut self, index: InodeIndex, size: u64, hash: Option<Hash>, length: usize) {
         let start = self.batch.bytes.len() - length;
         if let Some(hash) = hash {
             if let Some(other) = self.known.get(&(size, hash)) {
                 self.batch.bytes.truncate(start);
                 self.batch.ops.push(Op::Same(index, *other));
-                return Ok(());
+                return;
             }
             self.known.insert((size, hash), index);
         }
@@ -180,7 +179,6 @@ impl<'a> Reading<'a> {
             self.batch.ops.push(Op::Data(start..start + length));
         }
         self.batch.ops.push(Op::End(index));
-        Ok(())
     }
 
     /// A file that fills several batches.
@@ -339,7 +337,7 @@ fn next_data(file: &File, position: u64, size: u64) -> Result<(u64, u64)> {
 }
 
 fn update_zeros(context: &mut digest::Context, length: u64) {
-    const ZEROS: [u8; 65_536] = [0; 65_536];
+    static ZEROS: [u8; 65_536] = [0; 65_536];
     let mut rest = length;
     while rest > 0 {
         #[allow(clippy::cast_possible_truncation)] // at most the length of ZEROS

@@ -53,7 +53,7 @@ pub struct Squashed<W> {
     pub warnings: Warnings,
     /// What was left out on purpose.
     pub left_out: LeftOut,
-    /// SELinux labels that were set.
+    /// `SELinux` labels that were set.
     pub labels: Option<Labels>,
     /// Inodes in the image.
     pub inodes: u64,

@@ -112,11 +112,7 @@ pub fn pack_to_server(
 }
 
 /// Makes the profile if it has to be made, and publishes it if that is wanted.
-async fn publish(
-    client: &mut AdminClient,
-    name: &ImageName,
-    options: &ProfileOptions,
-) -> Result<Option<ProfileView>> {
+async fn publish(client: &mut AdminClient, name: &ImageName, options: &ProfileOptions) -> Result<Option<ProfileView>> {
     if options.base.is_none() && !options.publish {
         return Ok(None);
     }

@@ -2,6 +2,7 @@
 
 use super::database::{Installed, System};
 use serde_json::{Value, json};
+use std::fmt::Write as _;
 use uuid::Uuid;
 
 /// What is described.
@@ -146,7 +147,8 @@ fn encoded(text: &str) -> String {
         if byte.is_ascii_alphanumeric() || b"-._~:".contains(&byte) {
             out.push(char::from(byte));
         } else {
-            out.push_str(&format!("%{byte:02X}"));
+            // Writing to a String cannot fail.
+            let _ = write!(out, "%{byte:02X}");
         }
     }
     out

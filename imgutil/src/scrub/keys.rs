@@ -145,7 +145,7 @@ mod tests {
             format!("<key>\n    {}</key>", pem("EC PRIVATE KEY", &format!("    {BODY}"))),
             format!("{{\"private_key\": \"{}\"}}", pem("PRIVATE KEY", BODY).replace('\n', "\\n")),
             format!("{}{}", pem("CERTIFICATE", BODY), pem("PRIVATE KEY", BODY)),
-            format!("PuTTY-User-Key-File-3: ssh-ed25519\nEncryption: none\nPrivate-Lines: 1\nAAAA\n"),
+            "PuTTY-User-Key-File-3: ssh-ed25519\nEncryption: none\nPrivate-Lines: 1\nAAAA\n".to_owned(),
             format!("# created\nAGE-SECRET-KEY-1{}\n", "Q".repeat(58)),
         ];
         for text in &good {

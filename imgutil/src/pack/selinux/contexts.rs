@@ -1,4 +1,4 @@
-//! A policy's `file_contexts`: which label a path gets (selabel_file(5)), as libselinux 3.4 to 3.7 decides it, without its library.
+//! A policy's `file_contexts`: which label a path gets (`selabel_file(5)`), as libselinux 3.4 to 3.7 decides it, without its library.
 //!
 //! A line is a regular expression over the whole path, perhaps a type of file, and a context. The last line that matches counts, but
 //! one without special characters beats all that have some. Before that, beginnings of paths are replaced (`file_contexts.subs`,
@@ -104,12 +104,11 @@ impl Contexts {
             Rest::Nothing => Ok(rest.is_empty()),
             Rest::AnythingBelow => Ok(rest.is_empty() || rest[0] == b'/'),
             Rest::Expression { text, line, compiled } => {
-                let expression = match compiled.get() {
-                    Some(expression) => expression,
-                    None => {
-                        let new = compile(text).with_context(|| format!("in the line '{line}' of the policy"))?;
-                        compiled.get_or_init(|| new)
-                    }
+                let expression = if let Some(expression) = compiled.get() {
+                    expression
+                } else {
+                    let new = compile(text).with_context(|| format!("in the line '{line}' of the policy"))?;
+                    compiled.get_or_init(|| new)
                 };
                 let mut cache = self.cache.borrow_mut();
                 let cache = cache.get_or_insert_with(|| expression.create_cache());
@@ -253,13 +252,13 @@ mod tests {
 
     #[test]
     fn the_last_match_counts_but_exact_paths_beat_expressions() {
+        use FileType::{CharacterDevice as Char, Directory as Dir, RegularFile as File};
         let policy = contexts(
             "# comment\n/.*  sys:default\n/etc/exact  --  sys:exact\n/etc(/.*)?  sys:etc\n/etc/.*\\.conf  --  sys:conf\n\
              /usr/lib/[^/]*/x?  sys:lib\n/run/.*  <<none>>\n/a|/b/c  sys:either\n/dev/tty[0-9]+  -c  sys:tty\n",
             "/local /etc\n",
             "/lib /usr/lib\n/usr/lib64 /usr/lib\n/root2 /\n",
         );
-        use FileType::{CharacterDevice as Char, Directory as Dir, RegularFile as File};
         for (path, kind, wanted) in [
             ("/x", File, Some("sys:default")),
             ("/etc", Dir, Some("sys:etc")),

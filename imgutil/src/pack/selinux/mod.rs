@@ -1,4 +1,4 @@
-//! SELinux labels of an image, from the policy in its own tree: the machine that packs need not have SELinux, and its labels, if it
+//! `SELinux` labels of an image, from the policy in its own tree: the machine that packs need not have `SELinux`, and its labels, if it
 //! has any, are of another policy.
 
 mod contexts;
@@ -27,7 +27,7 @@ pub struct Labels {
     pub others: u64,
 }
 
-/// Gives every inode the label that the tree's policy has for it. `None`: the tree has no policy, or SELinux is disabled in it.
+/// Gives every inode the label that the tree's policy has for it. `None`: the tree has no policy, or `SELinux` is disabled in it.
 pub(super) fn label(tree: &mut Tree, root: BorrowedFd<'_>) -> Result<Option<Labels>> {
     let Some(name) = policy(root)? else { return Ok(None) };
     let directory = format!("etc/selinux/{name}/contexts/files");

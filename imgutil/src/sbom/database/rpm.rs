@@ -76,7 +76,7 @@ impl<'a> Header<'a> {
         Some((number(entry, 4)?, self.data.get(offset..)?, usize::try_from(number(entry, 12)?).ok()?))
     }
 
-    /// The strings of a tag (STRING, STRING_ARRAY, I18NSTRING).
+    /// The strings of a tag (types 6, 8 and 9).
     fn strings(&self, tag: u32) -> impl Iterator<Item = &'a [u8]> + use<'a> {
         let (kind, data, count) = self.entry(tag).unwrap_or_default();
         let count = if matches!(kind, 6 | 8 | 9) { count } else { 0 };

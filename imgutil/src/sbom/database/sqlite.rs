@@ -1,4 +1,4 @@
-//! As much of SQLite's file format (sqlite.org/fileformat2.html) as it takes to read one table of blobs: b-trees of tables, overflow
+//! As much of `SQLite`'s file format (sqlite.org/fileformat2.html) as it takes to read one table of blobs: b-trees of tables, overflow
 //! pages, and a write-ahead log that was not merged.
 
 use anyhow::{Context as _, Result, bail};
