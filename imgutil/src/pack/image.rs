@@ -1,6 +1,7 @@
 //! The whole of packing: a tree becomes a sealed image under its name, with its key, signature and boot files beside it.
 
 use super::describe::{self, BootFiles, Description};
+use super::flushing::Flushing;
 use super::scan::{self, Warnings};
 use super::selinux::Labels;
 use super::squash::{SquashOptions, Squashed, squash};
@@ -84,7 +85,7 @@ pub fn pack_to_files(
     // A plain image holds what the tree keeps from others, /etc/shadow for one.
     let image = NewFile::create(destination.image, if key.is_some() { 0o644 } else { 0o600 })?;
     let out = image.file().try_clone().context("cannot use the image file twice")?;
-    let (_, mut packed) = seal(tree, out, key, options, progress)
+    let (_, mut packed) = seal(tree, Flushing::new(out), key, options, progress)
         .with_context(|| format!("cannot pack '{}' into '{}'", tree.display(), destination.image.display()))?;
 
     let signature = sign_key.map(|key| signature(&packed.sealed.digest, &key)).transpose()?;

@@ -2,6 +2,7 @@
 
 mod contents;
 mod describe;
+mod flushing;
 mod image;
 mod look;
 mod read;
