@@ -16,4 +16,5 @@ pub mod recipe;
 pub mod sbom;
 pub mod scrub;
 pub mod squashfs;
+pub mod trial;
 pub mod unpack;

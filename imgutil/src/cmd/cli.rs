@@ -23,6 +23,7 @@ enum Command {
     Sbom(super::sbom::Args),
     List(super::list::Args),
     Prune(super::prune::Args),
+    Test(super::test::Args),
 }
 
 impl Cli {
@@ -39,6 +40,7 @@ impl Cli {
             Command::Sbom(args) => super::sbom::run(&args),
             Command::List(args) => super::list::run(&args),
             Command::Prune(args) => super::prune::run(&args),
+            Command::Test(args) => super::test::run(&args),
         }
     }
 }

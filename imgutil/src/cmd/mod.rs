@@ -9,6 +9,7 @@ pub mod list;
 pub mod pack;
 pub mod prune;
 pub mod sbom;
+pub mod test;
 pub mod unpack;
 pub mod verify;
 

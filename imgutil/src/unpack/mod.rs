@@ -4,7 +4,7 @@ mod image;
 mod interrupt;
 mod restore;
 
-pub(crate) use image::{SquashfsIn, open, open_with_any};
+pub(crate) use image::{SquashfsIn, open, open_with, open_with_any};
 
 use crate::build::empty_directory as empty;
 use crate::files::must_be_free;
