@@ -113,9 +113,10 @@ fn policy() -> PathBuf {
         let package = new.join("root");
         let files = new.join("files");
         fs::create_dir(&files).unwrap();
-        let mut modules: Vec<PathBuf> = fs::read_dir(package.join("usr/share/selinux/default"))
-            .unwrap()
+        let listed = fs::read_dir(package.join("usr/share/selinux/default")).unwrap();
+        let mut modules: Vec<PathBuf> = listed
             .map(|entry| entry.unwrap().path())
+            .filter(|path| path.extension().is_some_and(|end| end == "bz2"))
             .collect();
         modules.sort_unstable();
         let rules: String = modules.iter().map(|module| file_contexts(module)).collect();

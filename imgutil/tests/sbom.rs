@@ -107,11 +107,11 @@ fn rpm_tree(work: &Path, name: &str, place: &str) -> PathBuf {
     let top = format!("_topdir {}", work.join("rpmbuild").display());
     let mut packages = Vec::new();
     // The second one's header does not fit on a page of the database.
-    let many: Vec<String> = (0..3000).map(|index| format!("/usr/share/many/some-file-{index:05}")).collect();
+    let many: Vec<String> = (0..600).map(|index| format!("/usr/share/many/some-file-{index:05}")).collect();
     let many = many.join("\n") + "\n";
     for (name, epoch, files, fill) in [
         ("one", "Epoch: 3\n", "/etc/one.key\n", "mkdir -p %{buildroot}/etc; cp $RPM_SOURCE_KEY %{buildroot}/etc/one.key".to_owned()),
-        ("many", "", many.as_str(), "mkdir -p %{buildroot}/usr/share/many; for i in $(seq -f %05g 0 2999); do echo $i > %{buildroot}/usr/share/many/some-file-$i; done".to_owned()),
+        ("many", "", many.as_str(), "mkdir -p %{buildroot}/usr/share/many; for i in $(seq -f %05g 0 599); do echo $i > %{buildroot}/usr/share/many/some-file-$i; done".to_owned()),
     ] {
         let spec = work.join(format!("{name}.spec"));
         let text = format!(
