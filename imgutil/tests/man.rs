@@ -35,7 +35,11 @@ fn every_command_has_an_example() {
         let help = command.get_after_help().or_else(|| command.get_after_long_help());
         let text = help.map(ToString::to_string).unwrap_or_default();
         let call = format!("imgutil {} ", command.get_name());
-        assert!(text.contains("Example") && text.contains(&call), "imgutil {} --help shows no example", command.get_name());
+        assert!(
+            text.contains("Example") && text.contains(&call),
+            "imgutil {} --help shows no example",
+            command.get_name()
+        );
     }
 }
 
