@@ -57,6 +57,17 @@ pub struct BootRecord {
 #[derive(Debug, Clone)]
 pub struct RunDir(PathBuf);
 
+/// The part of the tether's trace that is reported.
+#[derive(Debug, Deserialize)]
+pub struct Trace {
+    /// The image.
+    pub digest: Sha256Digest,
+    /// Chunk, and milliseconds since the image was opened.
+    pub reads: Vec<(u64, u32)>,
+    /// Whether nothing more will be added.
+    pub is_whole: bool,
+}
+
 impl RunDir {
     /// At `path`; it is made, and its mode set, by [`Self::create`].
     #[must_use]
@@ -125,6 +136,12 @@ impl RunDir {
     /// It cannot be written.
     pub fn write_boot(&self, record: &BootRecord) -> Result<PathBuf, HandoverError> {
         self.write_json("boot.json", record)
+    }
+
+    /// What the root read of its image: written by the tether, whole once it is two minutes old. `None`: not yet, or not at all.
+    #[must_use]
+    pub fn trace(&self) -> Option<Trace> {
+        read_json::<Trace>(&self.path("tether-trace.json")).ok().filter(|trace| trace.is_whole)
     }
 
     /// Reads `site.json`.
