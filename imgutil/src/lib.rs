@@ -11,4 +11,5 @@ pub mod pack;
 pub mod progress;
 pub mod recipe;
 pub mod squashfs;
+pub mod trial;
 pub mod unpack;

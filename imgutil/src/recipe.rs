@@ -63,11 +63,16 @@ pub enum Base {
 pub struct Repository {
     /// Its address.
     pub uri: String,
-    /// Its suites.
+    /// Its suites, for apt.
+    #[serde(default)]
     pub suites: Vec<String>,
     /// Their components; empty for a flat archive.
     #[serde(default)]
     pub components: Vec<String>,
+    /// Whether its index is signed. An archive of apt always has to; an RPM repository that does not sign its index still has
+    /// to sign its packages.
+    #[serde(default = "yes", rename = "signed-metadata")]
+    pub signed_metadata: bool,
     /// File with the archive's public key, armoured (`.asc`) or binary (`.gpg`). There is no way round it: signatures are always checked.
     pub key: PathBuf,
 }
@@ -210,16 +215,16 @@ pub fn check_uri(uri: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether apt would take `name` as a package: name, optional architecture, optional version or release. A pattern, a
-/// removal ("name-") or an option is none.
+/// Whether a package manager would take `name` as a package: name, optional architecture, optional version or release. A
+/// pattern, a removal ("name-"), a group ("@name") or an option is none.
 #[must_use]
 pub fn is_package_name(name: &str) -> bool {
     let (name, rest) = name.split_at(name.find([':', '=', '/']).unwrap_or(name.len()));
-    let name_ok = name.len() > 1
-        && name.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
-        && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-.".contains(c))
+    // RPM knows capitals and underscores; where apt is given one, it knows no such package.
+    let name_ok = name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || "+-._".contains(c))
         && !name.ends_with('-');
-    name_ok && rest.chars().all(|c| c.is_ascii_alphanumeric() || ":=/+-.~".contains(c))
+    name_ok && rest.chars().all(|c| c.is_ascii_alphanumeric() || ":=/+-.~^_".contains(c))
 }
 
 fn package_names<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
@@ -228,6 +233,10 @@ fn package_names<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Strin
         Some(name) => Err(serde::de::Error::custom(format!("'{name}' is no package name"))),
         None => Ok(names),
     }
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn octal<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
@@ -282,7 +291,7 @@ mod tests {
     fn what_is_wrong_is_named_with_its_line() {
         for (text, expected) in [
             ("os = \"debian-12\"\npackage = []\n", "recipe 'r.toml', line 2: unknown field `package`"),
-            ("os = \"debian-12\"\n\npackages = [\"Vim\"]", "recipe 'r.toml', line 3: 'Vim' is no package name"),
+            ("os = \"debian-12\"\n\npackages = [\"v im\"]", "recipe 'r.toml', line 3: 'v im' is no package name"),
             ("packages = [\"vim-\"]", "recipe 'r.toml', line 1: 'vim-' is no package name"),
             ("packages = [\"-o\"]", "recipe 'r.toml', line 1: '-o' is no package name"),
             ("os = [", "recipe 'r.toml', line 1: "),

@@ -60,23 +60,6 @@ fn trees_that_are_none_are_refused_in_one_line() {
 }
 
 #[test]
-fn an_ordinary_user_is_told_to_use_sudo() {
-    let program = scratch();
-    std::fs::set_permissions(program.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
-    let copy = Path::new("/tmp").join(program.path().file_name().unwrap());
-    std::fs::copy(env!("CARGO_BIN_EXE_imgutil"), &copy).unwrap();
-    let output = Command::new("setpriv")
-        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
-        .arg(&copy)
-        .args(["exec", "/usr", "--", "true"])
-        .output();
-    std::fs::remove_file(&copy).unwrap();
-    let output = output.unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    assert!(text(&output.stderr).contains("needs root"), "{}", text(&output.stderr));
-}
-
-#[test]
 fn streams_pass_through_a_pipe_unchanged() {
     let tree = minimal_tree();
     let mut child = imgutil()

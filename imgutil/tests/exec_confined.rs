@@ -6,6 +6,7 @@ mod build_tree;
 
 use build_tree::{exec, imgutil, listing, minimal_tree, own_tree, scratch, shell, text};
 use std::os::unix::fs::{MetadataExt as _, symlink};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 #[test]
@@ -171,4 +172,128 @@ fn links_in_a_hostile_tree_do_not_lead_out() {
         imgutil().args(["exec", "-v", "/usr/share:/out/new"]).arg(&tree).args(["--", "true"]).output().unwrap();
     assert_ne!(output.status.code(), Some(0), "the link's target is not in the tree");
     assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 1);
+}
+
+/// Runs with options, as a script would.
+fn exec_with(options: &[&str], tree: &std::path::Path, script: &str) -> std::process::Output {
+    imgutil().arg("exec").args(options).arg(tree).args(["--", "sh", "-c", script]).output().unwrap()
+}
+
+#[test]
+fn no_path_leads_to_a_device_of_the_host() {
+    let (_scratch, tree) = own_tree();
+    let disk = std::fs::read_dir("/sys/class/block").unwrap().flatten().find_map(|entry| {
+        let path = Path::new("/dev").join(entry.file_name());
+        std::fs::File::open(&path).is_ok().then_some(path)
+    });
+    let disk = disk.expect("a block device of the host that can be opened");
+    let number = disk.metadata().unwrap().rdev();
+    let (major, minor) = (rustix::fs::major(number).to_string(), rustix::fs::minor(number).to_string());
+    // A node that lies in the tree, one in a directory that is bound, the host's /dev itself, one made by the command.
+    let host = scratch();
+    for place in [tree.join("disk"), host.path().join("disk")] {
+        assert!(Command::new("mknod").arg(place).args(["b", &major, &minor]).status().unwrap().success());
+    }
+    let name = disk.file_name().unwrap().to_str().unwrap();
+    let bind = format!("{}:/bound:rw", host.path().display());
+    let output = exec_with(
+        &["-v", &bind, "-v", "/dev:/host-dev:rw"],
+        &tree,
+        &format!(
+            "for path in /disk /bound/disk /host-dev/{name} /host-dev/kmsg; do \
+                 test -e $path || echo \"no $path\"; head -c1 $path >/dev/null 2>&1 && echo \"read $path\"; \
+                 (: <>$path) 2>/dev/null && echo \"opened $path\"; \
+             done; mknod /made b {major} {minor} 2>/dev/null && echo made; mount -o remount,dev /bound 2>/dev/null && echo remounted; true"
+        ),
+    );
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!((text(&output.stdout), text(&output.stderr)), (String::new(), String::new()));
+}
+
+/// A read-only mount says nothing about the device behind it: the control group does.
+#[test]
+fn a_device_that_is_bound_by_name_can_be_read_and_written_only_if_said() {
+    let tree = minimal_tree();
+    // FUSE's device: opening it does nothing, and it is not among those that every image has.
+    let tries = "(: </device) 2>/dev/null && echo read; (: >/device) 2>/dev/null && echo written; true";
+    for (bind, could) in [("/dev/fuse:/device", "read\n"), ("/dev/fuse:/device:rw", "read\nwritten\n")] {
+        let output = exec_with(&["-v", bind], &tree, tries);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        assert_eq!(text(&output.stdout), could, "{bind}");
+    }
+}
+
+#[test]
+fn no_control_group_is_left() {
+    let tree = minimal_tree();
+    let groups = || {
+        let found = Command::new("find").args(["/sys/fs/cgroup", "-name", "imgutil-exec.*"]).output().unwrap();
+        text(&found.stdout)
+    };
+    shell(&tree, "setsid sleep 91835 & exit 0");
+    // Other tests run beside this one: the groups that are there now must all go.
+    let seen = groups();
+    build_tree::wait_until("the removal of the control groups", || {
+        let now = groups();
+        !seen.lines().any(|group| now.lines().any(|other| other == group))
+    });
+    assert_eq!(shell(&tree, "grep -c : /proc/self/cgroup >/dev/null; cut -d: -f3 /proc/self/cgroup | sort -u"), "/\n");
+}
+
+#[test]
+fn the_hosts_processes_shared_memory_and_mounts_are_out_of_reach() {
+    let tree = minimal_tree();
+    // Shared memory of the host, of this process' own namespace.
+    let made = Command::new("ipcmk").args(["-M", "4096"]).output().unwrap();
+    let id = text(&made.stdout).trim().rsplit(' ').next().unwrap().to_owned();
+    let sleeper = build_tree::tied("sleep").arg("91836").spawn().map(Sleeper).unwrap();
+    let seen = shell(
+        &tree,
+        &format!(
+            "ipcs -m | grep -c ' {id} ' || true; ls /dev/shm | wc -l; kill -0 {pid} 2>/dev/null && echo signalled; \
+             cut -d' ' -f5 /proc/self/mountinfo | grep -c '^/work\\|^/home\\|^/sys/fs' || true",
+            pid = sleeper.0.id()
+        ),
+    );
+    let removed = Command::new("ipcrm").args(["-m", &id]).status().unwrap();
+    assert!(removed.success());
+    assert_eq!(seen, "0\n0\n0\n");
+}
+
+/// A process that ends with its test.
+struct Sleeper(std::process::Child);
+
+impl Drop for Sleeper {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn without_a_network_there_is_only_loopback() {
+    let tree = minimal_tree();
+    let script = "ls /sys/class/net; bash -c 'exec 3<>/dev/tcp/127.0.0.1/9' 2>&1 | grep -o 'Connection refused' | head -n1; \
+                  cat /etc/resolv.conf | grep -c nameserver || true";
+    let output = exec_with(&["--net", "none"], &tree, script);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stdout), "lo\nConnection refused\n0\n");
+    let host = exec_with(&["--net", "host"], &tree, "readlink /proc/self/ns/net");
+    assert_eq!(host.stdout, host_namespace("net"));
+}
+
+#[test]
+fn paths_upwards_end_at_the_images_root() {
+    let (_scratch, tree) = own_tree();
+    let marker = tree.parent().unwrap().join("marker");
+    std::fs::write(&marker, "host").unwrap();
+    let script = "
+        for path in /../marker /../../../../marker /proc/1/root/../marker /proc/self/root/../../marker /proc/1/cwd/../marker; do
+            test -e $path && echo \"reached $path\"
+        done
+        # The classic way out of a chroot.
+        mkdir /tmp/jail 2>/dev/null; cd /; chroot /tmp/jail /bin/true 2>/dev/null
+        ls /proc/1/root/ | grep -c marker";
+    let output = exec(&tree, &["sh", "-c", script]);
+    assert_eq!(text(&output.stdout), "0\n", "{}", text(&output.stderr));
 }

@@ -1,7 +1,7 @@
 //! Why a tree was not built.
 
 use super::output::Tail;
-use crate::exec::ExecError;
+use crate::exec::{ExecError, ForeignError};
 use nix::sys::signal::Signal;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -41,6 +41,14 @@ pub enum BuildError {
         /// What could have been given.
         known: Vec<String>,
     },
+    /// A data file of the user's cannot be used.
+    #[error("the description of an operating system '{path}': {reason}")]
+    OsFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, in one line.
+        reason: String,
+    },
     /// No kernel for it.
     #[error("{os} is not known for architecture '{arch}': known are {}", known.join(", "))]
     UnknownArch {
@@ -52,11 +60,8 @@ pub enum BuildError {
         known: Vec<String>,
     },
     /// The host cannot run its programs.
-    #[error("this host cannot run programs for '{arch}': install qemu-user-static and binfmt-support")]
-    Foreign {
-        /// The architecture.
-        arch: String,
-    },
+    #[error(transparent)]
+    Foreign(#[from] ForeignError),
     /// Not a name at all.
     #[error("'{0}' is no package name")]
     PackageName(String),

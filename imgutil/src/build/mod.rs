@@ -16,6 +16,7 @@ mod tree;
 mod workdir;
 
 pub use error::BuildError;
+pub use os::is_path as is_os_file;
 pub use output::Tail;
 
 use crate::exec::SignalWatch;
@@ -89,7 +90,7 @@ pub fn build(
         return Err(BuildError::NotRoot);
     }
     let name = options.recipe.os.as_deref().unwrap_or(DEFAULT_OS);
-    let os = os::find(name).map_err(|known| BuildError::UnknownOs { name: name.to_owned(), known })?;
+    let os = os::find(name, &options.recipe.directory)?;
     let plan = plan::Plan::new(options, os)?;
     let backend = backend::get(plan.os.backend);
     backend.check_host(&plan)?;

@@ -1,16 +1,47 @@
 //! What `build` knows of each operating system: the data files under `imgutil/os/`, parsed. No code here is about one OS.
 
+use super::BuildError;
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read as _;
+use std::path::Path;
 
 /// The data files, one per release.
-const FILES: [&str; 5] = [
+const FILES: [&str; 20] = [
     include_str!("../../os/debian-12.toml"),
     include_str!("../../os/debian-13.toml"),
     include_str!("../../os/ubuntu-22.04.toml"),
     include_str!("../../os/ubuntu-24.04.toml"),
     include_str!("../../os/ubuntu-26.04.toml"),
+    include_str!("../../os/almalinux-8.toml"),
+    include_str!("../../os/almalinux-9.toml"),
+    include_str!("../../os/almalinux-10.toml"),
+    include_str!("../../os/rocky-8.toml"),
+    include_str!("../../os/rocky-9.toml"),
+    include_str!("../../os/rocky-10.toml"),
+    include_str!("../../os/rhel-8.toml"),
+    include_str!("../../os/rhel-9.toml"),
+    include_str!("../../os/rhel-10.toml"),
+    include_str!("../../os/centos-stream-9.toml"),
+    include_str!("../../os/centos-stream-10.toml"),
+    include_str!("../../os/leap-15.toml"),
+    include_str!("../../os/leap-16.toml"),
+    include_str!("../../os/sles-15.toml"),
+    include_str!("../../os/sles-16.toml"),
 ];
+
+/// What releases have in common: a data file that names one of these in `family` has its values where it has none of its own.
+const FAMILIES: [(&str, &str); 5] = [
+    ("el-8", include_str!("../../os/el-8.toml")),
+    ("el-9", include_str!("../../os/el-9.toml")),
+    ("el-10", include_str!("../../os/el-10.toml")),
+    ("suse-15", include_str!("../../os/suse-15.toml")),
+    ("suse-16", include_str!("../../os/suse-16.toml")),
+];
+
+/// Largest data file of a user's that is read, in bytes.
+const SIZE_LIMIT: u64 = 1 << 20;
 
 /// One release of one distribution.
 #[derive(Debug, Clone, Deserialize)]
@@ -34,6 +65,9 @@ pub(super) struct Os {
     pub(super) repositories: Vec<OsRepository>,
     /// What differs between architectures, by their names in `uname -m`.
     pub(super) arch: BTreeMap<String, OsArch>,
+    /// What RPM has to know; not for apt.
+    #[serde(default)]
+    pub(super) rpm: Rpm,
     /// What makes the initramfs.
     pub(super) initramfs: Initramfs,
     /// What is installed.
@@ -57,6 +91,32 @@ impl Os {
 pub(super) enum BackendName {
     /// mmdebstrap and apt.
     Apt,
+    /// dnf, the fourth or the fifth.
+    Dnf,
+    /// zypper.
+    Zypper,
+}
+
+/// What the back ends of RPM have to know of a release.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Rpm {
+    /// Where its RPM has its database.
+    pub(super) database: String,
+    /// Whether packages that others merely recommend are installed.
+    #[serde(default)]
+    pub(super) weak_dependencies: bool,
+    /// Packages that are never chosen.
+    #[serde(default)]
+    pub(super) exclude: Vec<String>,
+    /// The release in the words of dnf's modules, which choose by it, as "platform:el9".
+    pub(super) platform: Option<String>,
+}
+
+impl Default for Rpm {
+    fn default() -> Self {
+        Self { database: "/var/lib/rpm".to_owned(), weak_dependencies: false, exclude: Vec::new(), platform: None }
+    }
 }
 
 /// A repository of a release.
@@ -73,8 +133,13 @@ pub(super) struct OsRepository {
     /// Sections that are used, where the back end knows such.
     #[serde(default)]
     pub(super) components: Vec<String>,
-    /// File with its public keys, on the host and in the image.
+    /// Whether its index is signed, where the back end has a choice.
+    #[serde(default = "yes")]
+    pub(super) signed_metadata: bool,
+    /// File with its public keys, on the host.
     pub(super) key: String,
+    /// The same in the image, if it is another there; on the host it may be at this place too.
+    pub(super) key_in_image: Option<String>,
     /// The host's package that brings that file.
     pub(super) key_package: String,
 }
@@ -131,17 +196,56 @@ pub(super) struct Services {
     pub(super) node: Vec<String>,
 }
 
-/// The release called `name`; the names that exist, if there is none.
-pub(super) fn find(name: &str) -> Result<Os, Vec<String>> {
+fn yes() -> bool {
+    true
+}
+
+/// The release called `name`, or described in the file of that name if it is a path; a relative one starts from `directory`.
+pub(super) fn find(name: &str, directory: &Path) -> Result<Os, BuildError> {
+    if is_path(name) {
+        let path = directory.join(name);
+        return read(&path).map_err(|reason| BuildError::OsFile { path, reason });
+    }
     let all = all();
-    let names = all.iter().map(|os| os.name.clone()).collect();
-    all.into_iter().find(|os| os.name == name).ok_or(names)
+    let known = all.iter().map(|os| os.name.clone()).collect();
+    all.into_iter().find(|os| os.name == name).ok_or(BuildError::UnknownOs { name: name.to_owned(), known })
+}
+
+/// Whether a name of a release is that of a file.
+#[must_use]
+pub fn is_path(name: &str) -> bool {
+    name.contains('/')
 }
 
 /// All releases.
 pub(super) fn all() -> Vec<Os> {
     // The test below parses each: a broken file does not reach a user.
-    FILES.iter().filter_map(|text| toml::from_str(text).ok()).collect()
+    FILES.iter().filter_map(|text| parse(text).ok()).collect()
+}
+
+fn read(path: &Path) -> Result<Os, String> {
+    let mut text = String::new();
+    let file = File::open(path).map_err(|error| error.to_string())?;
+    let length = file.take(SIZE_LIMIT + 1).read_to_string(&mut text).map_err(|error| error.to_string())?;
+    if length as u64 > SIZE_LIMIT {
+        return Err("it is larger than 1 MiB".to_owned());
+    }
+    parse(&text)
+}
+
+fn parse(text: &str) -> Result<Os, String> {
+    let shown = |error: toml::de::Error| error.message().lines().collect::<Vec<_>>().join(" ");
+    let mut own: toml::Table = text.parse().map_err(shown)?;
+    let mut all = match own.remove("family") {
+        None => toml::Table::new(),
+        Some(family) => {
+            let named = family.as_str().and_then(|name| FAMILIES.iter().find(|(known, _)| *known == name));
+            let (_, text) = named.ok_or_else(|| format!("there is no family {family}"))?;
+            text.parse().map_err(shown)?
+        }
+    };
+    all.extend(own);
+    all.try_into().map_err(shown)
 }
 
 #[cfg(test)]
@@ -151,13 +255,34 @@ mod tests {
     #[test]
     fn every_data_file_parses_and_is_complete() {
         for text in FILES {
-            let os: Os = toml::from_str(text).unwrap();
+            let os = parse(text).unwrap();
             assert!(os.arch.contains_key("x86_64"), "{}", os.name);
             assert!(os.arch.values().all(|arch| !arch.kernel.is_empty()), "{}", os.name);
             assert!(os.initramfs.file.contains("{kernel}"), "{}", os.name);
-            assert_eq!(find(&os.name).unwrap().release, os.release);
+            assert_eq!(find(&os.name, Path::new("")).unwrap().release, os.release);
         }
-        let names = ["debian-12", "debian-13", "ubuntu-22.04", "ubuntu-24.04", "ubuntu-26.04"];
-        assert_eq!(find("debian").unwrap_err(), names);
+        let error = find("debian", Path::new("")).unwrap_err().to_string();
+        assert!(error.contains("known are debian-12, debian-13, ubuntu-22.04"), "{error}");
+    }
+
+    #[test]
+    fn a_release_has_what_its_family_has_and_may_say_otherwise() {
+        let os = find("rocky-10", Path::new("")).unwrap();
+        assert_eq!((os.release.as_str(), os.rpm.database.as_str()), ("10", "/usr/lib/sysimage/rpm"));
+        let directory = tempfile::tempdir().unwrap();
+        let own =
+            "name = \"own\"\nfamily = \"el-9\"\nmirror = \"http://m\"\nrepository = []\nservices = { node = [] }\n";
+        std::fs::write(directory.path().join("own.toml"), own).unwrap();
+        let os = find("./own.toml", directory.path()).unwrap();
+        assert_eq!((os.backend, os.services.node.len(), os.release.as_str()), (BackendName::Dnf, 0, "9"));
+        for (text, reason) in [
+            ("name = \"x\"\nfamily = \"el-3\"", "there is no family \"el-3\""),
+            ("name = 1", "invalid type"),
+            ("name = ", "string values must be quoted"),
+        ] {
+            std::fs::write(directory.path().join("bad.toml"), text).unwrap();
+            let error = find("./bad.toml", directory.path()).unwrap_err().to_string();
+            assert!(error.contains("bad.toml") && error.contains(reason), "{error}");
+        }
     }
 }

@@ -1,9 +1,9 @@
 //! What is to be built, worked out of the options and the data of the operating system. Nothing is looked at or fetched here.
 
-use super::os::{Os, OsArch};
+use super::os::{Os, OsArch, OsRepository};
 use super::{BuildError, Options};
 use crate::recipe::{Base, Recipe, is_package_name};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Options and the data of the operating system, put together.
 pub(super) struct Plan {
@@ -42,6 +42,8 @@ pub(super) struct Repository {
     pub(super) key_in_image: Option<String>,
     /// The host's package that brings the file.
     pub(super) key_package: Option<String>,
+    /// Whether its index is signed, where the back end has a choice; packages always are.
+    pub(super) signed_metadata: bool,
 }
 
 impl Plan {
@@ -106,9 +108,10 @@ fn repositories(os: &Os, arch: &OsArch, recipe: &Recipe) -> Vec<Repository> {
             uri,
             suites: repository.suites.clone(),
             components: repository.components.clone(),
-            key: PathBuf::from(&repository.key),
-            key_in_image: Some(repository.key.clone()),
+            key: key_on_host(repository),
+            key_in_image: Some(repository.key_in_image.as_ref().unwrap_or(&repository.key).clone()),
             key_package: Some(repository.key_package.clone()),
+            signed_metadata: repository.signed_metadata,
         });
     }
     for (index, repository) in recipe.repositories.iter().enumerate() {
@@ -120,9 +123,17 @@ fn repositories(os: &Os, arch: &OsArch, recipe: &Recipe) -> Vec<Repository> {
             key: recipe.directory.join(&repository.key),
             key_in_image: None,
             key_package: None,
+            signed_metadata: repository.signed_metadata,
         });
     }
     all
+}
+
+/// Where the host has the keys: a host of the same family may have them where the image has them.
+fn key_on_host(repository: &OsRepository) -> PathBuf {
+    let places = [Some(&repository.key), repository.key_in_image.as_ref()];
+    let found = places.into_iter().flatten().find(|place| Path::new(place).is_file());
+    PathBuf::from(found.unwrap_or(&repository.key))
 }
 
 #[cfg(test)]
@@ -133,7 +144,7 @@ mod tests {
     fn plan(os_name: &str, recipe: &str) -> Plan {
         let recipe = Recipe::parse(recipe, std::path::Path::new("r.toml")).unwrap();
         let options = Options { tree: PathBuf::from("tree"), recipe, node_files: None };
-        Plan::new(&options, os::find(os_name).unwrap()).unwrap()
+        Plan::new(&options, os::find(os_name, Path::new("")).unwrap()).unwrap()
     }
 
     fn uris(plan: &Plan) -> Vec<&str> {

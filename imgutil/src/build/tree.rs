@@ -87,6 +87,26 @@ impl Tree {
         }
     }
 
+    /// Removes all that is in the directory at `path`, if there is such a directory; it stays.
+    pub(super) fn remove_below(&self, path: impl AsRef<Path>) -> Result<(), BuildError> {
+        let path = path.as_ref();
+        for name in self.list(path)? {
+            let place = path.join(&name);
+            // A link to a directory is a link: what is behind it stays.
+            let remove =
+                |flags| -> io::Result<()> { Ok(unlinkat(self.directory(path, false)?, name.as_str(), flags)?) };
+            match remove(AtFlags::empty()) {
+                Err(error) if error.kind() == io::ErrorKind::IsADirectory => {
+                    self.remove_below(&place)?;
+                    remove(AtFlags::REMOVEDIR)
+                }
+                other => other,
+            }
+            .map_err(|error| BuildError::io("remove in the tree", &place, error))?;
+        }
+        Ok(())
+    }
+
     /// Names in the directory at `path`; none if there is no such directory.
     pub(super) fn list(&self, path: impl AsRef<Path>) -> Result<Vec<String>, BuildError> {
         let path = path.as_ref();
@@ -144,6 +164,12 @@ mod tests {
         tree.remove("/usr/h").unwrap();
         assert_eq!(tree.list("/usr").unwrap(), ["lib", "up"]);
         assert!(tree.list("/none").unwrap().is_empty());
+        std::fs::create_dir_all(root.join("var/cache/a/b")).unwrap();
+        std::fs::write(root.join("var/cache/a/file"), "x").unwrap();
+        std::os::unix::fs::symlink("../../usr", root.join("var/cache/link")).unwrap();
+        tree.remove_below("/var/cache").unwrap();
+        tree.remove_below("/var/none").unwrap();
+        assert!(tree.list("/var/cache").unwrap().is_empty());
         assert!(tree.exists("/lib/systemd/x") && !tree.exists("/out"));
     }
 }

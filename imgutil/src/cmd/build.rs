@@ -38,7 +38,7 @@ pub struct Args {
     /// Recipe in TOML: packages, archives, files, users, services and commands
     #[arg(short = 'f', long, value_name = "RECIPE")]
     file: Option<PathBuf>,
-    /// Operating system, as --list-os shows them [default: debian-12]
+    /// Operating system, as --list-os shows them, or the path of a description like theirs [default: debian-12]
     #[arg(long)]
     os: Option<String>,
     /// Architecture, as amd64 or arm64 [default: the host's]
@@ -98,7 +98,9 @@ pub fn run(mut args: Args) -> anyhow::Result<ExitCode> {
     }
     let tree = split_rest(args.rest, &mut args.packages)?;
     let mut recipe = args.file.as_deref().map(Recipe::read).transpose()?.unwrap_or_default();
-    recipe.os = args.os.or(recipe.os);
+    // A path on the command line starts from here, not from the recipe.
+    let os = args.os.map(|os| if build::is_os_file(&os) { absolute(&os) } else { Ok(os) }).transpose()?;
+    recipe.os = os.or(recipe.os);
     recipe.arch = args.arch.or(recipe.arch);
     recipe.mirror = args.mirror.or(recipe.mirror);
     recipe.security_mirror = args.security_mirror.or(recipe.security_mirror);
@@ -140,6 +142,11 @@ pub fn run(mut args: Args) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::from(code))
         }
     }
+}
+
+fn absolute(path: &str) -> anyhow::Result<String> {
+    let path = std::path::absolute(path).with_context(|| format!("cannot use '{path}'"))?;
+    Ok(path.display().to_string())
 }
 
 fn list_os(json: bool) -> anyhow::Result<ExitCode> {

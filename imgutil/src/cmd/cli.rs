@@ -19,6 +19,7 @@ enum Command {
     Unpack(super::unpack::Args),
     Inspect(super::inspect::Args),
     Verify(super::verify::Args),
+    Test(super::test::Args),
 }
 
 impl Cli {
@@ -31,6 +32,7 @@ impl Cli {
             Command::Unpack(args) => super::unpack::run(&args),
             Command::Inspect(args) => super::inspect::run(&args),
             Command::Verify(args) => super::verify::run(&args),
+            Command::Test(args) => super::test::run(&args),
         }
     }
 }

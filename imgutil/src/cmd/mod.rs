@@ -5,6 +5,7 @@ mod cli;
 pub mod exec;
 pub mod inspect;
 pub mod pack;
+pub mod test;
 pub mod unpack;
 pub mod verify;
 

@@ -1,17 +1,24 @@
-//! The messages from PID 1 of the image to `imgutil`, over a socket whose end also tells each side that the other is gone.
+//! The messages between PID 1 of the image and `imgutil`, over a socket whose end also tells each side that the other is gone.
 
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
 };
+use nix::unistd::Pid;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// Longest text that is carried; longer ones are cut.
 const TEXT_LIMIT: usize = 4096;
 
-/// What PID 1 reports.
+/// What PID 1 reports, and one answer.
 #[derive(Debug)]
 pub(super) enum Message {
+    /// A user namespace was made; its ids are to be mapped.
+    NeedsIds,
+    /// To the image's side: the ids are mapped.
+    IdsAreMapped,
+    /// PID 1 is this process, in the host's numbers.
+    Started(Pid),
     /// The image's terminal: its host end.
     Terminal(OwnedFd),
     /// The image could not be entered.
@@ -39,7 +46,14 @@ impl Channel {
     /// Sends one message.
     pub(super) fn send(&self, message: &Message) -> io::Result<()> {
         let code;
+        let number;
         let (kind, body, fd): (u8, &[u8], Option<i32>) = match message {
+            Message::NeedsIds => (b'U', &[], None),
+            Message::IdsAreMapped => (b'M', &[], None),
+            Message::Started(process) => {
+                number = process.as_raw().to_ne_bytes();
+                (b'P', &number, None)
+            }
             Message::Terminal(fd) => (b'T', &[], Some(fd.as_raw_fd())),
             Message::Failed(text) => (b'F', text.as_bytes(), None),
             Message::NotStarted(text) => (b'N', text.as_bytes(), None),
@@ -91,6 +105,12 @@ impl Channel {
         let value = body.first().copied().unwrap_or(u8::MAX);
         let message = match (buffer[0], fd) {
             (b'T', Some(fd)) => Message::Terminal(own(fd)),
+            (b'U', _) => Message::NeedsIds,
+            (b'M', _) => Message::IdsAreMapped,
+            (b'P', _) => {
+                let number = body.try_into().map_err(|_| io::ErrorKind::InvalidData)?;
+                Message::Started(Pid::from_raw(i32::from_ne_bytes(number)))
+            }
             (b'F', _) => Message::Failed(text()),
             (b'N', _) => Message::NotStarted(text()),
             (b'W', _) => Message::Warning(text()),
@@ -123,10 +143,12 @@ mod tests {
         let (here, there) = Channel::pair().unwrap();
         there.send(&Message::Failed("a".repeat(2 * TEXT_LIMIT))).unwrap();
         there.send(&Message::Terminal(std::fs::File::open("/dev/null").unwrap().into())).unwrap();
+        there.send(&Message::Started(Pid::from_raw(70_000))).unwrap();
         there.send(&Message::Exited(7)).unwrap();
         drop(there);
         assert!(matches!(here.receive().unwrap(), Some(Message::Failed(text)) if text.len() == TEXT_LIMIT));
         assert!(matches!(here.receive().unwrap(), Some(Message::Terminal(_))));
+        assert!(matches!(here.receive().unwrap(), Some(Message::Started(process)) if process.as_raw() == 70_000));
         assert!(matches!(here.receive().unwrap(), Some(Message::Exited(7))));
         assert!(here.receive().unwrap().is_none());
     }

@@ -1,9 +1,11 @@
 //! The command itself: its environment, where it is found, and the last steps before it replaces the forked process.
 
 use super::caps;
+use super::devices::Guard;
 use super::sys;
 use super::{Options, Root};
 use nix::errno::Errno;
+use nix::sched::CloneFlags;
 use std::ffi::{CString, OsStr, OsString};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -40,7 +42,7 @@ impl Prepared {
         let Options { root, command, .. } = options;
         let shell;
         let command = if command.is_empty() {
-            shell = default_shell(root);
+            shell = default_shell(root, options.terminal.is_some());
             shell.as_slice()
         } else {
             command.as_slice()
@@ -63,8 +65,13 @@ impl Prepared {
     }
 
     /// Becomes the command. Returns only on failure: the exit status (127 not found, 126 not runnable) and the reason.
-    pub(super) fn become_it(&self, terminal: Option<&OwnedFd>, stdio: Option<&[OwnedFd; 3]>) -> (u8, String) {
-        if let Err(reason) = self.settle(terminal, stdio) {
+    pub(super) fn become_it(
+        &self,
+        guard: &Guard,
+        terminal: Option<&OwnedFd>,
+        stdio: Option<&[OwnedFd; 3]>,
+    ) -> (u8, String) {
+        if let Err(reason) = self.settle(guard, terminal, stdio) {
             return (126, reason);
         }
         let name = self.arguments[0].to_string_lossy();
@@ -80,16 +87,15 @@ impl Prepared {
             Errno::ENOEXEC => (
                 126,
                 format!(
-                    "cannot run '{name}': it is no program for this machine; for another architecture install qemu-user-static and \
-                     binfmt-support on the host"
+                    "cannot run '{name}': it is no program that this machine, or an emulator for this image, can run"
                 ),
             ),
             error => (126, format!("cannot run '{name}': {}", error.desc())),
         }
     }
 
-    /// Session, standard streams, capabilities, signals: everything that differs from PID 1.
-    fn settle(&self, terminal: Option<&OwnedFd>, stdio: Option<&[OwnedFd; 3]>) -> Result<(), String> {
+    /// Session, standard streams, control group, capabilities, signals: everything that differs from PID 1.
+    fn settle(&self, guard: &Guard, terminal: Option<&OwnedFd>, stdio: Option<&[OwnedFd; 3]>) -> Result<(), String> {
         nix::unistd::setsid().map_err(|error| format!("cannot start a session: {error}"))?;
         let streams = || -> std::io::Result<()> {
             if let Some(terminal) = terminal {
@@ -109,19 +115,42 @@ impl Prepared {
         streams().map_err(|error| format!("cannot set the standard streams: {error}"))?;
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
         if self.confined {
+            guard.join().map_err(|error| format!("cannot join the control group that keeps devices away: {error}"))?;
+            // The group it has just joined is the root of what it sees.
+            nix::sched::unshare(CloneFlags::CLONE_NEWCGROUP)
+                .map_err(|error| format!("cannot make a control-group namespace: {error}"))?;
             caps::drop_all_but_kept().map_err(|error| error.to_string())?;
         }
         sys::default_signals().map_err(|error| format!("cannot reset signals: {error}"))
     }
 }
 
-/// Bash as a login shell if the image has it, else `sh`.
-fn default_shell(root: &Root) -> Vec<OsString> {
+/// Where the file is planted that bash reads on a terminal.
+pub(super) const SHELL_FILE: &str = "imgutil/bashrc";
+
+/// Bash if the image has it, else `sh`. A shell on a terminal reads a planted file instead of the user's own, so that the prompt
+/// names the image whatever the distribution's files set; others are login shells.
+fn default_shell(root: &Root, terminal: bool) -> Vec<OsString> {
     let bash = match root {
         Root::Tree(tree) => tree.join("usr/bin/bash").exists() || tree.join("bin/bash").exists(),
         Root::Host => true,
     };
-    if bash { vec!["/bin/bash".into(), "-l".into()] } else { vec!["/bin/sh".into()] }
+    match (bash, terminal) {
+        (true, true) => vec!["/bin/bash".into(), "--rcfile".into(), format!("/run/{SHELL_FILE}").into()],
+        (true, false) => vec!["/bin/bash".into(), "-l".into()],
+        (false, _) => vec!["/bin/sh".into()],
+    }
+}
+
+/// What that file says: the image's own files, then the prompt. `None` if no shell will read it.
+pub(super) fn shell_file(options: &Options) -> Option<String> {
+    let name = options.name.as_ref().filter(|_| options.command.is_empty() && options.terminal.is_some())?;
+    // A host name: it has no character that means anything to a shell. Debian's own prompt shows `debian_chroot`, which is set.
+    Some(format!(
+        "[ ! -r /etc/profile ] || . /etc/profile\n\
+         [ ! -r ~/.bashrc ] || . ~/.bashrc\n\
+         case $PS1 in *debian_chroot* | *'(image '*) ;; *) PS1=\"(image {name}) $PS1\" ;; esac\n"
+    ))
 }
 
 fn environment(options: &Options) -> Result<Vec<CString>, CommandError> {

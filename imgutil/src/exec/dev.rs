@@ -27,20 +27,71 @@ pub(super) struct Terminal {
     pub(super) slave: OwnedFd,
 }
 
+/// Where the nodes come from.
+pub(super) enum Nodes {
+    /// They are made, not bound from the host: a `chmod /dev/null` in a maintainer script must not reach the host's.
+    Made,
+    /// The root of a user namespace can make none. Read-only mounts of the host's: what is written goes to the device, but their
+    /// mode and owner cannot be changed.
+    Bound(Vec<Detached>),
+}
+
+impl Nodes {
+    pub(super) fn to_be_made() -> Self {
+        Self::Made
+    }
+
+    /// Takes hold of the host's, in the order of `NODES`; call it while the host's paths still mean something.
+    pub(super) fn of_the_host() -> Result<Self, MountError> {
+        let attributes =
+            MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+        let copy = |(name, _, _): &(&str, u32, u32)| {
+            let path = Path::new("/dev").join(name);
+            let node = Detached::copy_of(rustix::fs::CWD, &path, false)?;
+            node.restrict(attributes, false).during("make read-only", &path)?;
+            Ok::<_, MountError>(node)
+        };
+        Ok(Self::Bound(NODES.iter().map(copy).collect::<Result<_, _>>()?))
+    }
+
+    /// Puts the nodes into the new filesystem `root`.
+    fn place(&self, root: BorrowedFd<'_>) -> Result<(), MountError> {
+        for (index, (name, major, minor)) in NODES.iter().enumerate() {
+            let path = Path::new("/dev").join(name);
+            match self {
+                Self::Made => {
+                    let mode = Mode::from_raw_mode(0o666);
+                    mknodat(root, *name, FileType::CharacterDevice, mode, makedev(*major, *minor))
+                        .during("make the device", path)?;
+                }
+                Self::Bound(mounts) => {
+                    if let Some(mount) = mounts.get(index) {
+                        mount.attach(empty_file(root, name, 0o666)?.as_fd()).during("mount the host's", path)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Makes a file to mount over.
+fn empty_file(root: BorrowedFd<'_>, name: &str, mode: u32) -> Result<OwnedFd, MountError> {
+    let path = Path::new("/dev").join(name);
+    let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
+    drop(openat(root, name, flags, Mode::from_raw_mode(mode)).during("make", &path)?);
+    openat(root, name, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).during("open", &path)
+}
+
 /// Fills the directory behind `dev`; with `terminal`, allocates one, which is also `/dev/console`.
-///
-/// The nodes are made, not bound from the host: a `chmod /dev/null` in a maintainer script must not reach the host's.
-pub(super) fn mount(dev: BorrowedFd<'_>, terminal: bool) -> Result<Option<Terminal>, MountError> {
+pub(super) fn mount(dev: BorrowedFd<'_>, nodes: &Nodes, terminal: bool) -> Result<Option<Terminal>, MountError> {
     let filesystem = tmpfs("755", "4m", MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC)?;
     let root = filesystem.fd();
-    for (name, major, minor) in NODES {
-        mknodat(root, name, FileType::CharacterDevice, Mode::from_raw_mode(0o666), makedev(major, minor))
-            .during("make the device", Path::new("/dev").join(name))?;
-    }
+    filesystem.attach(dev).during("mount", "/dev")?;
+    nodes.place(root)?;
     for (name, target) in LINKS {
         symlinkat(target, root, name).during("make the link", Path::new("/dev").join(name))?;
     }
-    filesystem.attach(dev).during("mount", "/dev")?;
 
     let plain = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
     attach_at(root, "shm", &tmpfs("1777", "50%", plain)?)?;
@@ -62,13 +113,7 @@ pub(super) fn mount(dev: BorrowedFd<'_>, terminal: bool) -> Result<Option<Termin
         .during("open the terminal of", "/dev/pts/ptmx")?;
     // The first terminal of a new instance.
     let console = Detached::copy_of(pts.fd(), Path::new("0"), false)?;
-    drop(
-        openat(root, "console", OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC, Mode::from_raw_mode(0o600))
-            .during("make", "/dev/console")?,
-    );
-    let target =
-        openat(root, "console", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).during("open", "/dev/console")?;
-    console.attach(target.as_fd()).during("mount", "/dev/console")?;
+    console.attach(empty_file(root, "console", 0o600)?.as_fd()).during("mount", "/dev/console")?;
     Ok(Some(Terminal { master, slave }))
 }
 

@@ -4,18 +4,22 @@
 use super::channel::{Channel, Message};
 use super::command::{Prepared, leave_standard_streams};
 use super::dev::Terminal;
+use super::devices::Guard;
+use super::foreign::Emulator;
+use super::mounts::Detached;
 use super::plant::{Planted, Sources};
 use super::root;
 use super::{Options, Root, Window, sys};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::CloneFlags;
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// Everything that was prepared before the fork.
 pub(super) struct Plan<'a> {
@@ -26,17 +30,103 @@ pub(super) struct Plan<'a> {
     pub(super) lock: Option<&'a OwnedFd>,
     /// `/dev/null` of the host.
     pub(super) null: &'a OwnedFd,
+    /// What has to be registered to run the image's programs.
+    pub(super) emulator: Option<&'a Emulator>,
+    /// Whether PID 1 is root of a user namespace, not of the host.
+    pub(super) in_user_namespace: bool,
+}
+
+/// What was made outside of the image's own namespaces, and must be taken away.
+pub(super) struct Holdings {
+    /// Places in the tree.
+    pub(super) planted: Planted,
+    /// The control group.
+    pub(super) guard: Guard,
+    /// Registrations of emulators, which last as long as this.
+    pub(super) formats: Option<Detached>,
+}
+
+/// The process between `imgutil` and PID 1 that makes the user namespace: a thread cannot, and PID 1 must be born into it.
+pub(super) fn run_in_user_namespace(plan: &Plan<'_>, channel: &Channel) -> u8 {
+    match start_in_user_namespace(plan, channel) {
+        Ok(child) => {
+            // From here on the end of PID 1 is what `imgutil` waits for on the socket: this process must not hold it.
+            let _ = sys::close_all_from(3, &[], false);
+            // Nothing to report: what happened is said by PID 1.
+            while matches!(waitpid(child, None), Err(Errno::EINTR)) {}
+            0
+        }
+        Err(reason) => {
+            let _ = channel.send(&Message::Failed(reason));
+            1
+        }
+    }
+}
+
+/// Makes this process root of a new user namespace, whose ids the other end of `channel` maps.
+pub(super) fn enter_user_namespace(channel: &Channel) -> Result<(), String> {
+    nix::sched::unshare(CloneFlags::CLONE_NEWUSER).map_err(|error| format!("cannot make a user namespace: {error}"))?;
+    channel.send(&Message::NeedsIds).map_err(|error| error.to_string())?;
+    let Ok(Some(Message::IdsAreMapped)) = channel.receive() else {
+        return Err("the ids of the user namespace were not mapped".to_owned());
+    };
+    // The user's other groups mean nothing in the image, and would open files of the host to it.
+    nix::unistd::setgroups(&[]).map_err(|error| format!("cannot leave the user's groups: {error}"))?;
+    nix::unistd::setresgid(0.into(), 0.into(), 0.into())
+        .map_err(|error| format!("cannot become root's group: {error}"))?;
+    nix::unistd::setresuid(0.into(), 0.into(), 0.into()).map_err(|error| format!("cannot become root: {error}"))
+}
+
+fn start_in_user_namespace(plan: &Plan<'_>, channel: &Channel) -> Result<Pid, String> {
+    enter_user_namespace(channel)?;
+    nix::sched::unshare(CloneFlags::CLONE_NEWPID)
+        .map_err(|error| format!("cannot make a process-id namespace: {error}"))?;
+    // PID 1 says nothing before its number has been said: it waits for the end of this pipe.
+    let (wait, go) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .map_err(|error| format!("cannot make a pipe: {error}"))?;
+    let child = sys::fork_into(|| {
+        let mut keep = plan.kept(channel);
+        keep.push(wait.as_fd());
+        match sys::close_all_from(3, &keep, false) {
+            Ok(()) => {
+                let _ = rustix::io::retry_on_intr(|| rustix::io::read(&wait, &mut [0_u8; 1]));
+                run(plan, channel)
+            }
+            Err(error) => {
+                let _ = channel.send(&Message::Failed(format!("cannot prepare PID 1: {error}")));
+                1
+            }
+        }
+    })
+    .map_err(|error| format!("cannot fork: {error}"))?;
+    channel.send(&Message::Started(child)).map_err(|error| error.to_string())?;
+    drop(go);
+    Ok(child)
+}
+
+impl Plan<'_> {
+    /// The descriptors that PID 1 keeps.
+    fn kept<'b>(&'b self, channel: &'b Channel) -> Vec<BorrowedFd<'b>> {
+        let mut keep = vec![channel.as_fd(), self.null.as_fd()];
+        keep.extend(self.lock.map(AsFd::as_fd));
+        keep.extend(self.options.stdio.iter().flatten().map(AsFd::as_fd));
+        keep
+    }
 }
 
 /// The whole life of PID 1. Its exit status means nothing: what happened is said over `channel`.
 pub(super) fn run(plan: &Plan<'_>, channel: &Channel) -> u8 {
-    let mut planted = Planted::default();
-    let ended = live(plan, channel, &mut planted);
+    let mut holdings = Holdings { planted: Planted::default(), guard: Guard::MountsOnly(String::new()), formats: None };
+    let ended = live(plan, channel, &mut holdings);
     // Whoever still runs in the image could write to the places that are about to be removed.
     let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
     while !matches!(waitpid(Pid::from_raw(-1), None), Err(Errno::ECHILD)) {}
+    let Holdings { mut planted, guard, formats: _formats } = holdings;
     if last_in_tree(plan) {
         planted.remove();
+    }
+    if let Err(error) = guard.remove() {
+        planted.warnings.push(format!("cannot remove the control group of the image: {error}"));
     }
     for warning in planted.warnings.drain(..) {
         // Without a reader there is nobody to tell.
@@ -60,7 +150,7 @@ fn last_in_tree(plan: &Plan<'_>) -> bool {
 }
 
 /// From the first step to the command's end; `None` if `imgutil` ended before.
-fn live(plan: &Plan<'_>, channel: &Channel, planted: &mut Planted) -> Result<Option<WaitStatus>, String> {
+fn live(plan: &Plan<'_>, channel: &Channel, holdings: &mut Holdings) -> Result<Option<WaitStatus>, String> {
     keep_only_what_is_needed(plan, channel).map_err(|error| format!("cannot prepare PID 1: {error}"))?;
     // Nothing ends this process with `imgutil` but what it sees on the channel: a kill in the middle of the set-up would leave
     // places in the tree.
@@ -70,11 +160,11 @@ fn live(plan: &Plan<'_>, channel: &Channel, planted: &mut Planted) -> Result<Opt
     let signals = SignalFd::with_flags(&SigSet::all(), SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(|error| format!("cannot watch signals: {error}"))?;
     let terminal = match &plan.options.root {
-        Root::Tree(tree) => root::enter_tree(tree, plan.options, plan.sources, planted),
-        Root::Host => root::enter_host().map(|()| None),
+        Root::Tree(tree) => root::enter_tree(tree, plan, holdings),
+        Root::Host => root::enter_host(plan, holdings).map(|()| None),
     }
     .map_err(|error| error.to_string())?;
-    for warning in planted.warnings.drain(..) {
+    for warning in holdings.planted.warnings.drain(..) {
         channel.send(&Message::Warning(warning)).map_err(|error| error.to_string())?;
     }
     if gone(channel) {
@@ -83,7 +173,7 @@ fn live(plan: &Plan<'_>, channel: &Channel, planted: &mut Planted) -> Result<Opt
 
     let terminal = terminal.map(|terminal| hand_over(terminal, plan.options.terminal.as_ref(), channel)).transpose()?;
     let command = sys::fork_into(|| {
-        let (code, reason) = plan.command.become_it(terminal.as_ref(), plan.options.stdio.as_ref());
+        let (code, reason) = plan.command.become_it(&holdings.guard, terminal.as_ref(), plan.options.stdio.as_ref());
         let _ = channel.send(&Message::NotStarted(reason));
         code
     })
@@ -96,10 +186,7 @@ fn live(plan: &Plan<'_>, channel: &Channel, planted: &mut Planted) -> Result<Opt
 fn keep_only_what_is_needed(plan: &Plan<'_>, channel: &Channel) -> io::Result<()> {
     nix::unistd::setsid()?;
     rustix::process::umask(rustix::fs::Mode::empty());
-    let mut keep = vec![channel.as_fd(), plan.null.as_fd()];
-    keep.extend(plan.lock.map(AsFd::as_fd));
-    keep.extend(plan.options.stdio.iter().flatten().map(AsFd::as_fd));
-    sys::close_all_from(3, &keep, false)?;
+    sys::close_all_from(3, &plan.kept(channel), false)?;
     sys::close_all_from(3, &[], true)
 }
 

@@ -1,14 +1,19 @@
 //! `exec`: runs a command in a root tree like in a container.
 //!
 //! The host's side is `session`, PID 1 of the image is `init`; between them runs `channel`. One module per concept of
-//! the kernel: `root` (namespaces, `pivot_root`, `/proc`, `/sys`, `/run`), `mounts`, `dev`, `caps`, `pty`, `signals`;
-//! `plant` holds what an image sees only while a command runs, `bind` the user's own binds.
+//! the kernel: `root` (namespaces, `pivot_root`, `/proc`, `/sys`, `/run`), `user` (ids of an ordinary user), `mounts`, `dev`,
+//! `devices` (which ones may be opened) with `bpf`, `caps`, `pty`, `signals`; `plant` holds what an image sees only while a
+//! command runs, `bind` the user's own binds, `trial` changes that are looked at before they are kept, `foreign` images of
+//! other architectures.
 
 mod bind;
+mod bpf;
 mod caps;
 mod channel;
 mod command;
 mod dev;
+mod devices;
+mod foreign;
 mod init;
 mod mounts;
 mod plant;
@@ -17,16 +22,22 @@ mod root;
 mod session;
 mod signals;
 mod sys;
+mod trial;
+mod user;
 
 pub use bind::{Bind, BindError};
 pub use command::CommandError;
+pub use foreign::{ForeignError, Machine};
 pub use pty::{PtyError, Window};
 pub use signals::{PASSED_ON, SignalError, SignalWatch};
+pub use trial::{Change, Kind, State, Trial, TrialError};
+pub use user::UserError;
 
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Which files the command sees.
 #[derive(Debug)]
@@ -37,6 +48,16 @@ pub enum Root {
     Host,
 }
 
+/// The network that a command sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Network {
+    /// The host's, in which package managers fetch.
+    #[default]
+    Host,
+    /// None but its own loopback.
+    None,
+}
+
 /// What to run, and where.
 pub struct Options {
     /// The files.
@@ -45,6 +66,12 @@ pub struct Options {
     pub name: Option<String>,
     /// Parts of the host to show.
     pub binds: Vec<Bind>,
+    /// Its network.
+    pub network: Network,
+    /// The layer that takes its changes; they go into the tree if `None`.
+    pub trial: Option<Arc<Trial>>,
+    /// For a command among the host's files: programs of this architecture must run too. Of a tree it is found out.
+    pub machine: Option<Machine>,
     /// Program and arguments; empty means the image's shell.
     pub command: Vec<OsString>,
     /// Variables beside the usual ones.
@@ -70,6 +97,9 @@ impl Options {
             root: Root::Tree(tree.clone()),
             name: None,
             binds: Vec::new(),
+            network: Network::Host,
+            trial: None,
+            machine: None,
             command,
             environment: Vec::new(),
             terminal: None,
@@ -91,6 +121,9 @@ impl Options {
             root: Root::Host,
             name: None,
             binds: Vec::new(),
+            network: Network::Host,
+            trial: None,
+            machine: None,
             command,
             environment: Vec::new(),
             terminal: None,
@@ -133,9 +166,18 @@ pub struct Finished {
 /// Why a command did not run.
 #[derive(Debug, thiserror::Error)]
 pub enum ExecError {
-    /// Not root.
-    #[error("running a command in an image needs root (no support for ordinary users yet): use sudo")]
+    /// Not root, where an ordinary user's own namespaces do not help.
+    #[error("running a tool with the host's files needs root: use sudo")]
     NotRoot,
+    /// No user namespace for an ordinary user.
+    #[error(transparent)]
+    User(#[from] UserError),
+    /// The image's programs do not run here.
+    #[error(transparent)]
+    Foreign(#[from] ForeignError),
+    /// What an interrupted trial was keeping could not be kept.
+    #[error(transparent)]
+    Trial(#[from] TrialError),
     /// The tree cannot be opened.
     #[error("cannot use '{path}' as an image tree: {source}")]
     Tree {
@@ -180,7 +222,7 @@ pub enum ExecError {
 /// `signals` are passed on to the command while it runs. Afterwards no process, mount or namespace of it is left, whether
 /// this returns, fails, or the calling process is killed.
 pub fn run(options: &Options, signals: Option<&SignalWatch>) -> Result<Finished, ExecError> {
-    if !rustix::process::geteuid().is_root() {
+    if matches!(options.root, Root::Host) && !rustix::process::geteuid().is_root() {
         return Err(ExecError::NotRoot);
     }
     std::thread::scope(|scope| {

@@ -4,8 +4,8 @@
 use super::sys;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_string,
-    fsmount, fsopen, move_mount, open_tree,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_flag,
+    fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
 };
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -55,10 +55,23 @@ pub(super) struct Detached(OwnedFd);
 impl Detached {
     /// A new instance of the filesystem `kind`.
     pub(super) fn new(kind: &str, options: &[(&str, &str)], attributes: MountAttrFlags) -> Result<Self, MountError> {
+        Self::with_flags(kind, options, &[], attributes)
+    }
+
+    /// The same, with options that have no value.
+    pub(super) fn with_flags(
+        kind: &str,
+        options: &[(&str, &str)],
+        flags: &[&str],
+        attributes: MountAttrFlags,
+    ) -> Result<Self, MountError> {
         let make = || -> rustix::io::Result<OwnedFd> {
             let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
             for (key, value) in options {
                 fsconfig_set_string(context.as_fd(), *key, *value)?;
+            }
+            for flag in flags {
+                fsconfig_set_flag(context.as_fd(), *flag)?;
             }
             fsconfig_create(context.as_fd())?;
             fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)

@@ -1,6 +1,7 @@
 //! Files that an image sees only while a command runs in it: the host's resolver, a `policy-rc.d` that lets no service
 //! start, places for binds. They are mounts; what had to be made in the tree to carry them is taken away at the end.
 
+use super::Network;
 use super::mounts::{Detached, During, MountError, open_below, tmpfs};
 use rustix::fs::{
     AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, chmodat, fstat, mkdirat, openat,
@@ -37,9 +38,9 @@ impl Sources {
     }
 
     /// Reads the host's resolver file and finds out whether the image at `tree` asks a `policy-rc.d`.
-    pub(super) fn read(tree: &Path) -> Self {
+    pub(super) fn read(tree: &Path, network: Network) -> Self {
         // A host without a resolver file is no error: its image has none either.
-        let resolver = std::fs::read("/etc/resolv.conf").ok();
+        let resolver = std::fs::read("/etc/resolv.conf").ok().filter(|_| network == Network::Host);
         let policy = tree.join("usr/bin/dpkg").symlink_metadata().is_ok_and(|found| found.is_file());
         Self { resolver, policy }
     }

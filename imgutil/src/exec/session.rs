@@ -2,17 +2,22 @@
 
 use super::channel::{Channel, Message};
 use super::command::Prepared;
+use super::foreign::{Emulator, Machine, Runner};
 use super::init::{self, Plan};
 use super::plant::Sources;
 use super::pty::{Raw, Relay};
 use super::signals::SignalWatch;
-use super::{ExecError, Finished, Options, Outcome, Root, sys};
+use super::user::{self, Mapping, UserError};
+use super::{ExecError, Finished, Options, Outcome, Root, sys, trial};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::CloneFlags;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, pthread_sigmask};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 use rustix::fs::{FlockOperation, Mode, OFlags};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::io::Seek as _;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -26,27 +31,154 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 pub(super) fn run(options: &Options, signals: Option<&SignalWatch>) -> Result<Finished, ExecError> {
     let to_terminal = options.terminal.is_some() && rustix::termios::isatty(std::io::stderr());
     let command = Prepared::new(options, to_terminal)?;
-    let (lock, sources) = match &options.root {
-        Root::Tree(tree) => (Some(lock(tree)?), Sources::read(tree)),
-        Root::Host => (None, Sources::nothing()),
+    let mut warnings = Vec::new();
+    let (lock, sources) = match (&options.root, &options.trial) {
+        (Root::Tree(_), Some(_)) | (Root::Host, _) => (None, Sources::nothing()),
+        (Root::Tree(tree), None) => {
+            if trial::finish_interrupted(tree)? {
+                warnings.push("a trial was ended while it kept its changes: that is finished now".to_owned());
+            }
+            (Some(lock(tree)?), Sources::nothing())
+        }
     };
+    let sources = match &options.root {
+        Root::Tree(tree) => Sources::read(tree, options.network),
+        Root::Host => sources,
+    };
+    let emulator = emulator(options)?;
+    let mapping = mapping(&options.root, emulator.is_some())?;
     let null = init::open_null().map_err(|error| ExecError::Start("open /dev/null", error))?;
     let (here, there) = Channel::pair().map_err(|error| ExecError::Start("make a socket", error))?;
-    let plan = Plan { options, command: &command, sources: &sources, lock: lock.as_ref(), null: &null };
+    let plan = Plan {
+        options,
+        command: &command,
+        sources: &sources,
+        lock: lock.as_ref().or(options.trial.as_ref().map(|trial| trial.lock())),
+        null: &null,
+        emulator: emulator.as_ref(),
+        in_user_namespace: mapping.is_some(),
+    };
 
-    nix::sched::unshare(CloneFlags::CLONE_NEWPID)
-        .map_err(|error| ExecError::Start("make a process-id namespace", error.into()))?;
+    if mapping.is_none() {
+        nix::sched::unshare(CloneFlags::CLONE_NEWPID)
+            .map_err(|error| ExecError::Start("make a process-id namespace", error.into()))?;
+    }
     let child = {
         // The handlers of this program must not run in the child, which has its memory but is another process.
         let _blocked = Blocked::all()?;
-        sys::fork_into(|| init::run(&plan, &there)).map_err(|error| ExecError::Start("fork", error))?
+        let start = if mapping.is_none() { init::run } else { init::run_in_user_namespace };
+        sys::fork_into(|| start(&plan, &there)).map_err(|error| ExecError::Start("fork", error))?
     };
     drop(there);
-    let followed = follow(options, signals, &here, child);
+    let followed = match &mapping {
+        None => follow(options, signals, &here, child),
+        Some(mapping) => start_mapped(mapping, &here, child).and_then(|started| match started {
+            Ok(init) => follow(options, signals, &here, init),
+            Err(failed) => Ok(failed),
+        }),
+    };
     // If following failed, closing the socket ends PID 1, and with it the image's processes.
     drop(here);
     let status = waitpid(child, None).map_err(|error| ExecError::Start("wait for PID 1", error.into()))?;
-    followed?.finish(status)
+    let mut heard = followed?;
+    heard.warnings.splice(0..0, warnings);
+    if let Some(mapping) = mapping {
+        heard.warnings.extend(mapping.warning());
+        if let (Some(reason), Some(advice)) = (&mut heard.failed, user::advice()) {
+            reason.push_str("; ");
+            reason.push_str(&advice);
+        }
+    }
+    heard.finish(status)
+}
+
+/// What runs the image's programs, if that has to be registered for this command.
+fn emulator(options: &Options) -> Result<Option<Emulator>, ExecError> {
+    let machine = match &options.root {
+        Root::Tree(tree) => {
+            let root = rustix::fs::open(tree, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+                .map_err(|error| ExecError::Tree { path: tree.clone(), source: error.into() })?;
+            Machine::of_tree(root.as_fd())
+        }
+        Root::Host => options.machine,
+    };
+    // A tree without a program that is known: whatever it holds is tried.
+    Ok(match machine.map(Machine::runner).transpose()? {
+        Some(Runner::Own(emulator)) => Some(emulator),
+        Some(Runner::Host) | None => None,
+    })
+}
+
+/// The ids of the user namespace, if there is to be one: for an ordinary user his own, for root (who needs one only for what
+/// it carries) all.
+fn mapping(root: &Root, wanted: bool) -> Result<Option<Mapping>, ExecError> {
+    if rustix::process::geteuid().is_root() {
+        return Ok(wanted.then(Mapping::identity));
+    }
+    let mapping = Mapping::of_this_user()?;
+    if let Root::Tree(tree) = root {
+        let owner = rustix::fs::stat(tree)
+            .map_err(|error| ExecError::Tree { path: tree.clone(), source: error.into() })?
+            .st_uid;
+        if !mapping.knows(owner) {
+            return Err(UserError::Owner { tree: tree.clone(), owner, user: user::own_name() }.into());
+        }
+    }
+    Ok(Some(mapping))
+}
+
+/// Does `job` as somebody who may do in a tree what the image's root may: root himself, or an ordinary user as root of his user
+/// namespace, in a process of its own. `job` must keep to what [`sys::fork_into`] asks.
+pub(super) fn in_the_images_name<T: Serialize + DeserializeOwned>(
+    job: impl FnOnce() -> Result<T, String>,
+) -> Result<T, String> {
+    if rustix::process::geteuid().is_root() {
+        return job();
+    }
+    let mapping = Mapping::of_this_user().map_err(|error| error.to_string())?;
+    let (here, there) = Channel::pair().map_err(|error| format!("cannot make a socket: {error}"))?;
+    let mut answer = tempfile::tempfile().map_err(|error| format!("cannot make a file: {error}"))?;
+    let child = {
+        let _blocked = Blocked::all().map_err(|error| error.to_string())?;
+        sys::fork_into(|| {
+            let done = init::enter_user_namespace(&there).and_then(|()| job());
+            u8::from(serde_json::to_writer(&answer, &done).is_err())
+        })
+        .map_err(|error| format!("cannot fork: {error}"))?
+    };
+    drop(there);
+    let mapped = match here.receive() {
+        Ok(Some(Message::NeedsIds)) => mapping
+            .apply(child)
+            .map_err(|error| error.to_string())
+            .and_then(|()| here.send(&Message::IdsAreMapped).map_err(|error| error.to_string())),
+        // It has ended already, and its answer says why.
+        _ => Ok(()),
+    };
+    drop(here);
+    let status = waitpid(child, None).map_err(|error| format!("cannot wait for a process: {error}"))?;
+    mapped?;
+    answer.rewind().map_err(|error| format!("cannot read an answer: {error}"))?;
+    serde_json::from_reader::<_, Result<T, String>>(&answer)
+        .map_err(|error| format!("a process of this program failed ({status:?}): {error}"))?
+}
+
+/// Maps the ids of the user namespace that `child` makes. PID 1, or what was heard when it could not be started.
+fn start_mapped(mapping: &Mapping, channel: &Channel, child: Pid) -> Result<Result<Pid, Heard>, ExecError> {
+    let hear = || channel.receive().map_err(|error| ExecError::Start("hear from PID 1", error));
+    let mut heard = Heard::default();
+    loop {
+        match hear()? {
+            Some(Message::NeedsIds) => {
+                mapping.apply(child)?;
+                channel.send(&Message::IdsAreMapped).map_err(|error| ExecError::Start("start PID 1", error))?;
+            }
+            Some(Message::Started(init)) => return Ok(Ok(init)),
+            Some(Message::Failed(reason)) => heard.failed = Some(reason),
+            Some(_) => {}
+            None => return Ok(Err(heard)),
+        }
+    }
 }
 
 /// All signals blocked on this thread; as before when dropped.
@@ -173,6 +305,8 @@ fn follow(options: &Options, signals: Option<&SignalWatch>, channel: &Channel, c
             Some(Message::Warning(warning)) => heard.warnings.push(warning),
             Some(Message::Exited(code)) => heard.outcome = Some(Outcome::Exited(code)),
             Some(Message::Signaled(number)) => heard.outcome = Some(Outcome::Signaled(number)),
+            // Said before PID 1 has begun.
+            Some(Message::NeedsIds | Message::IdsAreMapped | Message::Started(_)) => {}
             None => break,
         }
     }

@@ -1,4 +1,5 @@
-//! The kernel calls of `exec` that no safe wrapper covers: fork, `close_range`, `mount_setattr`, signal dispositions.
+//! The kernel calls of `exec` that no safe wrapper covers: fork, `close_range`, `mount_setattr`, the flags of a network
+//! interface, signal dispositions.
 //!
 //! `unsafe` is allowed here and nowhere else in `exec`: nix leaves `fork`, `sigaction` and `signal` to their callers, and
 //! neither nix nor rustix knows `mount_setattr` and `close_range`.
@@ -76,6 +77,28 @@ pub(super) fn mount_setattr(mount: BorrowedFd<'_>, attributes: u32, recursive: b
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Brings up `lo` of this network namespace (netdevice(7)).
+pub(super) fn bring_up_loopback() -> io::Result<()> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    // SAFETY: a C structure of plain integers, for which zero is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(c"lo".to_bytes()) {
+        *to = libc::c_char::from_ne_bytes([*from]);
+    }
+    // SAFETY: the request is the kernel's structure, with a NUL-terminated name; the kernel writes its flags.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call above has filled in this member of the union.
+    unsafe { request.ifr_ifru.ifru_flags |= i16::try_from(libc::IFF_UP).unwrap_or_default() };
+    // SAFETY: as for the call above.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Gives SIGPIPE its default action back, which the Rust runtime had set to "ignore", and unblocks every signal.

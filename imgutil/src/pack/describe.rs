@@ -49,7 +49,7 @@ pub(super) struct BootFiles {
 /// Opens the newest `/boot/vmlinuz-*` and the `/boot/initrd.img-*` of the same release.
 pub(super) fn boot_files(root: BorrowedFd<'_>) -> Result<BootFiles> {
     let names = in_root::list(root, "boot")?;
-    let Some(release) = newest(&names, "vmlinuz-") else {
+    let Some(release) = newest_kernel(&names) else {
         bail!("the tree has no kernel (boot/vmlinuz-*): install one, for example with `imgutil exec`");
     };
     let kernel = in_root::open(root, &format!("boot/vmlinuz-{release}"))?;
@@ -61,6 +61,11 @@ pub(super) fn boot_files(root: BorrowedFd<'_>) -> Result<BootFiles> {
         })?,
         release: release.to_owned(),
     })
+}
+
+/// The release of the newest kernel among the names in /boot.
+pub(crate) fn newest_kernel(names: &[String]) -> Option<&str> {
+    newest(names, "vmlinuz-")
 }
 
 /// The greatest version among names of the form PREFIX VERSION.

@@ -7,6 +7,7 @@ mod scan;
 mod squash;
 mod upload;
 
+pub(crate) use describe::newest_kernel;
 pub(crate) use image::signature_path;
 pub use image::{Destination, PackOptions, Packed, pack_to_files};
 pub use scan::Warnings;

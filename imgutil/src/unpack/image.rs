@@ -3,14 +3,18 @@
 use crate::key_file;
 use crate::squashfs::Source;
 use anyhow::{Context as _, Result, bail};
-use moor_image::{Image, OpenOptions, Payload};
+use moor_image::{Dek, Image, OpenOptions, Payload};
 use std::fs::File;
 use std::io;
 use std::path::Path;
 
 /// Opens an image file; the key comes from a file, or is not needed.
 pub(crate) fn open(path: &Path, key_file: Option<&Path>) -> Result<Image<File>> {
-    let key = key_file.map(key_file::read).transpose()?;
+    open_with(path, key_file.map(key_file::read).transpose()?)
+}
+
+/// Opens an image file with its key, or as far as it goes without one.
+pub(crate) fn open_with(path: &Path, key: Option<Dek>) -> Result<Image<File>> {
     let context = || format!("cannot open image '{}'", path.display());
     let file = File::open(path).with_context(context)?;
     Image::open(file, &OpenOptions { key, ..OpenOptions::default() }).with_context(context)

@@ -4,7 +4,7 @@ mod image;
 mod interrupt;
 mod restore;
 
-pub(crate) use image::open;
+pub(crate) use image::{SquashfsIn, open, open_with};
 
 use crate::files::must_be_free;
 use crate::progress::Progress;

@@ -45,14 +45,15 @@ pub fn minimal_tree() -> PathBuf {
 }
 
 /// Programs of the small tree.
-const PROGRAMS: &str = "bash cat chmod chown chroot date dmesg dpkg env false grep head hostname id ls mknod mount nohup nsenter \
-    readlink rm setsid sh sleep touch true umount unshare";
+const PROGRAMS: &str = "bash cat chmod chown chroot date dmesg dpkg env false grep head hostname id ln ls mkdir mknod mount mv \
+    nohup nsenter readlink rm setsid sh sleep touch true umount unshare";
 
 /// The programs above with their libraries and little else, taken out of the minimal tree: a copy costs a few files instead of
 /// thousands.
 fn small_tree() -> PathBuf {
     let minimal = minimal_tree();
-    cached("small", |tree| {
+    // Another list of programs is another tree.
+    cached(&format!("small-{}", PROGRAMS.len()), |tree| {
         let new = tree.with_extension("new");
         drop(std::fs::remove_dir_all(&new));
         for directory in [

@@ -196,7 +196,7 @@ pub(super) async fn boot_files(
         .image(&record.manifest.image.to_string())?
         .ok_or_else(|| Problem::new(Code::NotFound, format!("the image of profile '{name}' is gone")))?;
     let servers = member.config.urls.join(",");
-    let command_line = format!("boot=moor moor.server={servers} {}", record.manifest.kernel_arguments);
+    let command_line = format!("boot=moor root=moor moor.server={servers} {}", record.manifest.kernel_arguments);
     Ok(Json(BootFiles {
         kernel: image.kernel,
         initramfs: image.initramfs,

@@ -7,16 +7,11 @@ pub mod bench;
 pub mod bins;
 pub mod delay;
 pub mod member;
-pub mod namespace;
 pub mod process;
 pub mod scenario;
-pub mod swtpm;
 pub mod tree;
-pub mod vm;
 
 pub use bins::Bins;
 pub use member::Member;
-pub use namespace::Namespace;
+pub use moor_vm::{Namespace, Swtpm, Vm, VmOptions, vm};
 pub use scenario::Scenario;
-pub use swtpm::Swtpm;
-pub use vm::{Vm, VmOptions};

@@ -2,13 +2,12 @@
 
 use crate::bins::Bins;
 use crate::member::Member;
-use crate::namespace::Namespace;
-use crate::process::{run, run_shown, text, tied};
-use crate::swtpm::Swtpm;
-use crate::tree;
-use crate::vm::{Vm, VmOptions};
+use crate::process::{run, run_shown, text, tied, wait_for};
+use crate::tree::{self, Initramfs};
 use anyhow::Context as _;
 use moor_api::admin::StatusEvent;
+use moor_vm::{Namespace, Swtpm, Vm, VmOptions};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -20,6 +19,9 @@ pub const NODE: &str = "n1";
 pub const UUID: &str = "5f1e7a52-30a3-4f6c-9d3e-6c2f9a1b0c01";
 /// Its MAC.
 pub const MAC: &str = "52:54:00:6d:6f:01";
+
+/// From power on to `booted`, in emulation on a busy machine.
+pub const BOOT_LIMIT: Duration = Duration::from_mins(10);
 
 /// One step that took a while.
 #[derive(Debug, Clone)]
@@ -58,16 +60,34 @@ impl Scenario {
     /// # Errors
     /// A step failed; with what it printed.
     pub fn prepare(dir: &Path, say: &mut dyn FnMut(&str)) -> anyhow::Result<Self> {
+        Self::with_initramfs(Initramfs::InitramfsTools, dir, say)
+    }
+
+    /// The same with an initramfs made by another tool.
+    ///
+    /// # Errors
+    /// A step failed; with what it printed.
+    pub fn with_initramfs(initramfs: Initramfs, dir: &Path, say: &mut dyn FnMut(&str)) -> anyhow::Result<Self> {
         let bins = Bins::find()?;
+        let begin = Instant::now();
+        let tree = tree::debian(&bins, initramfs, say)?;
+        let took = begin.elapsed();
+        let mut scenario = Self::of_tree(bins, &tree, 9, dir, say)?;
+        scenario.steps.insert(0, Step { name: "root tree (imgutil build)".to_owned(), took });
+        Ok(scenario)
+    }
+
+    /// The same with a tree that is there, packed at a zstd level.
+    ///
+    /// # Errors
+    /// A step failed; with what it printed.
+    pub fn of_tree(bins: Bins, tree: &Path, level: u32, dir: &Path, say: &mut dyn FnMut(&str)) -> anyhow::Result<Self> {
         let mut steps = Vec::new();
         let mut last = Instant::now();
         let mut done = |name: &str, steps: &mut Vec<Step>| {
             steps.push(Step { name: name.to_owned(), took: last.elapsed() });
             last = Instant::now();
         };
-
-        let tree = tree::debian(&bins, say)?;
-        done("root tree (imgutil build)", &mut steps);
 
         say("packing it into a sealed image: compressed, encrypted, signed (imgutil pack)");
         let signer = dir.join("signer");
@@ -76,7 +96,8 @@ impl Scenario {
         run_shown(
             tied(bins.path("imgutil"))
                 .arg("pack")
-                .arg(&tree)
+                .arg(tree)
+                .args(["--level", &level.to_string()])
                 .arg("-o")
                 .arg(&image)
                 .arg("--key-file")
@@ -141,6 +162,14 @@ impl Scenario {
     /// # Errors
     /// swtpm or QEMU failed.
     pub fn power_on(&self, name: &str, tpm: &Swtpm, ssh_port: u16) -> anyhow::Result<Vm> {
+        self.power_on_with(name, tpm, ssh_port, &[])
+    }
+
+    /// The same with disks in it.
+    ///
+    /// # Errors
+    /// swtpm or QEMU failed.
+    pub fn power_on_with(&self, name: &str, tpm: &Swtpm, ssh_port: u16, disks: &[PathBuf]) -> anyhow::Result<Vm> {
         let netboot = self.dir.join("netboot");
         let command_line = std::fs::read_to_string(netboot.join("cmdline"))?;
         let options = VmOptions {
@@ -151,9 +180,37 @@ impl Scenario {
             mac: MAC.into(),
             memory: 2048,
             ssh_port,
+            disks: disks.to_vec(),
             kvm: self.kvm,
         };
-        Vm::start(&self.namespace, &self.dir.join(name), &options, Some(tpm))
+        Ok(Vm::start(&self.namespace, &self.dir.join(name), &options, Some(tpm))?)
+    }
+
+    /// The ids of all boots that said `booted`.
+    ///
+    /// # Errors
+    /// The member does not answer.
+    pub fn booted_boots(&self) -> anyhow::Result<BTreeSet<String>> {
+        let states = self.states()?;
+        let booted = states.iter().filter(|event| event.state == "booted");
+        Ok(booted.filter_map(|event| event.boot.map(|boot| boot.to_string())).collect())
+    }
+
+    /// Waits until one boot more than in `before` says `booted`.
+    ///
+    /// # Errors
+    /// It does not, the boot fails, or the VM ends; with the ends of the console and of the member's log.
+    pub fn wait_booted(&self, vm: &mut Vm, before: &BTreeSet<String>) -> anyhow::Result<()> {
+        wait_for("the state 'booted'", BOOT_LIMIT, || {
+            std::thread::sleep(Duration::from_millis(500));
+            anyhow::ensure!(vm.is_running(), "the VM ended");
+            let states = self.states()?;
+            if let Some(failed) = states.iter().find(|event| event.state == "failed") {
+                anyhow::bail!("the node failed: {}", failed.detail);
+            }
+            Ok(self.booted_boots()?.len() > before.len())
+        })
+        .with_context(|| format!("console:\n{}\n{}", vm.console_tail(60), self.member.log_tail()))
     }
 
     /// The node's states so far, oldest first.
@@ -170,6 +227,7 @@ impl Scenario {
     /// # Errors
     /// ssh failed, or the command did.
     pub fn on_node(&self, vm: &Vm, command: &str) -> anyhow::Result<String> {
-        text(&mut vm.ssh(&self.namespace, NODE, &self.dir.join("known_hosts"), &self.dir.join("login"), &[command]))
+        let (known_hosts, login) = (self.dir.join("known_hosts"), self.dir.join("login"));
+        Ok(text(&mut vm.ssh(&self.namespace, NODE, &known_hosts, &login, &[command]))?)
     }
 }

@@ -1,5 +1,5 @@
-//! The Debian root tree that VM tests and the demo boot: built once by `imgutil build`, kept under `target`, and brought up to
-//! date the way a user would (new agent laid in, `update-initramfs` run by `imgutil exec`) when only our programs changed.
+//! The Debian root trees that VM tests and the demo boot: built once by `imgutil build`, kept under `target`, and brought up to
+//! date the way a user would (new agent laid in, the initramfs made anew by `imgutil exec`) when only our programs changed.
 
 use crate::bins::Bins;
 use crate::process::{run, run_shown, tied};
@@ -10,11 +10,26 @@ use std::path::{Path, PathBuf};
 /// What the tree is built for.
 pub const OS: &str = "debian-12";
 
+/// Makes every initramfs with dracut, which apt puts in the place of initramfs-tools.
+const TO_DRACUT: &str =
+    "apt-get -q update && INITRD=No apt-get -q install -y --no-install-recommends dracut && apt-get clean";
+const DRACUT: &str = "for kernel in /lib/modules/*; do kernel=${kernel##*/}; dracut -q --force /boot/initrd.img-$kernel $kernel || exit; done";
+const INITRAMFS_TOOLS: &str = "update-initramfs -u -k all";
+
+/// What makes the tree's initramfs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Initramfs {
+    /// Debian's own.
+    InitramfsTools,
+    /// With systemd in the initramfs.
+    Dracut,
+}
+
 /// Returns an up-to-date tree. `say` is told each step, in words.
 ///
 /// # Errors
 /// A step failed; with what it printed.
-pub fn debian(bins: &Bins, say: &mut dyn FnMut(&str)) -> anyhow::Result<PathBuf> {
+pub fn debian(bins: &Bins, initramfs: Initramfs, say: &mut dyn FnMut(&str)) -> anyhow::Result<PathBuf> {
     let cache = bins.cache();
     std::fs::create_dir_all(&cache).with_context(|| format!("making '{}'", cache.display()))?;
     // Two tests may want it at once.
@@ -24,33 +39,96 @@ pub fn debian(bins: &Bins, say: &mut dyn FnMut(&str)) -> anyhow::Result<PathBuf>
     let stage = cache.join("node-files");
     run(tied(bins.workspace.join("packaging/stage-node")).arg(&stage).arg(&bins.dir))
         .context("staging the node's files")?;
-    let recipe = [bins.workspace.join("imgutil/os")];
-    let tree = cache.join(format!("{OS}-{:016x}", hash_of(&recipe)?));
-    let marker = tree.with_extension("planted");
     let planted = format!("{:016x}", hash_of(std::slice::from_ref(&stage))?);
-
-    if !tree.exists() {
+    let base = cache.join(format!("{OS}-{:016x}", hash_of(&[bins.workspace.join("imgutil/os")])?));
+    let make = |tree: &Path| -> anyhow::Result<()> {
+        run_shown(tied(bins.path("imgutil")).args(["build", "--os", OS, "--node-files"]).arg(&stage).arg(tree))
+            .context("imgutil build")
+    };
+    if !base.exists() {
         say("building a Debian 12 root tree from the archive (imgutil build)");
-        run_shown(tied(bins.path("imgutil")).args(["build", "--os", OS, "--node-files"]).arg(&stage).arg(&tree))
-            .context("imgutil build")?;
-        std::fs::write(&marker, &planted)?;
-    } else if std::fs::read_to_string(&marker).ok().as_deref() != Some(planted.as_str()) {
-        say("laying the newly compiled agent into the cached tree (update-initramfs by imgutil exec)");
+        make(&base)?;
+        mark(&base, &planted)?;
+    }
+    let (tree, command) = match initramfs {
+        Initramfs::InitramfsTools => (base, INITRAMFS_TOOLS),
+        Initramfs::Dracut => {
+            let name = base.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            let tree = base.with_file_name(format!("dracut-{name}"));
+            if !tree.exists() {
+                say("putting dracut in the place of initramfs-tools (apt by imgutil exec)");
+                with_dracut(bins, &base, &tree)?;
+            }
+            (tree, DRACUT)
+        }
+    };
+    if std::fs::read_to_string(marker(&tree)).ok().as_deref() != Some(planted.as_str()) {
+        say("laying the newly compiled agent into the cached tree and making its initramfs anew (imgutil exec)");
         // A marker that is gone says that the tree is half updated, should this be interrupted.
-        let _ = std::fs::remove_file(&marker);
+        let _ = std::fs::remove_file(marker(&tree));
         run(tied("cp").args(["-a", "--no-preserve=ownership", "--remove-destination"]).arg(stage.join(".")).arg(&tree))
             .context("copying the node's files into the tree")?;
-        run_shown(tied(bins.path("imgutil")).arg("exec").arg(&tree).args([
-            "--",
-            "update-initramfs",
-            "-u",
-            "-k",
-            "all",
-        ]))
-        .context("imgutil exec update-initramfs")?;
-        std::fs::write(&marker, &planted)?;
+        exec(bins, &tree, command)?;
+        mark(&tree, &planted)?;
     }
     Ok(tree)
+}
+
+/// Returns an up-to-date tree with more packages, kept under `name`.
+///
+/// # Errors
+/// A step failed; with what it printed.
+pub fn with_packages(
+    bins: &Bins,
+    initramfs: Initramfs,
+    name: &str,
+    packages: &[&str],
+    say: &mut dyn FnMut(&str),
+) -> anyhow::Result<PathBuf> {
+    let base = debian(bins, initramfs, say)?;
+    let lock = std::fs::File::create(bins.cache().join("tree.lock"))?;
+    lock.lock().context("locking the tree")?;
+    let base_name = base.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let tree = base.with_file_name(format!("{name}-{base_name}"));
+    let planted = std::fs::read_to_string(marker(&base)).context("reading the tree's marker")?;
+    if std::fs::read_to_string(marker(&tree)).ok().as_deref() == Some(planted.as_str()) {
+        return Ok(tree);
+    }
+    // Its agent is another one now, and copying is cheaper than an initramfs.
+    say(&format!("installing {} in a copy of the tree (apt by imgutil exec)", packages.join(", ")));
+    let _ = std::fs::remove_file(marker(&tree));
+    run(tied("rm").arg("-rf").arg(&tree))?;
+    run(tied("cp").args(["-a", "--reflink=auto"]).arg(&base).arg(&tree)).context("copying the tree")?;
+    let install = format!(
+        "apt-get -q update && INITRD=No apt-get -q install -y --no-install-recommends {} && apt-get clean",
+        packages.join(" ")
+    );
+    exec(bins, &tree, &install)?;
+    mark(&tree, &planted)?;
+    Ok(tree)
+}
+
+/// A copy of `base` with dracut. It appears under its name when it is whole.
+fn with_dracut(bins: &Bins, base: &Path, tree: &Path) -> anyhow::Result<()> {
+    let unfinished = tree.with_extension("new");
+    run(tied("rm").arg("-rf").arg(&unfinished))?;
+    run(tied("cp").args(["-a", "--reflink=auto"]).arg(base).arg(&unfinished)).context("copying the tree")?;
+    exec(bins, &unfinished, TO_DRACUT)?;
+    std::fs::rename(&unfinished, tree).context("giving the tree its name")
+}
+
+fn exec(bins: &Bins, tree: &Path, command: &str) -> anyhow::Result<()> {
+    run_shown(tied(bins.path("imgutil")).arg("exec").arg(tree).args(["--", "sh", "-c", command]))
+        .with_context(|| format!("imgutil exec: {command}"))
+}
+
+/// Says which programs of ours a tree holds.
+fn marker(tree: &Path) -> PathBuf {
+    tree.with_extension("planted")
+}
+
+fn mark(tree: &Path, planted: &str) -> anyhow::Result<()> {
+    std::fs::write(marker(tree), planted).with_context(|| format!("marking '{}'", tree.display()))
 }
 
 /// A fingerprint of the names and contents of files and folders.

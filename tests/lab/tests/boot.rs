@@ -1,38 +1,12 @@
 //! The main path on real parts, in one story: a sealed image built here, a member, and a VM with a TPM that enrols once, boots from
 //! the network, boots again on its TPM identity, and cannot be impersonated by a machine with another TPM.
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use moor_lab::process::wait_for;
-use moor_lab::scenario::{NODE, Scenario};
+use moor_lab::scenario::{BOOT_LIMIT, NODE, Scenario};
 use moor_lab::{Swtpm, Vm};
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt as _;
-use std::time::Duration;
-
-const BOOT_LIMIT: Duration = Duration::from_mins(10);
-
-fn booted_boots(scenario: &Scenario) -> anyhow::Result<BTreeSet<String>> {
-    let states = scenario.states()?;
-    Ok(states
-        .iter()
-        .filter(|event| event.state == "booted")
-        .filter_map(|event| event.boot.map(|boot| boot.to_string()))
-        .collect())
-}
-
-/// Waits until one boot more than in `before` says `booted`.
-fn wait_booted(scenario: &Scenario, vm: &mut Vm, before: &BTreeSet<String>) -> anyhow::Result<()> {
-    wait_for("the state 'booted'", BOOT_LIMIT, || {
-        std::thread::sleep(Duration::from_millis(500));
-        ensure!(vm.is_running(), "the VM ended");
-        let states = scenario.states()?;
-        if let Some(failed) = states.iter().find(|event| event.state == "failed") {
-            anyhow::bail!("the node failed: {}", failed.detail);
-        }
-        Ok(booted_boots(scenario)?.len() > before.len())
-    })
-    .with_context(|| format!("console:\n{}\n{}", vm.console_tail(60), scenario.member.log_tail()))
-}
 
 #[test]
 fn a_node_enrols_once_boots_from_the_network_and_stays_itself() -> anyhow::Result<()> {
@@ -51,8 +25,8 @@ fn a_node_enrols_once_boots_from_the_network_and_stays_itself() -> anyhow::Resul
 
     // Armed once while it waits: the same boot goes on.
     scenario.member.moor_ok(&["arm", NODE])?;
-    wait_booted(&scenario, &mut vm, &BTreeSet::new())?;
-    let first = booted_boots(&scenario)?;
+    scenario.wait_booted(&mut vm, &BTreeSet::new())?;
+    let first = scenario.booted_boots()?;
 
     let on_node = |vm: &Vm, command: &str| scenario.on_node(vm, command);
     assert_eq!(on_node(&vm, "hostname")?, NODE);
@@ -75,7 +49,7 @@ fn a_node_enrols_once_boots_from_the_network_and_stays_itself() -> anyhow::Resul
 
     // It reboots without being armed again.
     let _ = on_node(&vm, "systemctl reboot");
-    wait_booted(&scenario, &mut vm, &first)?;
+    scenario.wait_booted(&mut vm, &first)?;
     assert_eq!(on_node(&vm, "cat /etc/machine-id")?, machine_id);
     assert_eq!(on_node(&vm, "ls /etc/written-on-the-node 2>/dev/null | wc -l")?, "0", "the overlay is in memory only");
     vm.power_off();
@@ -88,6 +62,6 @@ fn a_node_enrols_once_boots_from_the_network_and_stays_itself() -> anyhow::Resul
         Ok(scenario.member.moor_ok(&["why", NODE])?.contains("another TPM"))
     })
     .with_context(|| format!("{}\n{}", impostor.console_tail(60), scenario.member.log_tail()))?;
-    assert_eq!(booted_boots(&scenario)?.len(), 2, "the impostor booted");
+    assert_eq!(scenario.booted_boots()?.len(), 2, "the impostor booted");
     Ok(())
 }

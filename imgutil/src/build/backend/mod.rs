@@ -2,6 +2,9 @@
 //! part of a build when it is told, and knows nothing of recipes, locks and caches; the order is kept in `build`.
 
 mod apt;
+mod dnf;
+mod rpm;
+mod zypper;
 
 use super::BuildError;
 use super::os::BackendName;
@@ -9,7 +12,7 @@ use super::plan::Plan;
 use super::tools::Tools;
 use super::tree::Tree;
 use super::workdir::WorkDir;
-use std::path::Path;
+use crate::exec::Machine;
 
 /// A package in exactly one version.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -23,6 +26,13 @@ pub(super) struct Package {
     pub(super) sha256: String,
     /// Where its file is.
     pub(super) uri: String,
+}
+
+impl Package {
+    /// The same without its file.
+    pub(super) fn installed(&self) -> Installed {
+        Installed { name: self.name.clone(), version: self.version.clone(), arch: self.arch.clone() }
+    }
 }
 
 /// A package that a tree has.
@@ -88,6 +98,8 @@ pub(super) trait Backend: Send + Sync {
 pub(super) fn get(name: BackendName) -> &'static dyn Backend {
     match name {
         BackendName::Apt => &apt::Apt,
+        BackendName::Dnf => &dnf::Dnf,
+        BackendName::Zypper => &zypper::Zypper,
     }
 }
 
@@ -100,10 +112,6 @@ fn check_keys_and_machine(plan: &Plan) -> Result<(), BuildError> {
             package: repository.key_package.clone(),
         });
     }
-    let machine = &plan.arch.machine;
-    let foreign = machine != std::env::consts::ARCH;
-    if foreign && !Path::new("/proc/sys/fs/binfmt_misc").join(format!("qemu-{machine}")).exists() {
-        return Err(BuildError::Foreign { arch: plan.arch.name.clone() });
-    }
+    Machine::named(&plan.arch.machine)?.runner()?;
     Ok(())
 }

@@ -100,5 +100,6 @@ fn pack(lab: &Lab<'_>, dir: &Path, key: &Path) -> anyhow::Result<()> {
         .arg("--key-file")
         .arg(key)
         .args(["--level", "1"]);
-    crate::process::run(&mut command).map(drop)
+    crate::process::run(&mut command)?;
+    Ok(())
 }

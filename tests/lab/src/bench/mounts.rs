@@ -2,7 +2,7 @@
 
 use super::Lab;
 use super::web::Authority;
-use crate::namespace::Namespace;
+use crate::Namespace;
 use crate::process::{Guard, run, tied, wait_for};
 use anyhow::Context as _;
 use nix::mount::{MntFlags, MsFlags, umount2};

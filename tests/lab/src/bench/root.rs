@@ -5,7 +5,7 @@ use super::mounts::{Kind, Remote, Source, Tree, drop_caches};
 use super::web::{Authority, Conduct, Web};
 use super::{Bar, Lab, PAIRS, Paired, Row, Table, measure, pairs, reads};
 use crate::delay::{Delay, FAR, NEAR};
-use crate::namespace::Namespace;
+use crate::Namespace;
 use crate::process::{cpu, resident, run, text, tied};
 use anyhow::Context as _;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,6 @@
 //! HTTPS servers for the tables: nginx with an authority of its own, good or with a fault.
 
-use crate::namespace::Namespace;
+use crate::Namespace;
 use crate::process::{Guard, run, tied, wait_for};
 use anyhow::Context as _;
 use std::path::{Path, PathBuf};
@@ -39,7 +39,7 @@ impl Authority {
 
 /// One nginx.
 pub(super) struct Web {
-    guard: Guard,
+    guard: Option<Guard>,
     home: PathBuf,
     address: String,
     port: u16,
@@ -70,7 +70,7 @@ impl Web {
     ) -> anyhow::Result<Self> {
         let home = dir.join(name);
         std::fs::create_dir_all(&home)?;
-        let mut web = Self { guard: Guard::none(), home, address: address.to_owned(), port };
+        let mut web = Self { guard: None, home, address: address.to_owned(), port };
         web.become_(dir, namespace, conduct)?;
         Ok(web)
     }
@@ -82,7 +82,8 @@ impl Web {
         namespace: Option<&Namespace>,
         conduct: Conduct<'_>,
     ) -> anyhow::Result<()> {
-        self.guard.kill();
+        // Killed on drop.
+        self.guard = None;
         let (root, extra) = match conduct {
             Conduct::Refused => return Ok(()),
             Conduct::Good(root) | Conduct::Expired(root) => (root, ""),
@@ -112,22 +113,22 @@ impl Web {
             None => command,
         };
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        self.guard = Guard::new(child.context("starting nginx")?);
+        let guard = self.guard.insert(Guard::new(child.context("starting nginx")?));
         let pid_file = self.home.join("pid");
         wait_for("nginx", Duration::from_secs(20), || {
             anyhow::ensure!(
-                self.guard.is_running(),
+                guard.is_running(),
                 "nginx ended: {}",
                 std::fs::read_to_string(self.home.join("error.log")).unwrap_or_default()
             );
             Ok(std::fs::read_to_string(&pid_file)
-                .is_ok_and(|text| text.trim() == self.guard.id().unwrap_or(0).to_string()))
+                .is_ok_and(|text| text.trim() == guard.id().unwrap_or(0).to_string()))
         })
     }
 
     /// Stops it as a machine that hangs: connections stay, and nothing comes.
     pub(super) fn freeze(&self) -> anyhow::Result<()> {
-        let pid = self.guard.id().and_then(|pid| i32::try_from(pid).ok()).context("nginx is not running")?;
+        let pid = self.guard.as_ref().and_then(Guard::id).and_then(|pid| i32::try_from(pid).ok()).context("nginx is not running")?;
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGSTOP)?;
         Ok(())
     }

@@ -3,7 +3,7 @@
 
 use anyhow::Context as _;
 use moor_lab::process::{tied, wait_for};
-use moor_lab::scenario::{NODE, Scenario, Step};
+use moor_lab::scenario::{BOOT_LIMIT, NODE, Scenario, Step};
 use moor_lab::{Swtpm, Vm, vm};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
@@ -15,9 +15,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-
-/// From power on to `booted`, in emulation on a busy machine.
-const BOOT_LIMIT: Duration = Duration::from_mins(10);
 
 /// After so long without news, the last line of the console shows that the node is alive.
 const QUIET: Duration = Duration::from_secs(10);

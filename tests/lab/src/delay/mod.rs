@@ -6,7 +6,7 @@
 
 mod tun;
 
-use crate::namespace::Namespace;
+use crate::Namespace;
 use crate::process::{Guard, run, tied, wait_for};
 use anyhow::Context as _;
 use std::collections::VecDeque;

@@ -4,7 +4,7 @@ use super::super::Context;
 use super::output::{Counter, explain};
 use super::{resolve, sources};
 use crate::build::BuildError;
-use crate::exec::{ExecError, Options, Outcome};
+use crate::exec::{ExecError, Machine, Options, Outcome};
 use std::ffi::OsString;
 use std::path::Path;
 
@@ -17,9 +17,11 @@ const MERGED_USR: &str = "/usr/share/mmdebstrap/hooks/merged-usr";
 pub(super) fn run(context: &mut Context<'_, '_>) -> Result<(), BuildError> {
     let command = command(context)?;
     let temporary = context.work.temporary();
+    let machine = Machine::named(&context.plan.arch.machine)?;
     context.tools.stage("starting mmdebstrap")?;
     let (finished, tail) = context.tools.run(&mut Counter::default(), |streams| {
         let mut options = Options::on_host(command, streams);
+        options.machine = Some(machine);
         options.environment = vec![
             // The initramfs is made once, at the end, not after the kernel and again after the last package.
             ("INITRD".to_owned(), "No".to_owned()),

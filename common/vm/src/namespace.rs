@@ -2,9 +2,9 @@
 //!
 //! QEMU's user network inside it gives a VM DHCP and the way to the namespace's loopback (10.0.2.2), and to nothing beyond.
 
-use crate::process::{Guard, tied};
-use anyhow::Context as _;
-use std::io::Read as _;
+use crate::VmError;
+use crate::process::{Guard, spawn, tied};
+use std::io::{self, Read as _};
 use std::process::{Command, Stdio};
 
 /// The namespace; gone on drop.
@@ -18,17 +18,21 @@ impl Namespace {
     ///
     /// # Errors
     /// Not root, or no network namespaces.
-    pub fn new() -> anyhow::Result<Self> {
-        let mut holder = tied("unshare")
-            .args(["--net", "--", "sh", "-c", "ip link set lo up && echo ready && exec sleep infinity"])
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("starting unshare")?;
+    pub fn new() -> Result<Self, VmError> {
+        let mut holder = spawn(
+            tied("unshare")
+                .args(["--net", "--", "sh", "-c", "ip link set lo up && echo ready && exec sleep infinity"])
+                .stdout(Stdio::piped()),
+        )?;
         let mut word = [0; 5];
-        let mut out = holder.stdout.take().context("the holder has no output")?;
-        out.read_exact(&mut word).context("making a network namespace (are you root?)")?;
+        let said = match holder.stdout.take() {
+            Some(mut out) => out.read_exact(&mut word),
+            None => Err(io::ErrorKind::BrokenPipe.into()),
+        };
         let pid = holder.id();
-        Ok(Self { holder: Guard::new(holder), pid })
+        let holder = Guard::new(holder);
+        said.map_err(VmError::Namespace)?;
+        Ok(Self { holder, pid })
     }
 
     /// Puts a command into the namespace: `ns.enter(tied("curl")).arg(…)`.

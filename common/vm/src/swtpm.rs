@@ -1,7 +1,7 @@
 //! A software TPM for one VM. Its state is a folder; the same folder is the same TPM.
 
-use crate::process::{Guard, run, tied, wait_for};
-use anyhow::Context as _;
+use crate::VmError;
+use crate::process::{Guard, run, spawn, tied, wait_for};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -17,12 +17,12 @@ impl Swtpm {
     ///
     /// # Errors
     /// swtpm or `swtpm_setup` is missing or fails.
-    pub fn start(state: &Path) -> anyhow::Result<Self> {
+    pub fn start(state: &Path) -> Result<Self, VmError> {
         if !state.join("tpm2-00.permall").exists() {
             manufacture(state)?;
         }
         let socket = state.join("control.sock");
-        let guard = Guard::new(
+        let guard = Guard::new(spawn(
             tied("swtpm")
                 .args(["socket", "--tpm2", "--tpmstate"])
                 .arg(format!("dir={}", state.display()))
@@ -30,11 +30,9 @@ impl Swtpm {
                 .arg(format!("type=unixio,path={}", socket.display()))
                 .args(["--log", &format!("file={},level=1", state.join("swtpm.log").display())])
                 .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()
-                .context("starting swtpm")?,
-        );
-        wait_for("swtpm's control socket", Duration::from_secs(10), || Ok(socket.exists()))?;
+                .stderr(Stdio::null()),
+        )?);
+        wait_for::<VmError>("swtpm's control socket", Duration::from_secs(10), || Ok(socket.exists()))?;
         Ok(Self { guard, socket })
     }
 
@@ -52,15 +50,17 @@ impl Swtpm {
 }
 
 /// Makes a TPM as its manufacturer would: seed, endorsement keys and their certificates.
-fn manufacture(state: &Path) -> anyhow::Result<()> {
-    std::fs::create_dir_all(state).with_context(|| format!("making '{}'", state.display()))?;
+fn manufacture(state: &Path) -> Result<(), VmError> {
     // A certificate authority of its own, so that nothing is written under /var/lib of the machine.
     let authority = state.join("ca");
-    std::fs::create_dir_all(&authority)?;
-    let config = state.join("localca.conf");
+    std::fs::create_dir_all(&authority).map_err(VmError::io("make", &authority))?;
+    let write = |name: &str, text: String| {
+        let path = state.join(name);
+        std::fs::write(&path, text).map_err(VmError::io("write", &path)).map(|()| path)
+    };
     let at = |name: &str| authority.join(name).display().to_string();
-    std::fs::write(
-        &config,
+    let config = write(
+        "localca.conf",
         format!(
             "statedir = {}\nsigningkey = {}\nissuercert = {}\ncertserial = {}\n",
             authority.display(),
@@ -69,11 +69,12 @@ fn manufacture(state: &Path) -> anyhow::Result<()> {
             at("certserial")
         ),
     )?;
-    let options = state.join("localca.options");
-    std::fs::write(&options, "--platform-manufacturer Mooring\n--platform-version 1\n--platform-model lab\n")?;
-    let setup = state.join("setup.conf");
-    std::fs::write(
-        &setup,
+    let options = write(
+        "localca.options",
+        "--platform-manufacturer Mooring\n--platform-version 1\n--platform-model lab\n".to_owned(),
+    )?;
+    let setup = write(
+        "setup.conf",
         format!(
             "create_certs_tool = /usr/bin/swtpm_localca\ncreate_certs_tool_config = {}\ncreate_certs_tool_options = {}\nactive_pcr_banks = sha256\n",
             config.display(),
@@ -85,7 +86,6 @@ fn manufacture(state: &Path) -> anyhow::Result<()> {
         .arg("--tpmstate")
         .arg(state)
         .args(["--create-ek-cert", "--create-platform-cert", "--lock-nvram", "--overwrite", "--config"])
-        .arg(&setup))
-    .context("making a TPM with swtpm_setup")?;
+        .arg(&setup))?;
     Ok(())
 }

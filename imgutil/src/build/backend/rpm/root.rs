@@ -1,0 +1,128 @@
+//! Running tools on a root that is under construction: those of the host that install into it, and those of the image itself.
+
+use super::Places;
+use crate::build::BuildError;
+use crate::build::backend::Context;
+use crate::build::output::{Meaning, NoMeaning, Tail};
+use crate::build::plan::Plan;
+use crate::exec::{Options, Outcome};
+use std::ffi::OsString;
+use std::fs::{File, Permissions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::Path;
+
+/// What a package's script finds in the root while it runs: processes of its own, devices that do no harm, and nothing of the
+/// host's kernel settings. All of it is gone with the mount namespace. `/sys` is an empty directory that may be written to, because
+/// the package `filesystem` sets its owner.
+const ENTER: &str = r#"root=$1
+shift
+mount -t proc proc "$root/proc"
+mount --bind "$root/proc/sys" "$root/proc/sys"
+mount -o remount,bind,ro "$root/proc/sys"
+[ ! -e "$root/proc/sysrq-trigger" ] || mount --bind /dev/null "$root/proc/sysrq-trigger"
+for place in sys run dev; do
+    mount -t tmpfs -o mode=755 imgutil "$root/$place"
+done
+for device in null zero full random urandom tty; do
+    : >"$root/dev/$device"
+    mount --bind "/dev/$device" "$root/dev/$device"
+done
+ln -s /proc/self/fd "$root/dev/fd"
+exec "$@"
+"#;
+
+/// Directories that something is mounted on, with the modes that the package `filesystem` gives them.
+const PLACES: [(&str, u32); 4] = [("proc", 0o555), ("sys", 0o555), ("dev", 0o755), ("run", 0o755)];
+
+/// Makes the directories of [`ENTER`] in a new root. Where the database is not in `/var/lib/rpm`, that is a link to it, as the
+/// releases that moved it have it.
+pub(in super::super) fn make_places(root: &Path, plan: &Plan) -> Result<(), BuildError> {
+    let database = &plan.os.rpm.database;
+    let make = || -> io::Result<()> {
+        for (name, mode) in PLACES {
+            let path = root.join(name);
+            std::fs::create_dir_all(&path)?;
+            std::fs::set_permissions(&path, Permissions::from_mode(mode))?;
+        }
+        std::fs::create_dir_all(root.join(database.trim_start_matches('/')))?;
+        let usual = root.join("var/lib/rpm");
+        if usual.symlink_metadata().is_err() {
+            std::fs::create_dir_all(root.join("var/lib"))?;
+            symlink(format!("../..{database}"), usual)?;
+        }
+        Ok(())
+    };
+    make().map_err(|error| BuildError::io("prepare", root, error))
+}
+
+/// Runs a tool of the host's on `root`. Whether it succeeded, and what it printed last; its standard output goes to `output`, if
+/// that is given.
+pub(in super::super) fn run(
+    context: &mut Context<'_, '_>,
+    root: &Path,
+    meaning: &mut dyn Meaning,
+    command: Vec<OsString>,
+    output: Option<File>,
+) -> Result<(bool, Tail), BuildError> {
+    let places = Places::of(context.work);
+    let mut all: Vec<OsString> = ["sh", "-ec", ENTER, "sh"].map(OsString::from).to_vec();
+    all.push(root.into());
+    all.extend(command);
+    let environment = vec![
+        ("HOME".to_owned(), places.home().display().to_string()),
+        // What the tools print is searched for reasons.
+        ("LC_ALL".to_owned(), "C.UTF-8".to_owned()),
+        ("ZYPP_CONF".to_owned(), places.config().join("zypp.conf").display().to_string()),
+        // Scripts of packages: no service is started, and the kernel's own scripts leave initramfs and boot loader to the build.
+        ("SYSTEMD_OFFLINE".to_owned(), "1".to_owned()),
+        ("KERNEL_INSTALL_BYPASS".to_owned(), "1".to_owned()),
+    ];
+    let output = output.map(OwnedFd::from);
+    let (finished, tail) = context.tools.run(meaning, |[input, usual, errors]| {
+        let mut options = Options::on_host(all, [input, output.unwrap_or(usual), errors]);
+        options.environment = environment;
+        Ok(options)
+    })?;
+    Ok((finished?.outcome == Outcome::Exited(0), tail))
+}
+
+/// Runs a command of the image with files as its standard streams; its failure is the build's.
+pub(super) fn in_tree_with(
+    context: &mut Context<'_, '_>,
+    doing: &str,
+    command: &[OsString],
+    input: Option<File>,
+    output: Option<File>,
+) -> Result<(), BuildError> {
+    let work = context.work;
+    let (input, output) = (input.map(OwnedFd::from), output.map(OwnedFd::from));
+    let (finished, tail) = context.tools.run(&mut NoMeaning, |[nothing, usual, errors]| {
+        let mut options = Options::in_tree(&work.root(), command.to_vec())?;
+        options.stdio = Some([input.unwrap_or(nothing), output.unwrap_or(usual), errors]);
+        Ok(options)
+    })?;
+    match finished?.outcome {
+        Outcome::Exited(0) => Ok(()),
+        _ => Err(BuildError::Tool { doing: doing.to_owned(), reason: tail.reason(), tail }),
+    }
+}
+
+/// Lays the node's files over the tree, if there are any: after the packages, whose links of a merged `/usr` have to be there, and
+/// before the initramfs is made.
+pub(super) fn plant(context: &mut Context<'_, '_>) -> Result<(), BuildError> {
+    if context.plan.node_files.is_none() {
+        return Ok(());
+    }
+    let script = "tar -C \"$1\" --numeric-owner -cf - . | tar -C \"$2\" --numeric-owner --keep-directory-symlink \
+                  --no-overwrite-dir -xpf -";
+    let mut command: Vec<OsString> = ["bash", "-o", "pipefail", "-ec", script, "bash"].map(OsString::from).to_vec();
+    let (stage, root) = (context.work.stage(), context.work.root());
+    command.extend([stage.into_os_string(), root.clone().into_os_string()]);
+    let (succeeded, tail) = run(context, &root, &mut NoMeaning, command, None)?;
+    if succeeded {
+        return Ok(());
+    }
+    Err(BuildError::Tool { doing: "laying in the node's files".to_owned(), reason: tail.reason(), tail })
+}

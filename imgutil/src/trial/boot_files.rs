@@ -1,0 +1,66 @@
+//! Kernel and initramfs, taken out of an image: its own files, as a server would give them to a boot loader.
+
+use crate::pack::newest_kernel;
+use crate::squashfs::{Inode, InodeKind, Piece, Reader, Source, SquashfsError};
+use anyhow::{Context as _, Result, bail};
+
+/// More than any kernel or initramfs has.
+const LIMIT: u64 = 1 << 30;
+
+/// The newest kernel of an image with its initramfs.
+pub(super) struct BootFiles {
+    pub(super) kernel: Vec<u8>,
+    pub(super) initramfs: Vec<u8>,
+}
+
+/// Reads them.
+pub(super) fn read<S: Source>(source: S) -> Result<BootFiles> {
+    let mut reader = Reader::open(source)?;
+    let root = reader.root();
+    let root = reader.inode(root)?;
+    let boot = child(&mut reader, &root, "boot")?.context("the image has no directory /boot")?;
+    let names = names(&mut reader, &boot)?;
+    let Some(release) = newest_kernel(&names).map(str::to_owned) else {
+        bail!("the image has no kernel (/boot/vmlinuz-*)");
+    };
+    // As Debian, the Enterprise Linuxes and SUSE call it.
+    let candidates = [format!("initrd.img-{release}"), format!("initramfs-{release}.img"), format!("initrd-{release}")];
+    let Some(initramfs) = candidates.iter().find(|name| names.contains(name)) else {
+        bail!("the image's kernel {release} has no initramfs: /boot has none of {}", candidates.join(", "));
+    };
+    Ok(BootFiles {
+        kernel: file(&mut reader, &boot, &format!("vmlinuz-{release}"))?,
+        initramfs: file(&mut reader, &boot, initramfs)?,
+    })
+}
+
+fn names<S: Source>(reader: &mut Reader<S>, directory: &Inode) -> Result<Vec<String>> {
+    let InodeKind::Directory(listing) = &directory.kind else { bail!("/boot is no directory") };
+    let entries = reader.entries(listing)?;
+    Ok(entries.iter().filter_map(|entry| entry.name.to_str().ok().map(str::to_owned)).collect())
+}
+
+fn child<S: Source>(reader: &mut Reader<S>, directory: &Inode, name: &str) -> Result<Option<Inode>> {
+    let InodeKind::Directory(listing) = &directory.kind else { return Ok(None) };
+    let entries = reader.entries(listing)?;
+    let Some(entry) = entries.iter().find(|entry| entry.name.to_bytes() == name.as_bytes()) else { return Ok(None) };
+    Ok(Some(reader.inode(entry.inode)?))
+}
+
+fn file<S: Source>(reader: &mut Reader<S>, directory: &Inode, name: &str) -> Result<Vec<u8>> {
+    let inode = child(reader, directory, name)?;
+    let Some(Inode { kind: InodeKind::File(data), .. }) = inode else { bail!("/boot/{name} is no regular file") };
+    if data.size > LIMIT {
+        bail!("/boot/{name} is larger than any boot file");
+    }
+    let mut bytes = Vec::new();
+    reader.contents(&data, |piece| {
+        match piece {
+            // Below LIMIT, so it fits.
+            Piece::Hole(length) => bytes.resize(bytes.len() + usize::try_from(length).unwrap_or_default(), 0),
+            Piece::Data(data) => bytes.extend_from_slice(data),
+        }
+        Ok::<(), SquashfsError>(())
+    })?;
+    Ok(bytes)
+}

@@ -1,0 +1,152 @@
+//! What a test found.
+
+use super::boot::Outcome;
+use moor_vm::Vm;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// Lines of the console that go with a boot that failed.
+const CONSOLE: usize = 40;
+
+/// The result of a test. More fields may be added.
+#[derive(Debug, Serialize)]
+pub struct Verdict {
+    /// The image.
+    pub image: PathBuf,
+    /// Its digest.
+    pub digest: String,
+    /// Whether everything that was looked at is good.
+    pub good: bool,
+    /// Whether the machine ran on KVM; if not, times say nothing.
+    pub kvm: bool,
+    /// How long the test took.
+    pub seconds: u64,
+    /// What was looked at, in order.
+    pub checks: Vec<Check>,
+    /// The node's states, with the milliseconds since its kernel started.
+    pub states: Vec<(String, u64)>,
+    /// Figures of the machine in bytes, as it reported them when it was up.
+    pub figures: BTreeMap<String, u64>,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Serialize)]
+pub struct Check {
+    /// Its name: `boot`, `ssh`, `root`, `failover`, `overlay`, `services`, `memory`.
+    pub name: &'static str,
+    /// Whether it is as it should be.
+    pub good: bool,
+    /// In a sentence.
+    pub detail: String,
+    /// What explains it: the end of a console, the journal of a unit.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub logs: Vec<Log>,
+}
+
+/// A piece of a log.
+#[derive(Debug, Serialize)]
+pub struct Log {
+    /// Whose: a unit, or `console`.
+    pub of: String,
+    /// Its last lines.
+    pub text: String,
+}
+
+impl Verdict {
+    pub(super) fn new(image: &Path, digest: &str, kvm: bool) -> Self {
+        Self {
+            image: image.to_owned(),
+            digest: digest.to_owned(),
+            good: true,
+            kvm,
+            seconds: 0,
+            checks: Vec::new(),
+            states: Vec::new(),
+            figures: BTreeMap::new(),
+        }
+    }
+
+    /// Adds what was found.
+    pub(super) fn add(&mut self, name: &'static str, good: bool, detail: impl Into<String>, logs: Vec<Log>) {
+        self.good &= good;
+        self.checks.push(Check { name, good, detail: detail.into(), logs });
+    }
+
+    /// Takes over how the boot ended.
+    pub(super) fn boot(&mut self, outcome: &Outcome, vm: &Vm) {
+        self.states = outcome.states.iter().map(|event| (event.state.clone(), event.uptime_ms)).collect();
+        if let Some(last) = outcome.states.last() {
+            self.figures.clone_from(&last.figures);
+        }
+        match &outcome.failure {
+            None => {
+                let how = if self.kvm { "" } else { " (emulated)" };
+                self.add("boot", true, format!("up {} s after power on{how}", outcome.took.as_secs()), Vec::new());
+                match &outcome.killed_after {
+                    Some(state) => {
+                        self.add("failover", true, format!("one of two servers was killed in state '{state}'"), Vec::new());
+                    }
+                    None => self.add(
+                        "failover",
+                        false,
+                        "the second server had served next to nothing when the node was up, so it was not killed: test again",
+                        Vec::new(),
+                    ),
+                }
+            }
+            Some(reason) => {
+                let console = Log { of: "console".into(), text: vm.console_tail(CONSOLE) };
+                self.add("boot", false, reason.clone(), vec![console]);
+            }
+        }
+    }
+}
+
+/// For people.
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for check in &self.checks {
+            let word = if check.good { "good" } else { "BAD" };
+            writeln!(f, "  {word:<5} {:<9} {}", check.name, printable(&check.detail))?;
+        }
+        for log in self.checks.iter().flat_map(|check| &check.logs) {
+            writeln!(f, "--- {}", printable(&log.of))?;
+            for line in log.text.lines() {
+                writeln!(f, "{}", printable(line))?;
+            }
+        }
+        let verdict = if self.good { "good" } else { "bad" };
+        write!(f, "{}: {verdict}", printable(&self.image.display().to_string()))
+    }
+}
+
+/// What a machine said may hold anything; a terminal gets none of its control characters.
+fn printable(text: &str) -> String {
+    crate::cmd::printable(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_bad_finding_makes_it_bad_and_its_log_is_shown() {
+        let mut verdict = Verdict::new(Path::new("a.moor"), "00", false);
+        verdict.add("ssh", true, "root may log in", Vec::new());
+        assert!(verdict.good);
+        let log = Log { of: "x.service".into(), text: "no such\u{1b}[2Jfile\nend".into() };
+        verdict.add("services", false, "failed: x.service", vec![log]);
+        verdict.add("memory", true, "fine", Vec::new());
+        assert!(!verdict.good);
+        let text = verdict.to_string();
+        assert!(text.contains("  BAD   services  failed: x.service\n"), "{text}");
+        assert!(text.contains("--- x.service\nno such\\u{1b}[2Jfile\nend\n"), "{text}");
+        assert!(text.ends_with("a.moor: bad"), "{text}");
+        let json = serde_json::to_value(&verdict).expect("writes");
+        assert_eq!(json["good"], false);
+        assert_eq!(json["checks"][1]["logs"][0]["of"], "x.service");
+        assert_eq!(json["checks"][0].get("logs"), None);
+    }
+}

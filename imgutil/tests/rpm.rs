@@ -1,0 +1,308 @@
+//! `imgutil build` of RPM systems, by dnf and by zypper, from repositories that are made here: what is installed and what is
+//! left behind, and what each mistake and each missing or wrong signature is answered with.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod build_tree;
+mod rpm_repo;
+
+use build_tree::{imgutil, mounts, processes, scratch, text};
+use rpm_repo::{Key, Package, Server, build as build_packages, files, index, signed};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+const BACKENDS: [&str; 2] = ["dnf", "zypper"];
+
+/// Writes down what the script of a package finds in the tree: devices that are real, processes, and no way to the host's kernel.
+const SCRIPT: &str = r#"%post -n scripted -p <lua>
+local out = io.open("/var/found", "w")
+local function say(...) out:write(table.concat({...}, " "), "\n") end
+say("null", posix.stat("/dev/null", "type"))
+say("self", posix.stat("/proc/self/status", "type"))
+say("sysctl", tostring(io.open("/proc/sys/kernel/domainname", "w") ~= nil))
+say("sys", tostring(posix.stat("/sys/kernel") ~= nil))
+out:close()
+"#;
+
+/// What the tests install: `base` needs nothing, `hello` needs `base` and recommends `weak`.
+const PACKAGES: [Package; 5] = [
+    Package { files: &[("/var/lib/base/list", "one\n", "0640,root,root")], ..Package::empty("base") },
+    Package {
+        version: ("2.0", "3.el9"),
+        header: "Epoch: 1\nRequires: base\nRecommends: weak",
+        files: &[("/usr/share/hello", "hello\n", "0644,root,root"), ("/usr/bin/Hello_x", "#!\n", "4755,root,root")],
+        ..Package::empty("hello")
+    },
+    Package::empty("weak"),
+    Package { scripts: SCRIPT, files: &[("/var/found", "", "0644,root,root")], ..Package::empty("scripted") },
+    Package { header: "Requires: not-anywhere", ..Package::empty("broken") },
+];
+
+/// A description of an operating system with one repository.
+fn describe(work: &Path, backend: &str, uri: &str, key: &Path, more: &str) {
+    let text = format!(
+        "name = \"own-1\"\nfamily = \"{}\"\nrelease = \"1\"\nmirror = \"{uri}\"\nservices = {{ node = [] }}\n{more}\n\
+         [packages]\nminimal = [\"base\"]\nnode = []\n\
+         [[repository]]\nname = \"main\"\nuri = \"{{mirror}}\"\nkey = \"{}\"\nkey-package = \"none\"\n",
+        if backend == "dnf" { "el-9" } else { "suse-15" },
+        key.display()
+    );
+    std::fs::write(work.join("os.toml"), text).unwrap();
+}
+
+fn build(work: &Path, args: &[&str]) -> Output {
+    let mut command = imgutil();
+    command.args(["build", "--os", "./os.toml", "--minimal"]).args(args).current_dir(work);
+    command.output().unwrap()
+}
+
+/// The one error, which is the last line.
+fn error(output: &Output) -> String {
+    let printed = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{printed}");
+    let last = printed.lines().last().unwrap_or_default();
+    assert!(last.starts_with("imgutil: error: build 'tree': "), "{printed}");
+    last.to_owned()
+}
+
+/// All paths below a tree, without directories.
+fn paths(tree: &Path) -> Vec<String> {
+    let output =
+        std::process::Command::new("find").arg(tree).args(["!", "-type", "d", "-printf", "/%P\n"]).output().unwrap();
+    let mut paths: Vec<String> = text(&output.stdout).lines().map(str::to_owned).collect();
+    paths.sort();
+    paths
+}
+
+/// Directories below a tree that are empty.
+fn empty_directories(tree: &Path) -> Vec<String> {
+    let output =
+        std::process::Command::new("find").arg(tree).args(["-type", "d", "-empty", "-printf", "/%P\n"]).output();
+    let mut paths: Vec<String> = text(&output.unwrap().stdout).lines().map(str::to_owned).collect();
+    paths.sort();
+    paths
+}
+
+#[test]
+fn a_signed_repository_becomes_a_tree_and_nothing_else_is_in_it() {
+    let work = scratch();
+    let key = Key::new();
+    let key_file = work.path().join("RPM-GPG-KEY-tests");
+    key.export(&key_file);
+    signed(&work.path().join("repo"), &PACKAGES, &key);
+    let server = Server::start(&work.path().join("repo"));
+    for backend in BACKENDS {
+        for uri in [server.url.clone(), format!("file://{}/repo", work.path().display())] {
+            describe(work.path(), backend, &uri, &key_file, "");
+            let tree = work.path().join("tree");
+            let output = build(work.path(), &["-p", "hello,scripted", "tree"]);
+            assert!(output.status.success(), "{backend}: {}", text(&output.stderr));
+            assert!(text(&output.stderr).contains("imgutil: installing the packages\n"), "{}", text(&output.stderr));
+
+            assert_eq!(std::fs::read_to_string(tree.join("usr/share/hello")).unwrap(), "hello\n");
+            let mode = |path: &str| tree.join(path).metadata().unwrap().permissions().mode() & 0o7777;
+            assert_eq!((mode("usr/bin/Hello_x"), mode("var/lib/base/list"), mode("proc")), (0o4755, 0o640, 0o555));
+            assert_eq!(tree.join("usr/bin/Hello_x").metadata().unwrap().uid(), 0);
+            let found = std::fs::read_to_string(tree.join("var/found")).unwrap();
+            assert_eq!(found, "null character device\nself regular\nsysctl false\nsys false\n");
+
+            let all = paths(&tree);
+            let (database, own): (Vec<&String>, Vec<&String>) =
+                all.iter().partition(|path| path.contains("/rpmdb.sqlite") || path.ends_with("/.rpm.lock"));
+            let place = if backend == "dnf" { "/var/lib/rpm/" } else { "/usr/lib/sysimage/rpm/" };
+            assert!(!database.is_empty() && database.iter().all(|path| path.starts_with(place)), "{database:?}");
+            let expected: &[&str] = if backend == "dnf" {
+                &[
+                    "/etc/machine-id",
+                    "/etc/pki/rpm-gpg/RPM-GPG-KEY-own-1-main",
+                    "/etc/resolv.conf",
+                    "/etc/yum.repos.d/image.repo",
+                    "/usr/bin/Hello_x",
+                    "/usr/share/hello",
+                    "/var/found",
+                    "/var/lib/base/list",
+                    "/var/lib/dnf/history.sqlite",
+                    "/var/lib/dnf/history.sqlite-shm",
+                    "/var/lib/dnf/history.sqlite-wal",
+                ]
+            } else {
+                &[
+                    "/etc/machine-id",
+                    "/etc/pki/rpm-gpg/RPM-GPG-KEY-own-1-main",
+                    "/etc/resolv.conf",
+                    "/etc/zypp/repos.d/own-1-main.repo",
+                    "/usr/bin/Hello_x",
+                    "/usr/share/hello",
+                    "/var/found",
+                    "/var/lib/base/list",
+                    "/var/lib/rpm",
+                    "/var/lib/zypp/AutoInstalled",
+                ]
+            };
+            assert_eq!(own, expected, "{backend} {uri}");
+            let empty = empty_directories(&tree);
+            let first = work.path().components().nth(1).unwrap().as_os_str().to_str().unwrap();
+            assert!(!empty.iter().any(|path| path.starts_with(&format!("/{first}"))), "{empty:?}");
+            let repositories = std::fs::read_to_string(tree.join(own[3].trim_start_matches('/'))).unwrap();
+            for line in [
+                &format!("baseurl={uri}"),
+                "gpgcheck=1",
+                "repo_gpgcheck=1",
+                "gpgkey=file:///etc/pki/rpm-gpg/RPM-GPG-KEY-own-1-main",
+            ] {
+                assert!(repositories.lines().any(|found| found == line), "{line}: {repositories}");
+            }
+            if backend == "zypper" {
+                assert!(repositories.contains("pkg_gpgcheck=1"), "{repositories}");
+                let automatic = std::fs::read_to_string(tree.join("var/lib/zypp/AutoInstalled")).unwrap();
+                assert!(!automatic.contains("hello") && !automatic.contains("base"), "{automatic}");
+            }
+            assert_eq!(
+                (processes(work.path().to_str().unwrap()).len(), mounts(work.path())),
+                (1, Vec::new()),
+                "the server is left"
+            );
+            std::fs::remove_dir_all(&tree).unwrap();
+        }
+    }
+}
+
+#[test]
+fn mistakes_are_answered_in_one_line_and_leave_nothing() {
+    let work = scratch();
+    let key = Key::new();
+    let key_file = work.path().join("key.asc");
+    key.export(&key_file);
+    signed(&work.path().join("repo"), &PACKAGES, &key);
+    let here = format!("file://{}", work.path().display());
+    std::fs::write(work.path().join("no-key.asc"), "not a key\n").unwrap();
+    for backend in BACKENDS {
+        let repository = format!("{here}/repo");
+        let cases: [(&str, &str, &[&str], &[&str]); 6] = [
+            (
+                &repository,
+                "key.asc",
+                &["-p", "helo,nothing-like-it"],
+                &["unknown package 'helo'", "did you mean hello?", "nor 'nothing-like-it'"],
+            ),
+            (&repository, "key.asc", &["-p", "broken"], &["not-anywhere"]),
+            (
+                "http://127.0.0.1:9/x",
+                "key.asc",
+                &[],
+                &["cannot fetch http://127.0.0.1:9/x", "onnect", "check the mirror's address"],
+            ),
+            (&format!("{here}/none"), "key.asc", &[], &["cannot fetch file:/", "/none"]),
+            (&repository, "missing.asc", &[], &["missing.asc' that signs", "is missing"]),
+            (&repository, "no-key.asc", &[], &["taking the keys of the repositories failed", "no-key.asc"]),
+        ];
+        for (uri, key, args, parts) in cases {
+            describe(work.path(), backend, uri, &work.path().join(key), "");
+            let before = listing(work.path());
+            let args: Vec<&str> = args.iter().copied().chain(["tree"]).collect();
+            let output = build(work.path(), &args);
+            let line = error(&output);
+            for part in parts {
+                assert!(line.contains(part), "{backend} {uri} {args:?}: '{part}' is not in: {}", text(&output.stderr));
+            }
+            assert_eq!(listing(work.path()), before, "{backend} {uri} {args:?}");
+        }
+    }
+}
+
+fn listing(directory: &Path) -> Vec<PathBuf> {
+    let mut all: Vec<PathBuf> = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    all.sort();
+    all
+}
+
+/// Each way to be without the right signature, and what is said of it.
+#[test]
+fn what_is_not_signed_by_the_key_is_refused() {
+    let work = scratch();
+    let (good, other) = (Key::new(), Key::new());
+    let key_file = work.path().join("key.asc");
+    good.export(&key_file);
+    let plain = work.path().join("plain");
+    build_packages(&plain, &PACKAGES[..2]);
+    let hello = PACKAGES[1].file();
+    let repository = |name: &str, sign: &dyn Fn(&Path)| {
+        let directory = work.path().join(name);
+        std::fs::create_dir(&directory).unwrap();
+        for file in files(&plain) {
+            std::fs::copy(&file, directory.join(file.file_name().unwrap())).unwrap();
+        }
+        good.sign(&files(&directory).into_iter().filter(|file| !file.ends_with(&hello)).collect::<Vec<_>>());
+        sign(&directory);
+    };
+    repository("unsigned-package", &|directory| {
+        index(directory);
+        good.sign_index(directory);
+    });
+    repository("foreign-package", &|directory| {
+        other.sign(&[directory.join(&hello)]);
+        index(directory);
+        good.sign_index(directory);
+    });
+    repository("unsigned-index", &|directory| {
+        good.sign(&[directory.join(&hello)]);
+        index(directory);
+    });
+    repository("foreign-index", &|directory| {
+        good.sign(&[directory.join(&hello)]);
+        index(directory);
+        other.sign_index(directory);
+    });
+    repository("changed-index", &|directory| {
+        good.sign(&[directory.join(&hello)]);
+        index(directory);
+        good.sign_index(directory);
+        let path = directory.join("repodata/repomd.xml");
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, text.replace("<revision>", "<revision>1")).unwrap();
+    });
+    repository("changed-package", &|directory| {
+        good.sign(&[directory.join(&hello)]);
+        index(directory);
+        good.sign_index(directory);
+        let path = directory.join(&hello);
+        let mut bytes = std::fs::read(&path).unwrap();
+        let last = bytes.len() - 1;
+        bytes[last] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+    });
+    // Where the index is not asked for a signature, the packages still are.
+    let cases: [(&str, &str, &[&str]); 7] = [
+        ("unsigned-package", "", &["package hello-", "2.0-3.el9.noarch", "is not signed"]),
+        ("unsigned-package", "signed-metadata = false", &["package hello-", "2.0-3.el9.noarch", "is not signed"]),
+        ("foreign-package", "", &["package hello-", "2.0-3.el9.noarch", "signed by"]),
+        ("unsigned-index", "", &["the index of file://", "unsigned-index", "signed"]),
+        ("foreign-index", "", &["the index of file://", "foreign-index"]),
+        ("changed-index", "", &["the index of file://", "changed-index"]),
+        ("changed-package", "", &["package hello-", "2.0-3.el9.noarch", "is "]),
+    ];
+    for backend in BACKENDS {
+        for (name, more, parts) in cases {
+            let uri = format!("file://{}/{name}", work.path().display());
+            describe(work.path(), backend, &uri, &key_file, "");
+            let path = work.path().join("os.toml");
+            let described = std::fs::read_to_string(&path).unwrap();
+            std::fs::write(&path, format!("{described}{more}\n")).unwrap();
+            let output = build(work.path(), &["-p", "hello", "tree"]);
+            let line = error(&output);
+            for part in parts {
+                assert!(line.contains(part), "{backend} {name}: '{part}' is not in: {}", text(&output.stderr));
+            }
+            assert!(!work.path().join("tree").exists());
+        }
+        // What is signed well is installed though its index is not, if that is said.
+        let uri = format!("file://{}/unsigned-index", work.path().display());
+        describe(work.path(), backend, &uri, &key_file, "");
+        let path = work.path().join("os.toml");
+        let described = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, format!("{described}signed-metadata = false\n")).unwrap();
+        let output = build(work.path(), &["-p", "hello", "tree"]);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        std::fs::remove_dir_all(work.path().join("tree")).unwrap();
+    }
+}
