@@ -195,6 +195,12 @@ mod tests {
         assert_eq!(run.boot().unwrap(), record);
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(std::fs::metadata(run.path("")).unwrap().permissions().mode() & 0o777, 0o700);
+        for (whole, told) in [("false", false), ("true", true)] {
+            let trace =
+                format!(r#"{{"digest":"{}","chunk_size":65536,"reads":[[3,10]],"is_whole":{whole}}}"#, "07".repeat(32));
+            run.write("tether-trace.json", trace.as_bytes()).unwrap();
+            assert_eq!(run.trace().is_some(), told);
+        }
         let error = run.site().unwrap_err().to_string();
         assert!(error.starts_with("cannot read '") && error.contains("site.json"), "{error}");
     }

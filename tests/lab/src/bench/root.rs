@@ -4,8 +4,8 @@
 use super::mounts::{Kind, Remote, Source, Tree, drop_caches};
 use super::web::{Authority, Conduct, Web};
 use super::{Bar, Lab, PAIRS, Paired, Row, Table, measure, pairs, reads};
-use crate::delay::{Delay, FAR, NEAR};
 use crate::Namespace;
+use crate::delay::{Delay, FAR, NEAR};
 use crate::process::{cpu, resident, run, text, tied};
 use anyhow::Context as _;
 use std::path::{Path, PathBuf};

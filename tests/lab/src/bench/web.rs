@@ -121,14 +121,18 @@ impl Web {
                 "nginx ended: {}",
                 std::fs::read_to_string(self.home.join("error.log")).unwrap_or_default()
             );
-            Ok(std::fs::read_to_string(&pid_file)
-                .is_ok_and(|text| text.trim() == guard.id().unwrap_or(0).to_string()))
+            Ok(std::fs::read_to_string(&pid_file).is_ok_and(|text| text.trim() == guard.id().unwrap_or(0).to_string()))
         })
     }
 
     /// Stops it as a machine that hangs: connections stay, and nothing comes.
     pub(super) fn freeze(&self) -> anyhow::Result<()> {
-        let pid = self.guard.as_ref().and_then(Guard::id).and_then(|pid| i32::try_from(pid).ok()).context("nginx is not running")?;
+        let pid = self
+            .guard
+            .as_ref()
+            .and_then(Guard::id)
+            .and_then(|pid| i32::try_from(pid).ok())
+            .context("nginx is not running")?;
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGSTOP)?;
         Ok(())
     }
