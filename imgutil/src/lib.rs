@@ -2,14 +2,19 @@
 
 pub mod build;
 pub mod cmd;
+pub mod diff;
 pub mod exec;
 mod files;
+mod generations;
 mod in_root;
 pub mod inspect;
 mod key_file;
+mod lossy;
 pub mod pack;
 pub mod progress;
 pub mod recipe;
+pub mod sbom;
+pub mod scrub;
 pub mod squashfs;
 pub mod trial;
 pub mod unpack;

@@ -9,7 +9,13 @@ use crate::header::{
 use crate::keys::{Dek, Keys, Section};
 use crate::metadata::Metadata;
 use aws_lc_rs::{digest, rand};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
+use std::sync::mpsc;
+
+/// Bytes that are read back at once, and handed on to be hashed.
+const READ_BACK: usize = 1 << 20;
+/// So many of them wait for the other thread.
+const READ_AHEAD: usize = 3;
 
 /// How to seal.
 pub struct SealOptions {
@@ -147,18 +153,21 @@ impl<W: Read + Write + Seek> Sealer<W> {
     #[expect(clippy::needless_pass_by_value, reason = "the slot is used up: that is its purpose")]
     fn seal(&mut self, slot: Slot, chunk: &mut Vec<u8>) -> Result<(), ImageError> {
         if let Some(keys) = &self.keys {
+            // Its leaf is made of the bytes that are read back, once their tag has shown that they are these.
             keys.seal_chunk(slot.0, chunk)?;
-        }
-        let leaf = hash::leaf(slot.0, chunk);
-        if slot.0 == 0 {
-            self.leaves[..32].copy_from_slice(&leaf);
-            self.out.seek(SeekFrom::Start(HEADER_LENGTH as u64)).map_err(ImageError::io("writing chunk 0"))?;
         } else {
-            self.leaves.extend_from_slice(&leaf);
-            if slot.0 == 1 {
-                let offset = self.offset_of(1);
-                self.out.seek(SeekFrom::Start(offset)).map_err(ImageError::io("writing the image"))?;
+            let leaf = hash::leaf(slot.0, chunk);
+            if slot.0 == 0 {
+                self.leaves[..32].copy_from_slice(&leaf);
+            } else {
+                self.leaves.extend_from_slice(&leaf);
             }
+        }
+        if slot.0 == 0 {
+            self.out.seek(SeekFrom::Start(HEADER_LENGTH as u64)).map_err(ImageError::io("writing chunk 0"))?;
+        } else if slot.0 == 1 {
+            let offset = self.offset_of(1);
+            self.out.seek(SeekFrom::Start(offset)).map_err(ImageError::io("writing the image"))?;
         }
         self.out.write_all(chunk).map_err(ImageError::io("writing the image"))
     }
@@ -259,31 +268,74 @@ impl<W: Read + Write + Seek> Sealer<W> {
         Ok((out, Sealed { digest: header.digest, size: header.file_length(), chunks, payload_sha256 }))
     }
 
-    /// Reads every chunk back, compares it with its leaf hash, and hashes the plaintext.
+    /// Reads every chunk back, compares it with what was written, makes its leaf hash, and hashes the plaintext: that on a thread of its own, because it is
+    /// half of the work and nothing else is left to do at this point.
     fn read_back(&mut self, chunks: u64) -> Result<[u8; 32], ImageError> {
-        let mut plain = digest::Context::new(&digest::SHA256);
         self.out.flush().map_err(ImageError::io("writing the image"))?;
         self.out.seek(SeekFrom::Start(HEADER_LENGTH as u64)).map_err(ImageError::io("reading the image back"))?;
+        let (plaintext, opened) = mpsc::sync_channel::<Vec<u8>>(READ_AHEAD);
+        let (used, reuse) = mpsc::channel();
+        std::thread::scope(|scope| {
+            let hasher = std::thread::Builder::new().name("payload-hash".into()).spawn_scoped(scope, move || {
+                let mut context = digest::Context::new(&digest::SHA256);
+                for group in opened {
+                    context.update(&group);
+                    // The other side may be done: then nobody wants the buffer.
+                    let _ = used.send(group);
+                }
+                let mut out = [0; 32];
+                out.copy_from_slice(context.finish().as_ref());
+                out
+            });
+            let hasher = hasher.map_err(ImageError::io("starting the thread that hashes"))?;
+            let opened = self.open_all(chunks, &plaintext, &reuse);
+            drop(plaintext);
+            let hash = hasher.join().map_err(|_| ImageError::Crypto("hashing the plaintext"))?;
+            opened.map(|()| hash)
+        })
+    }
+
+    /// Reads and opens all chunks, and hands the plaintext on in groups of about a mebibyte.
+    fn open_all(
+        &mut self,
+        chunks: u64,
+        plaintext: &mpsc::SyncSender<Vec<u8>>,
+        reuse: &mpsc::Receiver<Vec<u8>>,
+    ) -> Result<(), ImageError> {
+        let mut group = Vec::with_capacity(READ_BACK);
         let mut chunk = Vec::with_capacity(self.chunk_size + 16);
-        for (index, leaf) in (0..chunks).zip(self.leaves.chunks(32)) {
-            let length = (self.length - index * self.chunk_size as u64).min(self.chunk_size as u64) + self.tag;
+        let mut sealed = BufReader::with_capacity(READ_BACK, &mut self.out);
+        let mut leaves = Vec::new();
+        for index in 0..chunks {
+            let size = self.chunk_size as u64;
+            let length = (self.length - index * size).min(size) + self.tag;
             chunk.clear();
-            (&mut self.out).take(length).read_to_end(&mut chunk).map_err(ImageError::io("reading the image back"))?;
-            let start = self.offset_of(index);
+            (&mut sealed).take(length).read_to_end(&mut chunk).map_err(ImageError::io("reading the image back"))?;
+            let start = HEADER_LENGTH as u64 + index * (size + self.tag);
             let differs = || ImageError::ReadBack { start, end: start + length };
-            if chunk.len() as u64 != length || hash::leaf(index, &chunk) != leaf {
+            if chunk.len() as u64 != length {
                 return Err(differs());
             }
-            if let Some(keys) = &self.keys
-                && !keys.open_chunk(index, &mut chunk)
-            {
+            let leaf = hash::leaf(index, &chunk);
+            // What is there is what was written: by the tag, which only this packer can make; without one, by the hash of what was written.
+            let is_same = match &self.keys {
+                Some(keys) => keys.open_chunk(index, &mut chunk),
+                None => self.leaves.get(leaves.len()..leaves.len() + 32) == Some(leaf.as_slice()),
+            };
+            if !is_same {
                 return Err(differs());
             }
-            plain.update(&chunk);
+            leaves.extend_from_slice(&leaf);
+            group.extend_from_slice(&chunk);
+            if group.len() + self.chunk_size > READ_BACK || index + 1 == chunks {
+                let mut next = reuse.try_recv().unwrap_or_else(|_| Vec::with_capacity(READ_BACK));
+                next.clear();
+                let ended = ImageError::Crypto("hashing the plaintext");
+                plaintext.send(std::mem::replace(&mut group, next)).map_err(|_| ended)?;
+            }
         }
-        let mut out = [0; 32];
-        out.copy_from_slice(plain.finish().as_ref());
-        Ok(out)
+        self.leaves = leaves;
+        Ok(())
     }
 }
 

@@ -19,6 +19,10 @@ enum Command {
     Unpack(super::unpack::Args),
     Inspect(super::inspect::Args),
     Verify(super::verify::Args),
+    Diff(super::diff::Args),
+    Sbom(super::sbom::Args),
+    List(super::list::Args),
+    Prune(super::prune::Args),
     Test(super::test::Args),
 }
 
@@ -32,6 +36,10 @@ impl Cli {
             Command::Unpack(args) => super::unpack::run(&args),
             Command::Inspect(args) => super::inspect::run(&args),
             Command::Verify(args) => super::verify::run(&args),
+            Command::Diff(args) => Ok(super::diff::run(&args)),
+            Command::Sbom(args) => super::sbom::run(&args),
+            Command::List(args) => super::list::run(&args),
+            Command::Prune(args) => super::prune::run(&args),
             Command::Test(args) => super::test::run(&args),
         }
     }

@@ -2,9 +2,13 @@
 
 pub mod build;
 mod cli;
+pub mod diff;
 pub mod exec;
 pub mod inspect;
+pub mod list;
 pub mod pack;
+pub mod prune;
+pub mod sbom;
 pub mod test;
 pub mod unpack;
 pub mod verify;

@@ -38,6 +38,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             for problem in &report.problems {
                 println!("{name}: bad: {problem}");
             }
+            if report.more > 0 {
+                println!("{name}: bad: and {} more damaged parts", report.more);
+            }
             if !report.is_good() {
                 return Ok(ExitCode::FAILURE);
             }

@@ -3,10 +3,11 @@
 use crate::key_file;
 use crate::squashfs::Source;
 use anyhow::{Context as _, Result, bail};
-use moor_image::{Dek, Image, OpenOptions, Payload};
+use moor_image::{Dek, HEADER_LENGTH, Header, Image, OpenOptions, Payload};
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
 
 /// Opens an image file; the key comes from a file, or is not needed.
 pub(crate) fn open(path: &Path, key_file: Option<&Path>) -> Result<Image<File>> {
@@ -17,6 +18,34 @@ pub(crate) fn open(path: &Path, key_file: Option<&Path>) -> Result<Image<File>> 
 pub(crate) fn open_with(path: &Path, key: Option<Dek>) -> Result<Image<File>> {
     let context = || format!("cannot open image '{}'", path.display());
     let file = File::open(path).with_context(context)?;
+    Image::open(file, &OpenOptions { key, ..OpenOptions::default() }).with_context(context)
+}
+
+/// Opens an image file with that one of the keys that is its own; a plain image needs none.
+pub(crate) fn open_with_any(path: &Path, key_files: &[PathBuf]) -> Result<Image<File>> {
+    let context = || format!("cannot open image '{}'", path.display());
+    let file = File::open(path).with_context(context)?;
+    let mut bytes = [0; HEADER_LENGTH];
+    file.read_exact_at(&mut bytes, 0)
+        .with_context(|| format!("'{}' is shorter than an image's header", path.display()))?;
+    let header = Header::parse(&bytes).with_context(context)?;
+    let mut key = None;
+    if header.encrypted {
+        for key_file in key_files {
+            let candidate = key_file::read(key_file)?;
+            if candidate.key_id() == header.key_id {
+                key = Some(candidate);
+                break;
+            }
+        }
+        if key.is_none() {
+            bail!(
+                "cannot open image '{}': it is encrypted with the key {}: give its key with --key-file",
+                path.display(),
+                hex::encode(header.key_id)
+            );
+        }
+    }
     Image::open(file, &OpenOptions { key, ..OpenOptions::default() }).with_context(context)
 }
 

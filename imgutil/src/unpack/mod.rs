@@ -4,14 +4,17 @@ mod image;
 mod interrupt;
 mod restore;
 
-pub(crate) use image::{SquashfsIn, open, open_with};
+pub(crate) use image::{SquashfsIn, open, open_with, open_with_any};
 
+use crate::build::empty_directory as empty;
 use crate::files::must_be_free;
 use crate::progress::Progress;
 use crate::squashfs::{Reader, Source};
-use anyhow::{Context as _, Result};
-use rustix::fs::{CWD, Mode, OFlags, RenameFlags};
-use std::os::fd::AsFd as _;
+use anyhow::{Context as _, Result, bail};
+use rustix::fs::{CWD, FlockOperation, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+use std::ffi::OsString;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 /// Restores the tree in the image file `image` as the directory `destination`. Returns the count of inodes.
@@ -39,22 +42,53 @@ pub fn unsquash<S: Source>(source: S, destination: &Path, progress: &Progress) -
     Ok(reader.inode_count())
 }
 
-/// A directory of a temporary name that is removed unless it is kept.
+/// The directory `.NAME.imgutil-unpack` beside `NAME`, locked, and removed unless it is kept. What a killed run has left there is
+/// removed by the next one of the same name.
 struct Staging {
     path: PathBuf,
     kept: bool,
+    _lock: OwnedFd,
 }
 
 impl Staging {
-    /// Makes one beside `destination`, so that renaming stays within a file system. Nobody else can enter it.
+    /// Makes it beside `destination`, so that renaming stays within a file system. Nobody else can enter it.
     fn beside(destination: &Path) -> Result<Self> {
         let parent = parent_of(destination);
         let name = destination.file_name().with_context(|| format!("'{}' is no name", destination.display()))?;
-        let directory = tempfile::Builder::new()
-            .prefix(&format!(".{}.unpacking-", name.to_string_lossy()))
-            .tempdir_in(parent)
-            .with_context(|| format!("cannot make a directory in '{}'", parent.display()))?;
-        Ok(Self { path: directory.keep(), kept: false })
+        let mut hidden = OsString::from(".");
+        hidden.push(name);
+        hidden.push(".imgutil-unpack");
+        let path = parent.join(hidden);
+        let context = || format!("cannot make the directory '{}'", path.display());
+        for _ in 0..2 {
+            let left_over = match rustix::fs::mkdir(&path, Mode::RWXU) {
+                Ok(()) => false,
+                Err(Errno::EXIST) => true,
+                Err(error) => return Err(error).with_context(context),
+            };
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let lock = rustix::fs::openat(CWD, &path, flags, Mode::empty()).with_context(context)?;
+            let is_locked = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok();
+            // Another run may have removed what we opened, and made its own.
+            let (opened, there) = (rustix::fs::fstat(&lock), rustix::fs::lstat(&path));
+            let is_there = opened.is_ok_and(|opened| there.is_ok_and(|there| there.st_ino == opened.st_ino));
+            if !is_locked || !is_there {
+                break;
+            }
+            if !left_over {
+                return Ok(Self { path, kept: false, _lock: lock });
+            }
+            // Removed, not only emptied: it may have got as far as the owner and attributes of a tree's root.
+            empty(&path)
+                .map_err(anyhow::Error::from)
+                .and_then(|()| Ok(rustix::fs::rmdir(&path)?))
+                .with_context(|| format!("cannot remove what an interrupted run left in '{}'", path.display()))?;
+        }
+        bail!(
+            "another imgutil unpacks to '{}' at this moment (it works in '{}')",
+            destination.display(),
+            path.display()
+        );
     }
 
     /// Gives it its final name, unless that has appeared meanwhile.
