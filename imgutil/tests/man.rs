@@ -64,6 +64,11 @@ fn pages() -> BTreeMap<String, String> {
 
 fn page(command: clap::Command) -> String {
     let mut text = Vec::new();
-    clap_mangen::Man::new(command).date("").source("Mooring").manual("Mooring").render(&mut text).unwrap();
-    String::from_utf8(text).unwrap()
+    clap_mangen::Man::new(command)
+        .date("")
+        .source("Mooring")
+        .manual("Mooring")
+        .render(&mut text)
+        .expect("writing to memory");
+    String::from_utf8(text).expect("clap writes UTF-8")
 }
