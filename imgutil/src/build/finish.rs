@@ -109,7 +109,8 @@ fn set_timezone(context: &Context<'_, '_>, tree: &Tree) -> Result<(), BuildError
     Ok(())
 }
 
-fn make_impersonal(tree: &Tree) -> Result<(), BuildError> {
+/// Takes out what belongs to one machine.
+pub(super) fn make_impersonal(tree: &Tree) -> Result<(), BuildError> {
     for path in PER_MACHINE {
         tree.remove(path)?;
     }

@@ -9,6 +9,7 @@ pub mod cache;
 mod epoch;
 mod error;
 mod finish;
+mod imported;
 mod initramfs;
 mod lay;
 mod lock;
@@ -23,6 +24,7 @@ mod tree;
 mod workdir;
 
 pub use error::BuildError;
+pub use imported::{Imported, import};
 pub use os::is_path as is_os_file;
 pub use output::Tail;
 
