@@ -7,6 +7,7 @@ mod files;
 mod in_root;
 pub mod inspect;
 mod key_file;
+pub mod oci;
 pub mod pack;
 pub mod progress;
 pub mod recipe;

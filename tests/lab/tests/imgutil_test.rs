@@ -1,0 +1,139 @@
+//! `imgutil test`, as a user runs it: a good image passes, one with a unit that fails is bad and the unit's log is shown, and nothing
+//! is left behind.
+
+use anyhow::{Context as _, ensure};
+use moor_lab::Bins;
+use moor_lab::process::{run, run_shown, tied};
+use moor_lab::tree::{self, Initramfs};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+/// A unit that fails and says so, in the way of an administrator who mistyped a path.
+const FAILING_UNIT: &str = "[Unit]\nDescription=A unit that fails\n[Service]\nType=oneshot\nExecStart=/bin/sh -c 'echo no licence \
+                            server for $HOSTNAME; exit 3'\n[Install]\nWantedBy=multi-user.target\n";
+
+fn pack(bins: &Bins, tree: &Path, image: &Path) -> anyhow::Result<PathBuf> {
+    let key = image.with_extension("key");
+    run_shown(
+        tied(bins.path("imgutil"))
+            .arg("pack")
+            .arg(tree)
+            .arg("-o")
+            .arg(image)
+            .arg("--key-file")
+            .arg(&key)
+            .args(["--level", "1"]),
+    )?;
+    Ok(key)
+}
+
+fn test(bins: &Bins, image: &Path, key: &Path, scratch: &Path) -> anyhow::Result<Output> {
+    let mut command = tied(bins.path("imgutil"));
+    command.arg("test").arg(image).arg("--key-file").arg(key).args(["--json", "--keep"]).env("TMPDIR", scratch);
+    command.output().context("starting imgutil")
+}
+
+fn check<'a>(verdict: &'a Value, name: &str) -> anyhow::Result<&'a Value> {
+    let checks = verdict["checks"].as_array().context("no checks")?;
+    checks.iter().find(|check| check["name"] == name).with_context(|| format!("no check '{name}' in {verdict:#}"))
+}
+
+/// What is in a folder, and which processes have it on their command line.
+fn left(scratch: &Path) -> anyhow::Result<Vec<String>> {
+    let mut left: Vec<String> = std::fs::read_dir(scratch)?
+        .map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned()))
+        .collect::<Result<_, _>>()?;
+    let name = scratch.display().to_string();
+    for process in std::fs::read_dir("/proc")?.flatten() {
+        let words = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+        let words = String::from_utf8_lossy(&words).replace('\0', " ");
+        if words.contains(&name) && !words.contains("imgutil_test") {
+            left.push(words);
+        }
+    }
+    Ok(left)
+}
+
+#[test]
+fn a_good_image_passes_and_a_failing_unit_is_named_with_its_log() -> anyhow::Result<()> {
+    let bins = Bins::find()?;
+    let work = tempfile::Builder::new().prefix("moor-test-").tempdir()?;
+    // imgutil's own folders go here; its servers run as another user.
+    let scratch = work.path().join("tmp");
+    std::fs::create_dir(&scratch)?;
+    for path in [work.path(), &scratch] {
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
+    }
+    let good = tree::debian(&bins, Initramfs::InitramfsTools, &mut |what| println!("{what}"))?;
+    let image = work.path().join("good.moor");
+    let key = pack(&bins, &good, &image)?;
+
+    let output = test(&bins, &image, &key, &scratch)?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.code() == Some(0), "{}\n{said}", String::from_utf8_lossy(&output.stdout));
+    let verdict: Value = serde_json::from_slice(&output.stdout)?;
+    assert_eq!(verdict["good"], true);
+    for name in ["boot", "failover", "ssh", "root", "overlay", "services", "memory"] {
+        assert_eq!(check(&verdict, name)?["good"], true, "{verdict:#}");
+    }
+    // The killed server is one of two that the root came from.
+    let root = check(&verdict, "root")?["detail"].as_str().unwrap_or_default();
+    assert!(root.contains(":8443") && root.contains(":8444"), "{root}");
+    // The logs were asked for; nothing else is left, neither processes nor keys.
+    let kept: Vec<String> = left(&scratch)?;
+    assert!(matches!(&kept[..], [logs] if logs.starts_with("imgutil-test-logs-")), "{kept:?}");
+    let logs = scratch.join(&kept[0]);
+    assert!(std::fs::read_to_string(logs.join("console.log"))?.contains("moor-agent: done"));
+    std::fs::remove_dir_all(&logs)?;
+
+    // A copy of the same tree with a unit that fails.
+    let bad = work.path().join("bad");
+    run(tied("cp").args(["-a", "--reflink=auto"]).arg(&good).arg(&bad))?;
+    std::fs::write(bad.join("etc/systemd/system/licence.service"), FAILING_UNIT)?;
+    run_shown(tied(bins.path("imgutil")).arg("exec").arg(&bad).args(["--", "systemctl", "enable", "licence.service"]))?;
+    let image = work.path().join("bad.moor");
+    let key = pack(&bins, &bad, &image)?;
+    let output = test(&bins, &image, &key, &scratch)?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.code() == Some(1), "{}\n{said}", String::from_utf8_lossy(&output.stdout));
+    let verdict: Value = serde_json::from_slice(&output.stdout)?;
+    assert_eq!(verdict["good"], false);
+    let services = check(&verdict, "services")?;
+    assert_eq!(services["good"], false);
+    assert_eq!(services["logs"][0]["of"], "licence.service", "{services:#}");
+    let log = services["logs"][0]["text"].as_str().unwrap_or_default();
+    assert!(log.contains("no licence server"), "{log}");
+    assert_eq!(check(&verdict, "root")?["good"], true, "{verdict:#}");
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_tested_says_why_and_leaves_nothing() -> anyhow::Result<()> {
+    let bins = Bins::find()?;
+    let work = tempfile::tempdir()?;
+    let scratch = work.path().join("tmp");
+    std::fs::create_dir(&scratch)?;
+    let (tree, image) = (work.path().join("tree"), work.path().join("empty.moor"));
+    std::fs::create_dir_all(tree.join("etc"))?;
+    let key = pack(&bins, &tree, &image)?;
+    let plain = work.path().join("plain.moor");
+    run_shown(tied(bins.path("imgutil")).arg("pack").arg(&tree).arg("-o").arg(&plain).arg("--plain"))?;
+    let wrong = work.path().join("wrong.key");
+    std::fs::write(&wrong, format!("{}\n", "ab".repeat(32)))?;
+    for (image, key, reason) in [
+        (&image, &key, "the image has no directory /boot"),
+        (&image, &wrong, "key"),
+        (&plain, &key, "the image is not encrypted"),
+        (&work.path().join("none.moor"), &key, "cannot open image"),
+    ] {
+        let output = test(&bins, image, key, &scratch)?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        let error = said.lines().find(|line| line.starts_with("imgutil: error: ")).unwrap_or_default();
+        assert!(error.contains(reason), "{said}");
+        assert!(output.stdout.is_empty());
+        assert_eq!(left(&scratch)?, Vec::<String>::new());
+    }
+    Ok(())
+}
