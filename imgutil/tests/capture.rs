@@ -4,6 +4,8 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use serde_json::Value;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -176,7 +178,7 @@ fn a_system_on_several_file_systems_becomes_one_image_without_its_secrets() {
     // Everything else of the system is there.
     let files = std::fs::read(dir.path().join("files")).unwrap();
     for name in files.split(|byte| *byte == b'\n').filter(|name| !name.is_empty()) {
-        let path = Path::new(std::os::unix::ffi::OsStrExt::from_bytes(name));
+        let path = Path::new(OsStr::from_bytes(name));
         let known = |name: &str| path == Path::new(".").join(name);
         if !PLANTED.iter().any(|planted| known(planted)) && !known("home/op/large") {
             assert!(std::fs::symlink_metadata(out.join(path)).is_ok(), "'{}' is missing", path.display());
