@@ -11,6 +11,7 @@ mod in_root;
 pub mod inspect;
 mod key_file;
 mod lossy;
+pub mod oci;
 pub mod pack;
 pub mod progress;
 pub mod recipe;

@@ -113,9 +113,10 @@ fn policy() -> PathBuf {
         let package = new.join("root");
         let files = new.join("files");
         fs::create_dir(&files).unwrap();
-        let mut modules: Vec<PathBuf> = fs::read_dir(package.join("usr/share/selinux/default"))
-            .unwrap()
+        let listed = fs::read_dir(package.join("usr/share/selinux/default")).unwrap();
+        let mut modules: Vec<PathBuf> = listed
             .map(|entry| entry.unwrap().path())
+            .filter(|path| path.extension().is_some_and(|end| end == "bz2"))
             .collect();
         modules.sort_unstable();
         let rules: String = modules.iter().map(|module| file_contexts(module)).collect();
@@ -131,9 +132,9 @@ fn policy() -> PathBuf {
 /// contexts begins with a number of its own). Homes of users, which semanage fills in, are left out.
 fn file_contexts(module: &Path) -> String {
     const SECTION: u32 = 0xf97c_ff90;
-    let is_packed = module.extension().is_some_and(|end| end == "bz2");
-    let bytes =
-        if is_packed { Command::new("bzcat").arg(module).output().unwrap().stdout } else { fs::read(module).unwrap() };
+    let unpacked = Command::new("bzcat").arg(module).output().unwrap();
+    assert!(unpacked.status.success(), "{}: {}", module.display(), String::from_utf8_lossy(&unpacked.stderr));
+    let bytes = unpacked.stdout;
     let number = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
     let count = number(8) as usize;
     let places: Vec<usize> = (0..count).map(|index| number(12 + 4 * index) as usize).chain([bytes.len()]).collect();

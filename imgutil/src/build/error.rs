@@ -2,6 +2,7 @@
 
 use super::output::Tail;
 use crate::exec::{ExecError, ForeignError};
+use crate::oci::OciError;
 use nix::sys::signal::Signal;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -59,6 +60,9 @@ pub enum BuildError {
         /// What could have been given.
         known: Vec<String>,
     },
+    /// A container image cannot be used.
+    #[error(transparent)]
+    Image(#[from] OciError),
     /// The host cannot run its programs.
     #[error(transparent)]
     Foreign(#[from] ForeignError),

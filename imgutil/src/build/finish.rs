@@ -111,7 +111,8 @@ fn useradd(user: &User) -> Vec<OsString> {
     command
 }
 
-fn make_impersonal(tree: &Tree) -> Result<(), BuildError> {
+/// Takes out what belongs to one machine.
+pub(super) fn make_impersonal(tree: &Tree) -> Result<(), BuildError> {
     for path in PER_MACHINE {
         tree.remove(path)?;
     }

@@ -5,6 +5,7 @@
 mod backend;
 mod error;
 mod finish;
+mod imported;
 mod initramfs;
 mod near;
 mod os;
@@ -16,6 +17,7 @@ mod tree;
 mod workdir;
 
 pub use error::BuildError;
+pub use imported::{Imported, import};
 pub use os::is_path as is_os_file;
 pub use output::Tail;
 pub(crate) use workdir::empty as empty_directory;

@@ -2,12 +2,13 @@
 
 use crate::build::{self, BuildError, Event, NODE_FILES, Options};
 use crate::exec::SignalWatch;
+use crate::oci::Source;
 use crate::recipe::{Base, Recipe, check_uri};
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nix::sys::signal::Signal;
 use std::io::IsTerminal as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,7 @@ imgutil build makes a root tree from a distribution's packages. Name the tree to
     imgutil build --os debian-13 TREE        another system (imgutil build --list-os)
     imgutil build -p vim,htop TREE           with more packages
     imgutil build --minimal TREE             only essential packages, no kernel
+    imgutil build --from oci:DIR:TAG TREE    a container image instead
     imgutil build -f recipe.toml TREE        everything said in a file (docs/recipes.md)
 
 Then: imgutil exec TREE to change it, imgutil pack TREE to make an image of it. All options: imgutil build --help
@@ -56,6 +58,9 @@ pub struct Args {
     /// Only essential packages and apt: no kernel, no agent
     #[arg(long)]
     minimal: bool,
+    /// Make the tree of a container image: oci:DIR[:TAG], or an archive of podman save or docker save
+    #[arg(long, value_name = "IMAGE", conflicts_with_all = ["file", "os", "packages", "mirror", "security_mirror", "minimal"])]
+    from: Option<Source>,
     /// Directory with the node's files in the layout of the target's root
     #[arg(long, value_name = "DIR", default_value = NODE_FILES)]
     node_files: PathBuf,
@@ -83,6 +88,30 @@ fn split_rest(mut rest: Vec<PathBuf>, packages: &mut Vec<String>) -> anyhow::Res
     Ok(tree)
 }
 
+/// Makes the tree of a container image.
+fn import(tree: &Path, source: &Source, arch: Option<&str>) -> anyhow::Result<ExitCode> {
+    let signals = SignalWatch::start(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT])?;
+    let display = Display::new();
+    let result = build::import(tree, source, arch, &mut |event| display.show(event), Some(&signals));
+    display.clear();
+    match result {
+        Ok(made) => {
+            let (tree, digest, seconds) = (made.tree.display(), made.digest.as_str(), made.took.as_secs());
+            println!("built '{tree}': {} {}, from {digest}, in {seconds} s", made.os, made.arch);
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(error) => {
+            let code = match &error {
+                BuildError::Interrupted(signal) => u8::try_from(*signal as i32 + 128).unwrap_or(1),
+                _ => 1,
+            };
+            let error = anyhow::Error::new(error).context(format!("build '{}' from '{source}'", tree.display()));
+            eprintln!("imgutil: error: {}", super::error_line(&error));
+            Ok(ExitCode::from(code))
+        }
+    }
+}
+
 fn uri(text: &str) -> Result<String, String> {
     check_uri(text).map(|()| text.to_owned())
 }
@@ -97,6 +126,9 @@ pub fn run(mut args: Args) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::from(2));
     }
     let tree = split_rest(args.rest, &mut args.packages)?;
+    if let Some(source) = &args.from {
+        return import(&tree, source, args.arch.as_deref());
+    }
     let mut recipe = args.file.as_deref().map(Recipe::read).transpose()?.unwrap_or_default();
     // A path on the command line starts from here, not from the recipe.
     let os = args.os.map(|os| if build::is_os_file(&os) { absolute(&os) } else { Ok(os) }).transpose()?;

@@ -2,7 +2,7 @@
 
 mod changes;
 
-use crate::exec::{self, Bind, ExecError, Network, Options, SignalWatch, Trial, Window};
+use crate::exec::{self, Bind, ExecError, Network, Options, Repository, SignalWatch, Trial, Window};
 use anyhow::Context;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -24,6 +24,9 @@ pub struct Args {
     /// Show a file or directory of the host in the tree, read-only unless :rw is given; DST is SRC if left out
     #[arg(short = 'v', long = "volume", value_name = "SRC[:DST[:rw]]")]
     binds: Vec<Bind>,
+    /// Show a repository beside the image's own: a directory of .deb files, one with repodata, or a source file
+    #[arg(long = "repo", value_name = "FILE|DIR")]
+    repositories: Vec<Repository>,
     /// The network that the command sees: the host's, or none but its own loopback
     #[arg(long, value_enum, default_value = "host")]
     net: Net,
@@ -56,6 +59,7 @@ enum Net {
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let mut options = Options::in_tree(&args.tree, args.command)?;
     options.binds = args.binds;
+    options.repositories = args.repositories;
     options.network = match args.net {
         Net::Host => Network::Host,
         Net::None => Network::None,

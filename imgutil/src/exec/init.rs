@@ -8,6 +8,7 @@ use super::devices::Guard;
 use super::foreign::Emulator;
 use super::mounts::Detached;
 use super::plant::{Planted, Sources};
+use super::repository::Shown;
 use super::root;
 use super::{Options, Root, Window, sys};
 use nix::errno::Errno;
@@ -30,6 +31,8 @@ pub(super) struct Plan<'a> {
     pub(super) lock: Option<&'a OwnedFd>,
     /// `/dev/null` of the host.
     pub(super) null: &'a OwnedFd,
+    /// Repositories beside the image's own.
+    pub(super) shown: &'a [Shown],
     /// What has to be registered to run the image's programs.
     pub(super) emulator: Option<&'a Emulator>,
     /// Whether PID 1 is root of a user namespace, not of the host.

@@ -3,7 +3,7 @@
 //! The host's side is `session`, PID 1 of the image is `init`; between them runs `channel`. One module per concept of
 //! the kernel: `root` (namespaces, `pivot_root`, `/proc`, `/sys`, `/run`), `user` (ids of an ordinary user), `mounts`, `dev`,
 //! `devices` (which ones may be opened) with `bpf`, `caps`, `pty`, `signals`; `plant` holds what an image sees only while a
-//! command runs, `bind` the user's own binds, `trial` changes that are looked at before they are kept, `foreign` images of
+//! command runs, `bind` the user's own binds, `repository` the repositories that he adds, `trial` changes that are looked at before they are kept, `foreign` images of
 //! other architectures.
 
 mod bind;
@@ -18,6 +18,7 @@ mod init;
 mod mounts;
 mod plant;
 mod pty;
+mod repository;
 mod root;
 mod session;
 mod signals;
@@ -29,6 +30,7 @@ pub use bind::{Bind, BindError};
 pub use command::CommandError;
 pub use foreign::{ForeignError, Machine};
 pub use pty::{PtyError, Window};
+pub use repository::{Repository, RepositoryError};
 pub use signals::{PASSED_ON, SignalError, SignalWatch};
 pub use trial::{Change, Kind, State, Trial, TrialError};
 pub use user::UserError;
@@ -66,6 +68,8 @@ pub struct Options {
     pub name: Option<String>,
     /// Parts of the host to show.
     pub binds: Vec<Bind>,
+    /// Repositories to show beside the image's own.
+    pub repositories: Vec<Repository>,
     /// Its network.
     pub network: Network,
     /// The layer that takes its changes; they go into the tree if `None`.
@@ -97,6 +101,7 @@ impl Options {
             root: Root::Tree(tree.clone()),
             name: None,
             binds: Vec::new(),
+            repositories: Vec::new(),
             network: Network::Host,
             trial: None,
             machine: None,
@@ -121,6 +126,7 @@ impl Options {
             root: Root::Host,
             name: None,
             binds: Vec::new(),
+            repositories: Vec::new(),
             network: Network::Host,
             trial: None,
             machine: None,
@@ -172,6 +178,9 @@ pub enum ExecError {
     /// No user namespace for an ordinary user.
     #[error(transparent)]
     User(#[from] UserError),
+    /// A repository that the user added cannot be shown.
+    #[error(transparent)]
+    Repository(Box<RepositoryError>),
     /// The image's programs do not run here.
     #[error(transparent)]
     Foreign(#[from] ForeignError),
@@ -215,6 +224,12 @@ pub enum ExecError {
     /// The terminal failed.
     #[error(transparent)]
     Pty(#[from] PtyError),
+}
+
+impl From<RepositoryError> for ExecError {
+    fn from(error: RepositoryError) -> Self {
+        Self::Repository(Box::new(error))
+    }
 }
 
 /// Runs a command and waits until it and everything it started have ended.

@@ -27,61 +27,65 @@ pub(super) const PLACE_MODE: u32 = 0o1511;
 
 /// What is to appear in the image, read on the host before it is entered.
 pub(super) struct Sources {
-    resolver: Option<Vec<u8>>,
-    policy: bool,
+    /// Path in the image, mode, content.
+    files: Vec<(PathBuf, u32, Vec<u8>)>,
 }
 
 impl Sources {
     /// Nothing is shown.
     pub(super) fn nothing() -> Self {
-        Self { resolver: None, policy: false }
+        Self { files: Vec::new() }
     }
 
-    /// Reads the host's resolver file and finds out whether the image at `tree` asks a `policy-rc.d`.
-    pub(super) fn read(tree: &Path, network: Network) -> Self {
+    /// Reads the host's resolver file and finds out whether the image at `tree` asks a `policy-rc.d`; `more` is shown too.
+    pub(super) fn read<'a>(tree: &Path, network: Network, more: impl Iterator<Item = &'a (PathBuf, Vec<u8>)>) -> Self {
+        let mut files = Vec::new();
         // A host without a resolver file is no error: its image has none either.
-        let resolver = std::fs::read("/etc/resolv.conf").ok().filter(|_| network == Network::Host);
-        let policy = tree.join("usr/bin/dpkg").symlink_metadata().is_ok_and(|found| found.is_file());
-        Self { resolver, policy }
+        if let (Ok(resolver), Network::Host) = (std::fs::read("/etc/resolv.conf"), network) {
+            files.push((PathBuf::from("etc/resolv.conf"), 0o644, resolver));
+        }
+        if tree.join("usr/bin/dpkg").symlink_metadata().is_ok_and(|found| found.is_file()) {
+            files.push((PathBuf::from("usr/sbin/policy-rc.d"), 0o755, POLICY.as_bytes().to_vec()));
+        }
+        files.extend(more.map(|(path, content)| (path.clone(), 0o644, content.clone())));
+        Self { files }
     }
 
     /// Makes mounts of the files. `scratch` is a directory that is covered for a moment; what lies there is not changed.
     pub(super) fn prepare(&self, scratch: BorrowedFd<'_>) -> Result<Prepared, MountError> {
-        let store = tmpfs("755", "1m", MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV)?;
+        let store = tmpfs("755", "4m", MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV)?;
         store.attach(scratch).during("mount", "/run")?;
-        let make = |name: &str, mode, content: &[u8]| -> Result<Detached, MountError> {
-            let file =
-                openat(store.fd(), name, OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC, Mode::from_raw_mode(mode))
-                    .during("make", name)?;
-            std::fs::File::from(file).write_all(content).during("write", name)?;
-            let mount = Detached::copy_of(store.fd(), Path::new(name), false)?;
-            mount.restrict(MountAttrFlags::MOUNT_ATTR_RDONLY, false).during("make read-only", name)?;
-            Ok(mount)
-        };
-        let resolver = self.resolver.as_deref().map(|content| make("resolv.conf", 0o644, content)).transpose()?;
-        let policy = self.policy.then(|| make("policy-rc.d", 0o755, POLICY.as_bytes())).transpose()?;
+        let mut files = Vec::new();
+        for (index, (path, mode, content)) in self.files.iter().enumerate() {
+            let name = index.to_string();
+            let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
+            let file = openat(store.fd(), &name, flags, Mode::from_raw_mode(*mode)).during("make", path)?;
+            std::fs::File::from(file).write_all(content).during("write", path)?;
+            let mount = Detached::copy_of(store.fd(), Path::new(&name), false)?;
+            mount.restrict(MountAttrFlags::MOUNT_ATTR_RDONLY, false).during("make read-only", path)?;
+            files.push((path.clone(), mount));
+        }
         // The bind mounts keep the filesystem; nothing in the image shall find the originals.
         rustix::mount::unmount("/run", UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).during("unmount", "/run")?;
-        Ok(Prepared { resolver, policy })
+        Ok(Prepared { files })
     }
 }
 
 /// The files of [`Sources`] as mounts without a place.
 pub(super) struct Prepared {
-    resolver: Option<Detached>,
-    policy: Option<Detached>,
+    files: Vec<(PathBuf, Detached)>,
 }
 
 impl Prepared {
     /// Puts them where the image's programs look for them, following the image's symbolic links inside the image.
     pub(super) fn place(self, root: BorrowedFd<'_>, planted: &mut Planted) -> Result<(), MountError> {
-        for (path, mount) in [("etc/resolv.conf", self.resolver), ("usr/sbin/policy-rc.d", self.policy)] {
-            let Some(mount) = mount else { continue };
-            match planted.file_place(root, Path::new(path))? {
+        for (path, mount) in self.files {
+            match planted.file_place(root, &path)? {
                 Some(place) => mount.attach(place.as_fd()).during("mount over", Path::new("/").join(path))?,
                 None => planted.warnings.push(format!(
-                    "/{path} in the image is a link to nowhere or no file: it is left alone, \
-                     so names may not resolve or services may start"
+                    "/{} in the image is a link to nowhere or no file: it is left alone, so what imgutil shows there (name \
+                     servers, a lock for services, a repository) is not seen",
+                    path.display()
                 )),
             }
         }

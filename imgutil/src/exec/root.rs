@@ -75,7 +75,7 @@ pub(super) fn enter_tree(tree: &Path, plan: &Plan<'_>, holdings: &mut Holdings) 
     // are made while it can see the host's: for a user namespace it makes none that would show more.
     let mut binds = Vec::new();
     let mut devices = Vec::new();
-    for bind in &options.binds {
+    for bind in options.binds.iter().chain(plan.shown.iter().flat_map(|shown| &shown.binds)) {
         let (mount, rule) = take_bind(bind)?;
         binds.push((bind, mount));
         devices.extend(rule.map(|rule| (bind, rule)));
@@ -111,7 +111,8 @@ pub(super) fn enter_tree(tree: &Path, plan: &Plan<'_>, holdings: &mut Holdings) 
         cover_control_groups(sys_mount.fd())?;
     }
     let prepared = plan.sources.prepare(run.as_fd())?;
-    mount_run(run.as_fd(), shell_file(options).as_deref())?;
+    let shell_file = shell_file(options).map(|text| (SHELL_FILE.to_owned(), text.into_bytes()));
+    mount_run(run.as_fd(), shell_file.iter().chain(plan.shown.iter().flat_map(|shown| &shown.in_run)))?;
     let terminal = dev::mount(dev.as_fd(), &nodes, options.terminal.is_some())?;
 
     prepared.place(root, planted)?;
@@ -230,20 +231,24 @@ fn cover_control_groups(sys: BorrowedFd<'_>) -> Result<(), MountError> {
     }
 }
 
-/// `/run`, empty but for `lock` and what the shell reads.
-fn mount_run(place: BorrowedFd<'_>, shell_file: Option<&str>) -> Result<(), MountError> {
+/// `/run`, empty but for `lock` and files that programs of the image are to find.
+fn mount_run<'a>(place: BorrowedFd<'_>, files: impl Iterator<Item = &'a (String, Vec<u8>)>) -> Result<(), MountError> {
     let mount = tmpfs("755", "20%", MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV)?;
-    let directory = |name: &str, mode| {
-        rustix::fs::mkdirat(mount.fd(), name, Mode::from_raw_mode(mode)).during("make", Path::new("/run").join(name))
+    let directory = |name: &Path, mode| match rustix::fs::mkdirat(mount.fd(), name, Mode::from_raw_mode(mode)) {
+        Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
+        Err(error) => Err(error).during("make", Path::new("/run").join(name)),
     };
-    directory("lock", 0o1777)?;
-    if let Some(text) = shell_file {
-        let shown = Path::new("/run").join(SHELL_FILE);
-        directory("imgutil", 0o755)?;
+    directory(Path::new("lock"), 0o1777)?;
+    for (name, content) in files {
+        let shown = Path::new("/run").join(name);
+        let above: Vec<&Path> =
+            Path::new(name).ancestors().skip(1).filter(|path| !path.as_os_str().is_empty()).collect();
+        for path in above.into_iter().rev() {
+            directory(path, 0o755)?;
+        }
         let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
-        let file =
-            rustix::fs::openat(mount.fd(), SHELL_FILE, flags, Mode::from_raw_mode(0o644)).during("make", &shown)?;
-        std::fs::File::from(file).write_all(text.as_bytes()).during("write", &shown)?;
+        let file = rustix::fs::openat(mount.fd(), name, flags, Mode::from_raw_mode(0o644)).during("make", &shown)?;
+        std::fs::File::from(file).write_all(content).during("write", &shown)?;
     }
     mount.attach(place).during("mount", "/run")
 }

@@ -32,18 +32,24 @@ pub(super) fn run(options: &Options, signals: Option<&SignalWatch>) -> Result<Fi
     let to_terminal = options.terminal.is_some() && rustix::termios::isatty(std::io::stderr());
     let command = Prepared::new(options, to_terminal)?;
     let mut warnings = Vec::new();
-    let (lock, sources) = match (&options.root, &options.trial) {
-        (Root::Tree(_), Some(_)) | (Root::Host, _) => (None, Sources::nothing()),
+    let lock = match (&options.root, &options.trial) {
+        (Root::Tree(_), Some(_)) | (Root::Host, _) => None,
         (Root::Tree(tree), None) => {
             if trial::finish_interrupted(tree)? {
                 warnings.push("a trial was ended while it kept its changes: that is finished now".to_owned());
             }
-            (Some(lock(tree)?), Sources::nothing())
+            Some(lock(tree)?)
         }
     };
+    let mut shown = Vec::new();
+    if let Root::Tree(tree) = &options.root {
+        for (number, repository) in options.repositories.iter().enumerate() {
+            shown.push(repository.shown(number, tree, options.trial.as_ref())?);
+        }
+    }
     let sources = match &options.root {
-        Root::Tree(tree) => Sources::read(tree, options.network),
-        Root::Host => sources,
+        Root::Tree(tree) => Sources::read(tree, options.network, shown.iter().flat_map(|shown| &shown.over)),
+        Root::Host => Sources::nothing(),
     };
     let emulator = emulator(options)?;
     let mapping = mapping(&options.root, emulator.is_some())?;
@@ -56,6 +62,7 @@ pub(super) fn run(options: &Options, signals: Option<&SignalWatch>) -> Result<Fi
         lock: lock.as_ref().or(options.trial.as_ref().map(|trial| trial.lock())),
         null: &null,
         emulator: emulator.as_ref(),
+        shown: &shown,
         in_user_namespace: mapping.is_some(),
     };
 

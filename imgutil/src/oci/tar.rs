@@ -1,0 +1,383 @@
+//! Reads a tar archive as a stream of entries: POSIX ustar and pax, with GNU's long names and binary numbers.
+//!
+//! Our own reader, since a layer comes from anywhere: the known crates read the extension records of an entry, of any length
+//! that its header claims, into memory, and a layer of a few kilobytes can claim terabytes. Here everything is bounded.
+
+use std::ffi::CString;
+use std::io::{self, Read};
+
+/// Archives consist of these.
+const BLOCK: usize = 512;
+/// Longest path and link target.
+pub(super) const PATH_LIMIT: usize = 4096;
+/// All extension records of one entry: room for an attribute of the largest size that Linux has, and some more.
+const RECORDS_LIMIT: u64 = 1 << 20;
+
+/// What an entry is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    File,
+    HardLink,
+    Symlink,
+    Character,
+    Block,
+    Directory,
+    Fifo,
+}
+
+/// One entry without its content.
+#[derive(Debug)]
+pub(super) struct Entry {
+    /// As it stands there.
+    pub(super) path: Vec<u8>,
+    /// Of a symbolic or hard link.
+    pub(super) target: Vec<u8>,
+    pub(super) kind: Kind,
+    /// Permission bits.
+    pub(super) mode: u32,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    /// Seconds and nanoseconds.
+    pub(super) modified: (i64, i64),
+    /// Of the content that follows.
+    pub(super) size: u64,
+    /// Major and minor of a device.
+    pub(super) device: (u32, u32),
+    pub(super) xattrs: Vec<(CString, Vec<u8>)>,
+}
+
+/// Why an archive cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum TarError {
+    /// The stream failed, or ended too early.
+    #[error("cannot read it: {0}")]
+    Read(#[from] io::Error),
+    /// A header whose checksum is wrong: damaged, or no archive.
+    #[error("no header of a tar archive at offset {0}")]
+    Header(u64),
+    /// A field that makes no sense.
+    #[error("the header at offset {offset} has a {what} that is no such")]
+    Field {
+        /// Where the header is.
+        offset: u64,
+        /// Which field.
+        what: &'static str,
+    },
+    /// Something is longer than any honest archive has it.
+    #[error("the {what} of the entry at offset {offset} is longer than {limit} bytes")]
+    TooLong {
+        /// Where.
+        offset: u64,
+        /// What.
+        what: &'static str,
+        /// How much is read.
+        limit: u64,
+    },
+    /// A type of entry that is not known.
+    #[error("the entry at offset {offset} has the type '{}', which is not known here", char::from(*kind).escape_default())]
+    Kind {
+        /// Where.
+        offset: u64,
+        /// Its letter.
+        kind: u8,
+    },
+}
+
+/// What extension records say of the next entry.
+#[derive(Default)]
+struct Extended {
+    path: Option<Vec<u8>>,
+    target: Option<Vec<u8>>,
+    size: Option<u64>,
+    uid: Option<u32>,
+    gid: Option<u32>,
+    modified: Option<(i64, i64)>,
+    xattrs: Vec<(CString, Vec<u8>)>,
+}
+
+/// The archive.
+pub(super) struct Reader<R> {
+    input: R,
+    offset: u64,
+    /// What is left of the content of the current entry, and of the zeros behind it.
+    content: u64,
+    padding: u64,
+}
+
+impl<R: Read> Reader<R> {
+    pub(super) fn new(input: R) -> Self {
+        Self { input, offset: 0, content: 0, padding: 0 }
+    }
+
+    /// The next entry; `None` at the end. What was not read of the content before it is skipped.
+    pub(super) fn next(&mut self) -> Result<Option<Entry>, TarError> {
+        let mut extended = Extended::default();
+        loop {
+            self.skip(self.content + self.padding)?;
+            (self.content, self.padding) = (0, 0);
+            let at = self.offset;
+            let Some(header) = self.header()? else { return Ok(None) };
+            let field = |range: std::ops::Range<usize>| header.get(range).unwrap_or_default();
+            let number = |range, what| number(field(range)).ok_or(TarError::Field { offset: at, what });
+            let size = number(124..136, "size")?;
+            let kind = header[156];
+            match kind {
+                b'x' | b'L' | b'K' | b'g' => {
+                    let record = self.record(at, size)?;
+                    match kind {
+                        b'x' => extended.read(&record).ok_or(TarError::Field { offset: at, what: "record" })?,
+                        b'L' => extended.path = Some(until_nul(&record).to_vec()),
+                        b'K' => extended.target = Some(until_nul(&record).to_vec()),
+                        // A global header: no tool that writes layers puts anything into it that counts here.
+                        _ => {}
+                    }
+                    continue;
+                }
+                _ => {}
+            }
+            let kind = match kind {
+                b'0' | 0 | b'7' => Kind::File,
+                b'1' => Kind::HardLink,
+                b'2' => Kind::Symlink,
+                b'3' => Kind::Character,
+                b'4' => Kind::Block,
+                b'5' => Kind::Directory,
+                b'6' => Kind::Fifo,
+                kind => return Err(TarError::Kind { offset: at, kind }),
+            };
+            let path = extended.path.take().unwrap_or_else(|| full_name(&header));
+            // Before there was a letter for directories.
+            let kind = if kind == Kind::File && path.ends_with(b"/") { Kind::Directory } else { kind };
+            let size = extended.size.unwrap_or(size);
+            if i64::try_from(size).is_err() {
+                return Err(TarError::Field { offset: at, what: "size" });
+            }
+            self.content = if kind == Kind::File { size } else { 0 };
+            self.padding = self.content.wrapping_neg() % BLOCK as u64;
+            let id = |range, what, given: Option<u32>| match given {
+                Some(id) => Ok(id),
+                None => number(range, what)
+                    .and_then(|id| u32::try_from(id).map_err(|_| TarError::Field { offset: at, what })),
+            };
+            let device = |range| number(range, "device number").map(|number| u32::try_from(number).unwrap_or(u32::MAX));
+            let is_device = matches!(kind, Kind::Character | Kind::Block);
+            let entry = Entry {
+                target: extended.target.take().unwrap_or_else(|| until_nul(field(157..257)).to_vec()),
+                kind,
+                mode: u32::try_from(number(100..108, "mode")? & 0o7777).unwrap_or(0),
+                uid: id(108..116, "user id", extended.uid)?,
+                gid: id(116..124, "group id", extended.gid)?,
+                modified: match extended.modified {
+                    Some(time) => time,
+                    None => (i64::try_from(number(136..148, "time")?).unwrap_or(0), 0),
+                },
+                size: self.content,
+                device: if is_device { (device(329..337)?, device(337..345)?) } else { (0, 0) },
+                xattrs: std::mem::take(&mut extended.xattrs),
+                path,
+            };
+            for (what, bytes) in [("name", &entry.path), ("link target", &entry.target)] {
+                if bytes.len() > PATH_LIMIT {
+                    return Err(TarError::TooLong { offset: at, what, limit: PATH_LIMIT as u64 });
+                }
+            }
+            return Ok(Some(entry));
+        }
+    }
+
+    /// Where the content of the current entry begins in the archive.
+    pub(super) fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Reads the rest of the stream, which is no part of the archive, but of what was hashed.
+    pub(super) fn finish(mut self) -> io::Result<()> {
+        io::copy(&mut self.input, &mut io::sink()).map(drop)
+    }
+
+    /// A header; `None` at the end of the archive: zeros, or nothing more.
+    fn header(&mut self) -> Result<Option<[u8; BLOCK]>, TarError> {
+        let at = self.offset;
+        let mut header = [0; BLOCK];
+        let mut filled = 0;
+        while filled < BLOCK {
+            match self.input.read(&mut header[filled..]) {
+                Ok(0) if filled == 0 => return Ok(None),
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.offset += BLOCK as u64;
+        if header.iter().all(|byte| *byte == 0) {
+            return Ok(None);
+        }
+        // The sum of all bytes, with blanks in the place of the sum itself.
+        let sum: u64 = header
+            .iter()
+            .enumerate()
+            .map(|(at, byte)| if (148..156).contains(&at) { 32 } else { u64::from(*byte) })
+            .sum();
+        if number(&header[148..156]) != Some(sum) {
+            return Err(TarError::Header(at));
+        }
+        Ok(Some(header))
+    }
+
+    /// The content of an extension.
+    fn record(&mut self, at: u64, size: u64) -> Result<Vec<u8>, TarError> {
+        if size > RECORDS_LIMIT {
+            return Err(TarError::TooLong { offset: at, what: "extension", limit: RECORDS_LIMIT });
+        }
+        let mut record = vec![0; usize::try_from(size).unwrap_or(0)];
+        self.input.read_exact(&mut record)?;
+        self.offset += size;
+        self.skip(size.wrapping_neg() % BLOCK as u64)?;
+        Ok(record)
+    }
+
+    fn skip(&mut self, count: u64) -> io::Result<()> {
+        let skipped = io::copy(&mut (&mut self.input).take(count), &mut io::sink())?;
+        self.offset += skipped;
+        if skipped == count { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    }
+}
+
+/// The content of the current entry.
+impl<R: Read> Read for Reader<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let wanted = buffer.len().min(usize::try_from(self.content).unwrap_or(usize::MAX));
+        if wanted == 0 {
+            return Ok(0);
+        }
+        let count = self.input.read(&mut buffer[..wanted])?;
+        if count == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.content -= count as u64;
+        self.offset += count as u64;
+        Ok(count)
+    }
+}
+
+impl Extended {
+    /// Reads pax records: `LENGTH KEY=VALUE\n`, one after the other (pax(1)).
+    fn read(&mut self, mut records: &[u8]) -> Option<()> {
+        while !records.is_empty() {
+            let blank = records.iter().position(|byte| *byte == b' ')?;
+            let length: usize = std::str::from_utf8(&records[..blank]).ok()?.parse().ok()?;
+            let record = records.get(blank + 1..length)?.strip_suffix(b"\n")?;
+            records = &records[length..];
+            let equals = record.iter().position(|byte| *byte == b'=')?;
+            let (key, value) = (&record[..equals], &record[equals + 1..]);
+            let text = std::str::from_utf8(value);
+            match key {
+                b"path" => self.path = Some(value.to_vec()),
+                b"linkpath" => self.target = Some(value.to_vec()),
+                b"size" => self.size = Some(text.ok()?.parse().ok()?),
+                b"uid" => self.uid = Some(text.ok()?.parse().ok()?),
+                b"gid" => self.gid = Some(text.ok()?.parse().ok()?),
+                b"mtime" => self.modified = Some(seconds(text.ok()?)?),
+                _ => {
+                    if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
+                        self.xattrs.push((CString::new(name).ok()?, value.to_vec()));
+                    } else if key.starts_with(b"GNU.sparse.") {
+                        // The content would be a map and data, not the file: nothing that writes layers does that.
+                        return None;
+                    }
+                }
+            }
+        }
+        Some(())
+    }
+}
+
+/// `SECONDS[.FRACTION]`, also negative.
+fn seconds(text: &str) -> Option<(i64, i64)> {
+    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
+    let negative = whole.starts_with('-');
+    let whole: i64 = whole.parse().ok()?;
+    if !fraction.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let digits: String = fraction.chars().chain(std::iter::repeat('0')).take(9).collect();
+    let nanoseconds: i64 = digits.parse().ok()?;
+    // -1.25 is 0.75 after -2.
+    Some(if negative && nanoseconds > 0 {
+        (whole.checked_sub(1)?, 1_000_000_000 - nanoseconds)
+    } else {
+        (whole, nanoseconds)
+    })
+}
+
+/// Octal digits, or GNU's binary form: the first bit set, the rest big-endian.
+fn number(field: &[u8]) -> Option<u64> {
+    let (first, rest) = field.split_first()?;
+    if *first == 0x80 {
+        let (high, low) = rest.split_at(rest.len().saturating_sub(8));
+        return high
+            .iter()
+            .all(|byte| *byte == 0)
+            .then(|| low.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)));
+    }
+    let text = std::str::from_utf8(until_nul(field)).ok()?.trim_matches(' ');
+    if text.is_empty() { Some(0) } else { u64::from_str_radix(text, 8).ok() }
+}
+
+fn until_nul(field: &[u8]) -> &[u8] {
+    field.split(|byte| *byte == 0).next().unwrap_or_default()
+}
+
+/// ustar's name with its prefix.
+fn full_name(header: &[u8; BLOCK]) -> Vec<u8> {
+    let name = until_nul(&header[..100]);
+    // GNU's own format ("ustar  ") has other things where the prefix is.
+    let prefix = if &header[257..263] == b"ustar\0" { until_nul(&header[345..500]) } else { &[] };
+    if prefix.is_empty() { name.to_vec() } else { [prefix, b"/", name].concat() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_octal_or_binary() {
+        for (field, expected) in [
+            (&b"0000644\0"[..], Some(0o644)),
+            (b"    644 ", Some(0o644)),
+            (b"\0\0\0\0\0\0\0\0", Some(0)),
+            (b"\x80\0\0\0\0\0\0\0\0\x01\0\0", Some(65536)),
+            (b"\xff\xff\xff\xff\xff\xff\xff\xff", None),
+            (b"0000889\0", None),
+            (b"-000644\0", None),
+        ] {
+            assert_eq!(number(field), expected, "{field:?}");
+        }
+        assert_eq!(seconds("12.5"), Some((12, 500_000_000)));
+        assert_eq!(seconds("-1.25"), Some((-2, 750_000_000)));
+        assert_eq!((seconds("7"), seconds("1.x"), seconds("")), (Some((7, 0)), None, None));
+    }
+
+    #[test]
+    fn records_that_lie_about_their_length_are_refused() {
+        let read = |records: &[u8]| {
+            let mut extended = Extended::default();
+            extended.read(records).map(|()| extended)
+        };
+        let found = read(b"12 path=a/b\n28 SCHILY.xattr.user.x=\0\n\xff=\n5 z=\n").unwrap();
+        assert_eq!(found.path.as_deref(), Some(&b"a/b"[..]));
+        assert_eq!(found.xattrs, [(c"user.x".to_owned(), b"\0\n\xff=".to_vec())]);
+        for records in [
+            &b"99 path=a\n"[..],
+            b"3 path=a\n",
+            b"path=a\n",
+            b"11 path=a/bX",
+            b"0 \n",
+            b"22 GNU.sparse.major=1\n",
+            b"9 size=x\n",
+        ] {
+            assert!(read(records).is_none(), "{records:?}");
+        }
+    }
+}
