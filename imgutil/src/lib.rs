@@ -1,6 +1,7 @@
 //! The library behind `imgutil`: builds root images, starts them like containers, packs, unpacks and checks them.
 
 pub mod build;
+pub mod capture;
 pub mod cmd;
 pub mod diff;
 pub mod exec;

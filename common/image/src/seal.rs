@@ -1,5 +1,5 @@
-//! Sealing: plaintext comes in as a stream, chunks go out sealed. Chunk 0 waits in memory and is sealed last, because a squashfs
-//! writes its superblock last; nothing else may be changed once it was written.
+//! Sealing: plaintext comes in as a stream, chunks go out sealed. The first chunk of each part waits in memory and is sealed last, because
+//! a squashfs writes its superblock last; nothing else may be changed once it was written.
 
 use crate::error::ImageError;
 use crate::hash;
@@ -9,6 +9,7 @@ use crate::header::{
 use crate::keys::{Dek, Keys, Section};
 use crate::metadata::Metadata;
 use aws_lc_rs::{digest, rand};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
 use std::sync::mpsc;
 
@@ -82,8 +83,12 @@ pub struct Sealer<W> {
     chunk_size: usize,
     tag: u64,
     slots: Slots,
-    /// Chunk 0 and the right to seal it, once it is full.
-    first: Option<(Slot, Vec<u8>)>,
+    /// Indices of the first chunks of parts that are not full yet.
+    parts: BTreeSet<u64>,
+    /// First chunks of parts and the right to seal each, from when it is full.
+    held: BTreeMap<u64, (Slot, Vec<u8>)>,
+    /// The chunk whose place the output is at.
+    at: u64,
     buffer: Vec<u8>,
     leaves: Vec<u8>,
     length: u64,
@@ -119,10 +124,12 @@ impl<W: Read + Write + Seek> Sealer<W> {
             builder,
             chunk_size,
             slots: Slots { next: 0 },
-            first: None,
+            parts: BTreeSet::from([0]),
+            held: BTreeMap::new(),
+            // Behind the header, nothing was written yet: whatever chunk comes first seeks its place.
+            at: u64::MAX,
             buffer: Vec::with_capacity(chunk_size + 16),
-            // Leaf 0 is filled in at the end.
-            leaves: vec![0; 32],
+            leaves: Vec::new(),
             length: 0,
             failed: false,
         })
@@ -134,15 +141,53 @@ impl<W: Read + Write + Seek> Sealer<W> {
         self.length
     }
 
-    /// Changes plaintext inside chunk 0, which waits in memory until [`Self::finish`].
+    /// Begins another part of a payload of several: fills up with zeros to a multiple of `alignment` and gives the part's offset. Its first
+    /// chunk waits in memory until [`Self::finish`].
     ///
     /// # Errors
-    /// The range was not written yet, or leaves chunk 0.
-    pub fn patch_start(&mut self, offset: usize, bytes: &[u8]) -> Result<(), ImageError> {
-        let chunk = self.first.as_mut().map_or(&mut self.buffer, |(_, chunk)| chunk);
-        let range = offset.checked_add(bytes.len()).and_then(|end| chunk.get_mut(offset..end));
-        range.ok_or(ImageError::Argument("only what was written to chunk 0 may be changed"))?.copy_from_slice(bytes);
+    /// `alignment` is no multiple of the chunk size; as for writing.
+    pub fn begin_part(&mut self, alignment: u64) -> Result<u64, ImageError> {
+        let size = self.chunk_size as u64;
+        if alignment == 0 || !alignment.is_multiple_of(size) {
+            return Err(ImageError::Argument("a part begins at a multiple of the chunk size"));
+        }
+        let offset = self.length.next_multiple_of(alignment);
+        let zeros = vec![0; self.chunk_size];
+        while self.length < offset {
+            // Less than a chunk or a whole one, so it fits.
+            let step = usize::try_from(offset - self.length).unwrap_or(zeros.len()).min(zeros.len());
+            self.push(&zeros[..step]).inspect_err(|_| self.failed = true)?;
+        }
+        self.parts.insert(offset / size);
+        Ok(offset)
+    }
+
+    /// Changes plaintext inside the first chunk of a part, which waits in memory until [`Self::finish`].
+    ///
+    /// # Errors
+    /// The range was not written yet, or leaves such a chunk.
+    pub fn patch(&mut self, offset: u64, bytes: &[u8]) -> Result<(), ImageError> {
+        const NOT_HELD: ImageError =
+            ImageError::Argument("only what was written to the first chunk of a part may be changed");
+        let size = self.chunk_size as u64;
+        let (index, begin) = (offset / size, usize::try_from(offset % size).map_err(|_| NOT_HELD)?);
+        let chunk = match self.held.get_mut(&index) {
+            Some((_, chunk)) => chunk,
+            // It is not full yet.
+            None if index == self.slots.next && self.parts.contains(&index) => &mut self.buffer,
+            None => return Err(NOT_HELD),
+        };
+        let range = begin.checked_add(bytes.len()).and_then(|end| chunk.get_mut(begin..end));
+        range.ok_or(NOT_HELD)?.copy_from_slice(bytes);
         Ok(())
+    }
+
+    /// The same for the first part.
+    ///
+    /// # Errors
+    /// As for [`Self::patch`].
+    pub fn patch_start(&mut self, offset: usize, bytes: &[u8]) -> Result<(), ImageError> {
+        self.patch(offset as u64, bytes)
     }
 
     fn offset_of(&self, index: u64) -> u64 {
@@ -157,27 +202,27 @@ impl<W: Read + Write + Seek> Sealer<W> {
             keys.seal_chunk(slot.0, chunk)?;
         } else {
             let leaf = hash::leaf(slot.0, chunk);
-            if slot.0 == 0 {
-                self.leaves[..32].copy_from_slice(&leaf);
-            } else {
-                self.leaves.extend_from_slice(&leaf);
+            // Leaves of chunks that wait are filled in when they are sealed. A leaf is far smaller than its chunk, so its place fits.
+            let place = usize::try_from(slot.0).map_err(|_| ImageError::Argument("an image holds at most 1 TiB"))? * 32;
+            if self.leaves.len() < place + 32 {
+                self.leaves.resize(place + 32, 0);
             }
+            self.leaves[place..place + 32].copy_from_slice(&leaf);
         }
-        if slot.0 == 0 {
-            self.out.seek(SeekFrom::Start(HEADER_LENGTH as u64)).map_err(ImageError::io("writing chunk 0"))?;
-        } else if slot.0 == 1 {
-            let offset = self.offset_of(1);
+        if slot.0 != self.at {
+            let offset = self.offset_of(slot.0);
             self.out.seek(SeekFrom::Start(offset)).map_err(ImageError::io("writing the image"))?;
         }
+        self.at = slot.0 + 1;
         self.out.write_all(chunk).map_err(ImageError::io("writing the image"))
     }
 
     /// Takes a full (or the last) chunk out of the buffer.
     fn complete(&mut self) -> Result<(), ImageError> {
         let slot = self.slots.take();
-        if slot.0 == 0 {
+        if self.parts.remove(&slot.0) {
             let chunk = std::mem::replace(&mut self.buffer, Vec::with_capacity(self.chunk_size + 16));
-            self.first = Some((slot, chunk));
+            self.held.insert(slot.0, (slot, chunk));
             return Ok(());
         }
         let mut chunk = std::mem::take(&mut self.buffer);
@@ -203,7 +248,7 @@ impl<W: Read + Write + Seek> Sealer<W> {
         Ok(take)
     }
 
-    /// Seals the rest and chunk 0, reads everything back and compares, then writes table, metadata, hints and header. The caller
+    /// Seals the rest and what waits, reads everything back and compares, then writes table, metadata, hints and header. The caller
     /// syncs and renames. `metadata` is told what only now is known.
     ///
     /// # Errors
@@ -220,10 +265,8 @@ impl<W: Read + Write + Seek> Sealer<W> {
             self.complete()?;
         }
         let chunks = self.slots.next;
-        if let Some((slot, mut chunk)) = self.first.take() {
+        for (slot, mut chunk) in std::mem::take(&mut self.held).into_values() {
             self.seal(slot, &mut chunk)?;
-        } else {
-            self.leaves.clear();
         }
         let payload_sha256 = self.read_back(chunks)?;
 

@@ -1,6 +1,7 @@
 //! One module per subcommand: its arguments and the few lines that call the library and print.
 
 pub mod build;
+pub mod capture;
 mod cli;
 pub mod diff;
 pub mod exec;

@@ -115,6 +115,11 @@ pub(crate) fn newest_kernel(names: &[String]) -> Option<&str> {
     newest(names, "vmlinuz-")
 }
 
+/// The greatest of some versions.
+pub(crate) fn newest_version(versions: &[String]) -> Option<&str> {
+    newest(versions, "")
+}
+
 /// The greatest version among names of the form PREFIX VERSION.
 fn newest<'a>(names: &'a [String], prefix: &str) -> Option<&'a str> {
     names.iter().filter_map(|name| name.strip_prefix(prefix)).max_by(|a, b| compare_versions(a, b))
@@ -140,7 +145,7 @@ fn compare_versions(a: &str, b: &str) -> Ordering {
 }
 
 /// `ID-VERSION_ID` of os-release(5).
-fn os_name(text: &str) -> String {
+pub(crate) fn os_name(text: &str) -> String {
     let fields: BTreeMap<&str, &str> = text
         .lines()
         .filter_map(|line| line.trim().split_once('='))

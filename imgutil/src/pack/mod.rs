@@ -11,7 +11,7 @@ mod selinux;
 mod squash;
 mod upload;
 
-pub(crate) use describe::newest_kernel;
+pub(crate) use describe::{newest_kernel, newest_version, os_name};
 pub(crate) use image::signature_path;
 pub use image::{Destination, PackOptions, Packed, pack_to_files};
 pub(crate) use look::look_at_tree;

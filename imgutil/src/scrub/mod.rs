@@ -9,7 +9,7 @@ mod owned;
 mod pattern;
 mod rules;
 
-pub(crate) use keys::BOUND as KEY_BOUND;
+pub(crate) use keys::{BOUND as KEY_BOUND, find as find_key};
 pub use owned::Owned;
 pub use pattern::PatternError;
 pub use rules::{Action, Category, RULES, Rule};
@@ -135,6 +135,15 @@ impl View {
     /// The place of the root's entries.
     pub(crate) fn root(&self) -> ViewPlace {
         ViewPlace { rules: self.rules.root(), exclude: self.exclude.root() }
+    }
+
+    /// Goes down into a directory that is kept without being judged: a mount point, on the way to the root of its file system.
+    pub(crate) fn step(&self, place: &ViewPlace, name: &[u8]) -> ViewPlace {
+        let mut matched = Vec::new();
+        ViewPlace {
+            rules: self.rules.step(&place.rules, name, true, &mut matched),
+            exclude: self.exclude.step(&place.exclude, name, true, &mut matched),
+        }
     }
 
     /// Judges an entry of the directory at `place`; `head` reads the first bytes of a regular file.

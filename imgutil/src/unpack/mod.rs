@@ -20,26 +20,53 @@ use std::path::{Path, PathBuf};
 /// Restores the tree in the image file `image` as the directory `destination`. Returns the count of inodes.
 pub fn unpack_image(image: &Path, key_file: Option<&Path>, destination: &Path, progress: &Progress) -> Result<u32> {
     must_be_free(destination, "name a new directory, or remove it")?;
-    let source = image::SquashfsIn::new(open(image, key_file)?, image)?;
-    unsquash(source, destination, progress)
+    let parts = SquashfsIn::all(open(image, key_file)?, image)?;
+    unsquash_all(parts, destination, progress)
         .with_context(|| format!("cannot unpack '{}' to '{}'", image.display(), destination.display()))
 }
 
 /// Restores the squashfs in `source` as the directory `destination`, which must not exist. Returns the count of inodes.
 pub fn unsquash<S: Source>(source: S, destination: &Path, progress: &Progress) -> Result<u32> {
+    unsquash_all(vec![(PathBuf::from("/"), source)], destination, progress)
+}
+
+/// Restores file systems, each at its mount point below `destination`, the root first. Returns the count of inodes.
+fn unsquash_all<S: Source>(parts: Vec<(PathBuf, S)>, destination: &Path, progress: &Progress) -> Result<u32> {
     must_be_free(destination, "name a new directory, or remove it")?;
-    let mut reader = Reader::open(source)?;
+    let mut readers = Vec::new();
+    for (mount, source) in parts {
+        readers.push((mount, Reader::open(source)?));
+    }
     // Before there is something to remove, and until it is removed: the order of the two matters.
     let interrupts = interrupt::Interrupts::hold_back()?;
     let staging = Staging::beside(destination)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let root = rustix::fs::openat(CWD, &staging.path, flags, Mode::empty())
         .with_context(|| format!("cannot open '{}'", staging.path.display()))?;
-    restore::restore(&mut reader, root.as_fd(), progress, &interrupts)?;
+    let mut inodes: u32 = 0;
+    for (mount, reader) in &mut readers {
+        let place = mount_point(&root, mount).with_context(|| format!("cannot go to '{}'", mount.display()))?;
+        restore::restore(reader, place.as_fd(), progress, &interrupts)?;
+        inodes = inodes.saturating_add(reader.inode_count());
+    }
     rustix::fs::syncfs(&root).with_context(|| format!("cannot write out '{}'", staging.path.display()))?;
     interrupts.check()?;
     staging.keep(destination)?;
-    Ok(reader.inode_count())
+    Ok(inodes)
+}
+
+/// The directory that a file system belongs on: it is in what was restored before, or made. Links are not followed.
+fn mount_point(root: &OwnedFd, mount: &Path) -> Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mut place = root.try_clone()?;
+    for name in mount.iter().skip(1) {
+        match rustix::fs::mkdirat(&place, name, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
+        place = rustix::fs::openat(&place, name, flags, Mode::empty())?;
+    }
+    Ok(place)
 }
 
 /// The directory `.NAME.imgutil-unpack` beside `NAME`, locked, and removed unless it is kept. What a killed run has left there is
