@@ -54,6 +54,11 @@ impl WorkDir {
         Ok(work)
     }
 
+    /// The directory itself.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The tree while it is built.
     pub(super) fn root(&self) -> PathBuf {
         self.path.join("root")
@@ -110,7 +115,7 @@ impl Drop for WorkDir {
 }
 
 /// Removes all that is in `path`, unless something is mounted there: what is behind a mount is not ours.
-fn empty(path: &Path) -> Result<(), BuildError> {
+pub(crate) fn empty(path: &Path) -> Result<(), BuildError> {
     let mounts =
         std::fs::read("/proc/self/mountinfo").map_err(|error| BuildError::io("read", "/proc/self/mountinfo", error))?;
     if let Some(mount) = mount_below(&mounts, path) {
