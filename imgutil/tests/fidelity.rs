@@ -7,9 +7,9 @@ mod common;
 use common::mount::{Mounted, mksquashfs, own_mounts, run};
 use common::odd_tree;
 use common::snapshot::{Snapshot, assert_same, snapshot};
-use imgutil::pack::squash;
+use imgutil::pack::{SquashOptions, squash};
 use imgutil::progress::Progress;
-use imgutil::squashfs::Source;
+use imgutil::squashfs::{Compression, Source};
 use imgutil::unpack::unsquash;
 use std::fs::File;
 use std::io;
@@ -32,7 +32,8 @@ impl Source for Plain {
 /// Packs into a plain file, which only tests do.
 fn pack_plain(tree: &Path, directory: &Path) -> (PathBuf, imgutil::pack::Warnings) {
     let path = directory.join("ours.squashfs");
-    let squashed = squash(tree, File::create(&path).unwrap(), 3, &Progress::silent()).unwrap();
+    let options = SquashOptions { compression: Compression::Zstd(3), ..SquashOptions::default() };
+    let squashed = squash(tree, File::create(&path).unwrap(), &options, &Progress::silent()).unwrap();
     squashed.out.write_all_at(&squashed.superblock, 0).unwrap();
     (path, squashed.warnings)
 }

@@ -168,7 +168,7 @@ fn a_killed_packer_leaves_nothing() {
         // Until so many bytes of the image are there.
         while packing.open_files(&tree).iter().all(|path| fs::metadata(path).map_or(0, |meta| meta.len()) < target) {
             assert!(packing.child.try_wait().unwrap().is_none(), "the packer ended before it had {target} bytes");
-            assert!(begun.elapsed() < Duration::from_mins(1), "the packer does not write");
+            assert!(begun.elapsed() < Duration::from_mins(5), "the packer does not write");
             std::thread::sleep(Duration::from_millis(1));
         }
         packing.child.kill().unwrap();

@@ -95,19 +95,25 @@ fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Problem {
     move |error| bad(format!("'{path}': {error}"))
 }
 
-/// Makes a working directory from a shipped profile.
+/// Makes a working directory from a shipped profile, or from another one.
 ///
 /// # Errors
 /// It exists; there is no such template.
 pub fn create(member: &Member, request: &CreateProfile) -> Result<ProfileView, Problem> {
     let template: ProfileName = request.template.parse().map_err(|error| bad(format!("{error}")))?;
-    let from = member.config.templates.join(template.as_str());
-    if !from.join("profile.yaml").is_file() {
+    // A shipped profile, or another one of the administrator's own: its scripts and private files come along.
+    let places = [member.config.templates.clone(), member.config.profiles()];
+    let mut places = places.iter().map(|place| place.join(template.as_str()));
+    let Some(from) = places.find(|place| place.join("profile.yaml").is_file()) else {
         return Err(Problem::new(
             Code::NotFound,
-            format!("no shipped profile '{template}' in '{}'", member.config.templates.display()),
+            format!(
+                "no profile '{template}', neither a shipped one in '{}' nor one in '{}'",
+                member.config.templates.display(),
+                member.config.profiles().display()
+            ),
         ));
-    }
+    };
     let to = member.config.profiles().join(request.name.as_str());
     if to.exists() {
         return Err(Problem::new(

@@ -285,14 +285,14 @@ pub struct ImageView {
     pub pins: u64,
 }
 
-/// Makes the working directory of a new profile from a shipped one.
+/// Makes the working directory of a new profile from a shipped one, or from another one that is there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CreateProfile {
     /// Its name.
     pub name: ProfileName,
     /// The image it boots; need not exist yet.
     pub image: ImageName,
-    /// The shipped profile to start from.
+    /// The profile to start from.
     pub template: String,
 }
 

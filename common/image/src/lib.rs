@@ -25,7 +25,7 @@ pub use header::{HEADER_LENGTH, Header, LEAVES_PER_PAGE, MAX_PLAINTEXT, Payload,
 pub use image::{Image, ReadAt};
 pub use keys::Dek;
 pub use metadata::{Filesystem, Metadata, Package};
-pub use report::{Problem, Region, Report, verify_file};
+pub use report::{MAX_PROBLEMS, Problem, Region, Report, verify_file};
 pub use seal::{PayloadSummary, SealOptions, Sealed, Sealer};
 pub use sign::{PublicKey, SSHSIG_NAMESPACE, SignatureFile, SigningKey, sshsig_message};
 pub use verify::{LeafPage, OpenOptions, Verifier};

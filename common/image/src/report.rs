@@ -86,9 +86,14 @@ pub struct Report {
     pub with_key: bool,
     /// Chunks that were checked.
     pub chunks: u64,
-    /// Findings, in the order of the file.
+    /// Findings, in the order of the file; the first [`MAX_PROBLEMS`] that were found.
     pub problems: Vec<Problem>,
+    /// How many more there were.
+    pub more: u64,
 }
+
+/// So many findings are kept: an image of zeros has one for each of its 16 million chunks.
+pub const MAX_PROBLEMS: usize = 1000;
 
 impl Report {
     /// Whether nothing was found.
@@ -98,7 +103,11 @@ impl Report {
     }
 
     fn add(&mut self, region: Region, (start, length): (u64, u64), what: impl fmt::Display) {
-        self.problems.push(Problem { region, start, end: start + length, what: what.to_string() });
+        if self.problems.len() == MAX_PROBLEMS {
+            self.more += 1;
+            return;
+        }
+        self.problems.push(Problem { region, start, end: start.saturating_add(length), what: what.to_string() });
     }
 }
 

@@ -1,5 +1,5 @@
-//! Sealing: plaintext comes in as a stream, chunks go out sealed. Chunk 0 waits in memory and is sealed last, because a squashfs
-//! writes its superblock last; nothing else may be changed once it was written.
+//! Sealing: plaintext comes in as a stream, chunks go out sealed. The first chunk of each part waits in memory and is sealed last, because
+//! a squashfs writes its superblock last; nothing else may be changed once it was written.
 
 use crate::error::ImageError;
 use crate::hash;
@@ -9,7 +9,14 @@ use crate::header::{
 use crate::keys::{Dek, Keys, Section};
 use crate::metadata::Metadata;
 use aws_lc_rs::{digest, rand};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
+use std::sync::mpsc;
+
+/// Bytes that are read back at once, and handed on to be hashed.
+const READ_BACK: usize = 1 << 20;
+/// So many of them wait for the other thread.
+const READ_AHEAD: usize = 3;
 
 /// How to seal.
 pub struct SealOptions {
@@ -76,8 +83,12 @@ pub struct Sealer<W> {
     chunk_size: usize,
     tag: u64,
     slots: Slots,
-    /// Chunk 0 and the right to seal it, once it is full.
-    first: Option<(Slot, Vec<u8>)>,
+    /// Indices of the first chunks of parts that are not full yet.
+    parts: BTreeSet<u64>,
+    /// First chunks of parts and the right to seal each, from when it is full.
+    held: BTreeMap<u64, (Slot, Vec<u8>)>,
+    /// The chunk whose place the output is at.
+    at: u64,
     buffer: Vec<u8>,
     leaves: Vec<u8>,
     length: u64,
@@ -113,10 +124,12 @@ impl<W: Read + Write + Seek> Sealer<W> {
             builder,
             chunk_size,
             slots: Slots { next: 0 },
-            first: None,
+            parts: BTreeSet::from([0]),
+            held: BTreeMap::new(),
+            // Behind the header, nothing was written yet: whatever chunk comes first seeks its place.
+            at: u64::MAX,
             buffer: Vec::with_capacity(chunk_size + 16),
-            // Leaf 0 is filled in at the end.
-            leaves: vec![0; 32],
+            leaves: Vec::new(),
             length: 0,
             failed: false,
         })
@@ -128,15 +141,53 @@ impl<W: Read + Write + Seek> Sealer<W> {
         self.length
     }
 
-    /// Changes plaintext inside chunk 0, which waits in memory until [`Self::finish`].
+    /// Begins another part of a payload of several: fills up with zeros to a multiple of `alignment` and gives the part's offset. Its first
+    /// chunk waits in memory until [`Self::finish`].
     ///
     /// # Errors
-    /// The range was not written yet, or leaves chunk 0.
-    pub fn patch_start(&mut self, offset: usize, bytes: &[u8]) -> Result<(), ImageError> {
-        let chunk = self.first.as_mut().map_or(&mut self.buffer, |(_, chunk)| chunk);
-        let range = offset.checked_add(bytes.len()).and_then(|end| chunk.get_mut(offset..end));
-        range.ok_or(ImageError::Argument("only what was written to chunk 0 may be changed"))?.copy_from_slice(bytes);
+    /// `alignment` is no multiple of the chunk size; as for writing.
+    pub fn begin_part(&mut self, alignment: u64) -> Result<u64, ImageError> {
+        let size = self.chunk_size as u64;
+        if alignment == 0 || !alignment.is_multiple_of(size) {
+            return Err(ImageError::Argument("a part begins at a multiple of the chunk size"));
+        }
+        let offset = self.length.next_multiple_of(alignment);
+        let zeros = vec![0; self.chunk_size];
+        while self.length < offset {
+            // Less than a chunk or a whole one, so it fits.
+            let step = usize::try_from(offset - self.length).unwrap_or(zeros.len()).min(zeros.len());
+            self.push(&zeros[..step]).inspect_err(|_| self.failed = true)?;
+        }
+        self.parts.insert(offset / size);
+        Ok(offset)
+    }
+
+    /// Changes plaintext inside the first chunk of a part, which waits in memory until [`Self::finish`].
+    ///
+    /// # Errors
+    /// The range was not written yet, or leaves such a chunk.
+    pub fn patch(&mut self, offset: u64, bytes: &[u8]) -> Result<(), ImageError> {
+        const NOT_HELD: ImageError =
+            ImageError::Argument("only what was written to the first chunk of a part may be changed");
+        let size = self.chunk_size as u64;
+        let (index, begin) = (offset / size, usize::try_from(offset % size).map_err(|_| NOT_HELD)?);
+        let chunk = match self.held.get_mut(&index) {
+            Some((_, chunk)) => chunk,
+            // It is not full yet.
+            None if index == self.slots.next && self.parts.contains(&index) => &mut self.buffer,
+            None => return Err(NOT_HELD),
+        };
+        let range = begin.checked_add(bytes.len()).and_then(|end| chunk.get_mut(begin..end));
+        range.ok_or(NOT_HELD)?.copy_from_slice(bytes);
         Ok(())
+    }
+
+    /// The same for the first part.
+    ///
+    /// # Errors
+    /// As for [`Self::patch`].
+    pub fn patch_start(&mut self, offset: usize, bytes: &[u8]) -> Result<(), ImageError> {
+        self.patch(offset as u64, bytes)
     }
 
     fn offset_of(&self, index: u64) -> u64 {
@@ -147,28 +198,31 @@ impl<W: Read + Write + Seek> Sealer<W> {
     #[expect(clippy::needless_pass_by_value, reason = "the slot is used up: that is its purpose")]
     fn seal(&mut self, slot: Slot, chunk: &mut Vec<u8>) -> Result<(), ImageError> {
         if let Some(keys) = &self.keys {
+            // Its leaf is made of the bytes that are read back, once their tag has shown that they are these.
             keys.seal_chunk(slot.0, chunk)?;
-        }
-        let leaf = hash::leaf(slot.0, chunk);
-        if slot.0 == 0 {
-            self.leaves[..32].copy_from_slice(&leaf);
-            self.out.seek(SeekFrom::Start(HEADER_LENGTH as u64)).map_err(ImageError::io("writing chunk 0"))?;
         } else {
-            self.leaves.extend_from_slice(&leaf);
-            if slot.0 == 1 {
-                let offset = self.offset_of(1);
-                self.out.seek(SeekFrom::Start(offset)).map_err(ImageError::io("writing the image"))?;
+            let leaf = hash::leaf(slot.0, chunk);
+            // Leaves of chunks that wait are filled in when they are sealed. A leaf is far smaller than its chunk, so its place fits.
+            let place = usize::try_from(slot.0).map_err(|_| ImageError::Argument("an image holds at most 1 TiB"))? * 32;
+            if self.leaves.len() < place + 32 {
+                self.leaves.resize(place + 32, 0);
             }
+            self.leaves[place..place + 32].copy_from_slice(&leaf);
         }
+        if slot.0 != self.at {
+            let offset = self.offset_of(slot.0);
+            self.out.seek(SeekFrom::Start(offset)).map_err(ImageError::io("writing the image"))?;
+        }
+        self.at = slot.0 + 1;
         self.out.write_all(chunk).map_err(ImageError::io("writing the image"))
     }
 
     /// Takes a full (or the last) chunk out of the buffer.
     fn complete(&mut self) -> Result<(), ImageError> {
         let slot = self.slots.take();
-        if slot.0 == 0 {
+        if self.parts.remove(&slot.0) {
             let chunk = std::mem::replace(&mut self.buffer, Vec::with_capacity(self.chunk_size + 16));
-            self.first = Some((slot, chunk));
+            self.held.insert(slot.0, (slot, chunk));
             return Ok(());
         }
         let mut chunk = std::mem::take(&mut self.buffer);
@@ -194,7 +248,7 @@ impl<W: Read + Write + Seek> Sealer<W> {
         Ok(take)
     }
 
-    /// Seals the rest and chunk 0, reads everything back and compares, then writes table, metadata, hints and header. The caller
+    /// Seals the rest and what waits, reads everything back and compares, then writes table, metadata, hints and header. The caller
     /// syncs and renames. `metadata` is told what only now is known.
     ///
     /// # Errors
@@ -211,10 +265,8 @@ impl<W: Read + Write + Seek> Sealer<W> {
             self.complete()?;
         }
         let chunks = self.slots.next;
-        if let Some((slot, mut chunk)) = self.first.take() {
+        for (slot, mut chunk) in std::mem::take(&mut self.held).into_values() {
             self.seal(slot, &mut chunk)?;
-        } else {
-            self.leaves.clear();
         }
         let payload_sha256 = self.read_back(chunks)?;
 
@@ -259,31 +311,74 @@ impl<W: Read + Write + Seek> Sealer<W> {
         Ok((out, Sealed { digest: header.digest, size: header.file_length(), chunks, payload_sha256 }))
     }
 
-    /// Reads every chunk back, compares it with its leaf hash, and hashes the plaintext.
+    /// Reads every chunk back, compares it with what was written, makes its leaf hash, and hashes the plaintext: that on a thread of its own, because it is
+    /// half of the work and nothing else is left to do at this point.
     fn read_back(&mut self, chunks: u64) -> Result<[u8; 32], ImageError> {
-        let mut plain = digest::Context::new(&digest::SHA256);
         self.out.flush().map_err(ImageError::io("writing the image"))?;
         self.out.seek(SeekFrom::Start(HEADER_LENGTH as u64)).map_err(ImageError::io("reading the image back"))?;
+        let (plaintext, opened) = mpsc::sync_channel::<Vec<u8>>(READ_AHEAD);
+        let (used, reuse) = mpsc::channel();
+        std::thread::scope(|scope| {
+            let hasher = std::thread::Builder::new().name("payload-hash".into()).spawn_scoped(scope, move || {
+                let mut context = digest::Context::new(&digest::SHA256);
+                for group in opened {
+                    context.update(&group);
+                    // The other side may be done: then nobody wants the buffer.
+                    let _ = used.send(group);
+                }
+                let mut out = [0; 32];
+                out.copy_from_slice(context.finish().as_ref());
+                out
+            });
+            let hasher = hasher.map_err(ImageError::io("starting the thread that hashes"))?;
+            let opened = self.open_all(chunks, &plaintext, &reuse);
+            drop(plaintext);
+            let hash = hasher.join().map_err(|_| ImageError::Crypto("hashing the plaintext"))?;
+            opened.map(|()| hash)
+        })
+    }
+
+    /// Reads and opens all chunks, and hands the plaintext on in groups of about a mebibyte.
+    fn open_all(
+        &mut self,
+        chunks: u64,
+        plaintext: &mpsc::SyncSender<Vec<u8>>,
+        reuse: &mpsc::Receiver<Vec<u8>>,
+    ) -> Result<(), ImageError> {
+        let mut group = Vec::with_capacity(READ_BACK);
         let mut chunk = Vec::with_capacity(self.chunk_size + 16);
-        for (index, leaf) in (0..chunks).zip(self.leaves.chunks(32)) {
-            let length = (self.length - index * self.chunk_size as u64).min(self.chunk_size as u64) + self.tag;
+        let mut sealed = BufReader::with_capacity(READ_BACK, &mut self.out);
+        let mut leaves = Vec::new();
+        for index in 0..chunks {
+            let size = self.chunk_size as u64;
+            let length = (self.length - index * size).min(size) + self.tag;
             chunk.clear();
-            (&mut self.out).take(length).read_to_end(&mut chunk).map_err(ImageError::io("reading the image back"))?;
-            let start = self.offset_of(index);
+            (&mut sealed).take(length).read_to_end(&mut chunk).map_err(ImageError::io("reading the image back"))?;
+            let start = HEADER_LENGTH as u64 + index * (size + self.tag);
             let differs = || ImageError::ReadBack { start, end: start + length };
-            if chunk.len() as u64 != length || hash::leaf(index, &chunk) != leaf {
+            if chunk.len() as u64 != length {
                 return Err(differs());
             }
-            if let Some(keys) = &self.keys
-                && !keys.open_chunk(index, &mut chunk)
-            {
+            let leaf = hash::leaf(index, &chunk);
+            // What is there is what was written: by the tag, which only this packer can make; without one, by the hash of what was written.
+            let is_same = match &self.keys {
+                Some(keys) => keys.open_chunk(index, &mut chunk),
+                None => self.leaves.get(leaves.len()..leaves.len() + 32) == Some(leaf.as_slice()),
+            };
+            if !is_same {
                 return Err(differs());
             }
-            plain.update(&chunk);
+            leaves.extend_from_slice(&leaf);
+            group.extend_from_slice(&chunk);
+            if group.len() + self.chunk_size > READ_BACK || index + 1 == chunks {
+                let mut next = reuse.try_recv().unwrap_or_else(|_| Vec::with_capacity(READ_BACK));
+                next.clear();
+                let ended = ImageError::Crypto("hashing the plaintext");
+                plaintext.send(std::mem::replace(&mut group, next)).map_err(|_| ended)?;
+            }
         }
-        let mut out = [0; 32];
-        out.copy_from_slice(plain.finish().as_ref());
-        Ok(out)
+        self.leaves = leaves;
+        Ok(())
     }
 }
 

@@ -167,6 +167,12 @@ impl SignatureFile {
         Ok(())
     }
 
+    /// Adds the signatures of another file, as far as there is room: while an image is replaced, its signature file vouches for both.
+    pub fn add_all(&mut self, other: Self) {
+        self.signatures.extend(other.signatures);
+        self.signatures.truncate(MAX_SIGNATURES);
+    }
+
     /// Whether one of `trusted` signed `digest`.
     #[must_use]
     pub fn is_signed_by(&self, digest: &[u8; 32], trusted: &[PublicKey]) -> bool {

@@ -188,3 +188,42 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn parts_begin_aligned_and_each_may_be_patched_at_its_start() {
+    let chunk = 1_usize << 14;
+    let alignment = 4 * chunk;
+    for sealed in [false, true] {
+        let key = sealed.then(|| Dek::generate().unwrap());
+        let mut sealer = Sealer::new(Cursor::new(Vec::new()), options(key.clone(), 14)).unwrap();
+        let parts = [bytes(5 * chunk + 3), bytes(7), bytes(3 * chunk), Vec::new()];
+        let mut expected: Vec<u8> = Vec::new();
+        let mut offsets = Vec::new();
+        for part in &parts {
+            let offset = sealer.begin_part(alignment as u64).unwrap();
+            expected.resize(expected.len().next_multiple_of(alignment), 0);
+            assert_eq!(offset, expected.len() as u64);
+            sealer.write_all(part).unwrap();
+            expected.extend_from_slice(part);
+            offsets.push(offset);
+        }
+        // All of them are patched at the end, and in whatever order.
+        for (offset, part) in offsets.iter().zip(&parts).rev() {
+            let patch = &b"late"[..part.len().min(4)];
+            sealer.patch(*offset, patch).unwrap();
+            let at = usize::try_from(*offset).unwrap();
+            expected[at..at + patch.len()].copy_from_slice(patch);
+        }
+        // A second chunk of a part, what was not written, and over the end of a first chunk.
+        assert!(sealer.patch(offsets[0] + chunk as u64, b"x").is_err());
+        assert!(sealer.patch(offsets[3], b"x").is_err());
+        assert!(sealer.patch(chunk as u64 - 2, b"late").is_err());
+        assert!(sealer.begin_part(chunk as u64 + 1).is_err());
+        let (out, info) = sealer
+            .finish(|summary| Metadata { payload_sha256: hex::encode(summary.sha256), ..Metadata::default() }, None)
+            .unwrap();
+        let image =
+            Image::open(out.into_inner(), &OpenOptions { key, pinned: Some(info.digest), ..Default::default() });
+        assert_eq!(read_all(&image.unwrap()).unwrap(), expected);
+    }
+}

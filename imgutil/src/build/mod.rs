@@ -27,6 +27,7 @@ pub use error::BuildError;
 pub use imported::{Imported, import};
 pub use os::is_path as is_os_file;
 pub use output::Tail;
+pub(crate) use workdir::empty as empty_directory;
 
 use crate::exec::SignalWatch;
 use crate::recipe::Recipe;

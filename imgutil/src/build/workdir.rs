@@ -115,7 +115,7 @@ impl Drop for WorkDir {
 }
 
 /// Removes all that is in `path`, unless something is mounted there: what is behind a mount is not ours.
-fn empty(path: &Path) -> Result<(), BuildError> {
+pub(crate) fn empty(path: &Path) -> Result<(), BuildError> {
     let mounts =
         std::fs::read("/proc/self/mountinfo").map_err(|error| BuildError::io("read", "/proc/self/mountinfo", error))?;
     if let Some(mount) = mount_below(&mounts, path) {

@@ -104,13 +104,6 @@ fn split_rest(mut rest: Vec<PathBuf>, packages: &mut Vec<String>) -> anyhow::Res
     Ok(tree)
 }
 
-/// `SOURCE_DATE_EPOCH`, as reproducible-builds.org defines it.
-fn source_date_epoch() -> anyhow::Result<Option<i64>> {
-    let Some(value) = std::env::var_os("SOURCE_DATE_EPOCH").filter(|value| !value.is_empty()) else { return Ok(None) };
-    let seconds = value.to_str().and_then(|text| text.parse().ok()).filter(|seconds| *seconds >= 0);
-    seconds.map(Some).context("SOURCE_DATE_EPOCH is no number of seconds since 1970")
-}
-
 /// Makes the tree of a container image.
 fn import(tree: &Path, source: &Source, arch: Option<&str>) -> anyhow::Result<ExitCode> {
     let signals = SignalWatch::start(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT])?;
@@ -133,6 +126,13 @@ fn import(tree: &Path, source: &Source, arch: Option<&str>) -> anyhow::Result<Ex
             Ok(ExitCode::from(code))
         }
     }
+}
+
+/// `SOURCE_DATE_EPOCH`, as reproducible-builds.org defines it.
+fn source_date_epoch() -> anyhow::Result<Option<i64>> {
+    let Some(value) = std::env::var_os("SOURCE_DATE_EPOCH").filter(|value| !value.is_empty()) else { return Ok(None) };
+    let seconds = value.to_str().and_then(|text| text.parse().ok()).filter(|seconds| *seconds >= 0);
+    seconds.map(Some).context("SOURCE_DATE_EPOCH is no number of seconds since 1970")
 }
 
 /// Runs it.

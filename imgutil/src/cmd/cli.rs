@@ -17,8 +17,13 @@ enum Command {
     Exec(super::exec::Args),
     Pack(super::pack::Args),
     Unpack(super::unpack::Args),
+    Capture(super::capture::Args),
     Inspect(super::inspect::Args),
     Verify(super::verify::Args),
+    Diff(super::diff::Args),
+    Sbom(super::sbom::Args),
+    List(super::list::Args),
+    Prune(super::prune::Args),
     Test(super::test::Args),
 }
 
@@ -30,8 +35,13 @@ impl Cli {
             Command::Exec(args) => super::exec::run(args),
             Command::Pack(args) => super::pack::run(args),
             Command::Unpack(args) => super::unpack::run(&args),
+            Command::Capture(args) => super::capture::run(args),
             Command::Inspect(args) => super::inspect::run(&args),
             Command::Verify(args) => super::verify::run(&args),
+            Command::Diff(args) => Ok(super::diff::run(&args)),
+            Command::Sbom(args) => super::sbom::run(&args),
+            Command::List(args) => super::list::run(&args),
+            Command::Prune(args) => super::prune::run(&args),
             Command::Test(args) => super::test::run(&args),
         }
     }

@@ -1,10 +1,15 @@
 //! One module per subcommand: its arguments and the few lines that call the library and print.
 
 pub mod build;
+pub mod capture;
 mod cli;
+pub mod diff;
 pub mod exec;
 pub mod inspect;
+pub mod list;
 pub mod pack;
+pub mod prune;
+pub mod sbom;
 pub mod test;
 pub mod unpack;
 pub mod verify;

@@ -1,6 +1,7 @@
 //! What an image says of itself, read from the tree: system, architecture, kernel, packages.
 
 use crate::in_root;
+use crate::sbom::database::{self, TreeFiles};
 use anyhow::{Context as _, Result, bail};
 use moor_image::Package;
 use std::cmp::Ordering;
@@ -8,9 +9,8 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::BorrowedFd;
 
-/// Bounds on what is read: a list of 100,000 packages has 100 MB.
+/// Bound on small files that are read.
 const SMALL: u64 = 64 << 10;
-const STATUS: u64 = 256 << 20;
 
 /// What was found in a tree.
 #[derive(Debug, Default)]
@@ -27,7 +27,11 @@ pub(super) struct Description {
 /// Looks at a tree. What it does not have is left empty; only what cannot be read is an error.
 pub(super) fn describe(root: BorrowedFd<'_>) -> Result<Description> {
     let release = in_root::read(root, "etc/os-release", SMALL)?;
-    let packages = in_root::read(root, "var/lib/dpkg/status", STATUS)?.map_or_else(Vec::new, |text| packages(&text));
+    let installed = database::installed(&TreeFiles::new(root))?;
+    let packages: Vec<Package> = installed
+        .into_iter()
+        .map(|package| Package { name: package.name, version: package.version, arch: package.arch })
+        .collect();
     let mut modules = in_root::list(root, "lib/modules")?;
     modules.sort_by(|a, b| compare_versions(a, b));
     let kernel = newest(&in_root::list(root, "boot")?, "vmlinuz-").map(str::to_owned).or_else(|| modules.pop());
@@ -71,9 +75,49 @@ pub(super) fn boot_files(root: BorrowedFd<'_>) -> Result<BootFiles> {
     })
 }
 
+/// The distribution's signed boot loaders, which firmware with Secure Boot takes: file name that they look for each other by, and
+/// the file. None unless both are there: one of two distributions does not start the other.
+pub(super) fn boot_loaders(root: BorrowedFd<'_>) -> Result<Option<[(String, File); 2]>> {
+    for (short, long) in [("x64", "x86_64"), ("aa64", "arm64"), ("aa64", "aarch64")] {
+        // Debian and Ubuntu; GRUB's build for the network comes first.
+        let debian_shim =
+            [format!("usr/lib/shim/shim{short}.efi.signed"), format!("usr/lib/shim/shim{short}.efi.signed.latest")];
+        let debian_grub =
+            ["grubnet", "grub"].map(|name| format!("usr/lib/grub/{long}-efi-signed/{name}{short}.efi.signed"));
+        // SUSE.
+        let suse_shim = [format!("usr/share/efi/{long}/shim.efi")];
+        let suse_grub = [format!("usr/share/efi/{long}/grub.efi")];
+        let mut pairs = vec![(debian_shim.to_vec(), debian_grub.to_vec()), (suse_shim.to_vec(), suse_grub.to_vec())];
+        // EL and Fedora: on the EFI system partition, in a directory of the vendor's.
+        for vendor in in_root::list(root, "boot/efi/EFI")? {
+            let file = |name: &str| vec![format!("boot/efi/EFI/{vendor}/{name}{short}.efi")];
+            pairs.push((file("shim"), file("grub")));
+        }
+        for (shims, grubs) in pairs {
+            let open = |paths: Vec<String>| -> Result<Option<File>> {
+                for path in paths {
+                    if let Some(file) = in_root::open(root, &path)? {
+                        return Ok(Some(file));
+                    }
+                }
+                Ok(None)
+            };
+            if let (Some(shim), Some(grub)) = (open(shims)?, open(grubs)?) {
+                return Ok(Some([(format!("shim{short}.efi"), shim), (format!("grub{short}.efi"), grub)]));
+            }
+        }
+    }
+    Ok(None)
+}
+
 /// The release of the newest kernel among the names in /boot.
 pub(crate) fn newest_kernel(names: &[String]) -> Option<&str> {
     newest(names, "vmlinuz-")
+}
+
+/// The greatest of some versions.
+pub(crate) fn newest_version(versions: &[String]) -> Option<&str> {
+    newest(versions, "")
 }
 
 /// The greatest version among names of the form PREFIX VERSION.
@@ -101,7 +145,7 @@ fn compare_versions(a: &str, b: &str) -> Ordering {
 }
 
 /// `ID-VERSION_ID` of os-release(5).
-fn os_name(text: &str) -> String {
+pub(crate) fn os_name(text: &str) -> String {
     let fields: BTreeMap<&str, &str> = text
         .lines()
         .filter_map(|line| line.trim().split_once('='))
@@ -114,26 +158,10 @@ fn os_name(text: &str) -> String {
     }
 }
 
-/// Installed packages of a dpkg status file (deb-control(5): paragraphs of fields), sorted.
-fn packages(text: &str) -> Vec<Package> {
-    let mut packages = Vec::new();
-    for paragraph in text.split("\n\n") {
-        let field =
-            |name: &str| paragraph.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim);
-        if field("Status").is_some_and(|status| status.ends_with(" installed"))
-            && let (Some(name), Some(version), Some(arch)) = (field("Package"), field("Version"), field("Architecture"))
-        {
-            packages.push(Package { name: name.to_owned(), version: version.to_owned(), arch: arch.to_owned() });
-        }
-    }
-    packages.sort_unstable();
-    packages
-}
-
-/// Debian's name of the architecture most packages have, as `uname -m` says it.
+/// The architecture of the C library's package, as `uname -m` says it; RPM uses the same words.
 fn architecture(packages: &[Package]) -> String {
-    let dpkg = packages.iter().find(|package| package.name == "dpkg" || package.name == "libc6");
-    match dpkg.map(|package| package.arch.as_str()) {
+    let core = packages.iter().find(|package| matches!(package.name.as_str(), "dpkg" | "libc6" | "glibc"));
+    match core.map(|package| package.arch.as_str()) {
         Some("amd64") => "x86_64",
         Some("arm64") => "aarch64",
         Some("armhf") => "armv7l",
@@ -172,14 +200,10 @@ mod tests {
     }
 
     #[test]
-    fn only_installed_packages_are_listed() {
-        let text = "Package: dpkg\nStatus: install ok installed\nVersion: 1.21.22\nArchitecture: amd64\nDescription: x\n y\n\n\
-            Package: gone\nStatus: deinstall ok config-files\nVersion: 1\nArchitecture: all\n\n\
-            Package: base-files\nStatus: install ok installed\nVersion: 12\nArchitecture: amd64\n";
-        let packages = packages(text);
-        assert_eq!(packages.iter().map(|package| package.name.as_str()).collect::<Vec<_>>(), ["base-files", "dpkg"]);
-        assert_eq!(packages[1].version, "1.21.22");
-        assert_eq!(architecture(&packages), "x86_64");
+    fn the_architecture_is_that_of_the_system_s_first_packages() {
+        let package = |name: &str, arch: &str| Package { name: name.into(), version: "1".into(), arch: arch.into() };
+        assert_eq!(architecture(&[package("base-files", "all"), package("dpkg", "amd64")]), "x86_64");
+        assert_eq!(architecture(&[package("glibc", "aarch64"), package("tzdata", "noarch")]), "aarch64");
         assert_eq!(architecture(&[]), "");
     }
 }

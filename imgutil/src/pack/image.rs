@@ -1,11 +1,15 @@
 //! The whole of packing: a tree becomes a sealed image under its name, with its key, signature and boot files beside it.
 
 use super::describe::{self, BootFiles, Description};
+use super::flushing::Flushing;
 use super::scan::{self, Warnings};
-use super::squash::{Squashed, squash};
+use super::selinux::Labels;
+use super::squash::{SquashOptions, Squashed, squash};
 use crate::files::{Existing, NewFile, write_whole};
 use crate::key_file::NewKeyFile;
 use crate::progress::Progress;
+use crate::scrub::LeftOut;
+use crate::squashfs::Compression;
 use crate::unpack::parent_of;
 use anyhow::{Context as _, Result, bail};
 use moor_image::{Dek, Filesystem, Metadata, Payload, SealOptions, Sealed, Sealer, SignatureFile, SigningKey};
@@ -26,8 +30,8 @@ pub struct PackOptions {
     pub lineage: Uuid,
     /// Grows in a lineage.
     pub serial: u64,
-    /// zstd level, 1 to 22.
-    pub level: u32,
+    /// How the tree becomes a squashfs.
+    pub squash: SquashOptions,
 }
 
 /// Where the results go.
@@ -48,10 +52,16 @@ pub struct Packed {
     pub sealed: Sealed,
     /// What could not be kept.
     pub warnings: Warnings,
+    /// What was left out on purpose.
+    pub left_out: LeftOut,
+    /// `SELinux` labels that were set.
+    pub labels: Option<Labels>,
     /// Inodes in the image.
     pub inodes: u64,
     /// Bytes of regular files before compression.
     pub file_bytes: u64,
+    /// Whether signed boot loaders were copied beside the kernel, if that was asked for.
+    pub boot_loaders: Option<bool>,
 }
 
 /// Packs `tree` into files. On failure none of them is there (boot files may be).
@@ -66,6 +76,7 @@ pub fn pack_to_files(
     check_names(destination)?;
     let sign_key = destination.sign_key.map(read_sign_key).transpose()?;
     let boot_files = destination.boot_dir.map(|_| describe::boot_files(root.as_fd())).transpose()?;
+    let boot_loaders = destination.boot_dir.map(|_| describe::boot_loaders(root.as_fd())).transpose()?;
     let key = destination.key_file.map(|_| Dek::generate()).transpose()?;
     let key_file = match (destination.key_file, &key) {
         (Some(path), Some(key)) => Some(NewKeyFile::create(path, key)?),
@@ -74,28 +85,53 @@ pub fn pack_to_files(
     // A plain image holds what the tree keeps from others, /etc/shadow for one.
     let image = NewFile::create(destination.image, if key.is_some() { 0o644 } else { 0o600 })?;
     let out = image.file().try_clone().context("cannot use the image file twice")?;
-    let (_, packed) = seal(tree, out, key, options, progress)
+    let (_, mut packed) = seal(tree, Flushing::new(out), key, options, progress)
         .with_context(|| format!("cannot pack '{}' into '{}'", tree.display(), destination.image.display()))?;
 
     let signature = sign_key.map(|key| signature(&packed.sealed.digest, &key)).transpose()?;
-    let signature_path = signature_path(destination.image);
     if let (Some(directory), Some(files)) = (destination.boot_dir, boot_files) {
         write_boot_files(directory, files)?;
+        packed.boot_loaders = Some(matches!(boot_loaders, Some(Some(_))));
+        for (name, file) in boot_loaders.flatten().into_iter().flatten() {
+            copy_out(directory, &name, file)?;
+        }
     }
     let key_file = key_file.map(NewKeyFile::appear).transpose()?;
-    match &signature {
-        Some(bytes) => write_whole(&signature_path, 0o644, bytes)?,
-        // One of an image that is being replaced would only be wrong.
-        None => remove_if_there(&signature_path)?,
-    }
-    if let Err(error) = image.appear(Existing::Replace) {
-        remove_if_there(&signature_path)?;
-        return Err(error);
-    }
+    appear(image, destination.image, signature)?;
     if let Some(key_file) = key_file {
         key_file.keep();
     }
     Ok(packed)
+}
+
+/// Gives the image its name, and its signature file the contents that belong to it. There is no moment at which the image that is
+/// there, the old one or the new one, lacks a signature that it has: until both are in place the file vouches for both.
+fn appear(image: NewFile, path: &Path, signature: Option<SignatureFile>) -> Result<()> {
+    let path = signature_path(path);
+    let old = match std::fs::read(&path) {
+        Ok(bytes) => Some(bytes),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => return Err(error).with_context(|| format!("cannot read the old '{}'", path.display())),
+    };
+    let Some(signature) = signature else {
+        image.appear(Existing::Replace)?;
+        // The old image's would only be wrong from here on; a crash before this leaves one that is not over the new image.
+        return remove_if_there(&path);
+    };
+    let mut both = signature.clone();
+    // An old file that cannot be read vouches for nothing.
+    if let Some(old) = old.as_deref().and_then(|bytes| SignatureFile::parse(bytes).ok()) {
+        both.add_all(old);
+    }
+    write_whole(&path, 0o644, &both.to_bytes()?)?;
+    if let Err(error) = image.appear(Existing::Replace) {
+        match old {
+            Some(bytes) => write_whole(&path, 0o644, &bytes)?,
+            None => remove_if_there(&path)?,
+        }
+        return Err(error);
+    }
+    if both == signature { Ok(()) } else { write_whole(&path, 0o644, &signature.to_bytes()?) }
 }
 
 /// Refuses a key file that the image, or its signatures, would take the place of: the key would be lost.
@@ -134,11 +170,11 @@ pub(crate) fn seal<W: Read + Write + Seek>(
         key,
     };
     let sealer = Sealer::new(out, seal_options)?;
-    let Squashed { out: mut sealer, superblock, warnings, inodes, file_bytes } =
-        squash(tree, sealer, options.level, progress)?;
+    let Squashed { out: mut sealer, superblock, warnings, left_out, labels, inodes, file_bytes } =
+        squash(tree, sealer, &options.squash, progress)?;
     sealer.patch_start(0, &superblock)?;
     let (out, sealed) = sealer.finish(|payload| metadata(description, options, payload), None)?;
-    Ok((out, Packed { sealed, warnings, inodes, file_bytes }))
+    Ok((out, Packed { sealed, warnings, left_out, labels, inodes, file_bytes, boot_loaders: None }))
 }
 
 fn metadata(description: Description, options: &PackOptions, payload: moor_image::PayloadSummary) -> Metadata {
@@ -148,7 +184,10 @@ fn metadata(description: Description, options: &PackOptions, payload: moor_image
         arch: description.arch,
         kernel: description.kernel,
         builder: format!("imgutil {}", env!("CARGO_PKG_VERSION")),
-        inputs: BTreeMap::from([("zstd-level".to_owned(), options.level.to_string())]),
+        inputs: BTreeMap::from([match options.squash.compression {
+            Compression::Zstd(level) => ("zstd-level".to_owned(), level.to_string()),
+            Compression::Xz => ("compression".to_owned(), "xz".to_owned()),
+        }]),
         payload_sha256: hex::encode(payload.sha256),
         packages: description.packages,
         filesystems: vec![Filesystem { mount: "/".into(), offset: 0, length: payload.length, layout: String::new() }],
@@ -168,10 +207,10 @@ fn read_sign_key(path: &Path) -> Result<SigningKey> {
     SigningKey::from_openssh(&text).with_context(context)
 }
 
-fn signature(digest: &[u8; 32], key: &SigningKey) -> Result<Vec<u8>> {
+fn signature(digest: &[u8; 32], key: &SigningKey) -> Result<SignatureFile> {
     let mut file = SignatureFile::default();
     file.sign(digest, key)?;
-    Ok(file.to_bytes()?)
+    Ok(file)
 }
 
 fn remove_if_there(path: &Path) -> Result<()> {
@@ -186,13 +225,15 @@ fn remove_if_there(path: &Path) -> Result<()> {
 /// Copies kernel and initramfs out of the tree. They are what a boot loader reads, so they are not secret.
 fn write_boot_files(directory: &Path, files: BootFiles) -> Result<()> {
     std::fs::create_dir_all(directory).with_context(|| format!("cannot create '{}'", directory.display()))?;
-    for (mut source, name) in [(files.kernel, "vmlinuz"), (files.initramfs, "initrd.img")] {
-        let path = directory.join(name);
-        let new = NewFile::create(&path, 0o644)?;
-        let mut target: &File = new.file();
-        std::io::copy(&mut source, &mut target)
-            .with_context(|| format!("cannot copy the kernel {} to '{}'", files.release, path.display()))?;
-        new.appear(Existing::Replace)?;
-    }
-    Ok(())
+    let context = || format!("cannot copy the kernel {}", files.release);
+    copy_out(directory, "vmlinuz", files.kernel).with_context(context)?;
+    copy_out(directory, "initrd.img", files.initramfs).with_context(context)
+}
+
+fn copy_out(directory: &Path, name: &str, mut source: File) -> Result<()> {
+    let path = directory.join(name);
+    let new = NewFile::create(&path, 0o644)?;
+    let mut target: &File = new.file();
+    std::io::copy(&mut source, &mut target).with_context(|| format!("cannot write '{}'", path.display()))?;
+    new.appear(Existing::Replace)
 }

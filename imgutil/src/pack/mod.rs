@@ -2,14 +2,20 @@
 
 mod contents;
 mod describe;
+mod flushing;
 mod image;
+mod look;
+mod read;
 mod scan;
+mod selinux;
 mod squash;
 mod upload;
 
-pub(crate) use describe::newest_kernel;
+pub(crate) use describe::{newest_kernel, newest_version, os_name};
 pub(crate) use image::signature_path;
 pub use image::{Destination, PackOptions, Packed, pack_to_files};
+pub(crate) use look::look_at_tree;
 pub use scan::Warnings;
-pub use squash::{Squashed, squash};
-pub use upload::{Server, pack_to_server};
+pub use selinux::Labels;
+pub use squash::{SquashOptions, Squashed, squash};
+pub use upload::{ProfileOptions, Server, pack_to_server};

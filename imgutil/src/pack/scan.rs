@@ -2,11 +2,14 @@
 //!
 //! The tree is not trusted: every step goes through the handle of a directory with `O_NOFOLLOW`, never through a path.
 
+use crate::scrub::{Candidate, Verdict, View, ViewPlace};
 use anyhow::{Context as _, Result, bail};
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, OsStr};
+use std::fs::File;
+use std::io::Read as _;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
@@ -31,6 +34,13 @@ pub(super) struct Tree {
     pub(super) xattrs: Vec<XattrSet>,
     /// What the image will lack, and where.
     pub(super) warnings: Warnings,
+}
+
+impl Tree {
+    /// Bytes in an inode's file; 0 for what is none.
+    pub(super) fn size(&self, index: InodeIndex) -> u64 {
+        if let Kind::File(size) = self.inodes[index.0 as usize].kind { size } else { 0 }
+    }
 }
 
 /// One inode.
@@ -93,8 +103,8 @@ pub(super) fn join(path: &Path, name: &CStr) -> ImagePath {
     path.join(OsStr::from_bytes(name.to_bytes()))
 }
 
-/// Scans the tree below `root`.
-pub(super) fn scan(root: BorrowedFd<'_>) -> Result<Tree> {
+/// Scans the tree below `root`, as `view` shows it.
+pub(super) fn scan(root: BorrowedFd<'_>, view: &mut View) -> Result<Tree> {
     let stat = stat(root, c"")?;
     let mut scanner = Scanner {
         tree: Tree { inodes: Vec::new(), xattrs: Vec::new(), warnings: Warnings::default() },
@@ -102,12 +112,15 @@ pub(super) fn scan(root: BorrowedFd<'_>) -> Result<Tree> {
         device: (stat.stx_dev_major, stat.stx_dev_minor),
         links: HashMap::new(),
         xattr_sets: HashMap::new(),
+        view,
     };
-    scanner.directory(root, &stat, Path::new("/"), 0)?;
+    let place = scanner.view.root();
+    scanner.directory(root, &stat, Path::new("/"), 0, &place)?;
     Ok(scanner.tree)
 }
 
-struct Scanner {
+struct Scanner<'v> {
+    view: &'v mut View,
     tree: Tree,
     mount: u64,
     device: (u32, u32),
@@ -115,9 +128,16 @@ struct Scanner {
     xattr_sets: HashMap<XattrSet, u32>,
 }
 
-impl Scanner {
+impl Scanner<'_> {
     /// Adds the directory behind `fd` and all below it.
-    fn directory(&mut self, fd: BorrowedFd<'_>, stat: &Statx, path: &Path, depth: usize) -> Result<InodeIndex> {
+    fn directory(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        stat: &Statx,
+        path: &Path,
+        depth: usize,
+        place: &ViewPlace,
+    ) -> Result<InodeIndex> {
         if depth > MAX_DEPTH {
             bail!("'{}': directories are nested deeper than {MAX_DEPTH}; flatten them", path.display());
         }
@@ -148,14 +168,18 @@ impl Scanner {
         for name in names {
             let child_path = join(path, &name);
             let stat = self::stat(fd, &name).with_context(|| format!("cannot look at '{}'", child_path.display()))?;
+            let (verdict, below) = self.judge(fd, place, &name, &stat, &child_path)?;
+            if verdict == Verdict::LeaveOut {
+                continue;
+            }
             let child = if FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory {
                 subdirectories += 1;
                 let child_fd = open_directory(fd, &name)
                     .with_context(|| format!("cannot open the directory '{}'", child_path.display()))?;
                 let stat = self::stat(child_fd.as_fd(), c"")?;
-                self.directory(child_fd.as_fd(), &stat, &child_path, depth + 1)?
+                self.directory(child_fd.as_fd(), &stat, &child_path, depth + 1, &below)?
             } else {
-                self.leaf(fd, &name, &stat, &child_path)?
+                self.leaf(fd, &name, &stat, &child_path, verdict == Verdict::Empty)?
             };
             entries.push((name, child));
         }
@@ -165,8 +189,42 @@ impl Scanner {
         Ok(index)
     }
 
+    /// Whether the image gets an entry.
+    fn judge(
+        &mut self,
+        parent: BorrowedFd<'_>,
+        place: &ViewPlace,
+        name: &CStr,
+        stat: &Statx,
+        path: &Path,
+    ) -> Result<(Verdict, ViewPlace)> {
+        let kind = FileType::from_raw_mode(stat.stx_mode.into());
+        let candidate = Candidate {
+            path,
+            name: name.to_bytes(),
+            is_directory: kind == FileType::Directory,
+            is_regular: kind == FileType::RegularFile,
+            bytes: stat.stx_size,
+        };
+        self.view.judge(place, &candidate, || {
+            const HEAD: u64 = 256 << 10;
+            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+            let file = File::from(rustix::fs::openat(parent, name, flags, Mode::empty())?);
+            let mut bytes = Vec::new();
+            file.take(HEAD).read_to_end(&mut bytes)?;
+            Ok(bytes)
+        })
+    }
+
     /// Adds what is not a directory, or another name of what was added before.
-    fn leaf(&mut self, parent: BorrowedFd<'_>, name: &CStr, stat: &Statx, path: &Path) -> Result<InodeIndex> {
+    fn leaf(
+        &mut self,
+        parent: BorrowedFd<'_>,
+        name: &CStr,
+        stat: &Statx,
+        path: &Path,
+        empty: bool,
+    ) -> Result<InodeIndex> {
         let identity = identity(stat);
         if stat.stx_nlink > 1
             && let Some(index) = self.links.get(&identity)
@@ -177,7 +235,7 @@ impl Scanner {
         let elsewhere = self.is_elsewhere(stat);
         let device = (stat.stx_rdev_major, stat.stx_rdev_minor);
         let kind = match FileType::from_raw_mode(stat.stx_mode.into()) {
-            FileType::RegularFile if elsewhere => Kind::File(0),
+            FileType::RegularFile if elsewhere || empty => Kind::File(0),
             FileType::RegularFile => Kind::File(stat.stx_size),
             FileType::Symlink => {
                 let target = rustix::fs::readlinkat(parent, name, Vec::new())

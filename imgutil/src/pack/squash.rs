@@ -2,9 +2,12 @@
 
 use super::contents;
 use super::scan::{self, InodeIndex, Kind, Tree, Warnings};
+use super::selinux::{self, Labels};
 use crate::progress::Progress;
+use crate::scrub::{KeyGuard, LeftOut, View, ViewOptions};
 use crate::squashfs::{
-    Attributes, ContentId, DataWriter, Entry, InodeRef, SUPERBLOCK_SIZE, Special, TreeWriter, WriterOptions, XattrId,
+    Attributes, BLOCK_SIZE, Compression, ContentId, DataWriter, Entry, InodeRef, SUPERBLOCK_SIZE, Special, TreeWriter,
+    WriterOptions, XattrId,
 };
 use anyhow::{Context as _, Result};
 use std::io::Write;
@@ -14,6 +17,32 @@ use std::path::Path;
 /// The squashfs ends on a multiple of this (a loop device has no partial pages).
 const PADDING: usize = 4096;
 
+/// How a tree is made into a squashfs.
+#[derive(Debug, Clone)]
+pub struct SquashOptions {
+    /// How blocks are compressed.
+    pub compression: Compression,
+    /// Bytes in a block, a power of two from 4 KiB to 1 MiB.
+    pub block_size: u32,
+    /// Threads that compress.
+    pub processors: u32,
+    /// What is left out.
+    pub view: ViewOptions,
+}
+
+impl Default for SquashOptions {
+    /// zstd 9 in blocks of 128 KiB on all processors; nothing is left out.
+    fn default() -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(64);
+        Self {
+            compression: Compression::Zstd(9),
+            block_size: BLOCK_SIZE,
+            processors: u32::try_from(processors).unwrap_or(1),
+            view: ViewOptions::default(),
+        }
+    }
+}
+
 /// A squashfs that was written.
 pub struct Squashed<W> {
     /// The output, at its end.
@@ -22,24 +51,30 @@ pub struct Squashed<W> {
     pub superblock: [u8; SUPERBLOCK_SIZE],
     /// What could not be kept.
     pub warnings: Warnings,
+    /// What was left out on purpose.
+    pub left_out: LeftOut,
+    /// `SELinux` labels that were set.
+    pub labels: Option<Labels>,
     /// Inodes in the image.
     pub inodes: u64,
     /// Bytes of regular files, before compression and sharing.
     pub file_bytes: u64,
 }
 
-/// Packs the tree at `path` into `out` with zstd at `level`.
-pub fn squash<W: Write>(path: &Path, out: W, level: u32, progress: &Progress) -> Result<Squashed<W>> {
+/// Packs the tree at `path` into `out`.
+pub fn squash<W: Write>(path: &Path, out: W, options: &SquashOptions, progress: &Progress) -> Result<Squashed<W>> {
     let root = scan::open_root(path)?;
-    let tree = scan::scan(root.as_fd()).with_context(|| format!("in the tree '{}'", path.display()))?;
+    let mut view = View::new(&options.view)?;
+    let guard = KeyGuard::new(root.as_fd(), &options.view)?;
+    let mut tree = scan::scan(root.as_fd(), &mut view).with_context(|| format!("in the tree '{}'", path.display()))?;
+    let labels = selinux::label(&mut tree, root.as_fd())?;
     let file_bytes = tree.inodes.iter().map(|inode| if let Kind::File(size) = inode.kind { size } else { 0 }).sum();
     progress.total(file_bytes);
     // The newest time in the tree: the same tree gives the same bytes.
     let modified = tree.inodes.iter().map(|inode| inode.mtime).max().unwrap_or(0);
-    let workers = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(64);
-    let options = WriterOptions { level, workers: u32::try_from(workers)?, modified };
-    let mut data = DataWriter::new(out, options)?;
-    let contents = contents::store(&tree, root.as_fd(), &mut data, progress)
+    let SquashOptions { compression, block_size, processors, .. } = *options;
+    let mut data = DataWriter::new(out, WriterOptions { compression, block_size, workers: processors, modified })?;
+    let contents = contents::store(&tree, root.as_fd(), guard, &mut data, progress)
         .with_context(|| format!("in the tree '{}'", path.display()))?;
     let mut inodes = Inodes::new(&tree, &contents, data.finish_data()?)?;
     let top = inodes.directory(InodeIndex(0), inodes.root_number() + 1)?;
@@ -48,7 +83,15 @@ pub fn squash<W: Write>(path: &Path, out: W, level: u32, progress: &Progress) ->
     let used = u64::from_le_bytes(superblock[40..48].try_into().context("superblock")?);
     let rest = usize::try_from(used.next_multiple_of(PADDING as u64) - used)?;
     out.write_all(&[0; PADDING][..rest]).context("cannot write the end of the squashfs")?;
-    Ok(Squashed { out, superblock, inodes: tree.inodes.len() as u64, file_bytes, warnings: tree.warnings })
+    Ok(Squashed {
+        out,
+        superblock,
+        inodes: tree.inodes.len() as u64,
+        file_bytes,
+        warnings: tree.warnings,
+        left_out: view.finish(),
+        labels,
+    })
 }
 
 /// Writes inodes and directories, children first.

@@ -3,11 +3,12 @@
 use super::describe;
 use super::image::{PackOptions, Packed, seal};
 use super::scan;
+use super::squash::SquashOptions;
 use crate::progress::Progress;
 use anyhow::{Context as _, Result, bail};
-use moor_api::admin::{ImageView, ImportImage};
+use moor_api::admin::{CreateProfile, ImageView, ImportImage, ProfileView};
 use moor_api::client::admin::AdminClient;
-use moor_api::ids::{ImageName, Sha256Digest};
+use moor_api::ids::{ImageName, ProfileName, Sha256Digest};
 use moor_api::trust::SiteBundle;
 use moor_image::Dek;
 use std::fs::File;
@@ -36,28 +37,51 @@ pub struct Server {
     pub site_file: Option<PathBuf>,
 }
 
+/// What becomes of the profile that has the image's name.
+#[derive(Debug, Clone, Default)]
+pub struct ProfileOptions {
+    /// Make it, from this one with its scripts, and publish it.
+    pub base: Option<String>,
+    /// Publish it, so that nodes get the image.
+    pub publish: bool,
+}
+
 /// Packs `tree` and imports it as the next generation of the image `name`.
 pub fn pack_to_server(
     tree: &Path,
     name: &ImageName,
     encrypted: bool,
-    level: u32,
+    squash: SquashOptions,
     server: &Server,
-) -> Result<(Packed, ImageView)> {
+    profile: &ProfileOptions,
+) -> Result<(Packed, ImageView, Option<ProfileView>)> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the network runtime")?;
     let root = scan::open_root(tree)?;
     let boot_files = describe::boot_files(root.as_fd())?;
-    // Asked before the long work: whether a server answers, and where its generations stand.
-    let images = runtime.block_on(async { Ok::<_, anyhow::Error>(connect(server).await?.images().await?) })?;
+    // Asked before the long work: whether a server answers, and where its generations and profiles stand.
+    let (images, profiles) = runtime.block_on(async {
+        let mut client = connect(server).await?;
+        Ok::<_, anyhow::Error>((client.images().await?, client.profiles().await?))
+    })?;
+    let is_there = profiles.iter().any(|known| known.name.as_str() == name.as_str());
+    match &profile.base {
+        Some(base) if is_there => bail!(
+            "the profile '{name}' exists already, so it cannot be made from '{base}': leave out -b, and its next generation has this image"
+        ),
+        None if profile.publish && !is_there => {
+            bail!("there is no profile '{name}' to publish: make it with -b BASE, for example -b debian-diskless")
+        }
+        _ => {}
+    }
     let last = images.iter().filter(|image| image.name == *name).max_by_key(|image| image.serial);
     let options = PackOptions {
         name: name.to_string(),
         lineage: last.map_or_else(Uuid::new_v4, |image| image.lineage),
         serial: last.map_or(1, |image| image.serial + 1),
-        level,
+        squash,
     };
     let key = if encrypted { Some(Dek::generate()?) } else { None };
     let sealed = tempfile::tempfile().context("cannot make a temporary file for the sealed image")?;
@@ -67,7 +91,7 @@ pub fn pack_to_server(
     progress.finish("packed; sending it to the server");
     sealed.rewind().context("cannot read the sealed image again")?;
 
-    let view = runtime.block_on(async {
+    let (view, published) = runtime.block_on(async {
         let mut client = connect(server).await?;
         let kernel = send(&mut client, "the kernel", boot_files.kernel).await?;
         let initramfs = send(&mut client, "the initramfs", boot_files.initramfs).await?;
@@ -78,9 +102,27 @@ pub fn pack_to_server(
         if let Some(key) = request.key {
             drop(Zeroizing::new(key));
         }
-        view.with_context(|| format!("cannot import the image '{name}'"))
+        let view = view.with_context(|| format!("cannot import the image '{name}'"))?;
+        let published = publish(&mut client, name, profile).await.with_context(|| {
+            format!("the image is there ({}), but not its profile; see `moor profile`", view.digest)
+        })?;
+        Ok::<_, anyhow::Error>((view, published))
     })?;
-    Ok((packed, view))
+    Ok((packed, view, published))
+}
+
+/// Makes the profile if it has to be made, and publishes it if that is wanted.
+async fn publish(client: &mut AdminClient, name: &ImageName, options: &ProfileOptions) -> Result<Option<ProfileView>> {
+    if options.base.is_none() && !options.publish {
+        return Ok(None);
+    }
+    let profile: ProfileName = name.as_str().parse().with_context(|| format!("'{name}' is no name of a profile"))?;
+    if let Some(base) = &options.base {
+        let request = CreateProfile { name: profile.clone(), image: name.clone(), template: base.clone() };
+        client.create_profile(&request).await.with_context(|| format!("cannot make the profile from '{base}'"))?;
+    }
+    let view = client.publish(&profile).await.with_context(|| format!("cannot publish the profile '{profile}'"))?;
+    Ok(Some(view))
 }
 
 /// Connects as the options say.

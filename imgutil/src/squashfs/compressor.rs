@@ -1,12 +1,24 @@
 //! libsquashfs's compressors as a type: they own their memory and cannot be used wrongly.
 #![allow(unsafe_code)] // calls into libsquashfs
 
+use super::data::Compression;
 use super::error::SquashfsError;
 use super::ffi;
 use std::ptr::{self, NonNull};
 
-/// zstd's number in a superblock.
-pub(crate) const ZSTD: u16 = 6;
+/// Numbers in a superblock.
+const XZ: u16 = 4;
+const ZSTD: u16 = 6;
+
+impl Compression {
+    /// Its number in a superblock.
+    pub(super) fn id(self) -> u16 {
+        match self {
+            Self::Zstd(_) => ZSTD,
+            Self::Xz => XZ,
+        }
+    }
+}
 
 /// A compressor or decompressor.
 pub(super) struct Compressor(NonNull<ffi::Compressor>);
@@ -15,9 +27,10 @@ pub(super) struct Compressor(NonNull<ffi::Compressor>);
 unsafe impl Send for Compressor {}
 
 impl Compressor {
-    /// Compresses with zstd at `level` (1 to 22).
-    pub(super) fn zstd(level: u32, block_size: u32) -> Result<Self, SquashfsError> {
-        Self::create(ZSTD, block_size, 0, Some(level))
+    /// Compresses blocks of at most `block_size` bytes.
+    pub(super) fn encoder(compression: Compression, block_size: u32) -> Result<Self, SquashfsError> {
+        let level = if let Compression::Zstd(level) = compression { Some(level) } else { None };
+        Self::create(compression.id(), block_size, 0, level)
     }
 
     /// Decompresses what the algorithm `id` of a superblock made.

@@ -6,7 +6,7 @@ use super::ffi;
 
 /// Size of the superblock in bytes.
 pub const SUPERBLOCK_SIZE: usize = 96;
-/// Size of data blocks that the writer makes, in bytes.
+/// Size of data blocks that the writer makes unless it is told otherwise, in bytes.
 pub const BLOCK_SIZE: u32 = 128 * 1024;
 /// `hsqs`.
 pub(super) const MAGIC: u32 = 0x7371_7368;

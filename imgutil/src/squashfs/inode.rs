@@ -58,8 +58,10 @@ pub struct FileData {
     /// Length in bytes.
     pub size: u64,
     pub(super) start: u64,
-    /// Stored sizes of the blocks, 0 for a block of zeros.
-    pub(super) blocks: Vec<u32>,
+    /// How many blocks it has, and where their stored sizes are (0 for a block of zeros). They are read when they are wanted: a
+    /// hostile image may list more than fit into memory.
+    pub(super) blocks: u64,
+    pub(super) list: Place,
     /// Index of the fragment block and offset in it, for the last part of the file.
     pub(super) fragment: Option<(u32, u32)>,
 }
@@ -173,7 +175,7 @@ fn file<S: Source>(
     block_size: u32,
     inode: &mut Inode,
 ) -> Result<(), SquashfsError> {
-    let mut file = FileData { size: 0, start: 0, blocks: Vec::new(), fragment: None };
+    let mut file = FileData { size: 0, start: 0, blocks: 0, list: *place, fragment: None };
     let fragment;
     if extended {
         let body: [u8; 40] = blocks.take(WHAT, place)?;
@@ -192,11 +194,8 @@ fn file<S: Source>(
     }
     file.fragment = (fragment.0 != NO_INDEX).then_some(fragment);
     let whole = file.size / u64::from(block_size);
-    let count = if file.fragment.is_some() { whole } else { file.size.div_ceil(u64::from(block_size)) };
-    // Not reserved at once: the count is only as true as the bytes that follow.
-    for _ in 0..count {
-        file.blocks.push(u32::from_le_bytes(blocks.take(WHAT, place)?));
-    }
+    file.blocks = if file.fragment.is_some() { whole } else { file.size.div_ceil(u64::from(block_size)) };
+    file.list = *place;
     inode.kind = InodeKind::File(file);
     Ok(())
 }

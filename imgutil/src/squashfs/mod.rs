@@ -14,10 +14,10 @@ mod reader;
 mod sink;
 mod tree;
 
-pub use data::{ContentId, DataWriter, WriterOptions};
+pub use data::{Compression, ContentId, DataWriter, WriterOptions};
 pub use error::SquashfsError;
 pub use format::{BLOCK_SIZE, SUPERBLOCK_SIZE};
 pub use inode::{FileData, Inode, InodeKind, Listing};
 pub use metadata::Source;
-pub use reader::{DirectoryEntry, InodePlace, Piece, Reader};
+pub use reader::{DirectoryEntry, Entries, InodePlace, Piece, Reader};
 pub use tree::{Attributes, Entry, InodeRef, Special, TreeWriter, XattrId};

@@ -12,22 +12,28 @@ use std::rc::Rc;
 const CACHED_FRAGMENTS: usize = 8;
 /// The largest value of an xattr that Linux takes (`XATTR_SIZE_MAX`).
 const MAX_XATTR: u32 = 65_536;
+/// The longest list of names that Linux gives (`XATTR_LIST_MAX`).
+const MAX_NAMES: usize = 65_536;
+/// No file system that we know of takes as much for one inode.
+const MAX_VALUES: usize = 16 << 20;
 
 /// An open squashfs.
 pub struct Reader<S> {
     blocks: Blocks<S>,
     superblock: Superblock,
     ids: Vec<u32>,
-    fragments: Vec<(u64, u32)>,
     unpacked_fragments: Vec<(u32, Rc<Vec<u8>>)>,
     xattrs: Option<XattrTable>,
     buffer: Vec<u8>,
 }
 
-/// Where the sets of xattrs are: (place of the pairs, how many).
+/// Where the sets of xattrs are.
 struct XattrTable {
+    /// The metadata that holds names and values.
     pairs: u64,
-    sets: Vec<(u64, u32)>,
+    /// How many sets there are, and where the list of their table's blocks begins.
+    sets: u32,
+    list: u64,
 }
 
 /// Where an inode is; equal for two names of one inode.
@@ -71,15 +77,8 @@ impl<S: Source> Reader<S> {
         let mut ids = Vec::new();
         let count = u32::from(superblock.id_count);
         table(&mut blocks, "the table of owners", superblock.id_table, count, 4, |entry| ids.push(u32_at(entry, 0)))?;
-        let mut fragments = Vec::new();
-        if superblock.fragment_count != 0 {
-            let start = superblock.fragment_table;
-            table(&mut blocks, "the fragment table", start, superblock.fragment_count, 16, |entry| {
-                fragments.push((u64_at(entry, 0), u32_at(entry, 8)));
-            })?;
-        }
         let xattrs = read_xattr_table(&mut blocks, &superblock)?;
-        Ok(Self { blocks, superblock, ids, fragments, unpacked_fragments: Vec::new(), xattrs, buffer: Vec::new() })
+        Ok(Self { blocks, superblock, ids, unpacked_fragments: Vec::new(), xattrs, buffer: Vec::new() })
     }
 
     /// How many inodes the superblock counts.
@@ -102,43 +101,17 @@ impl<S: Source> Reader<S> {
         inode::read(&mut self.blocks, place, &self.ids, self.superblock.block_size)
     }
 
-    /// Reads a directory's entries, in order.
-    pub fn entries(&mut self, listing: &Listing) -> Result<Vec<DirectoryEntry>, SquashfsError> {
-        const WHAT: &str = "a directory";
-        let start = self.superblock.directory_table.saturating_add(listing.start_block.into());
-        let corrupt = |why| SquashfsError::Corrupt { what: WHAT, offset: start, why };
-        let mut place = Place { block: start, offset: usize::from(listing.offset) };
-        let mut rest = listing.size;
-        let mut entries: Vec<DirectoryEntry> = Vec::new();
-        while rest > 0 {
-            rest = rest.checked_sub(12).ok_or_else(|| corrupt("a header is cut off"))?;
-            let header: [u8; 12] = self.blocks.take(WHAT, &mut place)?;
-            let inode_block = u64::from(u32_at(&header, 4));
-            let count = u32_at(&header, 0);
-            if count > 255 {
-                return Err(corrupt("a header counts more than 256 entries"));
-            }
-            for _ in 0..=count {
-                let entry: [u8; 8] = self.blocks.take(WHAT, &mut place)?;
-                let length = u32::from(u16_at(&entry, 6)) + 1;
-                if length > 255 {
-                    return Err(corrupt("a name is too long"));
-                }
-                rest = rest.checked_sub(8 + length).ok_or_else(|| corrupt("an entry is cut off"))?;
-                let mut name = vec![0; length as usize];
-                self.blocks.read(WHAT, &mut place, &mut name)?;
-                if name == b"." || name == b".." || name.contains(&b'/') {
-                    return Err(corrupt("a name is '.', '..' or has a slash"));
-                }
-                let name = CString::new(name).map_err(|_| corrupt("a name has a zero byte"))?;
-                if entries.last().is_some_and(|last| last.name >= name) {
-                    return Err(corrupt("the names are not in order"));
-                }
-                let inode = InodePlace((inode_block << 16) | u64::from(u16_at(&entry, 0)));
-                entries.push(DirectoryEntry { name, inode });
-            }
+    /// Goes through a directory's entries, in order: [`Entries::next`] reads one after the other, because a hostile image may list
+    /// more of them than fit into memory.
+    pub fn entries(&self, listing: &Listing) -> Entries {
+        let block = self.superblock.directory_table.saturating_add(listing.start_block.into());
+        Entries {
+            start: block,
+            place: Place { block, offset: usize::from(listing.offset) },
+            rest: listing.size,
+            header: None,
+            last: None,
         }
-        Ok(entries)
     }
 
     /// Calls with the contents of a file, in order.
@@ -151,15 +124,17 @@ impl<S: Source> Reader<S> {
         let block_size = u64::from(self.superblock.block_size);
         let mut position = file.start;
         let mut rest = file.size;
-        for stored in &file.blocks {
+        let mut list = file.list;
+        for _ in 0..file.blocks {
+            let stored = u32::from_le_bytes(self.blocks.take(WHAT, &mut list)?);
             let length = rest.min(block_size);
             rest -= length;
-            if *stored == 0 {
+            if stored == 0 {
                 take(Piece::Hole(length))?;
                 continue;
             }
             let mut buffer = std::mem::take(&mut self.buffer);
-            self.blocks.data(WHAT, position, *stored, &mut buffer, self.superblock.block_size as usize)?;
+            self.blocks.data(WHAT, position, stored, &mut buffer, self.superblock.block_size as usize)?;
             if buffer.len() as u64 != length {
                 let why = "it holds another number of bytes than the file has there";
                 return Err(SquashfsError::Corrupt { what: WHAT, offset: position, why }.into());
@@ -188,10 +163,13 @@ impl<S: Source> Reader<S> {
         if let Some((_, block)) = self.unpacked_fragments.iter().find(|(known, _)| *known == index) {
             return Ok(Rc::clone(block));
         }
-        let Some((start, stored)) = self.fragments.get(index as usize).copied() else {
+        if index >= self.superblock.fragment_count {
             let why = "a file names a fragment block that is not in the table";
             return Err(SquashfsError::Corrupt { what: WHAT, offset: index.into(), why });
-        };
+        }
+        let entry: [u8; 16] =
+            table_entry(&mut self.blocks, "the fragment table", self.superblock.fragment_table, index)?;
+        let (start, stored) = (u64_at(&entry, 0), u32_at(&entry, 8));
         let mut bytes = Vec::new();
         self.blocks.data(WHAT, start, stored, &mut bytes, self.superblock.block_size as usize)?;
         let block = Rc::new(bytes);
@@ -213,8 +191,13 @@ impl<S: Source> Reader<S> {
         let corrupt = |why| SquashfsError::Corrupt { what: WHAT, offset: inode.xattrs.into(), why };
         let Some(table) = &self.xattrs else { return Err(corrupt("the squashfs has no table of them")) };
         let base = table.pairs;
-        let (reference, count) =
-            table.sets.get(inode.xattrs as usize).copied().ok_or_else(|| corrupt("the set is not in the table"))?;
+        if inode.xattrs >= table.sets {
+            return Err(corrupt("the set is not in the table"));
+        }
+        let list = table.list;
+        let set: [u8; 16] = table_entry(&mut self.blocks, "the table of extended attributes", list, inode.xattrs)?;
+        let (reference, count) = (u64_at(&set, 0), u32_at(&set, 8));
+        let (mut names, mut values) = (0, 0);
         let mut place = Place::of_reference(base, reference, WHAT)?;
         let mut pairs = Vec::new();
         for _ in 0..count {
@@ -232,6 +215,10 @@ impl<S: Source> Reader<S> {
                 return Err(corrupt("a name is empty or too long"));
             }
             name.resize(prefix + length, 0);
+            names += name.len() + 1;
+            if names > MAX_NAMES {
+                return Err(corrupt("an inode has more names than Linux lists"));
+            }
             self.blocks.read(WHAT, &mut place, &mut name[prefix..])?;
             let name = CString::new(name).map_err(|_| corrupt("a name has a zero byte"))?;
             let mut value_place = place;
@@ -243,6 +230,10 @@ impl<S: Source> Reader<S> {
             let length = u32::from_le_bytes(self.blocks.take(WHAT, &mut value_place)?);
             if length > MAX_XATTR {
                 return Err(corrupt("a value is larger than 64 KiB"));
+            }
+            values += length as usize;
+            if values > MAX_VALUES {
+                return Err(corrupt("an inode has more than 16 MiB of values"));
             }
             let mut value = vec![0; length as usize];
             self.blocks.read(WHAT, &mut value_place, &mut value)?;
@@ -282,6 +273,77 @@ fn table<S: Source>(
     Ok(())
 }
 
+/// One entry of a table of entries of 16 bytes, whose blocks' places stand in a list at `list`. Read when it is wanted: the counts in
+/// a superblock are only as true as the image, and 4 billion entries would fill the memory.
+fn table_entry<S: Source>(
+    blocks: &mut Blocks<S>,
+    what: &'static str,
+    list: u64,
+    index: u32,
+) -> Result<[u8; 16], SquashfsError> {
+    const PER_BLOCK: u32 = 512;
+    let mut place = [0; 8];
+    let at = list.checked_add(u64::from(index / PER_BLOCK) * 8);
+    let at =
+        at.ok_or(SquashfsError::Corrupt { what, offset: list, why: "it reaches beyond the end of the squashfs" })?;
+    blocks.raw(what, at, &mut place)?;
+    let mut place = Place { block: u64::from_le_bytes(place), offset: (index % PER_BLOCK) as usize * 16 };
+    blocks.take(what, &mut place)
+}
+
+/// Where a directory's entries are read.
+pub struct Entries {
+    start: u64,
+    place: Place,
+    rest: u32,
+    /// Entries that are left of the header that was read, and the block of their inodes.
+    header: Option<(u32, u64)>,
+    last: Option<CString>,
+}
+
+impl Entries {
+    /// The next entry; `None` after the last one.
+    pub fn next<S: Source>(&mut self, reader: &mut Reader<S>) -> Result<Option<DirectoryEntry>, SquashfsError> {
+        const WHAT: &str = "a directory";
+        let start = self.start;
+        let corrupt = |why| SquashfsError::Corrupt { what: WHAT, offset: start, why };
+        let (left, inode_block) = match self.header.take() {
+            Some(header) => header,
+            None if self.rest == 0 => return Ok(None),
+            None => {
+                self.rest = self.rest.checked_sub(12).ok_or_else(|| corrupt("a header is cut off"))?;
+                let header: [u8; 12] = reader.blocks.take(WHAT, &mut self.place)?;
+                let count = u32_at(&header, 0);
+                if count > 255 {
+                    return Err(corrupt("a header counts more than 256 entries"));
+                }
+                (count + 1, u64::from(u32_at(&header, 4)))
+            }
+        };
+        let entry: [u8; 8] = reader.blocks.take(WHAT, &mut self.place)?;
+        let length = u32::from(u16_at(&entry, 6)) + 1;
+        if length > 255 {
+            return Err(corrupt("a name is too long"));
+        }
+        self.rest = self.rest.checked_sub(8 + length).ok_or_else(|| corrupt("an entry is cut off"))?;
+        let mut name = vec![0; length as usize];
+        reader.blocks.read(WHAT, &mut self.place, &mut name)?;
+        if name == b"." || name == b".." || name.contains(&b'/') {
+            return Err(corrupt("a name is '.', '..' or has a slash"));
+        }
+        let name = CString::new(name).map_err(|_| corrupt("a name has a zero byte"))?;
+        if self.last.as_ref().is_some_and(|last| *last >= name) {
+            return Err(corrupt("the names are not in order"));
+        }
+        self.last = Some(name.clone());
+        if left > 1 {
+            self.header = Some((left - 1, inode_block));
+        }
+        let inode = InodePlace((inode_block << 16) | u64::from(u16_at(&entry, 0)));
+        Ok(Some(DirectoryEntry { name, inode }))
+    }
+}
+
 fn read_xattr_table<S: Source>(
     blocks: &mut Blocks<S>,
     superblock: &Superblock,
@@ -292,9 +354,6 @@ fn read_xattr_table<S: Source>(
     }
     let mut header = [0; 16];
     blocks.raw(what, superblock.xattr_table, &mut header)?;
-    let mut sets = Vec::new();
-    table(blocks, what, superblock.xattr_table + 16, u32_at(&header, 8), 16, |entry| {
-        sets.push((u64_at(entry, 0), u32_at(entry, 8)));
-    })?;
-    Ok(Some(XattrTable { pairs: u64_at(&header, 0), sets }))
+    let list = superblock.xattr_table + 16;
+    Ok(Some(XattrTable { pairs: u64_at(&header, 0), sets: u32_at(&header, 8), list }))
 }

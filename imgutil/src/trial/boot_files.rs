@@ -36,15 +36,22 @@ pub(super) fn read<S: Source>(source: S) -> Result<BootFiles> {
 
 fn names<S: Source>(reader: &mut Reader<S>, directory: &Inode) -> Result<Vec<String>> {
     let InodeKind::Directory(listing) = &directory.kind else { bail!("/boot is no directory") };
-    let entries = reader.entries(listing)?;
-    Ok(entries.iter().filter_map(|entry| entry.name.to_str().ok().map(str::to_owned)).collect())
+    let (mut entries, mut names) = (reader.entries(listing), Vec::new());
+    while let Some(entry) = entries.next(reader)? {
+        names.extend(entry.name.to_str().ok().map(str::to_owned));
+    }
+    Ok(names)
 }
 
 fn child<S: Source>(reader: &mut Reader<S>, directory: &Inode, name: &str) -> Result<Option<Inode>> {
     let InodeKind::Directory(listing) = &directory.kind else { return Ok(None) };
-    let entries = reader.entries(listing)?;
-    let Some(entry) = entries.iter().find(|entry| entry.name.to_bytes() == name.as_bytes()) else { return Ok(None) };
-    Ok(Some(reader.inode(entry.inode)?))
+    let mut entries = reader.entries(listing);
+    while let Some(entry) = entries.next(reader)? {
+        if entry.name.to_bytes() == name.as_bytes() {
+            return Ok(Some(reader.inode(entry.inode)?));
+        }
+    }
+    Ok(None)
 }
 
 fn file<S: Source>(reader: &mut Reader<S>, directory: &Inode, name: &str) -> Result<Vec<u8>> {

@@ -4,57 +4,118 @@ mod image;
 mod interrupt;
 mod restore;
 
-pub(crate) use image::{SquashfsIn, open, open_with};
+pub(crate) use image::{SquashfsIn, open, open_with, open_with_any};
 
+use crate::build::empty_directory as empty;
 use crate::files::must_be_free;
 use crate::progress::Progress;
 use crate::squashfs::{Reader, Source};
-use anyhow::{Context as _, Result};
-use rustix::fs::{CWD, Mode, OFlags, RenameFlags};
-use std::os::fd::AsFd as _;
+use anyhow::{Context as _, Result, bail};
+use rustix::fs::{CWD, FlockOperation, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+use std::ffi::OsString;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 /// Restores the tree in the image file `image` as the directory `destination`. Returns the count of inodes.
 pub fn unpack_image(image: &Path, key_file: Option<&Path>, destination: &Path, progress: &Progress) -> Result<u32> {
     must_be_free(destination, "name a new directory, or remove it")?;
-    let source = image::SquashfsIn::new(open(image, key_file)?, image)?;
-    unsquash(source, destination, progress)
+    let parts = SquashfsIn::all(open(image, key_file)?, image)?;
+    unsquash_all(parts, destination, progress)
         .with_context(|| format!("cannot unpack '{}' to '{}'", image.display(), destination.display()))
 }
 
 /// Restores the squashfs in `source` as the directory `destination`, which must not exist. Returns the count of inodes.
 pub fn unsquash<S: Source>(source: S, destination: &Path, progress: &Progress) -> Result<u32> {
+    unsquash_all(vec![(PathBuf::from("/"), source)], destination, progress)
+}
+
+/// Restores file systems, each at its mount point below `destination`, the root first. Returns the count of inodes.
+fn unsquash_all<S: Source>(parts: Vec<(PathBuf, S)>, destination: &Path, progress: &Progress) -> Result<u32> {
     must_be_free(destination, "name a new directory, or remove it")?;
-    let mut reader = Reader::open(source)?;
+    let mut readers = Vec::new();
+    for (mount, source) in parts {
+        readers.push((mount, Reader::open(source)?));
+    }
     // Before there is something to remove, and until it is removed: the order of the two matters.
     let interrupts = interrupt::Interrupts::hold_back()?;
     let staging = Staging::beside(destination)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let root = rustix::fs::openat(CWD, &staging.path, flags, Mode::empty())
         .with_context(|| format!("cannot open '{}'", staging.path.display()))?;
-    restore::restore(&mut reader, root.as_fd(), progress, &interrupts)?;
+    let mut inodes: u32 = 0;
+    for (mount, reader) in &mut readers {
+        let place = mount_point(&root, mount).with_context(|| format!("cannot go to '{}'", mount.display()))?;
+        restore::restore(reader, place.as_fd(), progress, &interrupts)?;
+        inodes = inodes.saturating_add(reader.inode_count());
+    }
     rustix::fs::syncfs(&root).with_context(|| format!("cannot write out '{}'", staging.path.display()))?;
     interrupts.check()?;
     staging.keep(destination)?;
-    Ok(reader.inode_count())
+    Ok(inodes)
 }
 
-/// A directory of a temporary name that is removed unless it is kept.
+/// The directory that a file system belongs on: it is in what was restored before, or made. Links are not followed.
+fn mount_point(root: &OwnedFd, mount: &Path) -> Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mut place = root.try_clone()?;
+    for name in mount.iter().skip(1) {
+        match rustix::fs::mkdirat(&place, name, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
+        place = rustix::fs::openat(&place, name, flags, Mode::empty())?;
+    }
+    Ok(place)
+}
+
+/// The directory `.NAME.imgutil-unpack` beside `NAME`, locked, and removed unless it is kept. What a killed run has left there is
+/// removed by the next one of the same name.
 struct Staging {
     path: PathBuf,
     kept: bool,
+    _lock: OwnedFd,
 }
 
 impl Staging {
-    /// Makes one beside `destination`, so that renaming stays within a file system. Nobody else can enter it.
+    /// Makes it beside `destination`, so that renaming stays within a file system. Nobody else can enter it.
     fn beside(destination: &Path) -> Result<Self> {
         let parent = parent_of(destination);
         let name = destination.file_name().with_context(|| format!("'{}' is no name", destination.display()))?;
-        let directory = tempfile::Builder::new()
-            .prefix(&format!(".{}.unpacking-", name.to_string_lossy()))
-            .tempdir_in(parent)
-            .with_context(|| format!("cannot make a directory in '{}'", parent.display()))?;
-        Ok(Self { path: directory.keep(), kept: false })
+        let mut hidden = OsString::from(".");
+        hidden.push(name);
+        hidden.push(".imgutil-unpack");
+        let path = parent.join(hidden);
+        let context = || format!("cannot make the directory '{}'", path.display());
+        for _ in 0..2 {
+            let left_over = match rustix::fs::mkdir(&path, Mode::RWXU) {
+                Ok(()) => false,
+                Err(Errno::EXIST) => true,
+                Err(error) => return Err(error).with_context(context),
+            };
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let lock = rustix::fs::openat(CWD, &path, flags, Mode::empty()).with_context(context)?;
+            let is_locked = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok();
+            // Another run may have removed what we opened, and made its own.
+            let (opened, there) = (rustix::fs::fstat(&lock), rustix::fs::lstat(&path));
+            let is_there = opened.is_ok_and(|opened| there.is_ok_and(|there| there.st_ino == opened.st_ino));
+            if !is_locked || !is_there {
+                break;
+            }
+            if !left_over {
+                return Ok(Self { path, kept: false, _lock: lock });
+            }
+            // Removed, not only emptied: it may have got as far as the owner and attributes of a tree's root.
+            empty(&path)
+                .map_err(anyhow::Error::from)
+                .and_then(|()| Ok(rustix::fs::rmdir(&path)?))
+                .with_context(|| format!("cannot remove what an interrupted run left in '{}'", path.display()))?;
+        }
+        bail!(
+            "another imgutil unpacks to '{}' at this moment (it works in '{}')",
+            destination.display(),
+            path.display()
+        );
     }
 
     /// Gives it its final name, unless that has appeared meanwhile.

@@ -5,7 +5,7 @@
 
 use super::interrupt::Interrupts;
 use crate::progress::Progress;
-use crate::squashfs::{DirectoryEntry, FileData, Inode, InodeKind, InodePlace, Piece, Reader, Source};
+use crate::squashfs::{FileData, Inode, InodeKind, InodePlace, Piece, Reader, Source};
 use anyhow::{Context as _, Result, bail};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Timespec, Timestamps, XattrFlags};
 use rustix::process::{Gid, Uid};
@@ -60,10 +60,14 @@ impl<S: Source> Restorer<'_, S> {
         if path.len() > MAX_DEPTH || !self.seen.insert(place) {
             bail!("'{}': a directory contains itself, or they are nested too deep", display(path).display());
         }
-        let context = || format!("cannot list '{}'", display(path).display());
-        for DirectoryEntry { name, inode: child } in self.reader.entries(listing).with_context(context)? {
-            path.push(name);
-            self.entry(fd, child, path)?;
+        let mut entries = self.reader.entries(listing);
+        loop {
+            let entry = entries.next(self.reader);
+            let Some(entry) = entry.with_context(|| format!("cannot list '{}'", display(path).display()))? else {
+                break;
+            };
+            path.push(entry.name);
+            self.entry(fd, entry.inode, path)?;
             path.pop();
         }
         let context = || format!("cannot set the attributes of '{}'", display(path).display());

@@ -41,14 +41,15 @@ fn visit(reader: &mut Reader<Bytes<'_>>, place: InodePlace) -> Result<Vec<InodeP
     }
     match &inode.kind {
         InodeKind::Directory(listing) => {
-            let entries = reader.entries(listing)?;
-            for entry in &entries {
+            let (mut entries, mut inside) = (reader.entries(listing), Vec::new());
+            while let Some(entry) = entries.next(reader)? {
                 let name = entry.name.to_bytes();
                 assert!(
                     !name.is_empty() && name.len() <= 255 && name != b"." && name != b".." && !name.contains(&b'/')
                 );
+                inside.push(entry.inode);
             }
-            Ok(entries.into_iter().map(|entry| entry.inode).collect())
+            Ok(inside)
         }
         InodeKind::File(file) => {
             let mut length = 0_u64;

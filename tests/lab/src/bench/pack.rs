@@ -53,7 +53,9 @@ fn ours(lab: &Lab<'_>, tree: &Path, level: u32) -> anyhow::Result<Usage> {
     let (image, key) = (lab.dir.join("ours.moor"), lab.dir.join("ours.key"));
     let mut command = Command::new(lab.bins.path("imgutil"));
     command.arg("pack").arg(tree).arg("-o").arg(&image).arg("--key-file").arg(&key);
-    command.args(["--level", &level.to_string()]);
+    // The files come from this machine without the lists of its packages, so that a test's key in them counts as a private one.
+    // It is still looked for, and that is in the time.
+    command.args(["--level", &level.to_string(), "--allow-key", "**"]);
     let usage = measure(&command)?;
     std::fs::remove_file(&image).and_then(|()| std::fs::remove_file(&key)).context("removing the image")?;
     Ok(usage)

@@ -1,0 +1,190 @@
+//! `imgutil diff`, `list` and `prune`: what is shown, what is removed, and the exit status.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod common;
+
+use common::cli::{Files, names, pack, run};
+use common::mount::run as tool;
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn status(packages: &[(&str, &str)]) -> String {
+    let paragraph = |(name, version): &(&str, &str)| {
+        format!("Package: {name}\nStatus: install ok installed\nArchitecture: amd64\nVersion: {version}\n")
+    };
+    packages.iter().map(paragraph).collect::<Vec<_>>().join("\n")
+}
+
+/// A tree, and what became of it.
+fn trees(work: &Path) -> (PathBuf, PathBuf) {
+    let a = work.join("a");
+    for directory in ["etc", "var/lib/dpkg", "gone/deep"] {
+        fs::create_dir_all(a.join(directory)).unwrap();
+    }
+    for (path, text) in [
+        ("etc/same", "same"),
+        ("etc/content", "before"),
+        ("etc/size", "short"),
+        ("etc/mode", "m"),
+        ("gone/deep/x", "x"),
+    ] {
+        fs::write(a.join(path), text).unwrap();
+    }
+    fs::write(a.join(OsStr::from_bytes(b"etc/\xff")), "not utf-8").unwrap();
+    symlink("same", a.join("etc/link")).unwrap();
+    fs::write(a.join("etc/kind"), "k").unwrap();
+    fs::write(a.join("var/lib/dpkg/status"), status(&[("same", "1"), ("old", "2"), ("grown", "3")])).unwrap();
+
+    let b = work.join("b");
+    tool(Command::new("cp").arg("-a").arg(&a).arg(&b));
+    fs::write(b.join("etc/content"), "after!").unwrap();
+    fs::write(b.join("etc/size"), "longer text").unwrap();
+    fs::set_permissions(b.join("etc/mode"), fs::Permissions::from_mode(0o4711)).unwrap();
+    chown(b.join("etc/link"), Some(0), Some(0)).unwrap();
+    fs::remove_file(b.join("etc/link")).unwrap();
+    symlink("content", b.join("etc/link")).unwrap();
+    fs::remove_file(b.join("etc/kind")).unwrap();
+    fs::create_dir(b.join("etc/kind")).unwrap();
+    fs::remove_dir_all(b.join("gone")).unwrap();
+    fs::create_dir_all(b.join("new/below")).unwrap();
+    fs::write(b.join("new/below/file"), "n").unwrap();
+    fs::write(b.join("var/lib/dpkg/status"), status(&[("same", "1"), ("fresh", "9"), ("grown", "3.1")])).unwrap();
+    (a, b)
+}
+
+#[test]
+fn what_differs_is_shown_for_images_and_trees_alike() {
+    let work = tempfile::tempdir().unwrap();
+    let (a, b) = trees(work.path());
+    let (image_a, image_b) = (pack(&a, work.path(), "one", &[]), pack(&b, work.path(), "two", &[]));
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let keys = ["--key-file".to_owned(), text(&image_b.key), "--key-file".to_owned(), text(&image_a.key)];
+    let mut outputs = Vec::new();
+    for (from, to) in [(&a, &b), (&image_a.image, &image_b.image), (&image_a.image, &b), (&a, &image_b.image)] {
+        let args = [vec!["diff".to_owned(), text(from), text(to)], keys.to_vec()].concat();
+        let ran = run(&args);
+        assert_eq!((ran.status, ran.stderr.as_str()), (1, ""));
+        outputs.push(ran.stdout);
+    }
+    let lines: Vec<&str> = outputs[0].lines().collect();
+    for line in [
+        "packages: 1 added, 1 removed, 1 changed",
+        "+ fresh 9 amd64",
+        "- old 2 amd64",
+        "~ grown 3 -> 3.1",
+        "+ /new/ (2 files below it, 1 B)",
+        "- /gone/ (2 files below it, 1 B)",
+        "~ /etc/content: content",
+        "~ /etc/kind: size 1 B -> 0 B, mode 0644 -> 0755, file -> directory",
+        "~ /etc/link: target same -> content",
+        "~ /etc/mode: mode 0644 -> 4711",
+        "~ /etc/size: size 5 B -> 11 B",
+    ] {
+        // The order of what changed is not the matter here.
+        let sorted = |line: &str| {
+            let mut parts: Vec<&str> = line.split([':', ',']).map(str::trim).collect();
+            parts.sort_unstable();
+            parts.join(",")
+        };
+        assert!(lines.iter().any(|seen| sorted(seen) == sorted(line)), "'{line}' is missing in\n{}", outputs[0]);
+    }
+    assert!(!outputs[0].contains("/etc/same") && !outputs[0].contains("/new/below/file"));
+    for output in &outputs[1..] {
+        assert_eq!(output, &outputs[0], "images and trees are compared alike");
+    }
+
+    let json = run(["diff", &text(&a), &text(&b), "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json.stdout).unwrap();
+    assert_eq!(json["packages"]["changed"][0]["to"][0], "3.1");
+    assert_eq!(json["added"].as_array().unwrap().len(), 3);
+    let changed = json["changed"].as_array().unwrap();
+    let mode = changed.iter().find(|changed| changed["path"] == "/etc/mode").unwrap();
+    assert_eq!(
+        (&mode["what"][0], mode["from"]["mode"].as_u64(), mode["to"]["mode"].as_u64()),
+        (&"mode".into(), Some(0o644), Some(0o4711))
+    );
+}
+
+#[test]
+fn nothing_and_trouble_have_their_own_status() {
+    let work = tempfile::tempdir().unwrap();
+    let (a, _) = trees(work.path());
+    let image = pack(&a, work.path(), "one", &[]);
+    let (tree, file, key) = (a.to_str().unwrap(), image.image.to_str().unwrap(), image.key.to_str().unwrap());
+    let same = run(["diff", tree, file, "--key-file", key]).good().stdout;
+    assert!(same.contains("packages: 0 added, 0 removed, 0 changed") && same.contains("files: 0 added"), "{same}");
+    // A time counts if it is asked for.
+    tool(Command::new("touch").args(["-d", "2001-01-01"]).arg(a.join("etc/same")));
+    run(["diff", tree, file, "--key-file", key]).good();
+    let times = run(["diff", tree, file, "--key-file", key, "--times"]);
+    assert!(times.status == 1 && times.stdout.contains("~ /etc/same: mtime"), "{}", times.stdout);
+
+    fs::write(a.join("etc/ssh_host_x"), "").unwrap();
+    fs::create_dir(a.join("tmp")).unwrap();
+    fs::write(a.join("tmp/left"), "").unwrap();
+    let scrubbed = run(["diff", file, tree, "--key-file", key, "--scrub"]);
+    assert!(!scrubbed.stdout.contains("left") && scrubbed.stdout.contains("+ /tmp/"), "{}", scrubbed.stdout);
+
+    run(["diff", tree, file]).one_line_error(2, &["encrypted with the key", "--key-file"]);
+    run(["diff", tree, work.path().join("none").to_str().unwrap()]).one_line_error(2, &["none", "No such file"]);
+    run(["diff", key, tree]).one_line_error(2, &["one.key", "shorter than"]);
+}
+
+fn generations(work: &Path) -> Vec<Files> {
+    let tree = work.join("tree");
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("file"), "f").unwrap();
+    let images = work.join("images");
+    fs::create_dir(&images).unwrap();
+    let web = "0d8b1d5e-5a3f-4a3d-9d6c-0a4f0c6a1b2c";
+    let mut files = Vec::new();
+    for serial in ["1", "2", "10", "9"] {
+        let more = ["--lineage", web, "--serial", serial, "--name", "web"];
+        files.push(pack(&tree, &images, &format!("web-{serial}"), &more));
+    }
+    files.push(pack(&tree, &images, "db", &[]));
+    fs::write(images.join("other.moor"), "no image").unwrap();
+    fs::write(images.join("web-1.moor.sig"), "signature").unwrap();
+    files
+}
+
+#[test]
+fn generations_are_listed_and_old_ones_pruned() {
+    let work = tempfile::tempdir().unwrap();
+    generations(work.path());
+    let images = work.path().join("images");
+    let directory = images.to_str().unwrap();
+    let ran = run(["list", directory]).good();
+    assert!(ran.stderr.contains("other.moor' is left alone"), "{}", ran.stderr);
+    let first = |text: &str| -> Vec<String> {
+        text.lines()
+            .filter_map(|line| line.split_whitespace().next())
+            .filter(|name| Path::new(name).extension().is_some_and(|end| end == "moor"))
+            .map(str::to_owned)
+            .collect()
+    };
+    assert_eq!(first(&ran.stdout), ["db.moor", "web-1.moor", "web-2.moor", "web-9.moor", "web-10.moor"]);
+    let json: serde_json::Value = serde_json::from_str(&run(["list", directory, "--json"]).good().stdout).unwrap();
+    assert_eq!(
+        (&json[1]["file"], &json[1]["serial"], &json[1]["signed"]),
+        (&"web-1.moor".into(), &1.into(), &true.into())
+    );
+
+    let before = names(&images);
+    let ran = run(["prune", directory, "--keep", "2", "--dry-run"]).good();
+    assert_eq!(first(&ran.stdout), ["web-1.moor", "web-2.moor"]);
+    assert!(ran.stdout.contains("would remove 2 of 5 images"), "{}", ran.stdout);
+    assert_eq!(names(&images), before);
+    let ran = run(["prune", directory, "--keep", "2"]).good();
+    assert!(ran.stdout.contains("removed 2 of 5 images"), "{}", ran.stdout);
+    let gone = ["web-1.moor", "web-1.moor.sig", "web-2.moor"];
+    let wanted: Vec<String> = before.into_iter().filter(|name| !gone.contains(&name.as_str())).collect();
+    assert_eq!(names(&images), wanted, "keys, other images and what is no image stay");
+    assert!(run(["prune", directory, "--keep", "2"]).good().stdout.contains("removed 0 of 3 images"));
+    assert_eq!(run(["prune", directory, "--keep", "0"]).status, 2);
+    run(["list", work.path().join("none").to_str().unwrap()]).one_line_error(1, &["cannot list", "none"]);
+}

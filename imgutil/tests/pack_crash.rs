@@ -1,0 +1,122 @@
+//! Killed at any moment: an image that is replaced never loses its signature, and an unpack that was killed is cleaned up by the next.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod common;
+
+use common::cli::{names, pack, run};
+use common::mount::run as tool;
+use common::odd_tree::noise;
+use common::snapshot::{assert_same, snapshot};
+use std::fs;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// Runs `imgutil` and kills it at the `nth` call of one of these system calls. Whether it was.
+fn killed_at(calls: &str, nth: usize, args: &[&str]) -> bool {
+    let inject = format!("inject={calls}:signal=KILL:when={nth}");
+    let status = Command::new("strace")
+        .args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={calls}"), "-e", &inject])
+        .arg(env!("CARGO_BIN_EXE_imgutil"))
+        .args(args)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .unwrap();
+    // strace ends as its tracee did.
+    assert!(status.success() || status.signal() == Some(9) || status.code() == Some(137), "{status}");
+    !status.success()
+}
+
+#[test]
+fn an_image_that_is_replaced_is_signed_at_every_moment() {
+    let work = tempfile::tempdir().unwrap();
+    let (tree, output) = (work.path().join("tree"), work.path().join("output"));
+    fs::create_dir(&tree).unwrap();
+    fs::create_dir(&output).unwrap();
+    let signer = work.path().join("signer");
+    tool(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&signer));
+    let trust = signer.with_extension("pub");
+    let (signer, trust) = (signer.to_str().unwrap(), trust.to_str().unwrap());
+    fs::write(tree.join("file"), "generation 0").unwrap();
+    let files = pack(&tree, &output, "image", &["--sign-key", signer]);
+    let image = files.image.to_str().unwrap();
+    let digest = || {
+        let ran = run(["verify", image, "--public", "--trust", trust]).good().stdout;
+        assert!(ran.contains("signed by a trusted key"), "{ran}");
+        ran
+    };
+    let mut before = digest();
+    let (mut kills, mut replaced) = (0, 0);
+    for nth in 1.. {
+        fs::write(tree.join("file"), format!("generation {nth}")).unwrap();
+        let key = work.path().join(format!("{nth}.key"));
+        let args =
+            ["pack", tree.to_str().unwrap(), "-o", image, "--key-file", key.to_str().unwrap(), "--sign-key", signer];
+        let was_killed = killed_at("renameat,renameat2,rename,linkat,unlinkat,unlink,fsync", nth, &args);
+        let after = digest();
+        replaced += usize::from(after != before);
+        before = after;
+        if !was_killed {
+            break;
+        }
+        kills += 1;
+    }
+    assert!(kills >= 5 && replaced >= 2, "killed {kills} times, replaced {replaced} times");
+    // In the end the signature file is that of the last image alone.
+    let signatures: serde_json::Value =
+        serde_json::from_slice(&fs::read(output.join("image.moor.sig")).unwrap()).unwrap();
+    assert_eq!(signatures["signatures"].as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn what_a_killed_unpack_left_is_removed_by_the_next_one() {
+    let work = tempfile::tempdir().unwrap();
+    let tree = work.path().join("tree");
+    fs::create_dir_all(tree.join("directory")).unwrap();
+    for index in 0..20_u64 {
+        fs::write(tree.join(format!("directory/file-{index}")), noise(50_000, index)).unwrap();
+    }
+    std::os::unix::fs::chown(&tree, Some(1000), Some(1000)).unwrap();
+    let files = pack(&tree, work.path(), "image", &[]);
+    let output = work.path().join("output");
+    fs::create_dir(&output).unwrap();
+    let to = output.join("unpacked");
+    let args =
+        ["unpack", files.image.to_str().unwrap(), to.to_str().unwrap(), "--key-file", files.key.to_str().unwrap()];
+    // In the middle of the files, and when the root has its attributes already.
+    for (calls, nth) in [("fchown", 10), ("renameat2", 1)] {
+        assert!(killed_at(calls, nth, &args));
+        assert_eq!(names(&output), [".unpacked.imgutil-unpack"], "{calls}");
+        // Another name is not its business.
+        let other = output.join("other");
+        run(["unpack", args[1], other.to_str().unwrap(), "--key-file", args[4]]).good();
+        assert_eq!(names(&output), [".unpacked.imgutil-unpack", "other"]);
+        run(args).good();
+        assert_eq!(names(&output), ["other", "unpacked"]);
+        assert_same("source", &snapshot(&tree), "unpacked", &snapshot(&to));
+        fs::remove_dir_all(&to).unwrap();
+        fs::remove_dir_all(&other).unwrap();
+    }
+}
+
+#[test]
+fn two_unpacks_to_one_name_do_not_meet() {
+    let work = tempfile::tempdir().unwrap();
+    let tree = work.path().join("tree");
+    fs::create_dir(&tree).unwrap();
+    let files = pack(&tree, work.path(), "image", &[]);
+    let staging = work.path().join(".to.imgutil-unpack");
+    fs::create_dir(&staging).unwrap();
+    fs::write(staging.join("of-the-other"), "").unwrap();
+    let held = fs::File::open(&staging).unwrap();
+    held.lock().unwrap();
+    let to = work.path().join("to");
+    let args =
+        ["unpack", files.image.to_str().unwrap(), to.to_str().unwrap(), "--key-file", files.key.to_str().unwrap()];
+    run(args).one_line_error(1, &["another imgutil unpacks to", "/to'"]);
+    assert!(Path::exists(&staging.join("of-the-other")));
+    drop(held);
+    run(args).good();
+    assert!(to.is_dir() && !staging.exists());
+}
