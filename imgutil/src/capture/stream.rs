@@ -169,16 +169,15 @@ impl<W: Write> Stream<'_, W> {
             (None, _) => None,
             _ if verdict == scrub::Verdict::Empty => Some(self.store(&[])?),
             (Some(_), Some(bytes)) => {
-                if scrub::find_key(&bytes).is_some() {
-                    let of_programs = path.starts_with("/usr");
-                    self.keys.push(path.clone());
-                    if !of_programs {
-                        return Ok(());
-                    }
+                if self.holds_key(&path, &bytes) {
+                    return Ok(());
                 }
                 Some(self.store(&bytes)?)
             }
-            (Some(size), None) => Some(self.pass_on(reader, size).with_context(context)?),
+            (Some(size), None) => match self.pass_on(reader, size, &path).with_context(context)? {
+                Some(content) => Some(content),
+                None => return Ok(()),
+            },
         };
         self.progress.advance(size.unwrap_or(0));
         if !tree.add(entry, content).with_context(context)? {
@@ -203,25 +202,47 @@ impl<W: Write> Stream<'_, W> {
         Ok(content)
     }
 
-    /// Stores a large file as it comes.
-    fn pass_on<R: Read>(&mut self, reader: &mut Reader<R>, size: u64) -> Result<ContentId> {
-        let content = self.writer.begin_file(size)?;
+    /// Whether a file is to be left out because its first bytes are a private key. Below /usr lies what programs ship.
+    fn holds_key(&mut self, path: &Path, bytes: &[u8]) -> bool {
+        let found = scrub::find_key(bytes).is_some();
+        if found {
+            self.keys.push(path.to_owned());
+        }
+        found && !path.starts_with("/usr")
+    }
+
+    /// Stores a large file as it comes, unless its first bytes are a private key.
+    fn pass_on<R: Read>(&mut self, reader: &mut Reader<R>, size: u64, path: &Path) -> Result<Option<ContentId>> {
         let zeros = vec![0; SMALL];
-        let writer = &mut self.writer;
-        reader.contents(&mut self.buffer, |piece| {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let (mut content, mut left_out) = (None, false);
+        let passed = reader.contents(&mut buffer, |piece| {
+            if let (None, Piece::Data(bytes)) = (content, piece) {
+                left_out = left_out || self.holds_key(path, bytes);
+            }
+            if left_out {
+                return Ok(());
+            }
+            if content.is_none() {
+                content = Some(self.writer.begin_file(size)?);
+            }
             match piece {
-                Piece::Data(bytes) => writer.append(bytes)?,
+                Piece::Data(bytes) => self.writer.append(bytes)?,
                 Piece::Hole(mut length) => {
                     while length > 0 {
                         let step = length.min(SMALL as u64);
-                        writer.append(&zeros[..usize::try_from(step)?])?;
+                        self.writer.append(&zeros[..usize::try_from(step)?])?;
                         length -= step;
                     }
                 }
             }
             Ok::<(), anyhow::Error>(())
-        })?;
-        self.writer.end_file()?;
+        });
+        self.buffer = buffer;
+        passed?;
+        if content.is_some() {
+            self.writer.end_file()?;
+        }
         Ok(content)
     }
 }
