@@ -3,13 +3,13 @@
 
 mod build_tree;
 
-use build_tree::{exec, imgutil, mounts, processes, scratch, shell, text, wait_until};
+use build_tree::{exec, imgutil, mounts, processes, scratch, shell, text, tied, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
-use std::process::{Child, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 fn names(directory: &Path) -> Vec<String> {
     let mut names: Vec<String> =
@@ -32,57 +32,328 @@ fn error(output: &Output, status: i32) -> String {
     errors[0].to_owned()
 }
 
-#[test]
-fn a_recipe_becomes_a_tree() {
-    let work = scratch();
-    std::fs::write(work.path().join("banner"), "welcome\n").unwrap();
-    let recipe = r#"
-        os = "debian-12"
-        base = "minimal"
-        packages = ["hello"]
-        locale = "C.UTF-8"
-        run = ["echo ran > /etc/ran", "test \"$(cat /etc/secret)\" = x"]
-        [[file]]
-        path = "/etc/issue"
-        source = "banner"
-        [[file]]
-        path = "/etc/secret"
-        content = "x\n"
-        mode = "0600"
-        [[user]]
-        name = "op"
-        uid = 1234
-        groups = ["adm"]
-    "#;
-    std::fs::write(work.path().join("recipe.toml"), recipe).unwrap();
-    let output = build(work.path(), &["-f", "recipe.toml", "tree"]);
+/// A key pair of the test's own, in a directory of `gpg`: its armoured public key.
+fn signing_key(home: &Path) -> String {
+    std::fs::create_dir(home).unwrap();
+    std::fs::set_permissions(home, std::fs::Permissions::from_mode(0o700)).unwrap();
+    let gpg = |args: &[&str]| {
+        let output =
+            Command::new("gpg").args(["--batch", "--quiet", "--homedir"]).arg(home).args(args).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    gpg(&["--passphrase", "", "--quick-generate-key", "archive@test", "ed25519", "sign", "never"]);
+    let key = gpg(&["--armor", "--export", "archive@test"]);
+    // The agent that gpg started would outlive the test.
+    drop(Command::new("gpgconf").arg("--homedir").arg(home).args(["--kill", "all"]).status());
+    key
+}
+
+/// An archive of one package, `own-hello`, signed by the key in `home`.
+fn archive(directory: &Path, home: &Path) {
+    std::fs::create_dir_all(directory.join("p/DEBIAN")).unwrap();
+    std::fs::create_dir_all(directory.join("p/usr/share")).unwrap();
+    std::fs::write(directory.join("p/usr/share/own"), "own\n").unwrap();
+    let control = "Package: own-hello\nVersion: 1:2.0\nArchitecture: all\nMaintainer: t <t@t>\nDescription: t\n";
+    std::fs::write(directory.join("p/DEBIAN/control"), control).unwrap();
+    let script = format!(
+        "dpkg-deb --build p own-hello_2.0_all.deb && rm -r p && apt-ftparchive packages . > Packages && \
+         apt-ftparchive -o APT::FTPArchive::Release::Suite=own release . > ../Release && mv ../Release . && \
+         gpg --batch --quiet --homedir {0} --clearsign -o InRelease Release && gpgconf --homedir {0} --kill all",
+        home.display()
+    );
+    let output = Command::new("sh").args(["-ec", &script]).current_dir(directory).output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
-    assert!(text(&output.stdout).contains("debian-12 amd64, kernel none"), "{}", text(&output.stdout));
+}
+
+/// The first text of that name, however deep.
+fn find<'a>(value: &'a serde_json::Value, name: &str) -> Option<&'a str> {
+    match value {
+        serde_json::Value::Object(map) => map
+            .get(name)
+            .and_then(serde_json::Value::as_str)
+            .or_else(|| map.values().find_map(|value| find(value, name))),
+        serde_json::Value::Array(list) => list.iter().find_map(|value| find(value, name)),
+        _ => None,
+    }
+}
+
+/// A recipe with everything in it, and the directory it is built in.
+struct Kitchen {
+    work: tempfile::TempDir,
+    recipe: String,
+    key: String,
+}
+
+impl Kitchen {
+    fn new() -> Self {
+        let work = scratch();
+        let home = work.path().join("gnupg");
+        let key = signing_key(&home);
+        archive(&work.path().join("archive"), &home);
+        std::fs::create_dir_all(work.path().join("site/skeleton/deep")).unwrap();
+        let recipe = format!(
+            r#"
+            include = ["site/common.toml"]
+            os = "debian-12"
+            base = "minimal"
+            packages = ["-ca-certificates", {{ name = "no-such-package", arch = "arm64" }}]
+            locale = "C.UTF-8"
+            timezone = "Europe/Berlin"
+            run = ["echo ran > /etc/ran", "test \"$(cat /etc/secret)\" = x"]
+            [[repository]]
+            uri = "copy:{}/archive"
+            suites = ["./"]
+            key = """
+{key}"""
+            [[file]]
+            path = "/etc/secret"
+            content = "x\n"
+            mode = "0600"
+            owner = "op:adm"
+            [[file]]
+            path = "/var/lib/data"
+            directory = true
+            mode = "0750"
+            [[file]]
+            path = "/etc/alias"
+            link = "issue"
+            [[group]]
+            name = "crew"
+            gid = 2345
+            [[user]]
+            name = "op"
+            uid = 1234
+            groups = ["adm", "crew"]
+            ssh-keys = ["ssh-ed25519 AAAA op"]
+            "#,
+            work.path().display()
+        );
+        let kitchen = Self { work, recipe, key };
+        kitchen.write("site/banner", "welcome\n");
+        kitchen.write("site/skeleton/deep/tool", "#!/bin/sh\n");
+        let tool = kitchen.path().join("site/skeleton/deep/tool");
+        std::fs::set_permissions(tool, std::fs::Permissions::from_mode(0o700)).unwrap();
+        kitchen.write(
+            "site/common.toml",
+            r#"
+            packages = ["hello", { name = "less", version = ">=13" }, "own-hello"]
+            [[file]]
+            path = "/etc/issue"
+            source = "banner"
+            [[file]]
+            path = "/opt/skeleton"
+            source = "skeleton"
+            "#,
+        );
+        kitchen.write("recipe.toml", &kitchen.recipe);
+        kitchen
+    }
+
+    fn path(&self) -> &Path {
+        self.work.path()
+    }
+
+    fn write(&self, name: &str, content: &str) {
+        std::fs::write(self.path().join(name), content).unwrap();
+    }
+
+    fn lock(&self) -> String {
+        std::fs::read_to_string(self.path().join("recipe.lock")).unwrap()
+    }
+
+    fn build(&self, args: &[&str]) -> Output {
+        build(self.path(), &[&["-f", "recipe.toml"], args].concat())
+    }
+
+    /// Builds with the cache where there is no network at all.
+    fn build_alone(&self, args: &[&str]) -> Output {
+        let mut command = tied("unshare");
+        command
+            .args(["-n", env!("CARGO_BIN_EXE_imgutil"), "build", "--cache", "cache", "-f", "recipe.toml"])
+            .args(args);
+        command.current_dir(self.path()).output().unwrap()
+    }
+
+    /// The digest of what `imgutil pack` makes of a good build's tree, which is removed.
+    fn payload(&self, built: &Output, tree: &str) -> String {
+        assert!(built.status.success(), "{}", text(&built.stderr));
+        let image = self.path().join("image.moor");
+        let mut pack = imgutil();
+        pack.args(["pack", "--plain", "--level", "1", tree, "-o"]).arg(&image).current_dir(self.path());
+        let output = pack.output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let output = imgutil().args(["inspect", "--json"]).arg(&image).output().unwrap();
+        std::fs::remove_file(image).unwrap();
+        std::fs::remove_dir_all(self.path().join(tree)).unwrap();
+        let shown: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        find(&shown, "payload_sha256").expect("a digest").to_owned()
+    }
+}
+
+#[test]
+fn a_recipe_becomes_a_tree_and_its_lock_makes_the_same_again() {
+    let kitchen = Kitchen::new();
+    let built = kitchen.build(&["--cache", "cache", "tree"]);
+    assert!(built.status.success(), "{}", text(&built.stderr));
+    assert!(text(&built.stdout).contains("debian-12 amd64, kernel none, in "), "{}", text(&built.stdout));
     // A log has its lines from the start.
-    assert!(text(&output.stderr).starts_with("imgutil: fetching the lists of packages\n"), "{}", text(&output.stderr));
-    let tree = work.path().join("tree");
-    assert_eq!(names(work.path()), ["banner", "recipe.toml", "tree"]);
+    assert!(text(&built.stderr).starts_with("imgutil: fetching the lists of packages\n"), "{}", text(&built.stderr));
+    let expected = ["archive", "cache", "gnupg", "recipe.lock", "recipe.toml", "site", "tree"];
+    assert_eq!(names(kitchen.path()), expected);
+    has_what_the_recipe_says(&kitchen, &kitchen.path().join("tree"));
+    let again = kitchen.build(&["--no-cache", "tree"]);
+    assert!(error(&again, 1).contains("tree' exists: build makes a new tree"), "{}", text(&again.stderr));
+    let digest = kitchen.payload(&built, "tree");
+
+    // The same again, installed anew, under another name and at another time.
+    let built = kitchen.build(&["--no-cache", "--locked", "another"]);
+    assert_eq!(kitchen.payload(&built, "another"), digest);
+    assert!(text(&built.stdout).contains(", packages as locked on 2"), "{}", text(&built.stdout));
+    // Out of the cache no network is needed, nor the archives.
+    let built = kitchen.build_alone(&["--locked", "third"]);
+    assert_eq!(kitchen.payload(&built, "third"), digest);
+
+    another_command_keeps_the_packages(&kitchen);
+    versions_that_are_gone_are_named(&kitchen);
+    a_damaged_entry_is_not_used(&kitchen);
+
+    // A key that did not sign: nothing of the archive is used.
+    let other = signing_key(&kitchen.path().join("gnupg2"));
+    kitchen.write("recipe.toml", &kitchen.recipe.replace(kitchen.key.trim(), other.trim()));
+    let before = names(kitchen.path());
+    let line = error(&kitchen.build(&["--no-cache", "tree"]), 1);
+    assert!(line.contains("is not signed by its key, so nothing of it was used"), "{line}");
+    assert_eq!(names(kitchen.path()), before);
+}
+
+fn has_what_the_recipe_says(kitchen: &Kitchen, tree: &Path) {
     assert_eq!(tree.metadata().unwrap().permissions().mode() & 0o7777, 0o755);
-    assert_eq!(std::fs::read_to_string(tree.join("etc/issue")).unwrap(), "welcome\n");
-    assert_eq!(std::fs::read_to_string(tree.join("etc/ran")).unwrap(), "ran\n");
-    assert_eq!(std::fs::read_to_string(tree.join("etc/default/locale")).unwrap(), "LANG=C.UTF-8\n");
-    assert_eq!(tree.join("etc/secret").metadata().unwrap().permissions().mode() & 0o7777, 0o600);
-    assert_eq!(shell(&tree, "hello; id -u op; id -Gn op"), "Hello, world!\n1234\nop adm\n");
-    assert_eq!(tree.join("home/op").metadata().unwrap().uid(), 1234);
+    let read = |path: &str| std::fs::read_to_string(tree.join(path)).unwrap();
+    assert_eq!((read("etc/issue"), read("etc/ran")), ("welcome\n".to_owned(), "ran\n".to_owned()));
+    assert_eq!((read("etc/default/locale"), read("usr/share/own")), ("LANG=C.UTF-8\n".to_owned(), "own\n".to_owned()));
+    let seen = |path: &str| {
+        let metadata = tree.join(path).symlink_metadata().unwrap();
+        (metadata.mode() & 0o7777, metadata.uid(), metadata.gid())
+    };
+    assert_eq!((seen("etc/secret"), seen("var/lib/data")), ((0o600, 1234, 4), (0o750, 0, 0)));
+    assert_eq!((seen("opt/skeleton/deep"), seen("opt/skeleton/deep/tool")), ((0o755, 0, 0), (0o755, 0, 0)));
+    assert_eq!(seen("home/op/.ssh/authorized_keys"), (0o600, 1234, 1234));
+    assert_eq!(tree.join("etc/alias").read_link().unwrap(), Path::new("issue"));
+    assert_eq!(tree.join("etc/localtime").read_link().unwrap(), Path::new("/usr/share/zoneinfo/Europe/Berlin"));
+    assert_eq!(shell(tree, "hello; id -u op; id -Gn op"), "Hello, world!\n1234\nop adm crew\n");
+    // Left out, and not wanted here.
+    for gone in ["usr/sbin/update-ca-certificates", "usr/bin/less"] {
+        assert!(!tree.join(gone).exists(), "{gone}");
+    }
     // Nothing of one machine or of the build.
     assert_eq!(std::fs::read(tree.join("etc/machine-id")).unwrap(), b"");
     for gone in ["etc/hostname", "var/log/dpkg.log", "etc/apt/sources.list", "usr/sbin/policy-rc.d"] {
         assert!(!tree.join(gone).exists(), "{gone}");
     }
     assert_eq!(names(&tree.join("var/lib/apt/lists")), ["partial"]);
-    let sources = std::fs::read_to_string(tree.join("etc/apt/sources.list.d/image.sources")).unwrap();
-    assert!(sources.contains("bookworm-security") && sources.matches("Signed-By: ").count() == 2, "{sources}");
+    let sources = read("etc/apt/sources.list.d/image.sources");
+    assert!(sources.contains("bookworm-security") && sources.matches("Signed-By: ").count() == 3, "{sources}");
+    assert_eq!(read("etc/apt/keyrings/recipe-0.asc").trim(), kitchen.key.trim());
     // What was built can be built upon.
-    assert_eq!(exec(&tree, &["dpkg", "--audit"]).stdout, b"");
-    assert_eq!(mounts(&tree), Vec::<String>::new());
+    assert_eq!(exec(tree, &["dpkg", "--audit"]).stdout, b"");
+    assert_eq!(mounts(tree), Vec::<String>::new());
+    // The lock names every package that is there, with version and digest, and everything that the recipe brings.
+    let lock = kitchen.lock();
+    let installed = shell(tree, "dpkg-query -W -f '${Package}\\n'");
+    assert_eq!(lock.matches("[[package]]").count(), installed.lines().count());
+    assert!(lock.contains("name = \"own-hello\"\nversion = \"1:2.0\"\narch = \"all\"\nsha256 = \""), "{lock}");
+    for source in ["recipe.toml", "site/common.toml", "site/banner", "site/skeleton"] {
+        assert!(lock.contains(&format!("path = \"{source}\"")), "{source}: {lock}");
+    }
+    // Nothing is newer than the lock.
+    let date = lock.lines().find_map(|line| line.strip_prefix("date = ")).unwrap();
+    let newer = Command::new("find").arg(tree).args(["-newermt", &format!("@{date}")]).output().unwrap();
+    assert_eq!(text(&newer.stdout), "");
+}
 
-    let again = build(work.path(), &["-f", "recipe.toml", "tree"]);
-    assert!(error(&again, 1).contains("tree' exists: build makes a new tree"), "{}", text(&again.stderr));
+fn another_command_keeps_the_packages(kitchen: &Kitchen) {
+    let lock = kitchen.lock();
+    kitchen.write("recipe.toml", &kitchen.recipe.replace("echo ran", "echo ran again"));
+    let line = error(&kitchen.build(&["--cache", "cache", "--locked", "tree"]), 1);
+    assert!(line.contains("does not match its lock") && line.contains("'recipe.toml' has changed"), "{line}");
+    assert_eq!(kitchen.lock(), lock);
+    let built = kitchen.build_alone(&["tree"]);
+    assert!(built.status.success(), "{}", text(&built.stderr));
+    assert_eq!(std::fs::read_to_string(kitchen.path().join("tree/etc/ran")).unwrap(), "ran again\n");
+    std::fs::remove_dir_all(kitchen.path().join("tree")).unwrap();
+    let packages = |lock: &str| lock[lock.find("[[package]]").unwrap()..].to_owned();
+    let after = kitchen.lock();
+    assert!(after != lock && packages(&after) == packages(&lock), "only the sources' digests are new");
+}
+
+fn versions_that_are_gone_are_named(kitchen: &Kitchen) {
+    let (before, lock) = (names(kitchen.path()), kitchen.lock());
+    let digest_of = |name: &str| {
+        let part = &lock[lock.find(&format!("name = \"{name}\"\n")).unwrap()..];
+        part.split("sha256 = \"").nth(1).unwrap()[..64].to_owned()
+    };
+    let (own, other) = (digest_of("own-hello"), digest_of("hello"));
+    for (from, to, part) in [
+        (
+            "version = \"1:2.0\"",
+            "version = \"1:1.0\"",
+            "own-hello 1:1.0 is gone from the repositories: they have 1:2.0; build with --update-lock",
+        ),
+        ("name = \"hello\"", "name = \"hellooo\"", "is gone from the repositories: they have no version of it"),
+        (own.as_str(), other.as_str(), "own-hello 1:2.0 in the repositories is not the file that the lock names"),
+    ] {
+        kitchen.write("recipe.lock", &lock.replace(from, to));
+        let line = error(&kitchen.build(&["--no-cache", "tree"]), 1);
+        assert!(line.contains(part), "{line}");
+        assert_eq!(names(kitchen.path()), before);
+    }
+    kitchen.write("recipe.lock", &lock);
+}
+
+fn a_damaged_entry_is_not_used(kitchen: &Kitchen) {
+    let base = kitchen.path().join("cache/base");
+    let entry = base.join(names(&base).iter().find(|name| name.ends_with(".tar.zst")).unwrap());
+    let mut bytes = std::fs::read(&entry).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&entry, bytes).unwrap();
+    // It has to be built again, and that takes the archives.
+    let output = kitchen.build_alone(&["tree"]);
+    assert!(error(&output, 1).contains("cannot fetch http"), "{}", text(&output.stderr));
+    assert_eq!(names(&base), Vec::<String>::new());
+}
+
+#[test]
+fn a_full_disk_is_one_line() {
+    let work = scratch();
+    // Gone with the namespace, whatever happens.
+    let script = format!(
+        "mount -t tmpfs -o size=20m none {0} && {1} build --no-cache --minimal {0}/tree; code=$?; ls -A {0}; exit $code",
+        work.path().display(),
+        env!("CARGO_BIN_EXE_imgutil")
+    );
+    let output = tied("unshare").args(["-m", "sh", "-c", &script]).output().unwrap();
+    let line = error(&output, 1);
+    assert!(line.contains("is full: make room there, or build elsewhere"), "{line}");
+    assert_eq!(text(&output.stdout), "", "nothing is left");
+}
+
+#[test]
+fn a_build_without_a_tree_explains_itself() {
+    let work = scratch();
+    let output = build(work.path(), &[]);
+    assert_eq!(output.status.code(), Some(2));
+    let printed = text(&output.stderr);
+    assert!(printed.contains("imgutil build TREE") && printed.contains("--list-os"), "{printed}");
+    assert!(printed.lines().count() < 20, "{printed}");
+    let output = build(work.path(), &["--list-os", "--json"]);
+    let list: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let tested = |name: &str| {
+        let os = list.as_array().unwrap().iter().find(|os| os["name"] == name).unwrap();
+        os["tested"].as_bool().unwrap()
+    };
+    assert!(tested("debian-12") && !tested("ubuntu-26.04"));
 }
 
 #[test]
@@ -95,8 +366,12 @@ fn mistakes_are_answered_in_one_line_and_leave_nothing() {
         "key.toml",
         "base = \"minimal\"\n[[repository]]\nuri = \"http://127.0.0.1/x\"\nsuites = [\"a\"]\nkey = \"none.asc\"\n",
     );
+    write("source.toml", "base = \"minimal\"\n[[file]]\npath = \"/a\"\nsource = \"none-such\"\n");
+    write("circle.toml", "include = \"circle.toml\"\n");
+    write("bare.toml", "base = \"minimal\"\n\n[[repository]]\nuri = \"http://x\"\nsuites = [\"a\"]\n");
+    write("out.toml", "base = \"minimal\"\n");
     let before = names(work.path());
-    let cases: [(&[&str], &[&str]); 9] = [
+    let cases: [(&[&str], &[&str]); 14] = [
         (
             &["-f", "unknown.toml", "tree"],
             &["build 'tree': unknown package 'vimm'", "vim", "nor 'no-such-package'", "correct the name"],
@@ -107,6 +382,14 @@ fn mistakes_are_answered_in_one_line_and_leave_nothing() {
             &["-f", "key.toml", "tree"],
             &["none.asc' that signs 'http://127.0.0.1/x' is missing", "check the recipe's 'key'"],
         ),
+        (&["-f", "source.toml", "tree"], &["cannot read", "none-such", "No such file"]),
+        (&["-f", "circle.toml", "tree"], &["circle.toml' cannot include", "would never end"]),
+        (
+            &["-f", "bare.toml", "tree"],
+            &["recipe 'bare.toml', line 3: repository 'http://x' has no key", "unsigned = true"],
+        ),
+        (&["-f", "out.toml", "--locked", "tree"], &["lock 'out.lock': it does not exist: build once without --locked"]),
+        (&["--locked", "tree"], &["without a recipe there is no lock: name it with --lock"]),
         (&["--os", "debian-1", "tree"], &["unknown operating system 'debian-1': known are debian-12"]),
         (
             &["--arch", "vax", "--minimal", "tree"],
@@ -131,8 +414,12 @@ fn mistakes_are_answered_in_one_line_and_leave_nothing() {
 
 /// A build that has begun to unpack.
 fn begun(work: &Path) -> Child {
-    let mut child =
-        imgutil().args(["build", "--minimal", "tree"]).current_dir(work).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = imgutil()
+        .args(["build", "--no-cache", "--minimal", "tree"])
+        .current_dir(work)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     while !lines.next().expect("it ended before it began").unwrap().contains("unpacking essential packages") {}
     // Whoever reads the lines goes on to read them.

@@ -171,6 +171,8 @@ fn links_in_a_hostile_tree_do_not_lead_out() {
     let output =
         imgutil().args(["exec", "-v", "/usr/share:/out/new"]).arg(&tree).args(["--", "true"]).output().unwrap();
     assert_ne!(output.status.code(), Some(0), "the link's target is not in the tree");
+    let message = text(&output.stderr);
+    assert!(message.contains("'/out' in the image is a symbolic link that leads nowhere in the image"), "{message}");
     assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 1);
 }
 

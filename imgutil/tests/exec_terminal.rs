@@ -26,11 +26,11 @@ struct User {
 
 impl User {
     fn start(tree: &Path, command: &[&str]) -> Self {
-        Self::start_with(tree, command, None)
+        Self::start_with(&[], tree, command, None)
     }
 
     /// `stderr` may be elsewhere, as after `2>file`.
-    fn start_with(tree: &Path, command: &[&str], stderr: Option<Stdio>) -> Self {
+    fn start_with(options: &[&str], tree: &Path, command: &[&str], stderr: Option<Stdio>) -> Self {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&master).unwrap();
         unlockpt(&master).unwrap();
@@ -41,7 +41,7 @@ impl User {
         let stream = || Stdio::from(terminal.try_clone().unwrap());
         // setsid makes the terminal the controlling one, as a login does.
         let mut program = tied("setsid");
-        program.args(["--ctty", "--wait", env!("CARGO_BIN_EXE_imgutil"), "exec"]).arg(tree);
+        program.args(["--ctty", "--wait", env!("CARGO_BIN_EXE_imgutil"), "exec"]).args(options).arg(tree);
         if !command.is_empty() {
             program.arg("--").args(command);
         }
@@ -198,10 +198,32 @@ fn standard_error_may_go_elsewhere() {
     let tree = minimal_tree();
     let file = tempfile::NamedTempFile::new().unwrap();
     let stderr = Stdio::from(file.reopen().unwrap());
-    let mut user = User::start_with(&tree, &["sh", "-c", "echo to the screen; echo to the file >&2"], Some(stderr));
+    let mut user =
+        User::start_with(&[], &tree, &["sh", "-c", "echo to the screen; echo to the file >&2"], Some(stderr));
     user.sees("to the screen");
     assert_eq!(user.status(), Some(0));
     assert_eq!(std::fs::read_to_string(file.path()).unwrap(), "to the file\n");
+}
+
+#[test]
+fn a_trial_asks_what_becomes_of_its_changes() {
+    let (_scratch, tree) = build_tree::own_tree();
+    for (answer, kept) in [("n\n", false), ("\n", false), ("maybe\ny\n", true)] {
+        let mut user =
+            User::start_with(&["--try"], &tree, &["sh", "-c", "echo x >/new; test -t 0 && echo terminal"], None);
+        user.sees("terminal\r\n");
+        user.sees("+ 0644 /new (2 bytes)\r\n");
+        user.sees("Keep these changes? [y/N] ");
+        assert!(user.is_cooked(), "the answer is typed as at any prompt");
+        user.types(answer);
+        user.sees(if kept { "the changes are kept" } else { "the changes are dropped" });
+        assert_eq!(user.status(), Some(0));
+        assert_eq!(tree.join("new").exists(), kept, "{answer:?}");
+    }
+    // Nothing changed, nothing asked.
+    let mut user = User::start_with(&["--try"], &tree, &["true"], None);
+    user.sees("0 added, 0 changed, 0 removed");
+    assert_eq!(user.status(), Some(0));
 }
 
 #[test]

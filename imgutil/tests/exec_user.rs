@@ -28,6 +28,8 @@ impl User {
         let user = Self { scratch, tree };
         let open = Command::new("chmod").arg("755").arg(user.scratch.path()).status().unwrap();
         assert!(open.success());
+        // The directory is his, as a home would be.
+        std::os::unix::fs::chown(user.scratch.path(), Some(UID), Some(UID)).unwrap();
         for entry in walk(&user.tree) {
             let stat = entry.symlink_metadata().unwrap();
             let shifted = |id: u32, own: u32| if id == 0 { own } else { FIRST + id - 1 };
@@ -140,6 +142,33 @@ fn a_user_does_not_get_out() {
     let output = user.exec(&["-v", "/mnt/shared:/shared:rw"], "echo from the image >/shared/file");
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert_eq!(shared.join("file").metadata().unwrap().uid(), UID);
+}
+
+#[test]
+fn a_user_can_try_and_keep_what_his_images_users_have_changed() {
+    let user = User::new();
+    let before = listing(&user.tree);
+    // Files that only the image's other users may read or replace.
+    let script = "mkdir /own; echo secret >/own/file; chmod 600 /own/file; chown -R 33:33 /own; chmod 700 /own; rm /etc/group; \
+                  echo more >>/etc/passwd";
+    let output = user.exec(&["--try"], script);
+    let shown = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{shown}");
+    for line in ["+ 0700 /own/", "+ 0600 /own/file (7 bytes)", "- 0644 /etc/group (", "~ 0644 /etc/passwd ("] {
+        assert!(shown.contains(line), "{line:?} is missing in: {shown}");
+    }
+    assert_eq!(listing(&user.tree), before);
+
+    let output = user.exec(&["--try", "--keep"], script);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let stat = user.tree.join("own/file").metadata().unwrap();
+    assert_eq!((stat.uid(), stat.mode() & 0o7777), (FIRST + 32, 0o600));
+    assert!(!user.tree.join("etc/group").exists());
+    assert!(std::fs::read_to_string(user.tree.join("etc/passwd")).unwrap().ends_with("more\n"));
+    assert_eq!(user.shell("cat /own/file"), "secret\n");
+    let attributes = Command::new("getfattr").args(["-R", "-d", "-m", "-"]).arg(&user.tree).output().unwrap();
+    assert!(!text(&attributes.stdout).contains("overlay"), "{}", text(&attributes.stdout));
+    assert!(!user.file(".image.imgutil-try").exists());
 }
 
 #[test]

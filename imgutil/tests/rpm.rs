@@ -52,7 +52,7 @@ fn describe(work: &Path, backend: &str, uri: &str, key: &Path, more: &str) {
 
 fn build(work: &Path, args: &[&str]) -> Output {
     let mut command = imgutil();
-    command.args(["build", "--os", "./os.toml", "--minimal"]).args(args).current_dir(work);
+    command.args(["build", "--os", "./os.toml", "--minimal", "--no-cache"]).args(args).current_dir(work);
     command.output().unwrap()
 }
 
@@ -281,7 +281,12 @@ fn what_is_not_signed_by_the_key_is_refused() {
         ("changed-index", "", &["the index of file://", "changed-index"]),
         ("changed-package", "", &["package hello-", "2.0-3.el9.noarch", "is "]),
     ];
+    let server = Server::start(work.path());
     for backend in BACKENDS {
+        // A package that is fetched is refused in other words than one that is used where it lies.
+        describe(work.path(), backend, &format!("{}/changed-package", server.url), &key_file, "");
+        let line = error(&build(work.path(), &["-p", "hello", "tree"]));
+        assert!(line.contains("package hello-") && line.contains("2.0-3.el9.noarch"), "{backend}: {line}");
         for (name, more, parts) in cases {
             let uri = format!("file://{}/{name}", work.path().display());
             describe(work.path(), backend, &uri, &key_file, "");
@@ -304,5 +309,112 @@ fn what_is_not_signed_by_the_key_is_refused() {
         let output = build(work.path(), &["-p", "hello", "tree"]);
         assert!(output.status.success(), "{}", text(&output.stderr));
         std::fs::remove_dir_all(work.path().join("tree")).unwrap();
+    }
+}
+
+/// What a lock holds a build to: exact versions and files, though others are there.
+#[test]
+fn a_lock_names_every_package_and_is_kept_to() {
+    let work = scratch();
+    let key = Key::new();
+    let key_file = work.path().join("key.asc");
+    key.export(&key_file);
+    let packages = work.path().join("repo");
+    signed(&packages, &PACKAGES[..2], &key);
+    let newer = Package { version: ("2.1", "1"), ..PACKAGES[1] };
+    for backend in BACKENDS {
+        describe(work.path(), backend, &format!("file://{}", packages.display()), &key_file, "");
+        let lock = format!("{backend}.lock");
+        let locked = |tree: &str| build(work.path(), &["--lock", &lock, "--locked", "-p", "hello", tree]);
+        let installed = |tree: &str| std::fs::read_to_string(work.path().join(tree).join("usr/share/hello")).unwrap();
+        let output = build(work.path(), &["--lock", &lock, "-p", "hello", "tree"]);
+        assert!(output.status.success(), "{backend}: {}", text(&output.stderr));
+        std::fs::remove_dir_all(work.path().join("tree")).unwrap();
+        let written = std::fs::read_to_string(work.path().join(&lock)).unwrap();
+        let digest = std::process::Command::new("sha256sum").arg(packages.join(PACKAGES[1].file())).output().unwrap();
+        let digest = text(&digest.stdout)[..64].to_owned();
+        for part in ["name = \"base\"", "name = \"hello\"", "version = \"1:2.0-3.el9\"", "arch = \"noarch\"", &digest] {
+            assert!(written.contains(part), "{backend}: {part} is not in\n{written}");
+        }
+
+        // A newer one comes: what is locked stays.
+        build_packages(&packages, &[Package { files: &[("/usr/share/hello", "newer\n", "0644,root,root")], ..newer }]);
+        key.sign(&[packages.join(newer.file())]);
+        index(&packages);
+        key.sign_index(&packages);
+        let output = locked("tree");
+        assert!(output.status.success(), "{backend}: {}", text(&output.stderr));
+        assert_eq!(installed("tree"), "hello\n", "{backend}");
+        std::fs::remove_dir_all(work.path().join("tree")).unwrap();
+
+        // The same version as another file, though well signed.
+        let kept = work.path().join("kept.rpm");
+        let place = packages.join(PACKAGES[1].file());
+        std::fs::copy(&place, &kept).unwrap();
+        build_packages(
+            &packages,
+            &[Package { files: &[("/usr/share/hello", "other\n", "0644,root,root")], ..PACKAGES[1] }],
+        );
+        key.sign(std::slice::from_ref(&place));
+        index(&packages);
+        key.sign_index(&packages);
+        let line = error(&locked("tree"));
+        assert!(
+            line.contains("hello 1:2.0-3.el9 in the repositories is not the file that the lock names"),
+            "{backend}: {line}"
+        );
+
+        // It is gone.
+        std::fs::remove_file(&place).unwrap();
+        index(&packages);
+        key.sign_index(&packages);
+        let line = error(&locked("tree"));
+        assert!(
+            line.contains("hello 1:2.0-3.el9 is gone from the repositories: they have 1:2.1-1;"),
+            "{backend}: {line}"
+        );
+        assert!(!work.path().join("tree").exists());
+
+        std::fs::rename(&kept, &place).unwrap();
+        std::fs::remove_file(packages.join(newer.file())).unwrap();
+        index(&packages);
+        key.sign_index(&packages);
+    }
+}
+
+/// A disk that is full in the middle of it is said so, and nothing is left on it.
+#[test]
+fn a_full_disk_is_named_and_left_empty() {
+    let work = scratch();
+    let key = Key::new();
+    let key_file = work.path().join("key.asc");
+    key.export(&key_file);
+    let large = "0123456789abcdef".repeat(1 << 18).leak();
+    let files = &*Box::leak(Box::new([("/usr/share/large", &*large, "0644,root,root")]));
+    let packages = work.path().join("repo");
+    signed(&packages, &[Package { files, ..Package::empty("base") }], &key);
+    let disk = work.path().join("disk");
+    std::fs::create_dir(&disk).unwrap();
+    for backend in BACKENDS {
+        describe(work.path(), backend, &format!("file://{}", packages.display()), &key_file, "");
+        let script = "mount -t tmpfs -o size=3m disk disk && \"$@\"; status=$?; ls -A disk; exit $status";
+        let mut command = build_tree::unshared();
+        command.args([
+            "sh",
+            "-c",
+            script,
+            "sh",
+            env!("CARGO_BIN_EXE_imgutil"),
+            "build",
+            "--os",
+            "./os.toml",
+            "--minimal",
+        ]);
+        let output = command.args(["--no-cache", "disk/tree"]).current_dir(work.path()).output().unwrap();
+        let printed = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{backend}: {printed}");
+        assert_eq!(text(&output.stdout), "", "{backend}: something is left on the disk");
+        let last = printed.lines().last().unwrap_or_default();
+        assert!(last.contains("disk/tree' is full"), "{backend}: {printed}");
     }
 }

@@ -3,7 +3,7 @@
 use crate::reader::{Figures, MemberStatus, Reader};
 use rustix::fs::{AtFlags, Mode, OFlags, open, openat, renameat, unlinkat};
 use serde::{Deserialize, Serialize};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Write as _};
@@ -16,6 +16,8 @@ use std::time::Duration;
 pub const DEFAULT_PATH: &str = "/run/mooring/tether.json";
 /// How often a change is written at most.
 const EVERY: Duration = Duration::from_secs(1);
+/// The same of the trace.
+const TRACE_EVERY: u32 = 10;
 
 /// The content of the file. More members may be added.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,11 +107,17 @@ impl fmt::Display for State {
     }
 }
 
-/// The file, by its directory's descriptor: at `switch_root` `/run` moves away from under this process, and the path leads nowhere.
+fn temporary(name: &OsStr) -> OsString {
+    let mut temporary = name.to_owned();
+    temporary.push(".new");
+    temporary
+}
+
+/// The file, and beside it that of the trace, by their directory's descriptor: at `switch_root` `/run` moves away from under this process, and the path leads nowhere.
 pub struct StateFile {
     dir: OwnedFd,
-    name: OsString,
-    temporary: OsString,
+    state: OsString,
+    trace: OsString,
 }
 
 impl StateFile {
@@ -122,12 +130,12 @@ impl StateFile {
             Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
             _ => PathBuf::from("."),
         };
-        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+        let state = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+        let mut trace = path.file_stem().unwrap_or_default().to_owned();
+        trace.push("-trace.json");
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
         let dir = open(&dir, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        let mut temporary = name.clone();
-        temporary.push(".new");
-        Ok(Self { dir, name, temporary })
+        Ok(Self { dir, state, trace })
     }
 
     /// Replaces the file.
@@ -135,27 +143,43 @@ impl StateFile {
     /// # Errors
     /// It cannot be written.
     pub fn write(&self, state: &State) -> io::Result<()> {
+        self.replace(&self.state, state)
+    }
+
+    fn replace(&self, name: &OsStr, content: &impl Serialize) -> io::Result<()> {
+        let temporary = temporary(name);
         let flags = OFlags::CREATE | OFlags::TRUNC | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let mut file = File::from(openat(&self.dir, &self.temporary, flags, Mode::from_raw_mode(0o600))?);
-        let mut text = serde_json::to_vec(state)?;
+        let mut file = File::from(openat(&self.dir, &temporary, flags, Mode::from_raw_mode(0o600))?);
+        let mut text = serde_json::to_vec(content)?;
         text.push(b'\n');
         file.write_all(&text)?;
-        renameat(&self.dir, &self.temporary, &self.dir, &self.name)?;
+        renameat(&self.dir, &temporary, &self.dir, name)?;
         Ok(())
     }
 
-    /// Removes the file: nothing is tethered any more.
+    /// Removes the files: nothing is tethered any more.
     pub fn remove(&self) {
-        for name in [&self.name, &self.temporary] {
-            // Not there is as good.
-            let _ = unlinkat(&self.dir, name, AtFlags::empty());
+        for name in [&self.state, &self.trace] {
+            for name in [name.clone(), temporary(name)] {
+                // Not there is as good.
+                let _ = unlinkat(&self.dir, name, AtFlags::empty());
+            }
         }
     }
 
-    /// Writes about once a second while something changes. Never returns.
+    /// Writes about once a second while something changes, and beside it the trace until it is whole. Never returns.
     pub async fn follow(&self, reader: &Reader) {
         let mut written = None;
+        let (mut seconds, mut is_traced) = (0_u32, false);
         loop {
+            seconds = seconds.wrapping_add(1);
+            if !is_traced && seconds.is_multiple_of(TRACE_EVERY) {
+                let trace = reader.trace();
+                is_traced = trace.is_whole;
+                if let Err(error) = self.replace(&self.trace, &trace) {
+                    tracing::debug!("cannot write the trace: {error}");
+                }
+            }
             let state = State::of(reader);
             if written.as_ref() != Some(&state) {
                 if let Err(error) = self.write(&state) {

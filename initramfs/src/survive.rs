@@ -3,8 +3,10 @@
 
 use nix::sys::mman::{MlockAllFlags, mlockall};
 use nix::sys::signal::{SigEvent, SigSet, SigevNotify, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
 use nix::time::ClockId;
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 use std::fs::File;
 use std::io;
 use std::time::Duration;
@@ -48,6 +50,33 @@ pub fn prepare() -> Vec<String> {
     refused
 }
 
+/// Waits until process 1 asks this one to end: systemd-shutdown asks all processes, and those of others do not count. SIGTERM has to be
+/// blocked in every thread.
+///
+/// # Errors
+/// The kernel does not tell of signals.
+pub fn wait_for_shutdown() -> io::Result<()> {
+    let signals = SignalFd::with_flags(&SigSet::from(Signal::SIGTERM), SfdFlags::SFD_CLOEXEC)?;
+    loop {
+        if signals.read_signal()?.is_some_and(|signal| signal.ssi_pid == 1) {
+            return Ok(());
+        }
+    }
+}
+
+/// Drops the calling thread's capabilities, and with them those of threads that it starts later: of all that root may, a tether that
+/// serves needs to lock memory, and nothing else. Everything it uses is open, and belongs to its user.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn drop_capabilities() -> io::Result<()> {
+    let kept = CapabilitySet::IPC_LOCK;
+    let now = capabilities(None)?;
+    let (effective, permitted) = (now.effective & kept, now.permitted & kept);
+    let sets = CapabilitySets { effective, permitted, inheritable: CapabilitySet::empty() };
+    Ok(set_capabilities(None, sets)?)
+}
+
 /// Undoes every SIGSTOP within a moment. systemd-shutdown stops all processes while it looks through them, this one too, and it looks
 /// for `/etc/initrd-release` meanwhile (systemd: killall.c, `in_initrd`): on a root that this process serves, both would wait for ever.
 ///
@@ -62,6 +91,8 @@ fn stay_awake() -> io::Result<()> {
     // It ends with the process.
     std::mem::forget(timer);
     std::thread::Builder::new().name("awake".into()).stack_size(64 << 10).spawn(move || {
+        // Better with them than not at all.
+        let _ = drop_capabilities();
         // Fails for an empty set only.
         while wakes.wait().is_ok() {}
     })?;

@@ -276,9 +276,17 @@ fn check_process(pid: u32) {
         line.split_whitespace().next().unwrap().to_owned()
     };
     // A container may hold CAP_SYS_RESOURCE (bit 24) back from its root; a node does not.
-    let may = u64::from_str_radix(&field("CapEff"), 16).unwrap() & 1 << 24 != 0;
+    let own = fs::read_to_string("/proc/self/status").unwrap();
+    let may = capabilities(&own, "CapEff") & 1 << 24 != 0;
     let exempt = fs::read_to_string(proc.join("oom_score_adj")).unwrap();
     assert_eq!(exempt.trim(), if may { "-1000" } else { "0" });
+    // No thread of it may do anything but lock memory (CAP_IPC_LOCK, bit 14).
+    for thread in fs::read_dir(proc.join("task")).unwrap() {
+        let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        for set in ["CapEff", "CapPrm", "CapInh"] {
+            assert_eq!(capabilities(&status, set) & !(1 << 14), 0, "{status}");
+        }
+    }
     assert!(field("VmLck").parse::<u64>().unwrap() > 1000, "{status}");
     // Request buffers of FUSE and stacks are not resident.
     assert!(field("VmRSS").parse::<u64>().unwrap() < 64 << 10, "{status}");
@@ -288,6 +296,11 @@ fn check_process(pid: u32) {
     }
     std::thread::sleep(Duration::from_millis(200));
     assert!(!is_gone(pid));
+}
+
+fn capabilities(status: &str, set: &str) -> u64 {
+    let line = status.lines().find_map(|line| line.strip_prefix(set)?.strip_prefix(':')).unwrap();
+    u64::from_str_radix(line.trim(), 16).unwrap()
 }
 
 /// systemd-shutdown stops everybody, and reads from the root meanwhile.

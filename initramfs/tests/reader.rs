@@ -174,6 +174,7 @@ fn the_other_server_takes_over_whatever_the_first_one_does() {
     for (conduct, words) in [
         (Conduct::Silent, "no chunk for"),
         (Conduct::StallsAfter(70_000), "no chunk for"),
+        (Conduct::Slow, "no chunk for"),
         (Conduct::CutsAfter(70_000), "the connection broke"),
         (Conduct::FlipsBits, "is damaged"),
         (Conduct::Serves(other.file.clone()), "is damaged"),
@@ -199,6 +200,20 @@ fn the_other_server_takes_over_whatever_the_first_one_does() {
         assert!(members[0].last_fault.as_ref().unwrap().contains(words), "{conduct:?}: {members:?}");
         assert_eq!((members[1].faults, members[1].state), (0, Standing::Good), "{conduct:?}");
     }
+}
+
+#[test]
+fn a_server_whose_certificate_has_expired_is_left_and_comes_back_with_a_new_one() {
+    let site = Site::new(2_000_000, 16);
+    let (mut bad, good) = (site.server(), site.server());
+    let reader = site.try_open(&[&bad, &good], &site.options(), 200_000).unwrap();
+    bad.present(&site.authority.expired());
+    Site::wait("the fault", || {
+        site.check_all(&reader, 300_000);
+        reader.figures().members[0].last_fault.as_ref().is_some_and(|fault| fault.contains("Expired"))
+    });
+    bad.present(&site.authority.identity());
+    Site::wait("the return", || standings(&reader)[0] == Standing::Good);
 }
 
 #[test]

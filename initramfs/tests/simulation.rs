@@ -10,7 +10,7 @@ mod sim;
 use common::{noise, seal};
 use moor_image::OpenOptions;
 use moor_tether::reader::world::{Path, World as _};
-use moor_tether::reader::{Figures, Reader, Settings, Standing};
+use moor_tether::reader::{Figures, ReadError, Reader, Settings, Standing};
 use sim::network::{Conduct, Server, Way};
 use sim::schedule::{Files, Outcome, run};
 use sim::world::Sim;
@@ -191,6 +191,33 @@ fn a_server_with_another_image_is_excluded_and_told_of_and_nothing_of_it_is_read
     let members = members.unwrap();
     assert_eq!((members[0].state, members[1].state), (Standing::Excluded, Standing::Good));
     assert!(members[0].last_fault.as_ref().unwrap().contains("is damaged"), "{members:?}");
+}
+
+#[test]
+fn an_outage_lasts_as_long_as_it_lasts_unless_the_machine_shuts_down() {
+    let sim = Sim::new(4);
+    let world = sim.clone();
+    let waited = sim.run(HOUR, async move {
+        let (servers, reader) = pair(&world, Vec::new()).await;
+        for server in &servers {
+            server.behave(Conduct::Refused);
+        }
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let read = reader.clone();
+        world.spawn(Box::pin(async move { _ = sender.send(read.read(700_000, 4096).await) }));
+        world.sleep(Duration::from_mins(20)).await;
+        reader.end();
+        let ended = world.now();
+        let result = receiver.await.unwrap();
+        assert!(matches!(result, Err(ReadError::GaveUp)), "{result:?}");
+        let waited = world.since(ended);
+        // A server that comes back is in time for the next.
+        servers[0].behave(Conduct::Good);
+        world.sleep(Duration::from_secs(10)).await;
+        reader.read(900_000, 4096).await.unwrap();
+        waited
+    });
+    assert_eq!(waited, Some(Duration::from_secs(30)));
 }
 
 #[test]

@@ -57,6 +57,17 @@ pub struct BootRecord {
 #[derive(Debug, Clone)]
 pub struct RunDir(PathBuf);
 
+/// The part of the tether's trace that is reported.
+#[derive(Debug, Deserialize)]
+pub struct Trace {
+    /// The image.
+    pub digest: Sha256Digest,
+    /// Chunk, and milliseconds since the image was opened.
+    pub reads: Vec<(u64, u32)>,
+    /// Whether nothing more will be added.
+    pub is_whole: bool,
+}
+
 impl RunDir {
     /// At `path`; it is made, and its mode set, by [`Self::create`].
     #[must_use]
@@ -127,6 +138,12 @@ impl RunDir {
         self.write_json("boot.json", record)
     }
 
+    /// What the root read of its image: written by the tether, whole once it is two minutes old. `None`: not yet, or not at all.
+    #[must_use]
+    pub fn trace(&self) -> Option<Trace> {
+        read_json::<Trace>(&self.path("tether-trace.json")).ok().filter(|trace| trace.is_whole)
+    }
+
     /// Reads `site.json`.
     ///
     /// # Errors
@@ -178,6 +195,12 @@ mod tests {
         assert_eq!(run.boot().unwrap(), record);
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(std::fs::metadata(run.path("")).unwrap().permissions().mode() & 0o777, 0o700);
+        for (whole, told) in [("false", false), ("true", true)] {
+            let trace =
+                format!(r#"{{"digest":"{}","chunk_size":65536,"reads":[[3,10]],"is_whole":{whole}}}"#, "07".repeat(32));
+            run.write("tether-trace.json", trace.as_bytes()).unwrap();
+            assert_eq!(run.trace().is_some(), told);
+        }
         let error = run.site().unwrap_err().to_string();
         assert!(error.starts_with("cannot read '") && error.contains("site.json"), "{error}");
     }

@@ -90,6 +90,12 @@ impl Config {
         self.state_dir.join("blobs")
     }
 
+    /// What nodes read of their images while they booted.
+    #[must_use]
+    pub fn traces(&self) -> PathBuf {
+        self.state_dir.join("traces")
+    }
+
     /// Working directories of profiles.
     #[must_use]
     pub fn profiles(&self) -> PathBuf {

@@ -20,6 +20,7 @@ pub mod run;
 pub mod secrets;
 pub mod state;
 pub mod store;
+pub mod traces;
 
 use axum::Router;
 use axum::middleware::from_fn;

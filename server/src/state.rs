@@ -12,6 +12,7 @@ use crate::secrets::DataKey;
 use crate::store::records::{ProfileRecord, SiteRecord};
 use crate::store::tables;
 use crate::store::{Command, Local, Outcome, Snapshot, Store as _, StoreError};
+use crate::traces::Traces;
 use anyhow::Context as _;
 use moor_api::ids::{CollectiveId, MemberId};
 use moor_api::node::MemberEndpoint;
@@ -46,6 +47,8 @@ pub struct Member {
     pub refusals: Throttle,
     /// Who is alive.
     pub heartbeats: Heartbeats,
+    /// What boots read.
+    pub traces: Traces,
 }
 
 /// Unix seconds.
@@ -133,8 +136,9 @@ fn addresses(config: &Config, site: &SiteRecord) -> anyhow::Result<Addresses> {
 /// The store or the directory cannot be read.
 pub fn collect(member: &Member) -> anyhow::Result<usize> {
     let view = member.view()?;
-    let mut named = BTreeSet::new();
+    let (mut named, mut images) = (BTreeSet::new(), BTreeSet::new());
     for image in view.images()? {
+        images.insert(image.digest.to_string());
         named.extend([image.blob, image.kernel, image.initramfs]);
     }
     for generation in view.all::<ProfileRecord>(tables::GENERATIONS)? {
@@ -144,6 +148,7 @@ pub fn collect(member: &Member) -> anyhow::Result<usize> {
     for node in view.nodes()? {
         named.extend(node.boots.into_iter().filter_map(|boot| boot.evidence?.event_log));
     }
+    member.traces.retain(&images).context("removing the lists of images that are gone")?;
     content::collect(&member.config.blobs(), &named, Duration::from_hours(24))
 }
 
@@ -177,6 +182,7 @@ impl Member {
         let secrets = DataKey::open(&config.keys().join("data.key"), site.collective)?;
         let nonces = Nonces::new(site.member)?;
         content::sweep(&config.blobs());
+        let traces = Traces::new(config.traces());
         Ok(Arc::new(Self {
             config,
             store,
@@ -189,6 +195,7 @@ impl Member {
             enrollments: Enrollments::default(),
             refusals: Throttle::default(),
             heartbeats: Heartbeats::default(),
+            traces,
         }))
     }
 

@@ -16,6 +16,7 @@
 //! | `POST log` | [`LogReport`] → 204 |
 //! | `POST stage-closed` | [`StageClosed`] → 204; ends the boot stage of this boot |
 //! | `POST heartbeat` | [`Heartbeat`] → [`HeartbeatReply`] |
+//! | `POST trace` | [`TraceReport`] → 204; what the root read of its image |
 //! | `GET attributes` | map of the node's own attributes |
 //!
 //! `enroll`, `session` and all calls with a token go over a connection whose client certificate is the session key's (RFC 8705);
@@ -364,6 +365,9 @@ pub struct ImageOffer {
     pub token_required: bool,
     /// How to use it.
     pub root: RootMode,
+    /// Chunks that earlier boots of this image read, in their order: worth fetching before they are asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub prefetch: Vec<u64>,
 }
 
 /// A request for an image key. The member records it and proposes the node's pin with it.
@@ -477,6 +481,20 @@ pub struct Heartbeat {
     /// Version of the trust bundle that it holds.
     pub trust_version: u64,
 }
+
+/// What the root read of its image while the node booted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TraceReport {
+    /// This boot.
+    pub boot: BootId,
+    /// The image.
+    pub digest: ImageDigest,
+    /// Chunks, in the order of their first read; at most [`MAX_TRACE`].
+    pub chunks: Vec<u64>,
+}
+
+/// Most chunks of a trace.
+pub const MAX_TRACE: usize = 20_000;
 
 /// What changed meanwhile.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -54,6 +54,12 @@ impl Namespace {
         command
     }
 
+    /// The process that holds it.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
     /// Whether its holder still lives.
     pub fn is_alive(&mut self) -> bool {
         self.holder.is_running()

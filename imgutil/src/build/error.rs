@@ -111,16 +111,17 @@ pub enum BuildError {
         /// The version that was asked for.
         version: String,
     },
-    /// Another version, or a package that was not chosen.
+    /// Another version, a package that was not chosen, or a chosen one that is not there.
     #[error(
-        "{name} {installed} was installed, {}: this is a fault of imgutil or of a package's scripts",
+        "{} was installed, {}: this is a fault of imgutil or of a package's scripts",
+        installed.as_ref().map_or(format!("no {name}"), |version| format!("{name} {version}")),
         chosen.as_ref().map_or("which was not chosen".to_owned(), |version| format!("where {version} was chosen"))
     )]
     NotAsChosen {
         /// The package.
         name: String,
         /// Its version in the tree.
-        installed: String,
+        installed: Option<String>,
         /// The version that was to be there; none: it was not to be there.
         chosen: Option<String>,
     },
@@ -170,6 +171,31 @@ pub enum BuildError {
     /// A repository or package is not signed by the key it must be signed by.
     #[error("a repository is not signed by its key, so nothing of it was used: {0}")]
     Untrusted(String),
+    /// A setting of the recipe cannot be made in this image.
+    #[error("{0}")]
+    Setting(String),
+    /// The lock cannot be used or written.
+    #[error("lock '{path}': {message}")]
+    Lock {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        message: String,
+    },
+    /// `--locked`, and the recipe is not what was locked.
+    #[error(
+        "the recipe does not match its lock '{path}': {difference}; build without --locked to take the change, or with \
+         --update-lock to choose all packages anew"
+    )]
+    Unlocked {
+        /// The lock.
+        path: PathBuf,
+        /// What is different.
+        difference: String,
+    },
+    /// No room.
+    #[error("the file system of '{0}' is full: make room there, or build elsewhere")]
+    Full(PathBuf),
     /// A tool failed in another way.
     #[error("{doing} failed: {reason}")]
     Tool {
@@ -213,6 +239,16 @@ pub enum BuildError {
 }
 
 impl BuildError {
+    /// A tool's failure; a full disk is said to be one. `place` is where it wrote.
+    pub(super) fn tool(doing: &str, reason: &str, tail: Tail, place: &Path) -> Self {
+        // The kernel's words, and RPM's.
+        let full = ["No space left on device", "more space on the ", "more space needed on the "];
+        if tail.lines().any(|line| full.iter().any(|words| line.contains(words))) {
+            return Self::Full(place.to_path_buf());
+        }
+        Self::Tool { doing: doing.to_owned(), reason: reason.to_owned(), tail }
+    }
+
     pub(super) fn io(doing: &'static str, path: impl AsRef<Path>, source: io::Error) -> Self {
         Self::Io { doing, path: path.as_ref().to_path_buf(), source }
     }

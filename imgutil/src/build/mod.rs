@@ -1,16 +1,23 @@
 //! `build`: makes a root tree from repositories of packages. Here are its input and the order of its steps: `plan` puts recipe
-//! and data of the operating system together, a `backend` chooses and installs the packages, `finish` turns them into an image;
-//! `workdir` keeps the unfinished tree apart.
+//! and data of the operating system together, `base` gets the packages (chosen and installed by a `backend`, held to a `lock`,
+//! kept in a `cache`), `finish` turns them into an image; `workdir` keeps the unfinished tree apart.
 
+mod accounts;
 mod backend;
+mod base;
+pub mod cache;
+mod epoch;
 mod error;
 mod finish;
 mod imported;
 mod initramfs;
+mod lay;
+mod lock;
 mod near;
 mod os;
 mod output;
 mod plan;
+mod sources;
 mod stage;
 mod tools;
 mod tree;
@@ -24,7 +31,7 @@ pub(crate) use workdir::empty as empty_directory;
 
 use crate::exec::SignalWatch;
 use crate::recipe::Recipe;
-use backend::{Context, Installed, Package};
+use backend::Context;
 use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -44,6 +51,35 @@ pub struct Options {
     /// Directory with the node's files in the layout of the target's root, planted before the kernel is installed. Without
     /// it an image of base `node` cannot boot as a node.
     pub node_files: Option<PathBuf>,
+    /// File that holds every package in its exact version. Without it the newest are taken, and none is written.
+    pub lock: Option<PathBuf>,
+    /// What the lock is for.
+    pub lock_mode: LockMode,
+    /// Directory of base trees that were built before.
+    pub cache: Option<PathBuf>,
+    /// Nothing in the tree is to be newer than this, in seconds since 1970; the lock's date if left out.
+    pub epoch: Option<i64>,
+}
+
+impl Options {
+    /// A node of the usual system, without lock and cache.
+    #[must_use]
+    pub fn new(tree: PathBuf) -> Self {
+        let (recipe, lock_mode) = (Recipe::default(), LockMode::default());
+        Self { tree, recipe, node_files: None, lock: None, lock_mode, cache: None, epoch: None }
+    }
+}
+
+/// What a build does with a lock.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum LockMode {
+    /// Takes its packages if it answers what the recipe asks, and otherwise chooses anew; writes it if anything changed.
+    #[default]
+    Use,
+    /// Builds exactly it, or nothing.
+    Exact,
+    /// Chooses anew and writes it.
+    Update,
 }
 
 /// What happens during a build.
@@ -75,6 +111,8 @@ pub struct Built {
     pub arch: String,
     /// Versions of its kernels.
     pub kernels: Vec<String>,
+    /// Day of the lock whose packages it has; the newest packages otherwise.
+    pub locked: Option<String>,
     /// How long it took.
     pub took: Duration,
 }
@@ -93,27 +131,34 @@ pub fn build(
         return Err(BuildError::NotRoot);
     }
     let name = options.recipe.os.as_deref().unwrap_or(DEFAULT_OS);
-    let os = os::find(name, &options.recipe.directory)?;
-    let plan = plan::Plan::new(options, os)?;
+    let os = os::find(name)?;
+    let mut plan = plan::Plan::new(options, os)?;
     let backend = backend::get(plan.os.backend);
     backend.check_host(&plan)?;
 
     let work = workdir::WorkDir::create(&options.tree)?;
+    for repository in &mut plan.repositories {
+        repository.stage_key(&work)?;
+    }
     let mut units = Vec::new();
     if let Some(node_files) = &plan.node_files {
         stage::copy(node_files, &work.stage())?;
         units = stage::units_to_enable(&work.stage())?;
     }
+    let locking = base::Locking::begin(options, &plan, &work)?;
+    let cache = options.cache.as_deref().and_then(cache::Cache::open);
+    let locked = locking.day();
     let built = (|| {
         let mut tools = tools::Tools::new(&work.log(), progress, signals)?;
-        let mut context = Context { tools: &mut tools, work: &work, plan: &plan };
-        let resolved = backend.resolve(&mut context)?;
-        for snapshot in &resolved.snapshots {
-            tracing::debug!("{} of {}, SHA-256 {}", snapshot.index, snapshot.date, snapshot.sha256);
+        if let Some(difference) = &locking.outdated {
+            tools.stage(&format!("choosing the packages anew: {difference}"))?;
         }
-        backend.install(&mut context, &resolved.packages)?;
-        check_installed(&resolved.packages, &backend.installed(&mut context)?)?;
-        finish::run(&mut context, backend, &units)
+        let epoch = locking.epoch(options.epoch);
+        let mut context = Context { tools: &mut tools, work: &work, plan: &plan, epoch };
+        let base = base::make(&mut context, backend, &locking, cache.as_ref())?;
+        let kernels = finish::run(&mut context, backend, &units)?;
+        locking.end(&plan, base)?;
+        Ok(kernels)
     })();
     let kernels = match built {
         Ok(kernels) => kernels,
@@ -123,25 +168,7 @@ pub fn build(
         }
     };
     let tree = work.publish()?;
-    Ok(Built { tree, os: plan.os.name, arch: plan.arch.name, kernels, took: started.elapsed() })
-}
-
-/// Nothing may be installed but what was chosen, in that version.
-fn check_installed(chosen: &[Package], installed: &[Installed]) -> Result<(), BuildError> {
-    let same = |package: &Package, there: &Installed| package.name == there.name && package.arch == there.arch;
-    for there in installed {
-        match chosen.iter().find(|package| same(package, there)) {
-            Some(package) if package.version == there.version => {}
-            other => {
-                return Err(BuildError::NotAsChosen {
-                    name: there.name.clone(),
-                    installed: there.version.clone(),
-                    chosen: other.map(|package| package.version.clone()),
-                });
-            }
-        }
-    }
-    Ok(())
+    Ok(Built { tree, os: plan.os.name, arch: plan.arch.name, kernels, locked, took: started.elapsed() })
 }
 
 /// A release of an operating system that can be built.

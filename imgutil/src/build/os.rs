@@ -5,7 +5,7 @@ use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The data files, one per release.
 const FILES: [&str; 20] = [
@@ -70,6 +70,9 @@ pub(super) struct Os {
     pub(super) rpm: Rpm,
     /// What makes the initramfs.
     pub(super) initramfs: Initramfs,
+    /// The system's locale.
+    #[serde(default)]
+    pub(super) locale: Locale,
     /// What is installed.
     pub(super) packages: Packages,
     /// What is enabled.
@@ -178,6 +181,23 @@ pub(super) enum InitramfsTool {
     Dracut,
 }
 
+/// How a release is told its locale.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Locale {
+    /// The file that names it.
+    pub(super) file: String,
+    /// Packages for every locale but C and C.UTF-8, with `{language}` as `de`.
+    pub(super) packages: Vec<String>,
+}
+
+impl Default for Locale {
+    /// As Debian does it.
+    fn default() -> Self {
+        Self { file: "/etc/default/locale".to_owned(), packages: vec!["locales".to_owned()] }
+    }
+}
+
 /// Package lists of the two bases.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -200,10 +220,10 @@ fn yes() -> bool {
     true
 }
 
-/// The release called `name`, or described in the file of that name if it is a path; a relative one starts from `directory`.
-pub(super) fn find(name: &str, directory: &Path) -> Result<Os, BuildError> {
+/// The release called `name`, or described in the file of that name if it is a path.
+pub(super) fn find(name: &str) -> Result<Os, BuildError> {
     if is_path(name) {
-        let path = directory.join(name);
+        let path = PathBuf::from(name);
         return read(&path).map_err(|reason| BuildError::OsFile { path, reason });
     }
     let all = all();
@@ -259,21 +279,21 @@ mod tests {
             assert!(os.arch.contains_key("x86_64"), "{}", os.name);
             assert!(os.arch.values().all(|arch| !arch.kernel.is_empty()), "{}", os.name);
             assert!(os.initramfs.file.contains("{kernel}"), "{}", os.name);
-            assert_eq!(find(&os.name, Path::new("")).unwrap().release, os.release);
+            assert_eq!(find(&os.name).unwrap().release, os.release);
         }
-        let error = find("debian", Path::new("")).unwrap_err().to_string();
+        let error = find("debian").unwrap_err().to_string();
         assert!(error.contains("known are debian-12, debian-13, ubuntu-22.04"), "{error}");
     }
 
     #[test]
     fn a_release_has_what_its_family_has_and_may_say_otherwise() {
-        let os = find("rocky-10", Path::new("")).unwrap();
+        let os = find("rocky-10").unwrap();
         assert_eq!((os.release.as_str(), os.rpm.database.as_str()), ("10", "/usr/lib/sysimage/rpm"));
         let directory = tempfile::tempdir().unwrap();
         let own =
             "name = \"own\"\nfamily = \"el-9\"\nmirror = \"http://m\"\nrepository = []\nservices = { node = [] }\n";
         std::fs::write(directory.path().join("own.toml"), own).unwrap();
-        let os = find("./own.toml", directory.path()).unwrap();
+        let os = find(directory.path().join("own.toml").to_str().unwrap()).unwrap();
         assert_eq!((os.backend, os.services.node.len(), os.release.as_str()), (BackendName::Dnf, 0, "9"));
         for (text, reason) in [
             ("name = \"x\"\nfamily = \"el-3\"", "there is no family \"el-3\""),
@@ -281,7 +301,7 @@ mod tests {
             ("name = ", "string values must be quoted"),
         ] {
             std::fs::write(directory.path().join("bad.toml"), text).unwrap();
-            let error = find("./bad.toml", directory.path()).unwrap_err().to_string();
+            let error = find(directory.path().join("bad.toml").to_str().unwrap()).unwrap_err().to_string();
             assert!(error.contains("bad.toml") && error.contains(reason), "{error}");
         }
     }

@@ -1,22 +1,34 @@
 //! What is to be built, worked out of the options and the data of the operating system. Nothing is looked at or fetched here.
 
 use super::os::{Os, OsArch, OsRepository};
+use super::workdir::WorkDir;
 use super::{BuildError, Options};
-use crate::recipe::{Base, Recipe, is_package_name};
+use crate::recipe::{Base, File, Group, Item, Key, PackageWord, Recipe, Target, User};
 use std::path::{Path, PathBuf};
 
-/// Options and the data of the operating system, put together.
+/// Options and the data of the operating system, put together: what does not count for this target is left out.
 pub(super) struct Plan {
     pub(super) os: Os,
-    pub(super) recipe: Recipe,
+    pub(super) arch: Arch,
+    pub(super) base: Base,
     /// The node's files, where they are to be planted.
     pub(super) node_files: Option<PathBuf>,
-    pub(super) arch: Arch,
     /// The distribution's own first.
     pub(super) repositories: Vec<Repository>,
     /// Packages to ask for: what they depend on comes with them.
     pub(super) packages: Vec<String>,
+    /// Packages that must not come, whoever asks for them.
+    pub(super) remove: Vec<String>,
+    pub(super) groups: Vec<Group>,
+    pub(super) users: Vec<User>,
+    pub(super) files: Vec<File>,
     pub(super) services: Vec<String>,
+    pub(super) disable: Vec<String>,
+    pub(super) locale: Option<String>,
+    pub(super) timezone: Option<String>,
+    pub(super) run: Vec<String>,
+    /// The files that the recipe was read from, the one that was named last.
+    pub(super) recipe_files: Vec<PathBuf>,
 }
 
 /// An architecture by both of its names.
@@ -38,6 +50,10 @@ pub(super) struct Repository {
     pub(super) components: Vec<String>,
     /// File with its public keys, on the host.
     pub(super) key: PathBuf,
+    /// The public key itself, where the recipe holds it: `key` is then the file that it is written to.
+    pub(super) key_text: Option<String>,
+    /// The recipe says of this repository that nobody signs it: there is no key.
+    pub(super) unsigned: bool,
     /// Where the image has that file from a package of its own; otherwise it is laid in.
     pub(super) key_in_image: Option<String>,
     /// The host's package that brings the file.
@@ -50,31 +66,84 @@ impl Plan {
     pub(super) fn new(options: &Options, os: Os) -> Result<Self, BuildError> {
         let recipe = options.recipe.clone();
         let (machine, os_arch) = find_arch(&os, recipe.arch.as_deref().unwrap_or(std::env::consts::ARCH))?;
-        let mut packages = os.packages.minimal.clone();
-        let mut services = Vec::new();
-        if recipe.base == Base::Node {
-            packages.extend(os.packages.node.iter().chain(&os_arch.kernel).cloned());
-            services.clone_from(&os.services.node);
-        }
-        for name in &recipe.packages {
-            if !is_package_name(name) {
-                return Err(BuildError::PackageName(name.clone()));
-            }
-            if !packages.contains(name) {
-                packages.push(name.clone());
-            }
-        }
-        services.extend(recipe.services.iter().cloned());
+        let target = Target { os: &os.name, machine, arch: &os_arch.name };
+        let base = recipe.base.unwrap_or_default();
+        let (packages, remove) = packages(&os, os_arch, &recipe, base, target);
+        let mut services = if base == Base::Node { os.services.node.clone() } else { Vec::new() };
+        services.extend(counting(&recipe.services, target).map(|name| name.0.clone()));
+        let disable: Vec<String> = counting(&recipe.disable, target).map(|name| name.0.clone()).collect();
+        services.retain(|name| !disable.contains(name));
         Ok(Self {
             arch: Arch { machine: machine.to_owned(), name: os_arch.name.clone() },
-            repositories: repositories(&os, os_arch, &recipe),
+            base,
+            repositories: repositories(&os, os_arch, &recipe, target),
             node_files: options.node_files.clone(),
             packages,
+            remove,
             services,
-            recipe,
+            disable,
+            run: counting(&recipe.run, target).map(|command| command.0.clone()).collect(),
+            files: recipe.files.iter().filter(|file| file.when.holds(target)).cloned().collect(),
+            groups: recipe.groups,
+            users: recipe.users,
+            locale: recipe.locale.map(|name| name.0),
+            timezone: recipe.timezone.map(|name| name.0),
+            recipe_files: recipe.read_from,
             os,
         })
     }
+}
+
+impl Repository {
+    /// Writes the key that the recipe holds itself to a file, for tools that want one.
+    pub(super) fn stage_key(&mut self, work: &WorkDir) -> Result<(), BuildError> {
+        if let Some(text) = &self.key_text {
+            self.key = work.path().join(format!("{}.asc", self.name));
+            std::fs::write(&self.key, text).map_err(|error| BuildError::io("write", &self.key, error))?;
+        }
+        Ok(())
+    }
+}
+
+/// The entries whose condition is true.
+fn counting<'a, T>(items: &'a [Item<T>], target: Target<'a>) -> impl Iterator<Item = &'a T> {
+    items.iter().filter(move |item| item.when.holds(target)).map(|item| &item.value)
+}
+
+/// Packages to ask for and packages to leave out. A later word of the recipe wins over an earlier one.
+fn packages(os: &Os, arch: &OsArch, recipe: &Recipe, base: Base, target: Target<'_>) -> (Vec<String>, Vec<String>) {
+    let mut wanted = os.packages.minimal.clone();
+    if base == Base::Node {
+        wanted.extend(os.packages.node.iter().chain(&arch.kernel).cloned());
+    }
+    if let Some(locale) = recipe.locale.as_ref().filter(|locale| !is_built_in(&locale.0)) {
+        let language = locale.0.split(['_', '.', '@']).next().unwrap_or_default();
+        wanted.extend(os.locale.packages.iter().map(|name| name.replace("{language}", language)));
+    }
+    let mut removed: Vec<String> = Vec::new();
+    for PackageWord(word) in counting(&recipe.packages, target) {
+        let (name, (into, out_of)) = match word.strip_prefix('-') {
+            Some(name) => (name, (&mut removed, &mut wanted)),
+            None => (word.as_str(), (&mut wanted, &mut removed)),
+        };
+        out_of.retain(|known| known != name);
+        if !into.iter().any(|known| known == name) {
+            into.push(name.to_owned());
+        }
+    }
+    for PackageWord(word) in counting(&recipe.remove, target) {
+        let name = word.trim_start_matches('-');
+        wanted.retain(|known| known != name);
+        if !removed.iter().any(|known| known == name) {
+            removed.push(name.to_owned());
+        }
+    }
+    (wanted, removed)
+}
+
+/// Whether every system has this locale without a package.
+pub(super) fn is_built_in(locale: &str) -> bool {
+    matches!(locale, "C" | "POSIX" | "C.UTF-8" | "C.utf8")
 }
 
 /// The architecture called `name`, by either of its names.
@@ -88,12 +157,14 @@ fn find_arch<'a>(os: &'a Os, name: &str) -> Result<(&'a str, &'a OsArch), BuildE
     )
 }
 
-fn repositories(os: &Os, arch: &OsArch, recipe: &Recipe) -> Vec<Repository> {
-    let mirror = recipe.mirror.as_ref().or(arch.mirror.as_ref()).unwrap_or(&os.mirror);
-    let security = recipe.security_mirror.as_ref().or(arch.security_mirror.as_ref()).or(os.security_mirror.as_ref());
+fn repositories(os: &Os, arch: &OsArch, recipe: &Recipe, target: Target<'_>) -> Vec<Repository> {
+    let own = |uri: &crate::recipe::Uri| uri.0.clone();
+    let mirror = recipe.mirror.as_ref().map(own).or(arch.mirror.clone()).unwrap_or(os.mirror.clone());
+    let security =
+        recipe.security_mirror.as_ref().map(own).or(arch.security_mirror.clone()).or(os.security_mirror.clone());
+    let security = security.unwrap_or_default();
     let mut all = Vec::new();
     for repository in &os.repositories {
-        let security = security.map_or("", String::as_str);
         if repository.uri.contains("{security-mirror}") && security.is_empty() {
             continue;
         }
@@ -109,18 +180,25 @@ fn repositories(os: &Os, arch: &OsArch, recipe: &Recipe) -> Vec<Repository> {
             suites: repository.suites.clone(),
             components: repository.components.clone(),
             key: key_on_host(repository),
+            key_text: None,
+            unsigned: false,
             key_in_image: Some(repository.key_in_image.as_ref().unwrap_or(&repository.key).clone()),
             key_package: Some(repository.key_package.clone()),
             signed_metadata: repository.signed_metadata,
         });
     }
     for (index, repository) in recipe.repositories.iter().enumerate() {
+        if !repository.when.holds(target) {
+            continue;
+        }
         all.push(Repository {
             name: format!("recipe-{index}"),
             uri: repository.uri.clone(),
             suites: repository.suites.clone(),
             components: repository.components.clone(),
-            key: recipe.directory.join(&repository.key),
+            key: if let Key::File(path) = &repository.key { path.clone() } else { PathBuf::new() },
+            key_text: if let Key::Text(text) = &repository.key { Some(text.clone()) } else { None },
+            unsigned: repository.key == Key::Unsigned,
             key_in_image: None,
             key_package: None,
             signed_metadata: repository.signed_metadata,
@@ -143,8 +221,8 @@ mod tests {
 
     fn plan(os_name: &str, recipe: &str) -> Plan {
         let recipe = Recipe::parse(recipe, std::path::Path::new("r.toml")).unwrap();
-        let options = Options { tree: PathBuf::from("tree"), recipe, node_files: None };
-        Plan::new(&options, os::find(os_name, Path::new("")).unwrap()).unwrap()
+        let options = Options { recipe, ..Options::new(PathBuf::from("tree")) };
+        Plan::new(&options, os::find(os_name).unwrap()).unwrap()
     }
 
     fn uris(plan: &Plan) -> Vec<&str> {
@@ -159,5 +237,26 @@ mod tests {
         assert_eq!((uris(&changed), changed.arch.name.as_str()), (vec!["http://m/debian"], "amd64"));
         let ports = plan("ubuntu-24.04", "arch = \"arm64\"");
         assert_eq!((uris(&ports)[0], ports.arch.machine.as_str()), ("http://ports.ubuntu.com/ubuntu-ports", "aarch64"));
+    }
+
+    #[test]
+    fn what_does_not_count_for_the_target_is_left_out_and_the_last_word_wins() {
+        let plan = plan(
+            "debian-12",
+            r#"
+            arch = "amd64"
+            base = "minimal"
+            packages = ["vim", "-nano", { name = "less", version = "13" }, "-ca-certificates", "nano", "-vim", "zsh"]
+            remove = ["zsh"]
+            services = ["a.service", { name = "b.service", arch = "arm64" }, "c.service"]
+            disable = ["c.service"]
+            locale = "de_DE.UTF-8"
+            run = [{ command = "false", os = "ubuntu" }]
+            "#,
+        );
+        assert_eq!(plan.packages, ["apt", "debian-archive-keyring", "locales", "nano"]);
+        assert_eq!(plan.remove, ["ca-certificates", "vim", "zsh"]);
+        assert_eq!((plan.services, plan.disable), (vec!["a.service".to_owned()], vec!["c.service".to_owned()]));
+        assert!(plan.run.is_empty());
     }
 }

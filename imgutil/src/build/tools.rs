@@ -27,7 +27,7 @@ impl<'a> Tools<'a> {
     }
 
     /// Tells where the build has come to.
-    pub(super) fn stage(&mut self, stage: &'static str) -> Result<(), BuildError> {
+    pub(super) fn stage(&mut self, stage: &str) -> Result<(), BuildError> {
         (self.progress)(Event::Stage(stage));
         self.interrupted(&[])
     }

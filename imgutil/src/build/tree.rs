@@ -2,11 +2,16 @@
 //! tree: `/lib/x` lands in `/usr/lib/x`, and nothing lands on the host.
 
 use super::BuildError;
-use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2, unlinkat};
+use rustix::fs::{
+    AtFlags, Gid, Mode, OFlags, ResolveFlags, Uid, chmodat, chownat, mkdirat, openat, openat2, symlinkat, unlinkat,
+};
 use std::ffi::OsStr;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path};
+
+/// Of a text file, so much is read.
+const TEXT_LIMIT: u64 = 16 << 20;
 
 /// A tree, held by its root directory.
 pub(super) struct Tree(OwnedFd);
@@ -30,13 +35,24 @@ impl Tree {
             at.push(part);
             directory = match open(&at) {
                 Err(rustix::io::Errno::NOENT) if make => {
-                    mkdirat(&directory, part.as_os_str(), Mode::from_raw_mode(0o755))?;
-                    open(&at)?
+                    match mkdirat(&directory, part.as_os_str(), Mode::from_raw_mode(0o755)) {
+                        // It is there, and yet cannot be opened.
+                        Err(rustix::io::Errno::EXIST) => return Err(Self::leads_nowhere(&at)),
+                        other => other?,
+                    }
+                    // Not by the umask of whoever builds.
+                    let made = open(&at)?;
+                    chmodat(&directory, part.as_os_str(), Mode::from_raw_mode(0o755), AtFlags::empty())?;
+                    made
                 }
                 other => other?,
             };
         }
         Ok(directory)
+    }
+
+    fn leads_nowhere(path: &Path) -> io::Error {
+        io::Error::other(format!("'{}' is a symbolic link that leads to nothing in the tree", path.display()))
     }
 
     fn split(path: &Path) -> io::Result<(&Path, &OsStr)> {
@@ -46,30 +62,111 @@ impl Tree {
         }
     }
 
-    /// Replaces the file at `path`; directories above it are made.
-    pub(super) fn write(&self, path: impl AsRef<Path>, mode: u32, content: &mut dyn Read) -> Result<(), BuildError> {
+    /// Opens the directory above `path`, made if need be, and takes away what is at `path`, unless it is a directory.
+    fn clear(&self, path: &Path) -> io::Result<(OwnedFd, std::ffi::OsString)> {
+        let (parent, name) = Self::split(path)?;
+        let directory = self.directory(parent, true)?;
+        match unlinkat(&directory, name, AtFlags::empty()) {
+            Ok(()) | Err(rustix::io::Errno::NOENT) => Ok((directory, name.to_owned())),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Replaces the file at `path`; directories above it are made. `owner` is a user's and a group's number.
+    pub(super) fn write(
+        &self,
+        path: impl AsRef<Path>,
+        mode: u32,
+        owner: (u32, u32),
+        content: &mut dyn Read,
+    ) -> Result<(), BuildError> {
         let path = path.as_ref();
         let mut write = || -> io::Result<()> {
-            let (parent, name) = Self::split(path)?;
-            let directory = self.directory(parent, true)?;
-            match unlinkat(&directory, name, AtFlags::empty()) {
-                Ok(()) | Err(rustix::io::Errno::NOENT) => {}
-                Err(error) => return Err(error.into()),
-            }
+            let (directory, name) = self.clear(path)?;
             let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
             let file = openat(&directory, name, flags, Mode::from_raw_mode(0o600))?;
             let mut file = std::fs::File::from(file);
             io::copy(content, &mut file)?;
             file.flush()?;
-            // Not by the umask of whoever builds.
+            std::os::unix::fs::fchown(&file, Some(owner.0), Some(owner.1))?;
+            // After the owner, whose change clears set-uid bits; not by the umask of whoever builds.
             Ok(rustix::fs::fchmod(&file, Mode::from_raw_mode(mode))?)
         };
         write().map_err(|error| BuildError::io("write in the tree", path, error))
     }
 
+    /// Replaces what is at `path` by a symbolic link.
+    pub(super) fn symlink(
+        &self,
+        path: impl AsRef<Path>,
+        target: impl AsRef<Path>,
+        owner: (u32, u32),
+    ) -> Result<(), BuildError> {
+        let path = path.as_ref();
+        let link = || -> io::Result<()> {
+            let (directory, name) = self.clear(path)?;
+            symlinkat(target.as_ref(), &directory, &name)?;
+            Ok(chownat(
+                &directory,
+                &name,
+                Some(Uid::from_raw(owner.0)),
+                Some(Gid::from_raw(owner.1)),
+                AtFlags::SYMLINK_NOFOLLOW,
+            )?)
+        };
+        link().map_err(|error| BuildError::io("make the link in the tree", path, error))
+    }
+
+    /// Makes the directory at `path`, or gives the one that is there this mode and owner.
+    pub(super) fn make_directory(
+        &self,
+        path: impl AsRef<Path>,
+        mode: u32,
+        owner: (u32, u32),
+    ) -> Result<(), BuildError> {
+        let path = path.as_ref();
+        let make = || -> io::Result<()> {
+            let directory = self.directory(path, true)?;
+            // Opened for its name only: changed through its entry for itself.
+            let (uid, gid) = (Some(Uid::from_raw(owner.0)), Some(Gid::from_raw(owner.1)));
+            chownat(&directory, ".", uid, gid, AtFlags::empty())?;
+            Ok(chmodat(&directory, ".", Mode::from_raw_mode(mode), AtFlags::empty())?)
+        };
+        make().map_err(|error| BuildError::io("make the directory in the tree", path, error))
+    }
+
+    fn open_file(&self, path: &Path, flags: OFlags) -> io::Result<std::fs::File> {
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let file = std::fs::File::from(openat2(&self.0, path, flags, Mode::empty(), resolve)?);
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::other("it is no regular file"));
+        }
+        Ok(file)
+    }
+
+    /// The text of the file at `path`; empty if there is none.
+    pub(super) fn read_text(&self, path: &str) -> Result<String, BuildError> {
+        let read = || -> io::Result<String> {
+            let mut text = String::new();
+            self.open_file(Path::new(path), OFlags::RDONLY)?.take(TEXT_LIMIT).read_to_string(&mut text)?;
+            Ok(text)
+        };
+        match read() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+            other => other.map_err(|error| BuildError::io("read in the tree", path, error)),
+        }
+    }
+
+    /// Gives the file at `path` another text; mode and owner stay.
+    pub(super) fn rewrite(&self, path: &str, text: &str) -> Result<(), BuildError> {
+        let write = || self.open_file(Path::new(path), OFlags::WRONLY | OFlags::TRUNC)?.write_all(text.as_bytes());
+        write().map_err(|error| BuildError::io("write in the tree", path, error))
+    }
+
     /// Replaces the file at `path` by a text.
     pub(super) fn write_text(&self, path: impl AsRef<Path>, text: &str) -> Result<(), BuildError> {
-        self.write(path, 0o644, &mut text.as_bytes())
+        self.write(path, 0o644, (0, 0), &mut text.as_bytes())
     }
 
     /// Removes the file at `path`, if there is one.
@@ -139,6 +236,7 @@ impl Tree {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt as _;
 
     #[test]
     fn links_of_the_tree_end_inside_the_tree() {
@@ -151,7 +249,8 @@ mod tests {
         let tree = Tree::open(&root).unwrap();
         tree.write_text("/lib/systemd/x", "1").unwrap();
         assert_eq!(std::fs::read_to_string(root.join("usr/lib/systemd/x")).unwrap(), "1");
-        assert!(tree.write_text("/out/y", "2").is_err(), "the link's target does not exist in the tree");
+        let error = tree.write_text("/out/y", "2").unwrap_err().to_string();
+        assert!(error.contains("'/out' is a symbolic link that leads to nothing in the tree"), "{error}");
         assert!(tree.write_text("/usr/up/z", "3").is_err());
         assert!(!scratch.path().join("y").exists() && !scratch.path().join("outside").exists());
         std::os::unix::fs::symlink("/etc/hostname", root.join("usr/h")).unwrap();
@@ -171,5 +270,18 @@ mod tests {
         tree.remove_below("/var/none").unwrap();
         assert!(tree.list("/var/cache").unwrap().is_empty());
         assert!(tree.exists("/lib/systemd/x") && !tree.exists("/out"));
+        tree.make_directory("/srv/a", 0o700, (3, 4)).unwrap();
+        tree.symlink("/srv/a/l", "../b", (5, 6)).unwrap();
+        tree.write("/srv/a/f", 0o4755, (7, 8), &mut "1".as_bytes()).unwrap();
+        let seen = |path: &str| {
+            let metadata = root.join(path).symlink_metadata().unwrap();
+            (metadata.mode() & 0o7777, metadata.uid(), metadata.gid())
+        };
+        assert_eq!((seen("srv").0, seen("srv/a"), seen("srv/a/f")), (0o755, (0o700, 3, 4), (0o4755, 7, 8)));
+        assert_eq!((seen("srv/a/l").1, seen("srv/a/l").2), (5, 6));
+        tree.rewrite("/srv/a/f", "22").unwrap();
+        assert_eq!((tree.read_text("/srv/a/f").unwrap().as_str(), seen("srv/a/f").1), ("22", 7));
+        assert_eq!(tree.read_text("/none").unwrap(), "");
+        assert!(tree.read_text("/srv").unwrap_err().to_string().contains("no regular file"));
     }
 }

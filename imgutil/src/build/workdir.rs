@@ -54,6 +54,11 @@ impl WorkDir {
         Ok(work)
     }
 
+    /// The directory itself.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The tree while it is built.
     pub(super) fn root(&self) -> PathBuf {
         self.path.join("root")

@@ -1,9 +1,10 @@
 //! `imgutil build`.
 
-use crate::build::{self, BuildError, Event, NODE_FILES, Options};
+use crate::build::cache::DEFAULT_CACHE;
+use crate::build::{self, BuildError, Event, LockMode, NODE_FILES, Options};
 use crate::exec::SignalWatch;
 use crate::oci::Source;
-use crate::recipe::{Base, Recipe, check_uri};
+use crate::recipe::{Base, Item, PackageWord, Recipe, Uri};
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nix::sys::signal::Signal;
@@ -37,7 +38,7 @@ Then: imgutil exec TREE to change it, imgutil pack TREE to make an image of it. 
 #[derive(Debug, clap::Args)]
 #[command(override_usage = "imgutil build [-f RECIPE] [--os OS] [--arch ARCH] [-p PACKAGES…] [OPTIONS] TREE")]
 pub struct Args {
-    /// Recipe in TOML: packages, archives, files, users, services and commands
+    /// Recipe in TOML: packages, repositories, files, users, services and commands (docs/recipes.md)
     #[arg(short = 'f', long, value_name = "RECIPE")]
     file: Option<PathBuf>,
     /// Operating system, as --list-os shows them, or the path of a description like theirs [default: debian-12]
@@ -46,15 +47,30 @@ pub struct Args {
     /// Architecture, as amd64 or arm64 [default: the host's]
     #[arg(long)]
     arch: Option<String>,
-    /// More packages to install
-    #[arg(short = 'p', long, value_delimiter = ',', value_name = "PACKAGES…")]
+    /// More packages to install; -NAME leaves one out
+    #[arg(short = 'p', long, value_delimiter = ',', allow_hyphen_values = true, value_name = "PACKAGES…")]
     packages: Vec<String>,
     /// Main archive instead of the distribution's own
-    #[arg(long, value_name = "URL", value_parser = uri)]
-    mirror: Option<String>,
+    #[arg(long, value_name = "URL")]
+    mirror: Option<Uri>,
     /// Archive of security updates instead of the distribution's own; empty for none
-    #[arg(long, value_name = "URL", value_parser = uri)]
-    security_mirror: Option<String>,
+    #[arg(long, value_name = "URL")]
+    security_mirror: Option<Uri>,
+    /// Lock file with every package's exact version [default: RECIPE with the ending .lock]
+    #[arg(long, value_name = "FILE")]
+    lock: Option<PathBuf>,
+    /// Build exactly what the lock says, or nothing
+    #[arg(long)]
+    locked: bool,
+    /// Take the newest packages and write the lock anew
+    #[arg(long, conflicts_with = "locked")]
+    update_lock: bool,
+    /// Directory of base trees that were built before
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_CACHE)]
+    cache: PathBuf,
+    /// Neither use nor keep base trees
+    #[arg(long, conflicts_with = "cache")]
+    no_cache: bool,
     /// Only essential packages and apt: no kernel, no agent
     #[arg(long)]
     minimal: bool,
@@ -112,8 +128,11 @@ fn import(tree: &Path, source: &Source, arch: Option<&str>) -> anyhow::Result<Ex
     }
 }
 
-fn uri(text: &str) -> Result<String, String> {
-    check_uri(text).map(|()| text.to_owned())
+/// `SOURCE_DATE_EPOCH`, as reproducible-builds.org defines it.
+fn source_date_epoch() -> anyhow::Result<Option<i64>> {
+    let Some(value) = std::env::var_os("SOURCE_DATE_EPOCH").filter(|value| !value.is_empty()) else { return Ok(None) };
+    let seconds = value.to_str().and_then(|text| text.parse().ok()).filter(|seconds| *seconds >= 0);
+    seconds.map(Some).context("SOURCE_DATE_EPOCH is no number of seconds since 1970")
 }
 
 /// Runs it.
@@ -136,12 +155,28 @@ pub fn run(mut args: Args) -> anyhow::Result<ExitCode> {
     recipe.arch = args.arch.or(recipe.arch);
     recipe.mirror = args.mirror.or(recipe.mirror);
     recipe.security_mirror = args.security_mirror.or(recipe.security_mirror);
-    recipe.packages.extend(args.packages);
-    if args.minimal {
-        recipe.base = Base::Minimal;
+    for word in args.packages {
+        recipe.packages.push(Item::always(word.parse::<PackageWord>().map_err(anyhow::Error::msg)?));
     }
-    let node_files = (recipe.base == Base::Node).then_some(args.node_files);
-    let options = Options { tree, recipe, node_files };
+    if args.minimal {
+        recipe.base = Some(Base::Minimal);
+    }
+    let lock = args.lock.or_else(|| args.file.as_deref().map(|file| file.with_extension("lock")));
+    let lock_mode = match (args.locked, args.update_lock) {
+        (false, false) => LockMode::Use,
+        (_, _) if lock.is_none() => anyhow::bail!("without a recipe there is no lock: name it with --lock"),
+        (true, _) => LockMode::Exact,
+        (false, true) => LockMode::Update,
+    };
+    let options = Options {
+        tree,
+        node_files: (recipe.base.unwrap_or_default() == Base::Node).then_some(args.node_files),
+        recipe,
+        lock,
+        lock_mode,
+        cache: (!args.no_cache).then_some(args.cache),
+        epoch: source_date_epoch()?,
+    };
 
     let signals = SignalWatch::start(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT])?;
     let display = Display::new();
@@ -151,10 +186,11 @@ pub fn run(mut args: Args) -> anyhow::Result<ExitCode> {
         Ok(built) => {
             let kernels = if built.kernels.is_empty() { "none".to_owned() } else { built.kernels.join(", ") };
             println!(
-                "built '{}': {} {}, kernel {kernels}, in {} s",
+                "built '{}': {} {}, kernel {kernels}{}, in {} s",
                 built.tree.display(),
                 built.os,
                 built.arch,
+                built.locked.map(|day| format!(", packages as locked on {day}")).unwrap_or_default(),
                 built.took.as_secs()
             );
             Ok(ExitCode::SUCCESS)

@@ -12,6 +12,7 @@ use std::process::ExitCode;
 
 /// Shows what an image is. Without its key: the header; with it: also name, system and packages.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Example: imgutil inspect node.moor --key-file node.key --json")]
 pub struct Args {
     /// The image.
     #[arg(value_name = "FILE.moor")]

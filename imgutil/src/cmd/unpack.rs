@@ -10,6 +10,7 @@ use std::process::ExitCode;
 ///
 /// The tree appears when it is complete. Restoring owners and devices takes root.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Example: imgutil unpack node.moor ./tree --key-file node.key")]
 pub struct Args {
     /// The image.
     #[arg(value_name = "FILE.moor")]

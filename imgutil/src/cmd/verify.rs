@@ -15,6 +15,9 @@ use std::process::ExitCode;
 /// Without the key (`--public`) the hashes of all parts and the signatures are checked; with it also that they were made by who
 /// holds the key, and that everything decrypts. Each damaged part is named with its byte range.
 #[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  imgutil verify node.moor --key-file node.key\n  imgutil verify node.moor --public --trust builder.pub"
+)]
 pub struct Args {
     /// The image.
     #[arg(value_name = "FILE.moor")]

@@ -237,6 +237,11 @@ impl Planted {
                 }
                 Err(rustix::io::Errno::NOENT) => {
                     let name = part.as_os_str();
+                    let there = stat_of(parent.as_fd(), name).during("look at", &shown)?;
+                    if there.is_some_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Symlink) {
+                        let found = "a symbolic link that leads nowhere in the image";
+                        return Err(MountError::NotADirectory { path: path.display().to_string(), found });
+                    }
                     if index + 1 < parts.len() || kind == FileType::Directory {
                         self.make_directory(&parent, name, &shown)?;
                         open(&path).during("open", &shown)?

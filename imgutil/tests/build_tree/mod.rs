@@ -20,6 +20,13 @@ pub fn imgutil() -> Command {
     command
 }
 
+/// Something that runs with mounts of its own, which end with it.
+pub fn unshared() -> Command {
+    let mut command = tied("unshare");
+    command.args(["--mount", "--propagation", "private", "--"]).stdin(Stdio::null());
+    command
+}
+
 /// Runs `imgutil exec TREE -- COMMAND…` as a script would.
 pub fn exec(tree: &Path, command: &[&str]) -> Output {
     imgutil().arg("exec").arg(tree).arg("--").args(command).output().unwrap()
@@ -39,7 +46,7 @@ pub fn text(bytes: &[u8]) -> String {
 /// A minimal Debian 12 tree that no test may change.
 pub fn minimal_tree() -> PathBuf {
     cached("minimal", |tree| {
-        let output = imgutil().args(["build", "--minimal"]).arg(tree).output().unwrap();
+        let output = imgutil().args(["build", "--no-cache", "--minimal"]).arg(tree).output().unwrap();
         assert!(output.status.success(), "{}", text(&output.stderr));
     })
 }

@@ -50,7 +50,10 @@ pub(crate) struct Args {
     /// The image's signatures, its FILE.moor.sig
     #[arg(long, value_name = "FILE")]
     signatures: Option<PathBuf>,
-    /// Where the tether tells others how it stands
+    /// Chunks that earlier boots read, a JSON list in their order: they are fetched before anybody asks
+    #[arg(long, value_name = "FILE")]
+    prefetch: Option<PathBuf>,
+    /// Where the tether tells others how it stands; what is read in the first two minutes goes to FILE's name with -trace.json
     #[arg(long, value_name = "FILE", default_value = DEFAULT_PATH)]
     state: PathBuf,
     /// Stay in the foreground, log to standard error, and unmount on SIGTERM and SIGINT
@@ -66,17 +69,19 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     }
     let refused = if args.foreground { Vec::new() } else { survive::prepare() };
     let (addresses, tls, options) = (addresses(&args.urls)?, tls(args)?, options(args)?);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .thread_name("reader")
-        .enable_all()
-        .build()
-        .context("cannot start the reader's threads")?;
+    let mut threads = tokio::runtime::Builder::new_multi_thread();
+    threads.worker_threads(2).thread_name("reader").enable_all();
+    if !args.foreground {
+        // In the foreground one of them unmounts at the end.
+        threads.on_thread_start(confine);
+    }
+    let runtime = threads.build().context("cannot start the reader's threads")?;
     if args.foreground {
         kmsg::log_to_stderr();
     }
+    let settings = Settings { prefetch: prefetch(args)?, ..Settings::default() };
     let world = Arc::new(Real::new(runtime.handle().clone()));
-    let reader = runtime.block_on(Reader::open(Https::all(addresses, &tls), world, &options, Settings::default()))?;
+    let reader = runtime.block_on(Reader::open(Https::all(addresses, &tls), world, &options, settings))?;
     drop(options);
     let state = StateFile::new(&args.state).with_context(|| format!("cannot write to '{}'", args.state.display()))?;
     // Before the mount can be seen: whoever sees it may end it.
@@ -92,6 +97,16 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         kmsg::log_to_kernel();
         daemon::say_ready().context("cannot tell that the mount is there")?;
         survive::let_go().context("cannot let go of the standard streams")?;
+        let ending = reader.clone();
+        let watch = move || {
+            confine();
+            match survive::wait_for_shutdown() {
+                Ok(()) => ending.end(),
+                Err(error) => tracing::warn!("cannot see a shutdown: {error}"),
+            }
+        };
+        std::thread::Builder::new().name("shutdown".into()).spawn(watch).context("cannot watch for a shutdown")?;
+        confine();
     }
     for step in refused {
         tracing::warn!("goes on without {step}");
@@ -108,6 +123,13 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     runtime.shutdown_background();
     ended.context("the mount ended")?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// A tether that has more rights than it needs serves all the same.
+fn confine() {
+    if let Err(error) = survive::drop_capabilities() {
+        tracing::warn!("keeps all capabilities: {error}");
+    }
 }
 
 /// In the foreground a signal ends the mount, and the mount's end the program.
@@ -164,6 +186,11 @@ fn options(args: &Args) -> Result<OpenOptions> {
         minimum_serial: args.minimum_serial,
         require_encrypted: false,
     })
+}
+
+fn prefetch(args: &Args) -> Result<Vec<u64>> {
+    let Some(path) = &args.prefetch else { return Ok(Vec::new()) };
+    serde_json::from_slice(&read(path)?).with_context(|| format!("'{}' is no list of chunks", path.display()))
 }
 
 fn digits<const N: usize>(text: &str, option: &str) -> Result<[u8; N]> {

@@ -132,8 +132,12 @@ impl Mount {
             .map_err(|error| MountError::Mount { dir: dir.clone(), source: error.into() })?;
         let mut mount = Self { dir: dir.clone(), is_mounted: true, session: None };
         let session = fuse::Session::start(file, device).map_err(session_error)?;
-        mount.session =
-            Some(std::thread::Builder::new().name("fuse".into()).spawn(move || session.run()).map_err(session_error)?);
+        let serve = move || {
+            // Better with them than not at all.
+            let _ = crate::survive::drop_capabilities();
+            session.run()
+        };
+        mount.session = Some(std::thread::Builder::new().name("fuse".into()).spawn(serve).map_err(session_error)?);
         // Answers come only when all of it works.
         let meta = dir.join(FILE_NAME).metadata().map_err(session_error)?;
         if meta.len() != size {

@@ -1,13 +1,16 @@
 //! Read-ahead: readers that go forward are recognised, and the chunks before them fetched in larger and larger ranges.
+//!
+//! What is fetched ahead is never more than half of what the reader has read in a row, so that what turns out to be a guess too many
+//! is a small part of all: a boot reads thousands of short runs, and a fixed first window fetched twice of what it needed.
 
 use std::ops::Range;
 
 /// Readers that are followed at the same time.
-const STREAMS: usize = 8;
-/// Chunks of the first read-ahead, in bytes.
-const FIRST: u64 = 128 << 10;
+const STREAMS: usize = 16;
 /// Largest read-ahead, in bytes.
-const LARGEST: u64 = 1 << 20;
+const LARGEST: u64 = 4 << 20;
+/// One chunk ahead for so many in a row.
+const SHARE: u64 = 2;
 
 #[derive(Debug, Clone, Copy)]
 struct Stream {
@@ -15,35 +18,29 @@ struct Stream {
     next: u64,
     /// Up to where was fetched ahead.
     fetched: u64,
-    /// How much to fetch ahead, in chunks; 0: not known to go forward yet.
-    window: u64,
+    /// Chunks that it has read in a row.
+    row: u64,
     used: u64,
 }
 
 pub(super) struct Ahead {
     streams: Vec<Stream>,
     clock: u64,
-    first: u64,
     largest: u64,
 }
 
 impl Ahead {
     pub(super) fn new(chunk_size: u64) -> Self {
-        Self {
-            streams: Vec::with_capacity(STREAMS),
-            clock: 0,
-            first: (FIRST / chunk_size).max(1),
-            largest: (LARGEST / chunk_size).max(1),
-        }
+        Self { streams: Vec::with_capacity(STREAMS), clock: 0, largest: (LARGEST / chunk_size).max(1) }
     }
 
-    /// A reader wants chunks `first` to `last`. Returns what to fetch ahead: nothing, unless it went forward twice in a row.
+    /// A reader wants chunks `first` to `last`. Returns what to fetch ahead: nothing, unless it goes forward.
     pub(super) fn observe(&mut self, first: u64, last: u64) -> Range<u64> {
         self.clock += 1;
         let clock = self.clock;
         let known = self.streams.iter_mut().find(|stream| stream.next == first || stream.next == first + 1);
         let Some(stream) = known else {
-            let new = Stream { next: last + 1, fetched: last + 1, window: 0, used: clock };
+            let new = Stream { next: last + 1, fetched: last + 1, row: last + 1 - first, used: clock };
             if self.streams.len() < STREAMS {
                 self.streams.push(new);
             } else if let Some(oldest) = self.streams.iter_mut().min_by_key(|stream| stream.used) {
@@ -56,17 +53,17 @@ impl Ahead {
             // Once more within the same chunk: no step forward.
             return 0..0;
         }
+        stream.row += last + 1 - stream.next;
         stream.next = last + 1;
         stream.fetched = stream.fetched.max(stream.next);
-        stream.window = if stream.window == 0 { self.first } else { stream.window };
+        let window = (stream.row / SHARE).min(self.largest);
         // Half of what was fetched ahead is still unread: enough.
-        if stream.fetched - stream.next > stream.window / 2 {
+        if stream.fetched - stream.next > window / 2 {
             return 0..0;
         }
         let from = stream.fetched;
-        stream.fetched = stream.next + stream.window;
-        stream.window = (stream.window * 2).min(self.largest);
-        from..stream.fetched.max(from)
+        stream.fetched = (stream.next + window).max(from);
+        from..stream.fetched
     }
 }
 
@@ -88,9 +85,19 @@ mod tests {
                 sizes.push(range.end - range.start);
             }
         }
-        assert!(sizes.iter().all(|size| *size <= 16), "{sizes:?}");
-        assert!(sizes.iter().any(|size| *size >= 8), "{sizes:?}");
+        assert!(sizes.iter().all(|size| *size <= 64), "{sizes:?}");
+        assert!(sizes.iter().any(|size| *size >= 16), "{sizes:?}");
         assert!(fetched > 12 + 40 * 2);
+    }
+
+    #[test]
+    fn a_reader_that_stops_leaves_at_most_half_as_much_unread_as_it_has_read() {
+        for length in 1..200 {
+            let mut ahead = Ahead::new(64 << 10);
+            let fetched =
+                (0..length).map(|chunk| ahead.observe(chunk, chunk)).fold(length, |end, range| end.max(range.end));
+            assert!((fetched - length) * 2 <= length, "{fetched} for {length}");
+        }
     }
 
     #[test]

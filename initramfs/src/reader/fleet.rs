@@ -4,12 +4,14 @@ use super::fault::Fault;
 use super::member::{Member, Standing};
 use super::world::{World, within};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::Notify;
 
 /// How often an outage is named on the console.
 const SAY_EVERY: Duration = Duration::from_mins(1);
+/// How long an outage is waited out while the machine shuts down.
+const GIVES_UP: Duration = Duration::from_secs(30);
 /// Another member has to be so many times better before requests go there: connections are warm where they are.
 const CLEARLY: u32 = 3;
 const CLEARLY_OF: u32 = 2;
@@ -28,13 +30,22 @@ pub(super) struct Fleet {
     /// How many members can be asked.
     usable: AtomicUsize,
     changed: Notify,
+    /// Whether the machine shuts down.
+    is_ending: AtomicBool,
 }
 
 impl Fleet {
     pub(super) fn new(members: Vec<Arc<Member>>, world: Arc<dyn World>) -> Self {
         let first = index(world.random(), members.len());
         let usable = AtomicUsize::new(members.len());
-        Self { members, world, current: AtomicUsize::new(first), usable, changed: Notify::new() }
+        Self {
+            members,
+            world,
+            current: AtomicUsize::new(first),
+            usable,
+            changed: Notify::new(),
+            is_ending: AtomicBool::new(false),
+        }
     }
 
     pub(super) fn members(&self) -> &[Arc<Member>] {
@@ -156,6 +167,23 @@ impl Fleet {
                 let _ = within(&*self.world, SAY_EVERY, self.until(|fleet| !fleet.is_down())).await;
             }
             tracing::warn!("a server of the image answers again after {} s", lasts(&self));
+        }
+    }
+
+    /// The machine shuts down.
+    pub(super) fn end(&self) {
+        self.is_ending.store(true, Ordering::Relaxed);
+        self.changed.notify_waiters();
+    }
+
+    /// Returns when the machine shuts down and no member has answered for so long that none will.
+    pub(super) async fn given_up(&self) {
+        self.until(|fleet| fleet.is_ending.load(Ordering::Relaxed)).await;
+        loop {
+            self.until(Self::is_down).await;
+            if within(&*self.world, GIVES_UP, self.until(|fleet| !fleet.is_down())).await.is_none() {
+                return;
+            }
         }
     }
 

@@ -47,9 +47,12 @@ use flight::{Flight, Item, Need, Run};
 use hedges::Hedges;
 use moor_image::{Header, ImageError, LEAVES_PER_PAGE, LeafPage, OpenOptions, Verifier};
 use prefetch::Prefetch;
+use std::future::poll_fn;
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 use table::Table;
 use tokio::sync::{Semaphore, oneshot};
 use trace::Recorder;
@@ -62,10 +65,16 @@ const BUDGET: u64 = 8 << 20;
 /// Unit of the budget's semaphore.
 const BUDGET_UNIT: u64 = 4096;
 
-/// The image is bad at this place, and no server has a better one.
+/// A read has no result.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("the image is bad: {0}")]
-pub struct ReadError(Arc<ImageError>);
+pub enum ReadError {
+    /// The image is bad at this place, and no server has a better one.
+    #[error("the image is bad: {0}")]
+    Bad(Arc<ImageError>),
+    /// The machine shuts down, and no server has answered for a while.
+    #[error("no server of the image answers, and the machine shuts down")]
+    GaveUp,
+}
 
 /// What the reader has done so far.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -208,14 +217,29 @@ impl Reader {
     /// What was read of the image in the first two minutes.
     #[must_use]
     pub fn trace(&self) -> Trace {
-        lock(&self.0.trace).trace(&self.0.verifier)
+        lock(&self.0.trace).trace(&self.0.verifier, self.0.world.now())
     }
 
     /// Reads verified plaintext; less than `length` only at the end of the image. Waits as long as no member serves it.
     ///
     /// # Errors
-    /// The image itself is bad there.
+    /// The image itself is bad there; or [`Self::end`] was called, and no member answers.
     pub async fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>, ReadError> {
+        let (mut read, mut end) = (pin!(self.wait_and_read(offset, length)), pin!(self.0.fleet.given_up()));
+        poll_fn(|context| match read.as_mut().poll(context) {
+            Poll::Ready(result) => Poll::Ready(result),
+            Poll::Pending => end.as_mut().poll(context).map(|()| Err(ReadError::GaveUp)),
+        })
+        .await
+    }
+
+    /// From now on an outage of all members ends reads with an error after half a minute: the machine shuts down, and what waits for a
+    /// server that may never come back keeps it from that.
+    pub fn end(&self) {
+        self.0.fleet.end();
+    }
+
+    async fn wait_and_read(&self, offset: u64, length: usize) -> Result<Vec<u8>, ReadError> {
         let end = offset.saturating_add(length as u64).min(self.size());
         if offset >= end {
             return Ok(Vec::new());
@@ -327,7 +351,7 @@ impl Inner {
                 Lookup::Waiting(receiver) | Lookup::Missing(receiver) => receiver,
             };
             if let Ok(landed) = receiver.await {
-                return landed.map_err(ReadError);
+                return landed.map_err(ReadError::Bad);
             }
             let runs = {
                 let mut cache = lock(&self.cache);

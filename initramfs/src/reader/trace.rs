@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 /// How long it is written down.
-pub(super) const LASTS: Duration = Duration::from_mins(2);
+const LASTS: Duration = Duration::from_mins(2);
 /// Most chunks: 64 times what a boot reads, and still no burden.
 const MOST: usize = 20_000;
 
@@ -19,6 +19,8 @@ pub struct Trace {
     pub chunk_size: u64,
     /// Chunk, and milliseconds since the image was opened.
     pub reads: Vec<(u64, u32)>,
+    /// Whether nothing more will be added.
+    pub is_whole: bool,
 }
 
 /// Writes it.
@@ -48,9 +50,14 @@ impl Recorder {
         }
     }
 
-    pub(super) fn trace(&self, verifier: &Verifier) -> Trace {
+    pub(super) fn trace(&self, verifier: &Verifier, now: Duration) -> Trace {
         let header = verifier.header();
-        Trace { digest: hex::encode(header.digest()), chunk_size: header.chunk_size(), reads: self.reads.clone() }
+        Trace {
+            digest: hex::encode(header.digest()),
+            chunk_size: header.chunk_size(),
+            reads: self.reads.clone(),
+            is_whole: now.saturating_sub(self.begun) > LASTS,
+        }
     }
 }
 

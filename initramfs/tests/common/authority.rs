@@ -47,7 +47,17 @@ impl Authority {
 
     /// For a server on 127.0.0.1.
     pub(crate) fn identity(&self) -> Identity {
+        self.identity_until(2999)
+    }
+
+    /// One that has expired.
+    pub(crate) fn expired(&self) -> Identity {
+        self.identity_until(2020)
+    }
+
+    fn identity_until(&self, year: i32) -> Identity {
         let mut params = params("server");
+        params.not_after = rcgen::date_time_ymd(year, 1, 1);
         params.subject_alt_names = vec![SanType::IpAddress(Ipv4Addr::LOCALHOST.into())];
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.issuer).unwrap();

@@ -29,6 +29,8 @@ pub(crate) enum Conduct {
     Silent,
     /// Answers, sends this many bytes of the body, and no more.
     StallsAfter(usize),
+    /// Sends 10 KB/s.
+    Slow,
     /// Closes the connection after this many bytes of the body.
     CutsAfter(usize),
     /// Turns one bit of every answer around.
@@ -60,15 +62,9 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) fn new(file: &Arc<Vec<u8>>, identity: &Identity) -> Self {
-        let tls = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(identity.chain.clone(), identity.private_key())
-            .unwrap();
         let shared = Shared { file: file.clone(), conduct: Mutex::new(Conduct::Good), requests: AtomicU64::new(0) };
         let address = (Ipv4Addr::LOCALHOST, 0).into();
-        let mut server = Self { shared: Arc::new(shared), tls: Arc::new(tls), address, runtime: None };
+        let mut server = Self { shared: Arc::new(shared), tls: tls(identity), address, runtime: None };
         server.start();
         server
     }
@@ -83,6 +79,13 @@ impl Server {
         self.address = listener.local_addr().unwrap();
         runtime.spawn(accept(listener, TlsAcceptor::from(self.tls.clone()), self.shared.clone()));
         self.runtime = Some(runtime);
+    }
+
+    /// Begins anew with another certificate.
+    pub(crate) fn present(&mut self, identity: &Identity) {
+        self.stop();
+        self.tls = tls(identity);
+        self.start();
     }
 
     /// Ends it and all its connections.
@@ -117,6 +120,16 @@ impl Drop for Server {
             runtime.shutdown_background();
         }
     }
+}
+
+fn tls(identity: &Identity) -> Arc<rustls::ServerConfig> {
+    let tls = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(identity.chain.clone(), identity.private_key())
+        .unwrap();
+    Arc::new(tls)
 }
 
 async fn accept(listener: TcpListener, tls: TlsAcceptor, shared: Arc<Shared>) {
@@ -200,6 +213,14 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Answe
                 bytes.truncate(count);
                 let _ = sender.send(Ok(bytes.into())).await;
                 std::future::pending::<()>().await;
+            }
+            Conduct::Slow => {
+                for piece in bytes.chunks(1000) {
+                    if sender.send(Ok(piece.to_vec().into())).await.is_err() {
+                        return;
+                    }
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
             }
             Conduct::CutsAfter(count) if count < bytes.len() => {
                 bytes.truncate(count);

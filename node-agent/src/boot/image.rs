@@ -101,6 +101,10 @@ impl Boot {
             })?;
             mount.arg("--signatures").arg(run.write("image.sig", &signatures.0).map_err(Fault::fatal)?);
         }
+        if !offer.prefetch.is_empty() {
+            let list = serde_json::to_vec(&offer.prefetch).map_err(|error| Fault::fatal(error.to_string()))?;
+            mount.arg("--prefetch").arg(run.write("image.prefetch", &list).map_err(Fault::fatal)?);
+        }
         mount.arg(&directory);
         let text: Zeroizing<String> = key.to_hex();
         if let Err(error) = child::run(mount, text.as_bytes(), MOUNT_LIMIT).await {
@@ -198,6 +202,7 @@ mod tests {
             urls,
             token_required: false,
             root: RootMode::Tethered,
+            prefetch: Vec::new(),
         });
         let fault = boot.tether().await.unwrap_err();
         assert_eq!(fault.class, Class::Restart);

@@ -6,7 +6,7 @@ mod system;
 
 use crate::boot::jitter;
 use crate::boot::reporter::Reporter;
-use crate::handover::{BootRecord, HandoverError, RunDir};
+use crate::handover::{BootRecord, HandoverError, RunDir, Trace};
 use crate::identity::{self, Identity, IdentityError};
 use crate::members::Members;
 use crate::scripts::{Phase, ScriptError};
@@ -15,7 +15,7 @@ use moor_api::client::ClientError;
 use moor_api::client::node::NodeConnection;
 use moor_api::client::session::SessionKey;
 use moor_api::deploy::PhaseName;
-use moor_api::node::{Heartbeat, Stage};
+use moor_api::node::{Heartbeat, MAX_TRACE, Stage, TraceReport};
 use moor_api::problem::{Code, Problem};
 use moor_api::trust::SiteBundle;
 use std::convert::Infallible;
@@ -172,9 +172,14 @@ impl Duty {
     async fn accompany(&mut self) -> Infallible {
         let mut beat = Instant::now();
         let mut renew_at = self.record.renew_after;
+        let mut is_trace_told = false;
         loop {
             if Instant::now() >= beat {
                 beat = Instant::now() + self.heartbeat().await;
+            }
+            if !is_trace_told && let Some(trace) = self.run.trace() {
+                self.tell_trace(trace).await;
+                is_trace_told = true;
             }
             if renew_at != 0 && clock::now() >= renew_at {
                 renew_at = self.renew().await;
@@ -182,6 +187,15 @@ impl Duty {
             // The clock may be set meanwhile, so the renewal is looked at with each heartbeat, and at least once a minute.
             let wait = beat.saturating_duration_since(Instant::now()).min(Duration::from_mins(1));
             tokio::time::sleep(wait).await;
+        }
+    }
+
+    /// Later boots fetch ahead what this one read. A member that does not take it changes nothing for this node.
+    async fn tell_trace(&mut self, trace: Trace) {
+        let chunks = trace.reads.into_iter().map(|(chunk, _)| chunk).take(MAX_TRACE).collect();
+        let report = TraceReport { boot: self.record.boot, digest: trace.digest, chunks };
+        if let Err(problem) = self.ask(async |member| member.trace(&report).await).await {
+            crate::console::say("onboot", &format!("the trace of this boot was not taken: {problem}"));
         }
     }
 

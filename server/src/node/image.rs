@@ -57,6 +57,7 @@ pub(super) async fn offer(
         urls,
         token_required: !image.encrypted,
         root: profile.manifest.root,
+        prefetch: member.traces.list(image.digest),
     }))
 }
 

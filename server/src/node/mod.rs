@@ -52,6 +52,7 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/node/v1/log", post(report::log))
         .route(STAGE_CLOSED, post(report::stage_closed))
         .route("/node/v1/heartbeat", post(report::heartbeat))
+        .route("/node/v1/trace", post(report::trace))
         .route_layer(from_fn_with_state(member.clone(), authenticate));
     Router::new()
         .route("/node/v1/hello", post(hello::hello))

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http::StatusCode;
 use moor_api::admin::{LogEvent, StatusEvent};
 use moor_api::ids::{BootId, NodeId};
-use moor_api::node::{Heartbeat, HeartbeatReply, LogReport, StageClosed, StatusReport};
+use moor_api::node::{Heartbeat, HeartbeatReply, LogReport, MAX_TRACE, StageClosed, StatusReport, TraceReport};
 use moor_api::problem::{Code, Problem};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -127,6 +127,30 @@ pub(super) async fn heartbeat(
         None => None,
     };
     Ok(Json(HeartbeatReply { interval: HEARTBEAT, trust_version: member.site.bundle_version, generation }))
+}
+
+/// Only of the image that this boot boots; the list is advice to later boots of it.
+pub(super) async fn trace(
+    State(member): State<Arc<Member>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> Result<StatusCode, Failure> {
+    let report: TraceReport = parse(&body)?;
+    own_boot(&caller, report.boot)?;
+    let image = {
+        let view = member.view()?;
+        let profile = caller.generation(&view)?;
+        view.image(&profile.manifest.image.to_string())?
+    };
+    let image = image.filter(|image| image.digest == report.digest);
+    let image = image.ok_or_else(|| bad("the trace is of another image than this boot boots"))?;
+    // A chunk is never smaller than 16 KiB.
+    if report.chunks.len() > MAX_TRACE || report.chunks.iter().any(|chunk| *chunk > image.size >> 14) {
+        return Err(bad("the trace has more chunks than there may be, or chunks that the image has not"));
+    }
+    let merge = tokio::task::spawn_blocking(move || member.traces.merge(report.digest, &report.chunks));
+    merge.await.map_err(anyhow::Error::from)?.map_err(anyhow::Error::from)?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 #[cfg(test)]

@@ -4,10 +4,10 @@ use crate::support::{Machine, Member, import, refusal, soft_key};
 use moor_api::admin::{RangeRequest, SetAttributes, TrustState};
 use moor_api::client::session::SessionKey;
 use moor_api::deploy::PhaseName;
-use moor_api::ids::{BootId, HwAddr};
+use moor_api::ids::{BootId, HwAddr, Sha256Digest};
 use moor_api::node::{
     EnrollReply, EnvelopeKind, Heartbeat, HostCertificateRequest, KeyRequest, LogReport, NextStep, Stage, StageClosed,
-    StatusReport,
+    StatusReport, TraceReport,
 };
 use moor_api::problem::Code;
 use moord::store::{Local, Store as _, tables};
@@ -75,6 +75,13 @@ async fn a_node_with_a_soft_key_boots() -> anyhow::Result<()> {
     connection.status(&status(&machine, 2, "booted")).await?;
     let heartbeat = connection.heartbeat(&Heartbeat { boot: machine.boot, trust_version: 1 }).await?;
     assert_eq!(heartbeat.generation, Some(config.profile.generation));
+    assert!(offer.prefetch.is_empty(), "nobody has told yet what it reads");
+    let trace = TraceReport { boot: machine.boot, digest: offer.digest, chunks: vec![0] };
+    connection.trace(&trace).await?;
+    let bad = TraceReport { chunks: vec![0, 1 << 40], ..trace.clone() };
+    assert!(refusal(connection.trace(&bad).await).1.contains("chunks that the image has not"));
+    let bad = TraceReport { digest: Sha256Digest([1; 32]), ..trace };
+    assert!(refusal(connection.trace(&bad).await).1.contains("another image"));
     connection
         .log(&LogReport { boot: machine.boot, phase: Some(PhaseName::Onboot), text: "one\n\u{1b}[2Jtwo".into() })
         .await?;
@@ -83,10 +90,11 @@ async fn a_node_with_a_soft_key_boots() -> anyhow::Result<()> {
     let logged = admin.log("n1").await?.next().await?.expect("a log event");
     assert_eq!((logged.phase.as_str(), logged.text.as_str()), ("onboot", "one\n [2Jtwo"));
 
-    // The next boot needs no arming.
+    // The next boot needs no arming, and knows what this one read.
     machine.reboot()?;
     let mut connection = machine.connect().await?;
     machine.log_in(&mut connection, Stage::Boot).await?;
+    assert_eq!(connection.image().await?.prefetch, [0]);
     assert_eq!(connection.config().await?.node.machine_id, config.node.machine_id);
     let view = &member.admin().await?.nodes(Some("n1")).await?[0];
     assert_eq!((view.pin, view.trust), (Some(image.digest), TrustState::Soft));

@@ -7,8 +7,9 @@ pub fn run(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     match Recipe::parse(text, Path::new("recipe.toml")) {
         Ok(recipe) => {
-            assert!(recipe.packages.iter().all(|name| is_package_name(name)));
-            assert!(recipe.files.iter().all(|file| file.path.is_absolute()));
+            let words = recipe.packages.iter().map(|item| item.value.0.as_str());
+            assert!(words.into_iter().all(|word| is_package_name(word.strip_prefix('-').unwrap_or(word))));
+            assert!(recipe.files.iter().all(|file| file.path.0.is_absolute()));
         }
         Err(error) => {
             let message = error.to_string();

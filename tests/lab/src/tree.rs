@@ -14,6 +14,7 @@ pub const OS: &str = "debian-12";
 const TO_DRACUT: &str =
     "apt-get -q update && INITRD=No apt-get -q install -y --no-install-recommends dracut && apt-get clean";
 const DRACUT: &str = "for kernel in /lib/modules/*; do kernel=${kernel##*/}; dracut -q --force /boot/initrd.img-$kernel $kernel || exit; done";
+const RPM_DRACUT: &str = "for kernel in /lib/modules/*; do kernel=${kernel##*/}; dracut -q --force /boot/initramfs-$kernel.img $kernel || exit; done";
 const INITRAMFS_TOOLS: &str = "update-initramfs -u -k all";
 
 /// What makes the tree's initramfs.
@@ -36,14 +37,13 @@ pub fn debian(bins: &Bins, initramfs: Initramfs, say: &mut dyn FnMut(&str)) -> a
     let lock = std::fs::File::create(cache.join("tree.lock"))?;
     lock.lock().context("locking the tree")?;
 
-    let stage = cache.join("node-files");
-    run(tied(bins.workspace.join("packaging/stage-node")).arg(&stage).arg(&bins.dir))
-        .context("staging the node's files")?;
-    let planted = format!("{:016x}", hash_of(std::slice::from_ref(&stage))?);
+    let (stage, planted) = stage(bins)?;
     let base = cache.join(format!("{OS}-{:016x}", hash_of(&[bins.workspace.join("imgutil/os")])?));
     let make = |tree: &Path| -> anyhow::Result<()> {
-        run_shown(tied(bins.path("imgutil")).args(["build", "--os", OS, "--node-files"]).arg(&stage).arg(tree))
-            .context("imgutil build")
+        run_shown(
+            tied(bins.path("imgutil")).args(["build", "--no-cache", "--os", OS, "--node-files"]).arg(&stage).arg(tree),
+        )
+        .context("imgutil build")
     };
     if !base.exists() {
         say("building a Debian 12 root tree from the archive (imgutil build)");
@@ -62,16 +62,70 @@ pub fn debian(bins: &Bins, initramfs: Initramfs, say: &mut dyn FnMut(&str)) -> a
             (tree, DRACUT)
         }
     };
-    if std::fs::read_to_string(marker(&tree)).ok().as_deref() != Some(planted.as_str()) {
-        say("laying the newly compiled agent into the cached tree and making its initramfs anew (imgutil exec)");
-        // A marker that is gone says that the tree is half updated, should this be interrupted.
-        let _ = std::fs::remove_file(marker(&tree));
-        run(tied("cp").args(["-a", "--no-preserve=ownership", "--remove-destination"]).arg(stage.join(".")).arg(&tree))
-            .context("copying the node's files into the tree")?;
-        exec(bins, &tree, command)?;
+    plant(bins, &tree, (&stage, &planted), command, say)?;
+    Ok(tree)
+}
+
+/// Returns an up-to-date tree that dnf has made: of Debian's packages, packed again as signed RPMs (`tests/rpm`).
+///
+/// # Errors
+/// A step failed; with what it printed.
+pub fn rpm(bins: &Bins, say: &mut dyn FnMut(&str)) -> anyhow::Result<PathBuf> {
+    let cache = bins.cache().join("rpm");
+    std::fs::create_dir_all(&cache).with_context(|| format!("making '{}'", cache.display()))?;
+    let lock = std::fs::File::create(cache.join("lock"))?;
+    lock.lock().context("locking the tree")?;
+
+    let (generator, repository) = (bins.workspace.join("tests/rpm/debian-repository"), cache.join("repository"));
+    say("packing Debian's packages again as signed RPMs (tests/rpm/debian-repository)");
+    run(tied(&generator).arg(&repository).arg(cache.join("debs"))).context("making the RPM repository")?;
+    let (stage, planted) = stage(bins)?;
+    let made_from = [generator, bins.workspace.join("imgutil/src/build/backend")];
+    let tree = cache.join(format!("tree-{:016x}", hash_of(&made_from)?));
+    if !tree.exists() {
+        say("building a tree of them (imgutil build, dnf)");
+        run_shown(
+            tied(bins.path("imgutil"))
+                .args(["build", "--no-cache", "--os"])
+                .arg(repository.join("os.toml"))
+                .arg("--node-files")
+                .arg(&stage)
+                .arg(&tree),
+        )
+        .context("imgutil build")?;
         mark(&tree, &planted)?;
     }
+    plant(bins, &tree, (&stage, &planted), RPM_DRACUT, say)?;
     Ok(tree)
+}
+
+/// Lays out what an image gets of Mooring. Where, and its fingerprint.
+fn stage(bins: &Bins) -> anyhow::Result<(PathBuf, String)> {
+    let stage = bins.cache().join("node-files");
+    run(tied(bins.workspace.join("packaging/stage-node")).arg(&stage).arg(&bins.dir))
+        .context("staging the node's files")?;
+    let planted = format!("{:016x}", hash_of(std::slice::from_ref(&stage))?);
+    Ok((stage, planted))
+}
+
+/// Brings a tree up to date whose agent is another one, and makes its initramfs anew.
+fn plant(
+    bins: &Bins,
+    tree: &Path,
+    (stage, planted): (&Path, &str),
+    command: &str,
+    say: &mut dyn FnMut(&str),
+) -> anyhow::Result<()> {
+    if std::fs::read_to_string(marker(tree)).ok().as_deref() == Some(planted) {
+        return Ok(());
+    }
+    say("laying the newly compiled agent into the cached tree and making its initramfs anew (imgutil exec)");
+    // A marker that is gone says that the tree is half updated, should this be interrupted.
+    let _ = std::fs::remove_file(marker(tree));
+    run(tied("cp").args(["-a", "--no-preserve=ownership", "--remove-destination"]).arg(stage.join(".")).arg(tree))
+        .context("copying the node's files into the tree")?;
+    exec(bins, tree, command)?;
+    mark(tree, planted)
 }
 
 /// Returns an up-to-date tree with more packages, kept under `name`.

@@ -7,7 +7,7 @@ use crate::ids::{CollectiveId, MemberId};
 use crate::node::{
     EnrollComplete, EnrollReply, EnrollRequest, Enrolled, Heartbeat, HeartbeatReply, Hello, HelloReply,
     HostCertificateRequest, HostCertificates, ImageOffer, KeyEnvelope, KeyRequest, LogReport, SessionReply,
-    SessionRequest, SshTrust, StageClosed, StatusReport,
+    SessionRequest, SshTrust, StageClosed, StatusReport, TraceReport,
 };
 use crate::proof::{EXPORTER_LABEL, EXPORTER_LENGTH};
 use bytes::Bytes;
@@ -211,6 +211,11 @@ impl NodeConnection {
     /// `POST stage-closed`.
     pub async fn stage_closed(&mut self, report: &StageClosed) -> Result<(), ClientError> {
         self.http.post_only("/node/v1/stage-closed", report).await
+    }
+
+    /// `POST trace`.
+    pub async fn trace(&mut self, report: &TraceReport) -> Result<(), ClientError> {
+        self.http.post_only("/node/v1/trace", report).await
     }
 
     /// `POST heartbeat`.

@@ -28,6 +28,7 @@ impl Backend for Dnf {
             return Err(BuildError::NoTool { tool: "dnf", package: "dnf" });
         }
         rpm::check_tool("rpmkeys", "/usr/bin/rpmkeys", "rpm")?;
+        rpm::refuse_unsigned(plan)?;
         check_keys_and_machine(plan)
     }
 
@@ -61,6 +62,10 @@ impl Backend for Dnf {
         }
         rpm::check_installed(context, "dnf", packages)?;
         rpm::settle(context)
+    }
+
+    fn maker(&self) -> Result<String, BuildError> {
+        rpm::maker("dnf", tool().map_or(TOOL, |(program, _)| program))
     }
 
     fn installed(&self, context: &mut Context<'_, '_>) -> Result<Vec<Installed>, BuildError> {
@@ -161,7 +166,7 @@ fn repoquery(
     let command = command(context.plan, places, &root, arguments);
     match rpm::ask(context, &root, &mut NoMeaning, command)? {
         Ok(text) => Ok(text),
-        Err(tail) => Err(reason(context.plan, "listing the packages", tail)),
+        Err(tail) => Err(reason(context, "listing the packages", tail)),
     }
 }
 
@@ -238,8 +243,9 @@ fn configure(context: &Context<'_, '_>, places: &Places, only: Option<&[Package]
     if let Some(platform) = &rpm.platform {
         let _ = writeln!(text, "module_platform_id={platform}");
     }
-    if !rpm.exclude.is_empty() {
-        let _ = writeln!(text, "exclude={}", rpm.exclude.join(","));
+    let excluded: Vec<&str> = rpm.exclude.iter().chain(&context.plan.remove).map(String::as_str).collect();
+    if !excluded.is_empty() {
+        let _ = writeln!(text, "exclude={}", excluded.join(","));
     }
     if let Some(packages) = only {
         let exact: Vec<String> =
@@ -304,7 +310,7 @@ fn counted(text: &str) -> Option<(usize, usize)> {
 
 /// Why dnf failed; for an unknown package, with names like it.
 fn explain(context: &mut Context<'_, '_>, places: &Places, doing: &str, tail: Tail) -> BuildError {
-    let error = reason(context.plan, doing, tail);
+    let error = reason(context, doing, tail);
     let BuildError::UnknownPackage { name, others, .. } = error else { return error };
     // Only helps the error along: without the names it is the same.
     let known = repoquery(context, places, "%{name}\\n", &[]).unwrap_or_default();
@@ -313,7 +319,8 @@ fn explain(context: &mut Context<'_, '_>, places: &Places, doing: &str, tail: Ta
 }
 
 /// Why dnf failed, by what it printed last.
-fn reason(plan: &Plan, doing: &str, tail: Tail) -> BuildError {
+fn reason(context: &Context<'_, '_>, doing: &str, tail: Tail) -> BuildError {
+    let plan = context.plan;
     let mut unknown: Vec<String> = Vec::new();
     for name in tail.after("No match for argument: ") {
         if !unknown.iter().any(|known| known == name) {
@@ -332,7 +339,7 @@ fn reason(plan: &Plan, doing: &str, tail: Tail) -> BuildError {
     // "  - nothing provides X needed by Y" stands below "Problem: conflicting requests".
     let conflict = tail.lines().find_map(|line| line.trim_start().strip_prefix("- "));
     let reason = conflict.map_or_else(|| tail.reason(), str::to_owned);
-    BuildError::Tool { doing: doing.to_owned(), reason, tail }
+    BuildError::tool(doing, &reason, tail, context.work.tree())
 }
 
 /// What is not signed as it must be: the metadata of a repository, or a package.
@@ -381,4 +388,42 @@ fn unreachable(plan: &Plan, tail: &Tail) -> Option<(String, String)> {
 fn failed_metadata<'a>(plan: &'a Plan, line: &'a str) -> Option<(&'a Repository, &'a str)> {
     let (name, what) = line.strip_prefix("Error: Failed to download metadata for repo '")?.split_once("': ")?;
     Some((plan.repositories.iter().find(|repository| repository.name == name)?, what))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::build::output::follow;
+
+    #[test]
+    fn progress_counts_packages() {
+        let lines = "main                       1.4 kB/s | 488  B     00:00\nDependencies resolved.\n\
+            (1/2): bash-5.2-1.x86_64.rpm        12 MB/s | 1.5 MB     00:00\n\
+              Installing       : bash-5.2-1.x86_64                  2/2 \n";
+        let mut seen = Vec::new();
+        for mut counter in [Counter::default(), Counter::installing()] {
+            let mut hear = |event: Event<'_>| match event {
+                Event::Stage(stage) => seen.push(stage.to_owned()),
+                Event::Item { what, name, done, total } => seen.push(format!("{what} {name} {done}/{total}")),
+            };
+            follow(lines.as_bytes(), std::io::sink(), &mut counter, &mut hear).unwrap();
+        }
+        // Packages that are merely entered into the database of a root that is thrown away are not called installed.
+        let fetched = "fetching bash-5.2-1.x86_64.rpm 1/2";
+        assert_eq!(seen, ["fetching the packages", fetched, fetched, "installing bash-5.2-1.x86_64 2/2"]);
+    }
+
+    #[test]
+    fn a_path_outside_means_the_same_with_and_without_the_root() {
+        let outside = outside(Path::new("/a/b/root"), Path::new("/a/b/cache"));
+        assert_eq!(outside, Path::new("/../../../../a/b/cache"));
+        let scratch = tempfile::tempdir().unwrap();
+        let (root, cache) = (scratch.path().join("root"), scratch.path().join("cache"));
+        std::fs::create_dir(&root).unwrap();
+        std::fs::create_dir(&cache).unwrap();
+        let outside = super::outside(&root, &cache);
+        assert_eq!(outside.canonicalize().unwrap(), cache.canonicalize().unwrap());
+        let inside = root.join(outside.strip_prefix("/").unwrap());
+        assert_eq!(inside.canonicalize().unwrap(), cache.canonicalize().unwrap());
+    }
 }

@@ -8,14 +8,16 @@ mod zypper;
 
 use super::BuildError;
 use super::os::BackendName;
-use super::plan::Plan;
+use super::plan::{Plan, Repository};
 use super::tools::Tools;
 use super::tree::Tree;
 use super::workdir::WorkDir;
 use crate::exec::Machine;
+use serde::{Deserialize, Serialize};
 
 /// A package in exactly one version.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Package {
     pub(super) name: String,
     /// In the words of the back end: epoch and release included.
@@ -44,7 +46,8 @@ pub(super) struct Installed {
 }
 
 /// The state of a repository when packages were chosen from it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Snapshot {
     /// Its signed index, in the back end's words.
     pub(super) index: String,
@@ -66,6 +69,8 @@ pub(super) struct Context<'a, 'b> {
     pub(super) tools: &'a mut Tools<'b>,
     pub(super) work: &'a WorkDir,
     pub(super) plan: &'a Plan,
+    /// Nothing in the image is to be newer than this, in seconds since 1970.
+    pub(super) epoch: Option<i64>,
 }
 
 /// One family of distributions.
@@ -77,12 +82,16 @@ pub(super) trait Backend: Send + Sync {
     /// has a key. Nothing is fetched.
     fn check_host(&self, plan: &Plan) -> Result<(), BuildError>;
 
-    /// Fetches the signed indexes of the repositories and works out every package that `plan.packages` make necessary.
+    /// Fetches the signed indexes of the repositories and works out every package that `plan.packages` make necessary, none of
+    /// `plan.remove` among them.
     fn resolve(&self, context: &mut Context<'_, '_>) -> Result<Resolved, BuildError>;
 
     /// Fills `work.root()` with exactly `packages`. The node's files in `work.stage()`, if there are any, are planted before the
     /// kernel's scripts run; no initramfs is made. A package that is in no repository any more is `BuildError::VersionGone`.
     fn install(&self, context: &mut Context<'_, '_>, packages: &[Package]) -> Result<(), BuildError>;
+
+    /// What besides the packages decides what `install` makes: the tool's version, and how it is used.
+    fn maker(&self) -> Result<String, BuildError>;
 
     /// The packages in `work.root()`, sorted.
     fn installed(&self, context: &mut Context<'_, '_>) -> Result<Vec<Installed>, BuildError>;
@@ -105,7 +114,9 @@ pub(super) fn get(name: BackendName) -> &'static dyn Backend {
 
 /// Checks common to all back ends: every key is there, and programs of the architecture can run.
 fn check_keys_and_machine(plan: &Plan) -> Result<(), BuildError> {
-    if let Some(repository) = plan.repositories.iter().find(|repository| !repository.key.is_file()) {
+    let missing =
+        |repository: &&Repository| !repository.unsigned && repository.key_text.is_none() && !repository.key.is_file();
+    if let Some(repository) = plan.repositories.iter().find(missing) {
         return Err(BuildError::NoKey {
             uri: repository.uri.clone(),
             key: repository.key.clone(),

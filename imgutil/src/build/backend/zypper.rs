@@ -23,6 +23,11 @@ impl Backend for Zypper {
     fn check_host(&self, plan: &Plan) -> Result<(), BuildError> {
         rpm::check_tool("zypper", TOOL, "zypper")?;
         rpm::check_tool("rpmkeys", "/usr/bin/rpmkeys", "rpm")?;
+        rpm::refuse_unsigned(plan)?;
+        if let Some(name) = plan.remove.first() {
+            let message = format!("zypper cannot be told never to choose '{name}': leave the removal out");
+            return Err(BuildError::Setting(message));
+        }
         check_keys_and_machine(plan)
     }
 
@@ -55,12 +60,16 @@ impl Backend for Zypper {
         let command = command(&places, &root, &arguments);
         let (succeeded, tail) = rpm::run(context, &root, &mut Summary::default(), command, None)?;
         if !succeeded {
-            return Err(reason(context.plan, "installing the packages", tail));
+            return Err(reason(context, "installing the packages", tail));
         }
         remove_stub(context, &root)?;
         rpm::check_installed(context, "zypper", packages)?;
         mark(&Tree::open(&root)?, context.plan, packages)?;
         rpm::settle(context)
+    }
+
+    fn maker(&self) -> Result<String, BuildError> {
+        rpm::maker("zypper", TOOL)
     }
 
     fn installed(&self, context: &mut Context<'_, '_>) -> Result<Vec<Installed>, BuildError> {
@@ -112,7 +121,7 @@ fn refresh(context: &mut Context<'_, '_>) -> Result<Places, BuildError> {
     context.tools.stage("fetching the lists of packages")?;
     let command = command(&places, &scratch, &["refresh".to_owned()]);
     let (succeeded, tail) = rpm::run(context, &scratch, &mut NoMeaning, command, None)?;
-    if succeeded { Ok(places) } else { Err(reason(context.plan, "fetching the lists of packages", tail)) }
+    if succeeded { Ok(places) } else { Err(reason(context, "fetching the lists of packages", tail)) }
 }
 
 /// Works out what the wanted packages make necessary, and fetches it.
@@ -157,7 +166,7 @@ fn search(context: &mut Context<'_, '_>, places: &Places, arguments: &[String]) 
     let command = command(places, &scratch, arguments);
     match rpm::ask(context, &scratch, &mut NoMeaning, command)? {
         Ok(text) => Ok(text.lines().filter_map(solvable).collect()),
-        Err(tail) => Err(rpm::failed("listing the packages", tail)),
+        Err(tail) => Err(rpm::failed(context.work, "listing the packages", tail)),
     }
 }
 
@@ -285,7 +294,7 @@ impl Meaning for Summary {
 
 /// Why zypper failed; for an unknown package, with names like it.
 fn explain(context: &mut Context<'_, '_>, places: &Places, tail: Tail) -> BuildError {
-    let error = reason(context.plan, "working out the packages", tail);
+    let error = reason(context, "working out the packages", tail);
     let BuildError::UnknownPackage { name, others, .. } = error else { return error };
     // Only helps the error along: without the names it is the same.
     let known = search(context, places, &search_arguments()).unwrap_or_default();
@@ -294,7 +303,7 @@ fn explain(context: &mut Context<'_, '_>, places: &Places, tail: Tail) -> BuildE
 }
 
 /// Why zypper failed, by what it printed last: as text, or as `<message type="error">` elements.
-fn reason(plan: &Plan, doing: &str, tail: Tail) -> BuildError {
+fn reason(context: &Context<'_, '_>, doing: &str, tail: Tail) -> BuildError {
     let mut unknown: Vec<String> = Vec::new();
     let mut untrusted = None;
     let mut unreachable = None;
@@ -317,11 +326,12 @@ fn reason(plan: &Plan, doing: &str, tail: Tail) -> BuildError {
         if let Some(rest) = line.strip_prefix("File 'repomd.xml' from repository '") {
             let (name, what) = rest.split_once("' ").unwrap_or((rest, ""));
             let what = what.split(['.', ',']).next().unwrap_or(what);
-            untrusted.get_or_insert(format!("the index of {} {what}", uri(plan, name)));
+            untrusted.get_or_insert(format!("the index of {} {what}", uri(context.plan, name)));
         }
         if let Some(rest) = line.strip_prefix("Signature verification failed for file 'repomd.xml' from repository '") {
             let name = rest.split('\'').next().unwrap_or(rest);
-            untrusted.get_or_insert(format!("the index of {} was changed after it was signed", uri(plan, name)));
+            untrusted
+                .get_or_insert(format!("the index of {} was changed after it was signed", uri(context.plan, name)));
         }
         // "Error message: …" follows two lines below.
         if let Some((_, address)) = line.split_once("Download (curl) error for '") {
@@ -347,7 +357,7 @@ fn reason(plan: &Plan, doing: &str, tail: Tail) -> BuildError {
             let conflict =
                 lines.iter().find_map(|line| line.split_once("Problem: ")).map(|(_, conflict)| conflict.to_owned());
             let reason = conflict.unwrap_or_else(|| tail.reason());
-            BuildError::Tool { doing: doing.to_owned(), reason, tail }
+            BuildError::tool(doing, &reason, tail, context.work.tree())
         }
     }
 }
@@ -363,4 +373,42 @@ fn plain(line: &str) -> String {
     [("&apos;", "'"), ("&quot;", "\""), ("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&")]
         .into_iter()
         .fold(text.to_owned(), |text, (mark, plain)| text.replace(mark, plain))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::build::output::follow;
+
+    #[test]
+    fn the_summary_says_what_is_chosen_and_how_far_it_is() {
+        let lines = "<install-summary download-size=\"17165\">\n<to-install>\n\
+            <solvable type=\"package\" name=\"base\" edition=\"1:1-1\" arch=\"noarch\" summary=\"x\">\n\
+            <description>x</description></solvable>\n\
+            <solvable type=\"pattern\" name=\"all\" edition=\"1-1\" arch=\"noarch\">\n</to-install>\n\
+            <solvable type=\"package\" name=\"other\" edition=\"1-1\" arch=\"noarch\">\n\
+            <message type=\"info\">Retrieving package base-1-1.noarch (1/3),   5.4 KiB (    0   B unpacked)</message>\n\
+            <progress id=\"install-resolvable\" name=\"(2/3) Installing: base-1-1.noarch\"/>\n";
+        let (mut summary, mut seen) = (Summary::default(), Vec::new());
+        let mut hear = |event: Event<'_>| {
+            if let Event::Item { what, name, done, total } = event {
+                seen.push(format!("{what} {name} {done}/{total}"));
+            }
+        };
+        follow(lines.as_bytes(), std::io::sink(), &mut summary, &mut hear).unwrap();
+        assert_eq!(seen, ["fetching base-1-1.noarch 1/3", "installing base-1-1.noarch 2/3"]);
+        let [name, version, arch] = ["base", "1:1-1", "noarch"].map(str::to_owned);
+        assert_eq!(summary.chosen, [Installed { name, version, arch }]);
+    }
+
+    #[test]
+    fn an_epoch_is_written_where_it_is_not_nothing() {
+        for (version, written) in [("0:1-1", "1-1"), ("2:1-1", "2:1-1")] {
+            assert_eq!((edition(version), with_epoch(written).as_str()), (written, version));
+        }
+        assert_eq!(
+            plain("<message type=\"error\">No provider of &apos;a&amp;b&apos; found.</message>"),
+            "No provider of 'a&b' found."
+        );
+    }
 }

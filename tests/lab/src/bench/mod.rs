@@ -4,13 +4,19 @@
 //! A table is a function from [`Lab`] to [`Table`]. A row whose peer could not run says so and is not ok; only a table that
 //! cannot be set up at all is an error.
 
+mod faults;
 mod measure;
+mod mounts;
 mod pack;
 mod pairs;
+mod reads;
+mod root;
 mod table;
+mod web;
 
 pub use measure::{Usage, WRAPPER, measure, run_wrapped};
 pub use pairs::{PAIRS, Paired, pairs};
+pub use reads::{READS, read};
 pub use table::{Bar, Row, Table};
 
 use crate::Bins;
@@ -37,4 +43,4 @@ impl Lab<'_> {
 pub type Maker = fn(&Lab<'_>) -> anyhow::Result<Table>;
 
 /// All tables by name, in the order in which they run.
-pub const TABLES: [(&str, Maker); 1] = [("pack", pack::table)];
+pub const TABLES: [(&str, Maker); 3] = [("pack", pack::table), ("root", root::table), ("faults", faults::table)];

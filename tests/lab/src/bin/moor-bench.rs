@@ -3,7 +3,8 @@
 
 use anyhow::{Context as _, bail};
 use moor_lab::Bins;
-use moor_lab::bench::{Lab, TABLES, WRAPPER, run_wrapped};
+use moor_lab::bench::{Lab, READS, TABLES, WRAPPER, read, run_wrapped};
+use moor_lab::delay::{CARRIER, carry};
 use std::ffi::OsString;
 use std::process::ExitCode;
 
@@ -11,6 +12,8 @@ fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     let result = match arguments.split_first() {
         Some((word, command)) if word == WRAPPER => run_wrapped(command).map(|()| true),
+        Some((word, arguments)) if word == CARRIER => carry(arguments).map(|()| true),
+        Some((word, arguments)) if word == READS => read(arguments).map(|()| true),
         _ => tables(&arguments),
     };
     match result {

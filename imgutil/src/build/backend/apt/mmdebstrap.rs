@@ -31,7 +31,7 @@ pub(super) fn run(context: &mut Context<'_, '_>) -> Result<(), BuildError> {
     })?;
     match finished {
         Ok(finished) if finished.outcome == Outcome::Exited(0) => Ok(()),
-        Ok(_) => Err(explain("installing the packages", tail, None)),
+        Ok(_) => Err(explain("installing the packages", tail, None, &context.work.root())),
         Err(ExecError::NotStarted { .. }) => Err(BuildError::NoTool { tool: "mmdebstrap", package: "mmdebstrap" }),
         Err(error) => Err(error.into()),
     }
@@ -52,9 +52,6 @@ fn command(context: &Context<'_, '_>) -> Result<Vec<OsString>, BuildError> {
         "--skip=update".into(),
         format!("--setup-hook=mkdir -p \"$1\"/var/lib/apt/lists && cp {lists}/* \"$1\"/var/lib/apt/lists/").into(),
     ];
-    if let Some(own) = plan.repositories.first() {
-        command.push(format!("--keyring={}", own.key.display()).into());
-    }
     if resolve::is_merged(context)? {
         command.push(format!("--setup-hook={MERGED_USR}/setup00.sh").into());
         command.push(format!("--essential-hook={MERGED_USR}/essential00.sh").into());
@@ -72,7 +69,7 @@ fn command(context: &Context<'_, '_>) -> Result<Vec<OsString>, BuildError> {
     // No suite: with one, mmdebstrap would look for essential packages in that suite alone, and the newest version of one may be
     // in another (updates, security).
     command.extend(["".into(), work.root().into_os_string()]);
-    command.extend(sources(plan).into_iter().map(OsString::from));
+    command.extend(sources(plan)?.into_iter().map(OsString::from));
     Ok(command)
 }
 

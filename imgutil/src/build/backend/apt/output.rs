@@ -5,6 +5,7 @@ use super::index::Index;
 use crate::build::near::near;
 use crate::build::output::{Meaning, Tail};
 use crate::build::{BuildError, Event};
+use std::path::Path;
 
 /// Counts packages fetched and set up.
 #[derive(Default)]
@@ -53,8 +54,8 @@ fn stage_name(text: &str) -> Option<&'static str> {
     .find_map(|(start, name)| text.starts_with(start).then_some(name))
 }
 
-/// Why a tool failed while it was `doing` something. `index` offers names near an unknown one.
-pub(super) fn explain(doing: &str, tail: Tail, index: Option<&Index>) -> BuildError {
+/// Why a tool failed while it was `doing` something in `place`. `index` offers names near an unknown one.
+pub(super) fn explain(doing: &str, tail: Tail, index: Option<&Index>, place: &Path) -> BuildError {
     let unknown = unknown_packages(&tail);
     if let Some((name, others)) = unknown.split_first() {
         let near = index.map(|index| near(name, index.names())).unwrap_or_default();
@@ -63,10 +64,14 @@ pub(super) fn explain(doing: &str, tail: Tail, index: Option<&Index>) -> BuildEr
     if let Some(what) = untrusted(&tail) {
         return BuildError::Untrusted(what);
     }
-    if let Some((address, reason)) = unreachable(&tail) {
-        return BuildError::Unreachable { address, reason };
+    match unreachable(&tail) {
+        // A full disk is told as a failed fetch.
+        Some((address, reason)) if !reason.contains("No space left") => BuildError::Unreachable { address, reason },
+        _ => {
+            let reason = tail.reason();
+            BuildError::tool(doing, &reason, tail, place)
+        }
     }
-    BuildError::Tool { doing: doing.to_owned(), reason: tail.reason(), tail }
 }
 
 /// Packages that apt does not know.

@@ -45,7 +45,7 @@ pub(super) fn update(context: &mut Context<'_, '_>) -> Result<(), BuildError> {
         std::fs::create_dir_all(directory.join(name)).map_err(failed)?;
     }
     let own_files = [
-        ("sources.list", sources(context.plan).join("\n") + "\n"),
+        ("sources.list", sources(context.plan)?.join("\n") + "\n"),
         ("status", String::new()),
         // Read first: the host's own configuration is none of the image's.
         ("apt.conf", "Dir::Etc::main \"/dev/null\";\nDir::Etc::parts \"/dev/null\";\n".to_owned()),
@@ -68,6 +68,8 @@ pub(super) fn resolve(context: &mut Context<'_, '_>) -> Result<Resolved, BuildEr
     arguments.push(format!("?narrow({release},?essential)").into());
     arguments.push(format!("?narrow({release},?priority(required))").into());
     arguments.extend(plan.packages.iter().map(OsString::from));
+    // apt's own word for "not this one".
+    arguments.extend(plan.remove.iter().map(|name| OsString::from(format!("{name}-"))));
     if !index.versions(MERGED).is_empty() {
         arguments.push(MERGED.into());
     }
@@ -170,7 +172,7 @@ fn apt(
     })?;
     match finished?.outcome {
         Outcome::Exited(0) => Ok(()),
-        _ => Err(explain(doing, tail, index)),
+        _ => Err(explain(doing, tail, index, &directory)),
     }
 }
 

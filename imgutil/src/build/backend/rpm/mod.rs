@@ -13,9 +13,11 @@ pub(super) use root::{make_places, run};
 
 use super::{Context, Installed, Package, Snapshot};
 use crate::build::BuildError;
-use crate::build::finish::{copy_in, in_tree};
+use crate::build::finish::in_tree;
+use crate::build::lay::copy_file;
 use crate::build::output::{Meaning, NoMeaning, Tail};
 use crate::build::plan::{Plan, Repository};
+use crate::build::sources::of_path;
 use crate::build::tree::Tree;
 use crate::build::workdir::WorkDir;
 use std::collections::BTreeSet;
@@ -90,6 +92,24 @@ pub(super) fn check_tool(tool: &'static str, path: &str, package: &'static str) 
     if Path::new(path).exists() { Ok(()) } else { Err(BuildError::NoTool { tool, package }) }
 }
 
+/// The tool and RPM themselves decide what a tree becomes: their programs' digests.
+pub(super) fn maker(name: &str, tool: &str) -> Result<String, BuildError> {
+    let (tool, rpm) = (of_path(Path::new(tool))?, of_path(Path::new("/usr/bin/rpm"))?);
+    Ok(format!("{name} {tool} rpm {rpm}"))
+}
+
+/// RPM is told to install nothing unsigned, whatever its repository: one without a key cannot be used.
+pub(super) fn refuse_unsigned(plan: &Plan) -> Result<(), BuildError> {
+    match plan.repositories.iter().find(|repository| repository.unsigned) {
+        Some(repository) => Err(BuildError::Repository {
+            uri: repository.uri.clone(),
+            problem: "packages of RPM are installed only if they are signed: sign them (rpmsign) and give the key"
+                .to_owned(),
+        }),
+        None => Ok(()),
+    }
+}
+
 /// Makes an empty root in which packages can be chosen or installed: its mount points, and a database with the keys.
 pub(super) fn open_root(context: &mut Context<'_, '_>, root: &Path) -> Result<(), BuildError> {
     make_places(root, context.plan)?;
@@ -107,7 +127,7 @@ pub(super) fn open_root(context: &mut Context<'_, '_>, root: &Path) -> Result<()
     if succeeded {
         return Ok(());
     }
-    Err(failed("taking the keys of the repositories", tail))
+    Err(failed(context.work, "taking the keys of the repositories", tail))
 }
 
 /// The packages in a root, sorted, as RPM of the host reads them.
@@ -117,7 +137,7 @@ pub(super) fn query(context: &mut Context<'_, '_>, root: &Path) -> Result<Vec<In
     command.extend(["-qa", "--qf", QUERY].map(OsString::from));
     match ask(context, root, &mut NoMeaning, command)? {
         Ok(text) => parse_query(&text),
-        Err(tail) => Err(failed("listing the packages", tail)),
+        Err(tail) => Err(failed(context.work, "listing the packages", tail)),
     }
 }
 
@@ -137,9 +157,10 @@ pub(super) fn ask(
     std::fs::read_to_string(&path).map(Ok).map_err(|error| BuildError::io("read", &path, error))
 }
 
-/// The failure of a tool that nothing more is known of.
-pub(super) fn failed(doing: &str, tail: Tail) -> BuildError {
-    BuildError::Tool { doing: doing.to_owned(), reason: tail.reason(), tail }
+/// The failure of a tool that nothing more is known of, but that the disk may be full.
+pub(super) fn failed(work: &WorkDir, doing: &str, tail: Tail) -> BuildError {
+    let reason = tail.reason();
+    BuildError::tool(doing, &reason, tail, work.tree())
 }
 
 /// Lines of [`QUERY`].
@@ -270,7 +291,7 @@ fn own_database(context: &mut Context<'_, '_>, tree: &Tree) -> Result<(), BuildE
     let file = File::create(&headers).map_err(|error| BuildError::io("make", &headers, error))?;
     let (succeeded, tail) = run(context, &root, &mut NoMeaning, command, Some(file))?;
     if !succeeded {
-        return Err(failed("reading the package database", tail));
+        return Err(failed(context.work, "reading the package database", tail));
     }
     let directory = context.plan.os.rpm.database.clone();
     for name in tree.list(&directory)? {
@@ -288,7 +309,7 @@ fn kernels_to_boot(context: &Context<'_, '_>, tree: &Tree) -> Result<(), BuildEr
     for version in tree.list("/usr/lib/modules")? {
         let (kernel, place) = (format!("/usr/lib/modules/{version}/vmlinuz"), format!("/boot/vmlinuz-{version}"));
         if tree.exists(&kernel) && !tree.exists(&place) {
-            copy_in(tree, Path::new(&place), &context.work.root().join(&kernel[1..]), 0o755)?;
+            copy_file(tree, Path::new(&place), &context.work.root().join(&kernel[1..]), 0o755, (0, 0))?;
         }
     }
     Ok(())
@@ -302,7 +323,7 @@ pub(super) fn key_in_image(tree: &Tree, repository: &Repository) -> Result<Strin
         return Ok(path.clone());
     }
     let place = format!("{KEYS}/RPM-GPG-KEY-{}", repository.name);
-    copy_in(tree, Path::new(&place), &repository.key, 0o644)?;
+    copy_file(tree, Path::new(&place), &repository.key, 0o644, (0, 0))?;
     Ok(place)
 }
 

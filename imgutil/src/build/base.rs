@@ -1,0 +1,176 @@
+//! The base of an image: which packages it has (by a lock, or by what the repositories have now), and the tree with them (out
+//! of the cache, or installed).
+
+use super::backend::{Backend, Context, Installed, Package, Snapshot};
+use super::cache::Cache;
+use super::lock::{self, Lock, Wanted};
+use super::plan::Plan;
+use super::sources;
+use super::workdir::WorkDir;
+use super::{BuildError, LockMode, Options};
+use aws_lc_rs::digest::{SHA256, digest};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Changes when trees of the same packages are made in another way than before.
+const FORMAT: &str = "1";
+
+/// What a build has of a lock, and what it makes of it.
+pub(super) struct Locking {
+    path: Option<PathBuf>,
+    wanted: Wanted,
+    /// A lock that answers what the recipe asks.
+    old: Option<Lock>,
+    /// Why the lock that is there does not.
+    pub(super) outdated: Option<String>,
+    /// When packages that are chosen now were chosen.
+    now: i64,
+}
+
+impl Locking {
+    /// Reads all that the recipe brings, and the lock if one is to be used.
+    pub(super) fn begin(options: &Options, plan: &Plan, work: &WorkDir) -> Result<Self, BuildError> {
+        let node_files = plan.node_files.as_ref().map(|_| sources::of_path(&work.stage())).transpose()?;
+        let wanted = Wanted { request: lock::request(plan)?, node_files, sources: sources::all(plan)? };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs().cast_signed());
+        let now = options.epoch.unwrap_or(now);
+        let mut locking = Self { path: options.lock.clone(), wanted, old: None, outdated: None, now };
+        let Some(path) = options.lock.as_deref().filter(|_| options.lock_mode != LockMode::Update) else {
+            return Ok(locking);
+        };
+        let exact = options.lock_mode == LockMode::Exact;
+        match Lock::read(path)? {
+            None if exact => {
+                let message = "it does not exist: build once without --locked to make it".to_owned();
+                return Err(BuildError::Lock { path: path.to_path_buf(), message });
+            }
+            None => {}
+            Some(lock) => match lock.answers(plan, &locking.wanted) {
+                Ok(()) if exact => {
+                    lock.same_sources(&locking.wanted).map_err(|difference| unlocked(path, difference))?;
+                    locking.old = Some(lock);
+                }
+                Ok(()) => locking.old = Some(lock),
+                Err(difference) if exact => return Err(unlocked(path, difference)),
+                Err(difference) => locking.outdated = Some(difference),
+            },
+        }
+        Ok(locking)
+    }
+
+    /// The moment that nothing in the image is newer than: as given, or the lock's.
+    pub(super) fn epoch(&self, given: Option<i64>) -> Option<i64> {
+        let locked = self.old.as_ref().map(|lock| lock.date);
+        given.or(locked).or_else(|| self.path.is_some().then_some(self.now))
+    }
+
+    /// Day of the lock that is used.
+    pub(super) fn day(&self) -> Option<String> {
+        self.old.as_ref().map(Lock::day)
+    }
+
+    /// Writes the lock of what was built, unless it says that already.
+    pub(super) fn end(self, plan: &Plan, base: Base) -> Result<(), BuildError> {
+        let Some(path) = self.path else { return Ok(()) };
+        let new = match self.old.clone() {
+            Some(old) => old.with_sources(self.wanted),
+            None => Lock::new(plan, self.wanted, self.now, base.packages, base.snapshots),
+        };
+        if self.old.as_ref() == Some(&new) { Ok(()) } else { new.write(&path) }
+    }
+}
+
+fn unlocked(path: &Path, difference: String) -> BuildError {
+    BuildError::Unlocked { path: path.to_path_buf(), difference }
+}
+
+/// What is installed in `work.root()`.
+pub(super) struct Base {
+    packages: Vec<Package>,
+    snapshots: Vec<Snapshot>,
+}
+
+/// Fills `work.root()` with the packages.
+pub(super) fn make(
+    context: &mut Context<'_, '_>,
+    backend: &dyn Backend,
+    locking: &Locking,
+    cache: Option<&Cache>,
+) -> Result<Base, BuildError> {
+    let mut base = if let Some(lock) = &locking.old {
+        Base { packages: lock.packages.clone(), snapshots: Vec::new() }
+    } else {
+        let resolved = backend.resolve(context)?;
+        Base { packages: resolved.packages, snapshots: resolved.snapshots }
+    };
+    let key = key(context.plan, backend, &base.packages, locking.wanted.node_files.as_deref())?;
+    let restored = match cache {
+        Some(cache) => cache.restore(context, &key)?,
+        None => false,
+    };
+    if !restored {
+        backend.install(context, &base.packages)?;
+    }
+    let installed = backend.installed(context)?;
+    check(&base.packages, &installed, locking.old.is_some())?;
+    if let Some(cache) = cache.filter(|_| !restored) {
+        let plan = context.plan;
+        let what = format!("{} {}, {} packages", plan.os.name, plan.arch.name, installed.len());
+        cache.store(context, &key, &what)?;
+    }
+    base.packages.retain(|package| installed.iter().any(|there| is_same(package, there)));
+    Ok(base)
+}
+
+fn is_same(package: &Package, there: &Installed) -> bool {
+    package.name == there.name && package.arch == there.arch
+}
+
+/// Nothing may be installed but what was chosen, in that version; by a lock, all of it. (What is chosen without one may be a
+/// few packages more than are needed: each tool takes its own way through alternatives.)
+fn check(chosen: &[Package], installed: &[Installed], all: bool) -> Result<(), BuildError> {
+    for there in installed {
+        match chosen.iter().find(|package| is_same(package, there)) {
+            Some(package) if package.version == there.version => {}
+            other => {
+                return Err(BuildError::NotAsChosen {
+                    name: there.name.clone(),
+                    installed: Some(there.version.clone()),
+                    chosen: other.map(|package| package.version.clone()),
+                });
+            }
+        }
+    }
+    let missing = chosen.iter().find(|package| !installed.iter().any(|there| is_same(package, there)));
+    match missing.filter(|_| all) {
+        Some(package) => Err(BuildError::NotAsChosen {
+            name: package.name.clone(),
+            installed: None,
+            chosen: Some(package.version.clone()),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Digest of everything that decides what the base tree is.
+fn key(
+    plan: &Plan,
+    backend: &dyn Backend,
+    packages: &[Package],
+    node_files: Option<&str>,
+) -> Result<String, BuildError> {
+    let mut text = format!(
+        "imgutil {FORMAT}\n{} {}\n{}\n{}\nwanted {}\nremoved {}\n",
+        plan.os.name,
+        plan.arch.name,
+        backend.maker()?,
+        node_files.unwrap_or("no node files"),
+        plan.packages.join(" "),
+        plan.remove.join(" "),
+    );
+    for package in packages {
+        text.push_str(&[&package.name, &package.version, &package.arch, package.sha256.as_str()].join(" "));
+        text.push('\n');
+    }
+    Ok(hex::encode(digest(&SHA256, text.as_bytes())))
+}

@@ -1,0 +1,270 @@
+//! Base trees that were built before: packages installed, nothing of the recipe done yet. Whoever builds the same packages again
+//! gets a copy of his own, unpacked from here; nothing is shared with it.
+//!
+//! An entry is `base/KEY.tar.zst` beside `base/KEY.toml`, which holds its digest and is written last. An entry is checked before
+//! it is used; one that is damaged is removed.
+
+use super::BuildError;
+use super::backend::Context;
+use super::output::NoMeaning;
+use super::sources::of_path;
+use crate::exec::{Options, Outcome};
+use crate::files::{Existing, NewFile, write_whole};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use serde::{Deserialize, Serialize};
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+/// Where base trees are kept when nothing is said.
+pub const DEFAULT_CACHE: &str = "/var/cache/mooring/imgutil";
+/// So many bytes are kept; the entries used longest ago make room.
+const KEPT: u64 = 8 << 30;
+const TAR: &str = "/usr/bin/tar";
+const ZSTD: &str = "/usr/bin/zstd";
+
+/// A base tree in the cache.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// Its file.
+    pub path: PathBuf,
+    /// What it holds, for people: system, architecture, number of packages.
+    pub what: String,
+    /// Size in the cache.
+    pub bytes: u64,
+    /// When a build last made or used it.
+    pub last_used: SystemTime,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Note {
+    what: String,
+    sha256: String,
+}
+
+/// The entries of the cache in `directory`, the one used last first.
+pub fn entries(directory: &Path) -> io::Result<Vec<Entry>> {
+    let base = directory.join("base");
+    let names = match std::fs::read_dir(&base) {
+        Ok(names) => names,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut all = Vec::new();
+    for name in names {
+        let note_path = name?.path();
+        if note_path.extension().is_none_or(|end| end != "toml") {
+            continue;
+        }
+        let path = note_path.with_extension("tar.zst");
+        // Another process may have removed it meanwhile.
+        let (Ok(note), Ok(metadata)) = (read_note(&note_path), path.metadata()) else { continue };
+        let last_used = note_path.metadata()?.modified()?;
+        all.push(Entry { path, what: note.what, bytes: metadata.len(), last_used });
+    }
+    all.sort_by_key(|entry| std::cmp::Reverse(entry.last_used));
+    Ok(all)
+}
+
+/// Removes an entry. A build that reads it meanwhile goes on with what it has opened.
+pub fn remove(entry: &Entry) -> io::Result<()> {
+    // The note first: without it the rest is not used.
+    for path in [note_of(&entry.path), entry.path.clone()] {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn note_of(path: &Path) -> PathBuf {
+    path.with_extension("").with_extension("toml")
+}
+
+fn read_note(path: &Path) -> io::Result<Note> {
+    toml::from_str(&std::fs::read_to_string(path)?).map_err(io::Error::other)
+}
+
+/// The cache of one build.
+pub(super) struct Cache {
+    base: PathBuf,
+}
+
+impl Cache {
+    /// Opens the cache in `directory`, made if need be. `None`, with a warning, if it cannot be used: a build goes on without.
+    pub(super) fn open(directory: &Path) -> Option<Self> {
+        if let Some(tool) = [TAR, ZSTD].into_iter().find(|tool| !Path::new(tool).exists()) {
+            tracing::warn!("base trees are not kept: '{tool}' is not installed");
+            return None;
+        }
+        let base = directory.join("base");
+        let usable = || -> io::Result<()> {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&base)?;
+            for path in [directory, &base] {
+                // What somebody else can write would become root's files in an image.
+                let metadata = path.symlink_metadata()?;
+                if !metadata.is_dir() || metadata.uid() != 0 || metadata.mode() & 0o022 != 0 {
+                    let path = path.display();
+                    return Err(io::Error::other(format!("'{path}' must be a directory that only root can write to")));
+                }
+            }
+            Ok(())
+        };
+        match usable() {
+            Ok(()) => Some(Self { base }),
+            Err(error) => {
+                tracing::warn!("base trees are not kept: {error}");
+                None
+            }
+        }
+    }
+
+    fn path(&self, key: &str) -> PathBuf {
+        self.base.join(format!("{key}.tar.zst"))
+    }
+
+    /// Fills the empty `work.root()` with the base tree of that key. `false` if there is none.
+    pub(super) fn restore(&self, context: &mut Context<'_, '_>, key: &str) -> Result<bool, BuildError> {
+        let path = self.path(key);
+        let note_path = note_of(&path);
+        let (Ok(note), Ok(file)) = (read_note(&note_path), File::open(&path)) else { return Ok(false) };
+        context.tools.stage("unpacking the base tree from the cache")?;
+        if of_path(&path)? != note.sha256 {
+            tracing::warn!("the base tree in '{}' is damaged: it is removed and built again", path.display());
+            for path in [note_path, path] {
+                std::fs::remove_file(&path).map_err(|error| BuildError::io("remove", &path, error))?;
+            }
+            return Ok(false);
+        }
+        let root = context.work.root();
+        let more = ["--extract", "--preserve-permissions", "--same-owner", "--file=-"];
+        let command = tar(&root, "/usr/bin/zstd -d", &more);
+        run(context, "unpacking the base tree", command, |[_, output, errors]| [file.into(), output, errors])?;
+        // When it was used last; a cache that cannot be written to is still one that can be read.
+        if let Ok(note) = File::options().append(true).open(&note_path) {
+            let _ = note.set_modified(SystemTime::now());
+        }
+        Ok(true)
+    }
+
+    /// Keeps `work.root()` under that key. `what` is for people. A cache that cannot be written is no failure of a build.
+    pub(super) fn store(&self, context: &mut Context<'_, '_>, key: &str, what: &str) -> Result<(), BuildError> {
+        context.tools.stage("keeping the base tree in the cache")?;
+        let path = self.path(key);
+        let new = match NewFile::create(&path, 0o600) {
+            Ok(new) => new,
+            Err(error) => {
+                tracing::warn!("the base tree is not kept: {error:#}");
+                return Ok(());
+            }
+        };
+        let clone = || -> io::Result<OwnedFd> { Ok(rustix::io::fcntl_dupfd_cloexec(new.file(), 3)?) };
+        let output = clone().map_err(|error| BuildError::io("write", &path, error))?;
+        let more = ["--create", "--format=posix", "--sort=name", "--file=-", "."];
+        let command = tar(&context.work.root(), "/usr/bin/zstd -q -1 -T0", &more);
+        match run(context, "keeping the base tree", command, |[input, _, errors]| [input, output, errors]) {
+            Ok(()) => {}
+            Err(error @ (BuildError::Interrupted(_) | BuildError::Exec(_))) => return Err(error),
+            Err(error) => {
+                tracing::warn!("the base tree is not kept: {error}");
+                return Ok(());
+            }
+        }
+        let kept = || -> anyhow::Result<()> {
+            new.appear(Existing::Replace)?;
+            let note = Note { what: what.to_owned(), sha256: of_path(&path)? };
+            write_whole(&note_of(&path), 0o600, toml::to_string(&note)?.as_bytes())?;
+            self.make_room(&path)?;
+            Ok(())
+        };
+        if let Err(error) = kept() {
+            tracing::warn!("the base tree is not kept: {error:#}");
+        }
+        Ok(())
+    }
+
+    /// Removes entries used longest ago until what is left is not too much; never `but`.
+    fn make_room(&self, but: &Path) -> io::Result<()> {
+        let directory = self.base.parent().unwrap_or(&self.base);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let lock = rustix::fs::open(&self.base, flags, Mode::empty())?;
+        rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
+        let mut total = 0;
+        for entry in entries(directory)? {
+            total += entry.bytes;
+            if total > KEPT && entry.path != but {
+                remove(&entry)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn tar(root: &Path, compressor: &str, more: &[&str]) -> Vec<OsString> {
+    let mut command: Vec<OsString> = vec![TAR.into(), "--directory".into(), root.into()];
+    command.push(format!("--use-compress-program={compressor}").into());
+    command.extend(["--numeric-owner", "--acls", "--xattrs", "--xattrs-include=*"].map(OsString::from));
+    command.extend(more.iter().map(OsString::from));
+    command
+}
+
+fn run(
+    context: &mut Context<'_, '_>,
+    doing: &str,
+    command: Vec<OsString>,
+    streams: impl FnOnce([OwnedFd; 3]) -> [OwnedFd; 3],
+) -> Result<(), BuildError> {
+    let (finished, tail) = context.tools.run(&mut NoMeaning, |usual| Ok(Options::on_host(command, streams(usual))))?;
+    if finished?.outcome == Outcome::Exited(0) {
+        return Ok(());
+    }
+    let reason = tail.reason();
+    Err(BuildError::tool(doing, &reason, tail, &context.work.root()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_are_listed_by_last_use_and_the_oldest_make_room() {
+        let scratch = tempfile::tempdir().unwrap();
+        let cache = Cache::open(scratch.path()).unwrap();
+        let keep = |name: &str, bytes: u64, used: u64| {
+            let file = File::create(cache.path(name)).unwrap();
+            file.set_len(bytes).unwrap();
+            let note = Note { what: name.to_owned(), sha256: String::new() };
+            std::fs::write(note_of(&cache.path(name)), toml::to_string(&note).unwrap()).unwrap();
+            let time = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(used);
+            File::options().append(true).open(note_of(&cache.path(name))).unwrap().set_modified(time).unwrap();
+        };
+        keep("old", 5 << 30, 1000);
+        keep("new", 4 << 30, 3000);
+        keep("middle", 3 << 30, 2000);
+        std::fs::write(cache.path("begun"), "x").unwrap();
+        let whats = || entries(scratch.path()).unwrap().into_iter().map(|entry| entry.what).collect::<Vec<_>>();
+        assert_eq!(whats(), ["new", "middle", "old"]);
+        cache.make_room(&cache.path("new")).unwrap();
+        assert_eq!(whats(), ["new", "middle"]);
+        assert!(!cache.path("old").exists());
+        for entry in entries(scratch.path()).unwrap() {
+            remove(&entry).unwrap();
+            remove(&entry).unwrap();
+        }
+        assert!(whats().is_empty());
+        assert!(entries(Path::new("/no/such")).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_cache_that_others_can_write_to_is_not_used() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let scratch = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(scratch.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(Cache::open(scratch.path()).is_none());
+    }
+}

@@ -1,0 +1,76 @@
+//! The files, directories and links that a recipe brings.
+
+use super::BuildError;
+use super::accounts::Accounts;
+use super::tree::Tree;
+use crate::recipe::{File, What};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+
+/// Lays them in, in order: a later one replaces an earlier one of the same path.
+pub(super) fn files(tree: &Tree, files: &[File]) -> Result<(), BuildError> {
+    let accounts = Accounts::read(tree)?;
+    for file in files {
+        let path = &file.path.0;
+        let owner = match &file.owner {
+            Some(owner) => accounts.owner(owner).map_err(|name| {
+                BuildError::Setting(format!("file '{}': the image has no user or group '{name}'", path.display()))
+            })?,
+            None => (0, 0),
+        };
+        let mode = file.mode.as_ref().map(|mode| mode.0);
+        match &file.what {
+            What::Text(text) => tree.write(path, mode.unwrap_or(0o644), owner, &mut text.as_bytes())?,
+            What::Link(target) => tree.symlink(path, target, owner)?,
+            What::Directory => tree.make_directory(path, mode.unwrap_or(0o755), owner)?,
+            What::Copy(source) => copy(tree, path, source, mode, owner)?,
+        }
+    }
+    Ok(())
+}
+
+/// Copies a file of the host, or a directory with everything in it. `mode` is that of the file or of the topmost directory.
+fn copy(tree: &Tree, place: &Path, source: &Path, mode: Option<u32>, owner: (u32, u32)) -> Result<(), BuildError> {
+    let failed = |error| BuildError::io("read", source, error);
+    let metadata = source.metadata().map_err(failed)?;
+    if !metadata.is_dir() {
+        return copy_file(tree, place, source, mode.unwrap_or(0o644), owner);
+    }
+    tree.make_directory(place, mode.unwrap_or(0o755), owner)?;
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(source).map_err(failed)? {
+        names.push(entry.map_err(failed)?.file_name());
+    }
+    names.sort();
+    for name in names {
+        let (from, to) = (source.join(&name), place.join(&name));
+        let metadata = from.symlink_metadata().map_err(|error| BuildError::io("read", &from, error))?;
+        // Not what the builder's umask made of it: readable by all, writable by the owner, executable where it was.
+        let mode = if metadata.permissions().mode() & 0o100 == 0 { 0o644 } else { 0o755 };
+        if metadata.is_dir() {
+            copy(tree, &to, &from, None, owner)?;
+        } else if metadata.is_symlink() {
+            let target = from.read_link().map_err(|error| BuildError::io("read", &from, error))?;
+            tree.symlink(&to, target, owner)?;
+        } else {
+            copy_file(tree, &to, &from, mode, owner)?;
+        }
+    }
+    Ok(())
+}
+
+/// Copies one file of the host.
+pub(super) fn copy_file(
+    tree: &Tree,
+    place: &Path,
+    source: &Path,
+    mode: u32,
+    owner: (u32, u32),
+) -> Result<(), BuildError> {
+    let failed = |error| BuildError::io("read", source, error);
+    let mut file = std::fs::File::open(source).map_err(failed)?;
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(failed(std::io::Error::other("it is neither a file, a directory nor a link")));
+    }
+    tree.write(place, mode, owner, &mut file)
+}
