@@ -48,10 +48,13 @@ fn describe(work: &Path, backend: &str, uri: &str, key: &Path, more: &str) {
         key.display()
     );
     std::fs::write(work.join("os.toml"), text).unwrap();
+    std::fs::create_dir_all(work.join("logs")).unwrap();
 }
 
 fn build(work: &Path, args: &[&str]) -> Output {
     let mut command = imgutil();
+    // Where it keeps the log of a failure.
+    command.env("TMPDIR", work.join("logs"));
     command.args(["build", "--os", "./os.toml", "--minimal", "--no-cache"]).args(args).current_dir(work);
     command.output().unwrap()
 }
