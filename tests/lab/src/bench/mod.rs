@@ -4,6 +4,7 @@
 //! A table is a function from [`Lab`] to [`Table`]. A row whose peer could not run says so and is not ok; only a table that
 //! cannot be set up at all is an error.
 
+mod build;
 mod faults;
 mod measure;
 mod mounts;
@@ -43,4 +44,5 @@ impl Lab<'_> {
 pub type Maker = fn(&Lab<'_>) -> anyhow::Result<Table>;
 
 /// All tables by name, in the order in which they run.
-pub const TABLES: [(&str, Maker); 3] = [("pack", pack::table), ("root", root::table), ("faults", faults::table)];
+pub const TABLES: [(&str, Maker); 4] =
+    [("pack", pack::table), ("build", build::table), ("root", root::table), ("faults", faults::table)];
