@@ -135,6 +135,9 @@ impl<R: Read> Reader<R> {
 
     fn entry(&mut self, header: &[u8; BLOCK], size: u64, extended: Extended) -> Result<Entry, TarError> {
         let stored = extended.size.unwrap_or(size);
+        if i64::try_from(stored).is_err() {
+            return Err(TarError::Corrupt("a file is larger than any file system can hold"));
+        }
         let path = extended.sparse_name.or(extended.path).unwrap_or_else(|| ustar_path(header));
         let link = || extended.link.clone().unwrap_or_else(|| text(&header[157..257]).to_vec());
         let device = || -> Result<(u32, u32), TarError> {
@@ -440,7 +443,9 @@ mod tests {
         std::fs::write(work.path().join("file"), vec![7; 3000]).expect("writes");
         let good = tar(work.path());
         assert!(read(&good).is_ok());
-        for length in (0..good.len() - 1024).step_by(97) {
+        // Behind the last entry there are only zeros, of which the first block is the end of the archive.
+        let end = good.iter().rposition(|byte| *byte != 0).expect("an entry");
+        for length in (0..end).step_by(97) {
             assert!(read(&good[..length]).is_err(), "cut at {length}");
         }
         let mut bad = good.clone();

@@ -15,6 +15,7 @@ use std::process::ExitCode;
 /// sealed at once, without a plaintext file, and the key stays here. Secrets, logs, caches and what belongs to one machine are left out,
 /// on whatever file system they lie. Files that change meanwhile are captured as they were read: stop what writes much.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Example: imgutil capture n17.cluster -o n17.moor --key-file n17.key")]
 pub struct Args {
     /// The node, as ssh knows it.
     node: String,
