@@ -59,8 +59,9 @@ impl Merged {
     /// What at least half of the boots read, in the order of the mean place.
     fn list(&self) -> Vec<u64> {
         let usual = self.chunks.iter().filter(|(_, seen)| seen.count * 2 >= self.traces);
-        let mut list: Vec<_> =
-            usual.map(|(chunk, seen)| (seen.places / u64::from(seen.count.max(1)), *chunk)).collect();
+        // In parts of a place: two chunks that lead in some boots each would else count as equal.
+        let mean = |seen: &Seen| seen.places.saturating_mul(1 << 10) / u64::from(seen.count.max(1));
+        let mut list: Vec<_> = usual.map(|(chunk, seen)| (mean(seen), *chunk)).collect();
         list.sort_unstable();
         list.into_iter().map(|(_, chunk)| chunk).collect()
     }

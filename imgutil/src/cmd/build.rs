@@ -36,7 +36,10 @@ Then: imgutil exec TREE to change it, imgutil pack TREE to make an image of it. 
 /// makes again. Signatures of the archives are always checked. TREE appears when it is complete; a failed or interrupted
 /// build leaves nothing.
 #[derive(Debug, clap::Args)]
-#[command(override_usage = "imgutil build [-f RECIPE] [--os OS] [--arch ARCH] [-p PACKAGES…] [OPTIONS] TREE")]
+#[command(
+    override_usage = "imgutil build [-f RECIPE] [--os OS] [--arch ARCH] [-p PACKAGES…] [OPTIONS] TREE",
+    after_help = "Examples:\n  imgutil build ./tree\n  imgutil build --os debian-12 -p htop,strace ./tree\n  imgutil build -f recipe.toml --locked ./tree"
+)]
 pub struct Args {
     /// Recipe in TOML: packages, repositories, files, users, services and commands (docs/recipes.md)
     #[arg(short = 'f', long, value_name = "RECIPE")]

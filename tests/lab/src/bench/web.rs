@@ -99,6 +99,8 @@ impl Web {
             "daemon off; master_process off; pid {at}/pid; error_log {at}/error.log; events {{ worker_connections 1024; }}\n\
              http {{ access_log off; {temporary} sendfile on; ssl_buffer_size 64k; keepalive_requests 1000000;\n\
              server {{ listen {}:{} ssl; root {}; autoindex on; {extra}\n\
+             # httpdirfs ends at its first read of a 206 that has none.\n\
+             add_header Accept-Ranges bytes;\n\
              ssl_certificate {keys}/{certificate}; ssl_certificate_key {keys}/key.pem; }} }}\n",
             self.address,
             self.port,
