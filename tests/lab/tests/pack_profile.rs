@@ -53,7 +53,10 @@ fn a_profile_is_made_from_another_with_its_scripts_and_gets_each_new_image() {
     fs::write(scripts.join("10-mine"), "#!/bin/sh\necho mine\n").unwrap();
     let said = text(&mut pack(&["db", "-b", "web"])).unwrap();
     assert!(said.contains("profile db: @1 published"), "{said}");
-    assert_eq!(fs::read_to_string(member.profiles().join("db/scripts/onboot/10-mine")).unwrap(), "#!/bin/sh\necho mine\n");
+    assert_eq!(
+        fs::read_to_string(member.profiles().join("db/scripts/onboot/10-mine")).unwrap(),
+        "#!/bin/sh\necho mine\n"
+    );
     let settings = fs::read_to_string(member.profiles().join("db/profile.yaml")).unwrap();
     assert!(settings.lines().any(|line| line == "image: db"), "{settings}");
 
