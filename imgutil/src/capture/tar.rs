@@ -460,7 +460,8 @@ mod tests {
             let map = sparse_map(map.as_bytes()).expect("a map");
             assert!(check_map(&map, size, stored).is_err(), "{map:?}");
         }
-        assert!(Extended::parse(b"10 size=1\n").is_err());
+        assert!(Extended::parse(b"8 size=1\n").is_err());
+        assert!(Extended::parse(b"12 size=1\n").is_err());
         assert!(Extended::parse(b"99999999999999999999 a=b\n").is_err());
         assert_eq!((seconds(b"-1.5").ok(), seconds(b"12.9").ok()), (Some(-2), Some(12)));
     }
