@@ -8,8 +8,9 @@
 use super::bpf::{self, Instruction};
 use super::mounts::{Detached, MountError};
 use rustix::fs::{
-    AtFlags, Dir, FileType, FlockOperation, Mode, OFlags, Stat, flock, major, minor, mkdirat, openat, unlinkat,
+    AtFlags, Dir, FileType, FlockOperation, Mode, OFlags, Stat, flock, major, minor, mkdirat, openat, statat, unlinkat,
 };
+use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 use std::fs::File;
 use std::io::{self, Write as _};
@@ -151,14 +152,17 @@ impl Group {
 
     fn below(hierarchy: Detached) -> io::Result<Self> {
         sweep(hierarchy.fd());
-        let mut random = [0; 8];
-        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
-        let name = format!("{PREFIX}{}", hex::encode(random));
-        mkdirat(hierarchy.fd(), &name, Mode::from_raw_mode(0o755))?;
-        let directory =
-            openat(hierarchy.fd(), &name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-        flock(&directory, FlockOperation::NonBlockingLockShared)?;
-        Ok(Self { hierarchy, name, directory })
+        // Until it is locked, another `imgutil` that sweeps up may take a new group for a left one: then another is made.
+        for _ in 0..100 {
+            let mut random = [0; 8];
+            rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
+            let name = format!("{PREFIX}{}", hex::encode(random));
+            mkdirat(hierarchy.fd(), &name, Mode::from_raw_mode(0o755))?;
+            if let Some(directory) = open_locked(hierarchy.fd(), &name)? {
+                return Ok(Self { hierarchy, name, directory });
+            }
+        }
+        Err(io::Error::other("each new control group was taken away at once"))
     }
 
     fn write(&self, file: &str, text: &str) -> io::Result<()> {
@@ -174,11 +178,11 @@ impl Group {
         // A process that has just been reaped may count for a moment.
         for _ in 0..50 {
             match unlinkat(self.hierarchy.fd(), &self.name, AtFlags::REMOVEDIR) {
-                Err(rustix::io::Errno::BUSY) => std::thread::sleep(Duration::from_millis(10)),
+                Err(Errno::BUSY) => std::thread::sleep(Duration::from_millis(10)),
                 other => return Ok(other?),
             }
         }
-        Err(rustix::io::Errno::BUSY.into())
+        Err(Errno::BUSY.into())
     }
 }
 
@@ -190,16 +194,41 @@ fn hierarchy(kind: &str, controller: Option<&str>) -> Result<Detached, MountErro
     Detached::with_flags(kind, &[], &flags, closed)
 }
 
+fn open(hierarchy: BorrowedFd<'_>, name: &str) -> rustix::io::Result<OwnedFd> {
+    openat(hierarchy, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// The new group, locked; `None` if somebody who sweeps up has it or has removed it. With the lock held it stays.
+fn open_locked(hierarchy: BorrowedFd<'_>, name: &str) -> io::Result<Option<OwnedFd>> {
+    let directory = match open(hierarchy, name) {
+        Ok(directory) => directory,
+        Err(Errno::NOENT) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    match flock(&directory, FlockOperation::NonBlockingLockShared) {
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    }
+    // The name is random: if it is there, it is this group.
+    match statat(hierarchy, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(_) => Ok(Some(directory)),
+        Err(Errno::NOENT) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Removes groups of runs that were killed together with their PID 1. Nothing depends on success.
 fn sweep(hierarchy: BorrowedFd<'_>) {
-    let open =
-        |name: &str| openat(hierarchy, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
-    let Some(entries) = open(".").ok().and_then(|listing| Dir::new(listing).ok()) else { return };
+    let Some(entries) = open(hierarchy, ".").ok().and_then(|listing| Dir::new(listing).ok()) else { return };
     for entry in entries.flatten() {
         let Ok(name) = entry.file_name().to_str() else { continue };
-        if name.starts_with(PREFIX)
-            && open(name).is_ok_and(|group| flock(&group, FlockOperation::NonBlockingLockExclusive).is_ok())
-        {
+        if !name.starts_with(PREFIX) {
+            continue;
+        }
+        let Ok(group) = open(hierarchy, name) else { continue };
+        // The lock is held until the group is gone: its maker sees either the lock or that it is gone.
+        if flock(&group, FlockOperation::NonBlockingLockExclusive).is_ok() {
             let _ = unlinkat(hierarchy, name, AtFlags::REMOVEDIR);
         }
     }
@@ -310,6 +339,34 @@ mod tests {
             assert_eq!(judged(make, &reading, &tries[..1]), 0b01);
             assert_eq!(judged(make, &reading, &[(disk.as_str(), true), ("/dev/full", true)]), 0b10);
             assert_eq!(judged(make, &[], &tries), 0);
+        }
+    }
+
+    /// Children make groups at the same time, and each sweeps before; each must keep what it has made.
+    #[test]
+    fn groups_that_come_and_go_together_do_not_sweep_each_other_away() {
+        let children: Vec<_> = (0..4)
+            .map(|_| {
+                sys::fork_into(|| {
+                    if nix::sched::unshare(CloneFlags::CLONE_NEWCGROUP | CloneFlags::CLONE_NEWNS).is_err() {
+                        return 255;
+                    }
+                    for _ in 0..200 {
+                        let Ok(group) = Group::with_program(&USUAL) else { return 254 };
+                        if openat(&group.directory, "cgroup.procs", OFlags::WRONLY, Mode::empty()).is_err() {
+                            return 253;
+                        }
+                        if group.remove().is_err() {
+                            return 252;
+                        }
+                    }
+                    0
+                })
+            })
+            .collect();
+        for child in children {
+            let child = child.unwrap();
+            assert_eq!(waitpid(child, None).unwrap(), WaitStatus::Exited(child, 0));
         }
     }
 
