@@ -8,6 +8,7 @@
 //! No server code lives here, and nothing that knows an operating system.
 
 pub mod admin;
+mod bytes;
 pub mod client;
 pub mod deploy;
 pub mod ids;

@@ -22,11 +22,11 @@
 //! `enroll`, `session` and all calls with a token go over a connection whose client certificate is the session key's (RFC 8705);
 //! the token is sent as `Authorization: Bearer TOKEN`. Bytes in JSON are standard base64 with padding ([`Base64`]).
 
+pub use crate::bytes::{Base64, HexBytes};
+
 use crate::deploy::{PhaseName, RootMode};
 use crate::ids::{BootId, CollectiveId, HwAddr, ImageDigest, ImageName, MemberId, NodeId, NodeName, Sha256Digest};
 use crate::problem::Problem;
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use uuid::Uuid;
@@ -36,35 +36,6 @@ pub const MAX_BODY: usize = 1 << 20;
 
 /// Most MAC addresses in a hello.
 pub const MAX_MACS: usize = 64;
-
-/// Bytes, on the wire in base64. `Debug` prints the length only: some of them are secret.
-#[derive(Clone, Default, PartialEq, Eq)]
-pub struct Base64(pub Vec<u8>);
-
-impl std::fmt::Debug for Base64 {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Base64({} bytes)", self.0.len())
-    }
-}
-
-impl From<Vec<u8>> for Base64 {
-    fn from(bytes: Vec<u8>) -> Self {
-        Self(bytes)
-    }
-}
-
-impl Serialize for Base64 {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&STANDARD.encode(&self.0))
-    }
-}
-
-impl<'de> Deserialize<'de> for Base64 {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        STANDARD.decode(text).map(Self).map_err(serde::de::Error::custom)
-    }
-}
 
 /// What anybody may say: which machine is this?
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -258,28 +229,6 @@ pub struct Quote {
 fn numbered<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<u8, HexBytes>, D::Error> {
     let values = BTreeMap::<String, HexBytes>::deserialize(deserializer)?.into_iter();
     values.map(|(key, value)| Ok((key.parse().map_err(serde::de::Error::custom)?, value))).collect()
-}
-
-/// Bytes in hexadecimal (PCR values, as every tool prints them).
-#[derive(Clone, PartialEq, Eq)]
-pub struct HexBytes(pub Vec<u8>);
-
-impl std::fmt::Debug for HexBytes {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&hex::encode(&self.0))
-    }
-}
-
-impl Serialize for HexBytes {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&hex::encode(&self.0))
-    }
-}
-
-impl<'de> Deserialize<'de> for HexBytes {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        hex::decode(String::deserialize(deserializer)?).map(Self).map_err(serde::de::Error::custom)
-    }
 }
 
 /// The part of a boot: before the operating system's own init runs, and after.

@@ -9,6 +9,7 @@ use http_body_util::{BodyExt as _, Empty};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
+use moor_api::client::chain;
 use rustls::ClientConfig;
 use std::io;
 use std::sync::Arc;
@@ -159,19 +160,4 @@ fn tls_fault(error: &io::Error) -> Fault {
         Some(cause) => Fault::Tls(cause.to_string()),
         None => Fault::Broken(error.to_string()),
     }
-}
-
-/// The whole chain of an error in one line; hyper's own text alone says little.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let more = cause.to_string();
-        if !text.ends_with(&more) {
-            text.push_str(": ");
-            text.push_str(&more);
-        }
-        source = cause.source();
-    }
-    text
 }

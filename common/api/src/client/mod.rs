@@ -78,7 +78,8 @@ impl ClientError {
 }
 
 /// The whole chain of an error in one line; hyper's own text alone says little.
-fn chain(error: &dyn std::error::Error) -> String {
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
