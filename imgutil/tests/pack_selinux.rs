@@ -25,6 +25,15 @@ fn write(path: &Path, text: &str) {
     fs::write(path, text).unwrap();
 }
 
+/// What an image of the tree gives back.
+fn packed_and_unpacked(tree: &Path, work: &Path) -> PathBuf {
+    let image = pack(tree, work, "labelled", &["--no-scrub"]);
+    let unpacked = work.join("unpacked");
+    let [unpack, key_file] = ["unpack", "--key-file"].map(Path::new);
+    run([unpack, &image.image, &unpacked, key_file, &image.key]).good();
+    unpacked
+}
+
 #[test]
 fn a_policy_in_the_tree_labels_the_image() {
     let work = tempfile::tempdir().unwrap();
@@ -49,16 +58,7 @@ fn a_policy_in_the_tree_labels_the_image() {
         rustix::fs::lsetxattr(tree.join("srv/x"), name, value, rustix::fs::XattrFlags::empty()).unwrap();
     }
 
-    let image = pack(&tree, work.path(), "labelled", &["--no-scrub"]);
-    let unpacked = work.path().join("unpacked");
-    run([
-        "unpack",
-        image.image.to_str().unwrap(),
-        unpacked.to_str().unwrap(),
-        "--key-file",
-        image.key.to_str().unwrap(),
-    ])
-    .good();
+    let unpacked = packed_and_unpacked(&tree, work.path());
     for (path, wanted) in [
         ("", Some("default_t")),
         ("etc", Some("etc_t")),
@@ -214,16 +214,7 @@ fn labels_are_those_of_libselinux() {
         }
     }
 
-    let image = pack(&tree, work.path(), "labelled", &["--no-scrub"]);
-    let unpacked = work.path().join("unpacked");
-    run([
-        "unpack",
-        image.image.to_str().unwrap(),
-        unpacked.to_str().unwrap(),
-        "--key-file",
-        image.key.to_str().unwrap(),
-    ])
-    .good();
+    let unpacked = packed_and_unpacked(&tree, work.path());
     let mut by_kind: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     let mut waiting = vec![unpacked.clone()];
     while let Some(path) = waiting.pop() {

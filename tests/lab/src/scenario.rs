@@ -230,4 +230,25 @@ impl Scenario {
         let (known_hosts, login) = (self.dir.join("known_hosts"), self.dir.join("login"));
         Ok(text(&mut vm.ssh(&self.namespace, NODE, &known_hosts, &login, &[command]))?)
     }
+
+    /// Checks that PCR 15 is closed: in the run stage no node may prove itself as one that boots.
+    ///
+    /// # Errors
+    /// It is open, or ssh failed.
+    pub fn check_closed(&self, vm: &Vm) -> anyhow::Result<()> {
+        let value = self.on_node(vm, "cat /sys/class/tpm/tpm0/pcr-sha256/15")?;
+        anyhow::ensure!(!value.bytes().all(|byte| byte == b'0'), "PCR 15 is open in the run stage: {value}");
+        Ok(())
+    }
+
+    /// Has the node power itself off, and waits until it has: its root is served to the last.
+    ///
+    /// # Errors
+    /// It is still on after [`BOOT_LIMIT`]; with the end of its console.
+    pub fn power_off_in_order(&self, vm: &mut Vm) -> anyhow::Result<()> {
+        // The connection may end before the answer.
+        let _ = self.on_node(vm, "systemctl poweroff");
+        wait_for("the end of the VM after 'poweroff'", BOOT_LIMIT, || Ok(!vm.is_running()))
+            .with_context(|| vm.console_tail(60))
+    }
 }

@@ -39,8 +39,7 @@ fn a_node_enrols_once_boots_from_the_network_and_stays_itself() -> anyhow::Resul
     }
     // Every file of the system is readable through the tether, and the package manager works on the overlay.
     on_node(&vm, "sha256sum /usr/bin/* >/dev/null && dpkg --audit && touch /etc/written-on-the-node")?;
-    let closed = on_node(&vm, "cat /sys/class/tpm/tpm0/pcr-sha256/15")?;
-    assert!(!closed.bytes().all(|byte| byte == b'0'), "PCR 15 is open in the run stage: {closed}");
+    scenario.check_closed(&vm)?;
     let keys = on_node(&vm, "ls /etc/ssh/*-cert.pub | wc -l")?;
     assert!(keys.trim().parse::<u32>()? >= 1, "no host certificate on the node");
     let view = scenario.member.moor_ok(&["--json", "node", "list", NODE])?;

@@ -1,10 +1,8 @@
 //! A node whose initramfs dracut made, with systemd in it: the same agent and tether, through systemd's isolate, `switch_root` and
 //! shutdown.
 
-use anyhow::Context as _;
 use moor_lab::Swtpm;
-use moor_lab::process::wait_for;
-use moor_lab::scenario::{BOOT_LIMIT, NODE, Scenario};
+use moor_lab::scenario::{NODE, Scenario};
 use moor_lab::tree::Initramfs;
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt as _;
@@ -29,11 +27,7 @@ fn a_node_boots_with_dracut_and_shuts_down_in_good_order() -> anyhow::Result<()>
     let place = on_node("cat /proc/$(pgrep -x moor-tether)/cgroup")?;
     assert_eq!(place, "0::/init.scope");
     on_node("sha256sum /usr/bin/* >/dev/null && dpkg --audit && touch /etc/written-on-the-node")?;
-    let closed = on_node("cat /sys/class/tpm/tpm0/pcr-sha256/15")?;
-    assert!(!closed.bytes().all(|byte| byte == b'0'), "PCR 15 is open in the run stage: {closed}");
+    scenario.check_closed(&vm)?;
 
-    let _ = on_node("systemctl poweroff");
-    wait_for("the end of the VM after 'poweroff'", BOOT_LIMIT, || Ok(!vm.is_running()))
-        .with_context(|| vm.console_tail(60))?;
-    Ok(())
+    scenario.power_off_in_order(&mut vm)
 }

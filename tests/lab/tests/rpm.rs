@@ -1,9 +1,8 @@
 //! A whole system that dnf has installed, from signed RPMs: kernel, systemd and dracut are Debian's, the way they came is that of
 //! the RPM distributions. It is looked at, and with `make test-full` it boots as a node.
 
-use anyhow::Context as _;
-use moor_lab::process::{run, tied, wait_for};
-use moor_lab::scenario::{BOOT_LIMIT, NODE, Scenario};
+use moor_lab::process::{run, tied};
+use moor_lab::scenario::{NODE, Scenario};
 use moor_lab::{Bins, Swtpm, tree};
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt as _;
@@ -60,11 +59,7 @@ fn a_node_boots_an_image_that_dnf_has_made() -> anyhow::Result<()> {
     let initramfs = on_node("systemctl show -P InitRDTimestampMonotonic")?;
     assert!(initramfs.parse::<u64>()? > 0, "no systemd in the initramfs: {initramfs}");
     assert_eq!(on_node("rpm -V bash coreutils systemd openssh-server; echo $?")?, "0");
-    let closed = on_node("cat /sys/class/tpm/tpm0/pcr-sha256/15")?;
-    assert!(!closed.bytes().all(|byte| byte == b'0'), "PCR 15 is open in the run stage: {closed}");
+    scenario.check_closed(&vm)?;
 
-    let _ = on_node("systemctl poweroff");
-    wait_for("the end of the VM after 'poweroff'", BOOT_LIMIT, || Ok(!vm.is_running()))
-        .with_context(|| vm.console_tail(60))?;
-    Ok(())
+    scenario.power_off_in_order(&mut vm)
 }
