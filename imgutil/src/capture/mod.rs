@@ -9,7 +9,6 @@ mod layout;
 mod node;
 mod stream;
 mod survey;
-mod tar;
 mod tree;
 
 use crate::files::{Existing, NewFile};

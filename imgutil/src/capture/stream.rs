@@ -1,14 +1,12 @@
 //! From a stream of files to a squashfs: contents are written as they arrive, inodes when all are there. What does not belong into an
 //! image is left out on the way, wherever it is mounted.
 
-use super::tar::{Entry, Kind, Piece, Reader, TarError};
-use super::tree::{Tree, What, Xattrs};
+use super::tree::{self, Names, Tree};
+use crate::inodes::{self, Written};
 use crate::progress::Progress;
 use crate::scrub::{self, Candidate, View, ViewPlace};
-use crate::squashfs::{
-    Attributes, BLOCK_SIZE, Compression, ContentId, DataWriter, Entry as Name, InodeRef, SUPERBLOCK_SIZE, Special,
-    TreeWriter, WriterOptions, XattrId,
-};
+use crate::squashfs::{BLOCK_SIZE, Compression, ContentId, DataWriter, SUPERBLOCK_SIZE, WriterOptions};
+use crate::tar::{Entry, Kind, Piece, Reader, STREAM, TarError};
 use anyhow::{Context as _, Result, bail};
 use aws_lc_rs::digest;
 use std::collections::{HashMap, HashSet};
@@ -19,8 +17,6 @@ use std::path::{Path, PathBuf};
 
 /// Files up to this size are held in memory until it is decided what becomes of them, and stored once if they are equal.
 const SMALL: usize = 1 << 20;
-/// The squashfs ends on a multiple of this.
-const PADDING: u64 = 4096;
 
 /// A squashfs that was written.
 pub(super) struct Part {
@@ -71,25 +67,31 @@ pub(super) fn squash<W: Write, R: Read>(input: R, out: W, place: &mut Place<'_>)
     };
     stream.enter(mount);
     let mut tree = Tree::default();
-    let mut reader = Reader::new(input);
-    while let Some(entry) = reader.next()? {
+    let mut reader = Reader::new(input, STREAM);
+    while let Some(entry) = reader.next().map_err(explained)? {
         stream.take(entry, &mut reader, &mut tree)?;
     }
     // Behind the archive's end tar fills its last record.
-    std::io::copy(&mut reader.into_inner(), &mut std::io::sink()).context("cannot read the end of the stream")?;
-    if tree.nodes.is_empty() {
+    reader.finish().context("cannot read the end of the stream")?;
+    if tree.inodes.is_empty() {
         bail!("no file came");
     }
     let Stream { writer, mount, keys, unlinked, .. } = stream;
-    let mut inodes = Inodes::new(&tree, writer.finish_data()?)?;
-    let root_number = u32::try_from(tree.nodes.len()).context("too many inodes for a squashfs")?;
-    let root = inodes.directory(0, root_number, root_number + 1)?;
-    let (mut out, superblock) = inodes.writer.finish(root, root_number)?;
-    let used = u64::from_le_bytes(superblock[40..48].try_into().context("superblock")?);
-    let length = used.next_multiple_of(PADDING);
-    out.write_all(&vec![0; usize::try_from(length - used)?]).context("cannot write the end of the squashfs")?;
     let acls = tree.acls.iter().map(|path| full(&mount, path)).collect();
-    Ok((out, Part { superblock, length, inodes: tree.nodes.len() as u64, acls, keys, unlinked }))
+    let (inodes, xattrs, contents) = tree.finish();
+    let Written { out, superblock, length } = inodes::write(&inodes, &xattrs, &contents, writer.finish_data()?)?;
+    Ok((out, Part { superblock, length, inodes: inodes.len() as u64, acls, keys, unlinked }))
+}
+
+/// What a stream that breaks off most likely means.
+fn explained(error: TarError) -> anyhow::Error {
+    let cut_off = matches!(&error, TarError::Read(error) if error.kind() == std::io::ErrorKind::UnexpectedEof);
+    let error = anyhow::Error::new(error);
+    if cut_off {
+        error.context("the stream of files ends in the middle: the connection broke, or tar failed on the node")
+    } else {
+        error.context("the stream of files is damaged")
+    }
 }
 
 fn now() -> Result<u32> {
@@ -109,9 +111,9 @@ struct Stream<'a, W: Write> {
     progress: &'a Progress,
     mount: PathBuf,
     /// Directories that came, as the patterns see them.
-    places: HashMap<Vec<Vec<u8>>, ViewPlace>,
+    places: HashMap<Names, ViewPlace>,
     /// Directories that were left out, with all that follows of them.
-    left_out: HashSet<Vec<Vec<u8>>>,
+    left_out: HashSet<Names>,
     known: HashMap<[u8; 32], ContentId>,
     buffer: Vec<u8>,
     keys: Vec<PathBuf>,
@@ -129,19 +131,20 @@ impl<W: Write> Stream<'_, W> {
     }
 
     fn take<R: Read>(&mut self, entry: Entry, reader: &mut Reader<R>, tree: &mut Tree) -> Result<()> {
-        let path = full(&self.mount, &entry.path);
+        let names = tree::names(&entry.path)?;
+        let path = full(&self.mount, &names);
         let context = || format!("cannot take '{}'", path.display());
-        let Some((name, parent)) = entry.path.split_last() else {
-            return tree.add(entry, None).map(drop).with_context(context);
+        let Some((name, parent)) = names.split_last() else {
+            return tree.add(names, entry, None).map(drop).with_context(context);
         };
         if self.left_out.contains(parent) {
             if entry.kind == Kind::Directory {
-                self.left_out.insert(entry.path);
+                self.left_out.insert(names);
             }
             return Ok(());
         }
         let Some(place) = self.places.get(parent) else { bail!("'{}' comes before its directory", path.display()) };
-        let size = if let Kind::File(size) = entry.kind { Some(size) } else { None };
+        let size = (entry.kind == Kind::File).then_some(entry.size);
         let small = match size {
             Some(size) if size <= SMALL as u64 => Some(read_small(reader, size, &mut self.buffer)?),
             _ => None,
@@ -158,12 +161,12 @@ impl<W: Write> Stream<'_, W> {
         let is_directory = candidate.is_directory;
         if verdict == scrub::Verdict::LeaveOut {
             if is_directory {
-                self.left_out.insert(entry.path);
+                self.left_out.insert(names);
             }
             return Ok(());
         }
         if is_directory {
-            self.places.insert(entry.path.clone(), below);
+            self.places.insert(names.clone(), below);
         }
         let content = match (size, small) {
             (None, _) => None,
@@ -180,7 +183,7 @@ impl<W: Write> Stream<'_, W> {
             },
         };
         self.progress.advance(size.unwrap_or(0));
-        if !tree.add(entry, content).with_context(context)? {
+        if !tree.add(names, entry, content).with_context(context)? {
             self.unlinked.push(path);
         }
         Ok(())
@@ -216,7 +219,7 @@ impl<W: Write> Stream<'_, W> {
         let zeros = vec![0; SMALL];
         let mut buffer = std::mem::take(&mut self.buffer);
         let (mut content, mut left_out) = (None, false);
-        let passed = reader.contents(&mut buffer, |piece| {
+        let passed = reader.pieces(&mut buffer, |piece| {
             if let (None, Piece::Data(bytes)) = (content, piece) {
                 left_out = left_out || self.holds_key(path, bytes);
             }
@@ -249,7 +252,7 @@ impl<W: Write> Stream<'_, W> {
 
 fn read_small<R: Read>(reader: &mut Reader<R>, size: u64, buffer: &mut [u8]) -> Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(usize::try_from(size)?);
-    reader.contents(buffer, |piece| {
+    reader.pieces(buffer, |piece| {
         match piece {
             Piece::Data(data) => bytes.extend_from_slice(data),
             // Below SMALL: the map was checked.
@@ -260,87 +263,96 @@ fn read_small<R: Read>(reader: &mut Reader<R>, size: u64, buffer: &mut [u8]) -> 
     Ok(bytes)
 }
 
-/// Writes inodes and directories, children first.
-struct Inodes<'a, W: Write> {
-    tree: &'a Tree,
-    writer: TreeWriter<W>,
-    xattrs: Vec<XattrId>,
-    written: Vec<Option<(u32, InodeRef)>>,
-    next_number: u32,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{FileExt as _, PermissionsExt as _, symlink};
+    use std::process::Command;
 
-impl<'a, W: Write> Inodes<'a, W> {
-    fn new(tree: &'a Tree, mut writer: TreeWriter<W>) -> Result<Self> {
-        let mut store =
-            |set: &Xattrs| writer.xattrs(set.iter().map(|(name, value)| (name.as_c_str(), value.as_slice())));
-        let xattrs = tree.xattrs.iter().map(&mut store).collect::<Result<_, _>>()?;
-        Ok(Self { tree, writer, xattrs, written: vec![None; tree.nodes.len()], next_number: 1 })
+    /// What real tar says of a tree.
+    fn tar(tree: &Path) -> Vec<u8> {
+        let output =
+            Command::new("tar").args(super::super::node::TAR).arg("-C").arg(tree).args(["-cf", "-", "."]).output();
+        let output = output.expect("tar runs");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        output.stdout
     }
 
-    fn directory(&mut self, index: usize, number: u32, parent: u32) -> Result<InodeRef> {
-        let tree = self.tree;
-        let What::Directory(children) = &tree.nodes[index].what else {
-            bail!("an inode that is no directory has entries")
+    fn read(bytes: &[u8]) -> Result<Vec<(Entry, Vec<u8>)>, TarError> {
+        let mut reader = Reader::new(bytes, STREAM);
+        let mut entries = Vec::new();
+        let mut buffer = vec![0; 4096];
+        while let Some(entry) = reader.next()? {
+            let mut data = Vec::new();
+            reader.pieces(&mut buffer, |piece| {
+                match piece {
+                    Piece::Hole(length) => data.resize(data.len() + usize::try_from(length).expect("fits"), 0),
+                    Piece::Data(bytes) => data.extend_from_slice(bytes),
+                }
+                Ok::<(), TarError>(())
+            })?;
+            entries.push((entry, data));
+        }
+        Ok(entries)
+    }
+
+    #[test]
+    fn what_tar_writes_is_read_back() {
+        let work = tempfile::tempdir().expect("directory");
+        let tree = work.path();
+        let long = "n".repeat(200);
+        std::fs::create_dir(tree.join("d")).expect("makes");
+        std::fs::write(tree.join("d").join(&long), "long name").expect("writes");
+        std::fs::hard_link(tree.join("d").join(&long), tree.join("other")).expect("links");
+        symlink("x".repeat(300), tree.join("link")).expect("links");
+        let sparse = std::fs::File::create(tree.join("sparse")).expect("makes");
+        sparse.write_all_at(b"in the middle", 3 << 20).expect("writes");
+        sparse.set_len(8 << 20).expect("grows");
+        std::fs::set_permissions(tree.join("sparse"), std::fs::Permissions::from_mode(0o4751)).expect("sets");
+        rustix::fs::setxattr(tree.join("other"), "user.note", b"a=b\nc\0d", rustix::fs::XattrFlags::empty())
+            .expect("sets");
+        rustix::fs::mknodat(rustix::fs::CWD, tree.join("fifo"), rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0)
+            .expect("makes");
+
+        let bytes = tar(tree);
+        assert!(bytes.len() < 1 << 20, "the holes were sent: {}", bytes.len());
+        let entries = read(&bytes).expect("reads");
+        let find = |name: &str| {
+            let names = tree::names(name.as_bytes()).expect("a path");
+            let found = entries.iter().find(|(entry, _)| tree::names(&entry.path).is_ok_and(|path| path == names));
+            found.unwrap_or_else(|| panic!("no '{name}'"))
         };
-        for child in children.values() {
-            if self.written[*child].is_some() {
-                continue;
-            }
-            let own = self.next_number;
-            self.next_number += 1;
-            let place = if let What::Directory(_) = tree.nodes[*child].what {
-                self.directory(*child, own, number)?
-            } else {
-                self.leaf(*child, own)?
-            };
-            self.written[*child] = Some((own, place));
-        }
-        let mut entries = Vec::with_capacity(children.len());
-        for (name, child) in children {
-            let (number, inode) = self.written[*child].context("an entry's inode was not written")?;
-            entries.push(Name { name, number, inode, mode: kind_bits(&tree.nodes[*child].what) });
-        }
-        let attributes = self.attributes(index, number);
-        Ok(self.writer.directory(&attributes, parent, entries)?)
+        assert_eq!(find(".").0.kind, Kind::Directory);
+        assert_eq!(find("d").0.kind, Kind::Directory);
+        let link = &find("link").0;
+        assert_eq!((link.kind, link.target.clone()), (Kind::Symlink, "x".repeat(300).into_bytes()));
+        assert_eq!(find("fifo").0.kind, Kind::Fifo);
+        let (entry, data) = find("sparse");
+        assert_eq!((entry.kind, entry.size, entry.mode, data.len()), (Kind::File, 8 << 20, 0o4751, 8 << 20));
+        assert!(data.iter().enumerate().all(|(at, byte)| (3 << 20..(3 << 20) + 13).contains(&at) || *byte == 0));
+        assert_eq!(&data[3 << 20..(3 << 20) + 13], b"in the middle");
+        // Of two names, the one that comes second points to the first.
+        let (first, second) = (find(&format!("d/{long}")), find("other"));
+        let (contents, other) = if first.0.kind == Kind::File { (first, second) } else { (second, first) };
+        assert_eq!((contents.0.kind, contents.0.size, other.0.kind), (Kind::File, 9, Kind::HardLink));
+        assert_eq!(contents.1, b"long name");
+        let xattrs = &contents.0.xattrs;
+        assert!(xattrs.contains(&(c"user.note".to_owned(), b"a=b\nc\0d".to_vec())), "{xattrs:?}");
     }
 
-    fn leaf(&mut self, index: usize, number: u32) -> Result<InodeRef> {
-        let attributes = self.attributes(index, number);
-        let special = match &self.tree.nodes[index].what {
-            What::File(content) => return Ok(self.writer.file(&attributes, *content)?),
-            What::Directory(_) => bail!("a directory is no leaf"),
-            What::Symlink(target) => Special::Symlink(target),
-            What::BlockDevice(major, minor) => Special::BlockDevice(*major, *minor),
-            What::CharDevice(major, minor) => Special::CharDevice(*major, *minor),
-            What::Fifo => Special::Fifo,
-        };
-        Ok(self.writer.special(&attributes, special)?)
-    }
-
-    fn attributes(&self, index: usize, number: u32) -> Attributes {
-        let node = &self.tree.nodes[index];
-        Attributes {
-            mode: node.mode,
-            uid: node.uid,
-            gid: node.gid,
-            mtime: node.mtime,
-            number,
-            links: node.links,
-            xattrs: node.xattrs.map_or(XattrId::NONE, |set| self.xattrs[set]),
+    #[test]
+    fn a_damaged_stream_is_refused() {
+        let work = tempfile::tempdir().expect("directory");
+        std::fs::write(work.path().join("file"), vec![7; 3000]).expect("writes");
+        let good = tar(work.path());
+        assert!(read(&good).is_ok());
+        // Behind the last entry there are only zeros, of which the first block is the end of the archive.
+        let end = good.iter().rposition(|byte| *byte != 0).expect("an entry");
+        for length in (0..end).step_by(97) {
+            assert!(read(&good[..length]).is_err(), "cut at {length}");
         }
+        let mut bad = good.clone();
+        bad[0] ^= 1;
+        assert!(matches!(read(&bad), Err(TarError::Header(0))));
     }
-}
-
-/// The type in `st_mode`.
-fn kind_bits(what: &What) -> u32 {
-    use rustix::fs::FileType;
-    let kind = match what {
-        What::Directory(_) => FileType::Directory,
-        What::File(_) => FileType::RegularFile,
-        What::Symlink(_) => FileType::Symlink,
-        What::BlockDevice(..) => FileType::BlockDevice,
-        What::CharDevice(..) => FileType::CharacterDevice,
-        What::Fifo => FileType::Fifo,
-    };
-    rustix::fs::Mode::empty().as_raw_mode() | kind.as_raw_mode()
 }

@@ -1,7 +1,7 @@
 //! Puts a layer into a tree (image-spec, layer.md). Every path is found below the tree's root by the kernel (`RESOLVE_IN_ROOT`):
 //! `..` and symbolic links, absolute ones too, mean what they would mean to a process whose root the tree is.
 
-use super::tar::{Entry, Kind, Reader, TarError};
+use crate::tar::{Entry, Kind, Reader, TarError};
 use rustix::fs::{
     AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, XattrFlags, mkdirat, openat,
     openat2, statat, unlinkat,

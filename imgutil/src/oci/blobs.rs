@@ -2,7 +2,7 @@
 //! directory. Parts are found by digest, and nothing is read whose digest was not checked.
 
 use super::OciError;
-use super::tar::{Kind, Reader};
+use crate::tar::{Kind, LAYER, Reader};
 use aws_lc_rs::digest::{Context, SHA256, SHA512};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use std::collections::HashMap;
@@ -179,7 +179,7 @@ fn feed(mut input: impl Read, hasher: &mut Context) -> io::Result<()> {
 fn list(file: &File, path: &Path) -> Result<HashMap<Vec<u8>, (u64, u64)>, OciError> {
     let mut names = HashMap::new();
     let mut links = Vec::new();
-    let mut reader = Reader::new(BufReader::with_capacity(1 << 17, file));
+    let mut reader = Reader::new(BufReader::with_capacity(1 << 17, file), LAYER);
     let failed = |source| OciError::Archive { path: path.to_path_buf(), source };
     while let Some(entry) = reader.next().map_err(failed)? {
         let name = entry.path.strip_prefix(b"./").unwrap_or(&entry.path).to_vec();

@@ -1,17 +1,17 @@
 //! Makes a root tree of a container image: an OCI layout (`oci:DIR[:TAG]`), or an archive of `podman save` or `docker save`.
 //!
-//! `blobs` finds the parts and checks their digests, `format` parses the documents, `tar` and `apply` put one layer after the
-//! other into the tree. An image comes from anywhere: nothing of it is followed out of the tree, everything is bounded, and a tree
+//! `blobs` finds the parts and checks their digests, `format` parses the documents, `apply` puts one layer after the other into the
+//! tree. An image comes from anywhere: nothing of it is followed out of the tree, everything is bounded, and a tree
 //! that failed is the caller's to remove.
 
 mod apply;
 mod blobs;
 mod format;
-mod tar;
 
+pub use crate::tar::TarError;
 pub use blobs::Digest;
-pub use tar::TarError;
 
+use crate::tar::{LAYER, Reader};
 use apply::Applier;
 use blobs::{Blobs, Part};
 use format::{Configuration, Descriptor, FULL_NAME, Index, Manifest, NAME, Platform, Saved};
@@ -301,7 +301,7 @@ impl Image {
             let mut part = self.layer(layer, number)?;
             let mut hasher = layer.archive.hasher();
             let input = part.read().and_then(decompressed).map_err(|error| failed(error.to_string()))?;
-            let mut archive = tar::Reader::new(Measured { input, hasher: &mut hasher, left: &mut left });
+            let mut archive = Reader::new(Measured { input, hasher: &mut hasher, left: &mut left }, LAYER);
             let mut stopped = false;
             applier
                 .layer(&mut archive, &mut || {

@@ -1,7 +1,8 @@
 //! A tree as it would be packed, for those who compare it.
 
-use super::scan::{self, InodeIndex, Kind, Tree, join};
+use super::scan::{self, Tree, join};
 use crate::diff;
+use crate::inodes::{InodeIndex, Kind};
 use crate::scrub::{View, ViewOptions};
 use anyhow::{Context as _, Result};
 use std::collections::BTreeMap;

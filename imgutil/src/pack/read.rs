@@ -3,7 +3,8 @@
 //! Whether a file is a duplicate is decided before a byte of it is handed on, because the sealed output cannot take anything back:
 //! equal size first, then SHA-256. A file that changes meanwhile ends the pack with an error.
 
-use super::scan::{self, InodeIndex, Kind, Tree, join, open_directory};
+use super::scan::{self, Tree, join, open_directory};
+use crate::inodes::{InodeIndex, Kind};
 use crate::scrub::{KEY_BOUND, KeyGuard};
 use anyhow::{Context as _, Result, bail};
 use aws_lc_rs::digest;
@@ -102,7 +103,7 @@ impl<'a> Reading<'a> {
                     let path = join(path, name);
                     let context = || format!("cannot open the directory '{}'", path.display());
                     let fd = open_directory(fd, name).with_context(context)?;
-                    if scan::identity_of(&fd)?.0 != inode.identity {
+                    if scan::identity_of(&fd)?.0 != tree.identities[child.0 as usize] {
                         bail!(
                             "'{}' was replaced while the tree was packed: pack a tree that is not in use",
                             path.display()
@@ -304,7 +305,7 @@ impl<'a> Reading<'a> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = File::from(rustix::fs::openat(parent, name, flags, Mode::empty())?);
         let (identity, stat) = scan::identity_of(&file)?;
-        if identity != self.tree.inodes[index.0 as usize].identity || stat.stx_size != size {
+        if identity != self.tree.identities[index.0 as usize] || stat.stx_size != size {
             bail!("it was replaced or changed while the tree was packed: pack a tree that is not in use");
         }
         Ok(file)

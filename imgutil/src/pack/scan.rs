@@ -2,6 +2,7 @@
 //!
 //! The tree is not trusted: every step goes through the handle of a directory with `O_NOFOLLOW`, never through a path.
 
+use crate::inodes::{self, Inode, InodeIndex, Kind, MAX_DEPTH, XattrSet, XattrSets};
 use crate::scrub::{Candidate, Verdict, View, ViewPlace};
 use anyhow::{Context as _, Result, bail};
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, Statx, StatxFlags};
@@ -14,22 +15,15 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
-/// Directories below each other, at most: each one takes a stack frame and a descriptor while it is read.
-const MAX_DEPTH: usize = 1024;
 /// How a path is named in warnings and errors: from the root of the image.
 pub(super) type ImagePath = PathBuf;
-
-/// Index into [`Tree::inodes`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct InodeIndex(pub(super) u32);
-
-/// A set of xattrs, in order of names.
-pub(super) type XattrSet = Vec<(CString, Vec<u8>)>;
 
 /// Everything that will become an image.
 pub(super) struct Tree {
     /// All inodes; the root is the first.
     pub(super) inodes: Vec<Inode>,
+    /// Device and number of each in the source: notices files that were replaced since.
+    pub(super) identities: Vec<(u64, u64)>,
     /// Different sets of xattrs; inodes refer to them.
     pub(super) xattrs: Vec<XattrSet>,
     /// What the image will lack, and where.
@@ -41,35 +35,6 @@ impl Tree {
     pub(super) fn size(&self, index: InodeIndex) -> u64 {
         if let Kind::File(size) = self.inodes[index.0 as usize].kind { size } else { 0 }
     }
-}
-
-/// One inode.
-pub(super) struct Inode {
-    /// Device and number in the source: finds link groups, and notices replaced files.
-    pub(super) identity: (u64, u64),
-    /// `st_mode`.
-    pub(super) mode: u32,
-    pub(super) uid: u32,
-    pub(super) gid: u32,
-    pub(super) mtime: u32,
-    /// Names found in the tree; for a directory 2 and one per subdirectory.
-    pub(super) links: u32,
-    /// Index into [`Tree::xattrs`].
-    pub(super) xattrs: Option<u32>,
-    pub(super) kind: Kind,
-}
-
-/// What an inode is, with what only this kind has.
-pub(super) enum Kind {
-    /// A directory's entries, sorted by the bytes of their names.
-    Directory(Vec<(CString, InodeIndex)>),
-    /// A regular file of this size, in bytes.
-    File(u64),
-    Symlink(Vec<u8>),
-    BlockDevice(u32, u32),
-    CharDevice(u32, u32),
-    Fifo,
-    Socket,
 }
 
 /// What was left out or changed, for the person who packs.
@@ -107,16 +72,18 @@ pub(super) fn join(path: &Path, name: &CStr) -> ImagePath {
 pub(super) fn scan(root: BorrowedFd<'_>, view: &mut View) -> Result<Tree> {
     let stat = stat(root, c"")?;
     let mut scanner = Scanner {
-        tree: Tree { inodes: Vec::new(), xattrs: Vec::new(), warnings: Warnings::default() },
+        tree: Tree { inodes: Vec::new(), identities: Vec::new(), xattrs: Vec::new(), warnings: Warnings::default() },
         mount: stat.stx_mnt_id,
         device: (stat.stx_dev_major, stat.stx_dev_minor),
         links: HashMap::new(),
-        xattr_sets: HashMap::new(),
+        xattrs: XattrSets::default(),
         view,
     };
     let place = scanner.view.root();
     scanner.directory(root, &stat, Path::new("/"), 0, &place)?;
-    Ok(scanner.tree)
+    let Scanner { mut tree, xattrs, .. } = scanner;
+    tree.xattrs = xattrs.into_sets();
+    Ok(tree)
 }
 
 struct Scanner<'v> {
@@ -125,7 +92,7 @@ struct Scanner<'v> {
     mount: u64,
     device: (u32, u32),
     links: HashMap<(u64, u64), InodeIndex>,
-    xattr_sets: HashMap<XattrSet, u32>,
+    xattrs: XattrSets,
 }
 
 impl Scanner<'_> {
@@ -263,14 +230,13 @@ impl Scanner<'_> {
     }
 
     fn add(&mut self, stat: &Statx, kind: Kind, path: &Path) -> Result<InodeIndex> {
-        let index = u32::try_from(self.tree.inodes.len()).ok().filter(|index| *index < u32::MAX - 1);
-        let index = InodeIndex(index.context("the tree has more inodes than a squashfs can number")?);
+        let index = inodes::next_index(&self.tree.inodes)?;
         let seconds = stat.stx_mtime.tv_sec.clamp(0, i64::from(u32::MAX));
         if seconds != stat.stx_mtime.tv_sec {
             self.tree.warnings.times.push(path.to_owned());
         }
+        self.tree.identities.push(identity(stat));
         self.tree.inodes.push(Inode {
-            identity: identity(stat),
             mode: stat.stx_mode.into(),
             uid: stat.stx_uid,
             gid: stat.stx_gid,
@@ -297,7 +263,7 @@ impl Scanner<'_> {
         let mut set = XattrSet::new();
         for name in reader.names().with_context(context)? {
             let text = name.to_bytes();
-            if [&b"user."[..], b"trusted.", b"security."].iter().any(|prefix| text.starts_with(prefix)) {
+            if XattrSets::hold(text) {
                 // An attribute that was removed meanwhile is as if it had not been listed.
                 if let Some(value) = reader.value(&name).with_context(context)? {
                     set.push((name, value));
@@ -310,17 +276,7 @@ impl Scanner<'_> {
                 self.tree.warnings.xattrs.push((path.to_owned(), name.to_string_lossy().into_owned()));
             }
         }
-        if set.is_empty() {
-            return Ok(None);
-        }
-        set.sort_unstable();
-        if let Some(index) = self.xattr_sets.get(&set) {
-            return Ok(Some(*index));
-        }
-        let index = u32::try_from(self.tree.xattrs.len()).context("too many different extended attributes")?;
-        self.tree.xattrs.push(set.clone());
-        self.xattr_sets.insert(set, index);
-        Ok(Some(index))
+        self.xattrs.add(set)
     }
 }
 
@@ -334,7 +290,7 @@ pub(super) fn stat(fd: BorrowedFd<'_>, name: &CStr) -> Result<Statx> {
     Ok(rustix::fs::statx(fd, name, flags, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID)?)
 }
 
-/// Identity of an open file, comparable with [`Inode::identity`].
+/// Identity of an open file, comparable with those of [`Tree::identities`].
 pub(super) fn identity_of(fd: impl AsFd) -> Result<((u64, u64), Statx)> {
     let stat = stat(fd.as_fd(), c"")?;
     Ok((identity(&stat), stat))

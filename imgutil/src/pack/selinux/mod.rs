@@ -3,8 +3,9 @@
 
 mod contexts;
 
-use super::scan::{InodeIndex, Kind, Tree, XattrSet};
+use super::scan::Tree;
 use crate::in_root;
+use crate::inodes::{InodeIndex, Kind, XattrSet};
 use anyhow::{Context as _, Result};
 use contexts::Contexts;
 use rustix::fs::FileType;

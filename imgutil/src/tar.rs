@@ -1,21 +1,38 @@
-//! Reads a tar archive as a stream of entries: POSIX ustar and pax, with GNU's long names and binary numbers.
+//! Reads a tar archive as a stream of entries: POSIX ustar and pax, with GNU's long names, binary numbers and sparse files.
 //!
-//! Our own reader, since a layer comes from anywhere: the known crates read the extension records of an entry, of any length
-//! that its header claims, into memory, and a layer of a few kilobytes can claim terabytes. Here everything is bounded.
+//! Our own reader, since layers and captured nodes come from anywhere: the known crates read the extension records of an entry, of
+//! any length that its header claims, into memory, and an archive of a few kilobytes can claim terabytes. Here everything is bounded.
+//!
+//! Sources: POSIX.1-2017, pax, "ustar Interchange Format" and "pax Extended Header"; GNU tar manual, "Storing Sparse Files"; star(5) for
+//! SCHILY.xattr.
 
 use std::ffi::CString;
 use std::io::{self, Read};
 
 /// Archives consist of these.
 const BLOCK: usize = 512;
-/// Longest path and link target.
-pub(super) const PATH_LIMIT: usize = 4096;
-/// All extension records of one entry: room for an attribute of the largest size that Linux has, and some more.
-const RECORDS_LIMIT: u64 = 1 << 20;
+
+/// What is accepted, beside what every archive may have.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Accept {
+    /// Most bytes in the extension records of one entry.
+    pub(crate) records: u64,
+    /// Longest path and link target, in bytes.
+    pub(crate) path: usize,
+    /// Files with holes, as GNU tar writes them with `--sparse-version=0.1`.
+    pub(crate) sparse: bool,
+    /// An end without the blocks of zeros that say so.
+    pub(crate) open_end: bool,
+}
+
+/// A layer of a container image: records have room for an attribute of the largest size that Linux has, and some more.
+pub(crate) const LAYER: Accept = Accept { records: 1 << 20, path: 4096, sparse: false, open_end: true };
+/// What GNU tar sends of a running system; its maps of holes have some 40 bytes for each. Without its end it was cut off.
+pub(crate) const STREAM: Accept = Accept { records: 16 << 20, path: 1 << 18, sparse: true, open_end: false };
 
 /// What an entry is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     File,
     HardLink,
     Symlink,
@@ -27,23 +44,33 @@ pub(super) enum Kind {
 
 /// One entry without its content.
 #[derive(Debug)]
-pub(super) struct Entry {
+pub(crate) struct Entry {
     /// As it stands there.
-    pub(super) path: Vec<u8>,
+    pub(crate) path: Vec<u8>,
     /// Of a symbolic or hard link.
-    pub(super) target: Vec<u8>,
-    pub(super) kind: Kind,
+    pub(crate) target: Vec<u8>,
+    pub(crate) kind: Kind,
     /// Permission bits.
-    pub(super) mode: u32,
-    pub(super) uid: u32,
-    pub(super) gid: u32,
+    pub(crate) mode: u32,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
     /// Seconds and nanoseconds.
-    pub(super) modified: (i64, i64),
-    /// Of the content that follows.
-    pub(super) size: u64,
+    pub(crate) modified: (i64, i64),
+    /// Of a file, holes included.
+    pub(crate) size: u64,
     /// Major and minor of a device.
-    pub(super) device: (u32, u32),
-    pub(super) xattrs: Vec<(CString, Vec<u8>)>,
+    pub(crate) device: (u32, u32),
+    pub(crate) xattrs: Vec<(CString, Vec<u8>)>,
+    /// Whether it has an access control list, which is not read.
+    pub(crate) has_acl: bool,
+}
+
+/// A piece of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Piece<'a> {
+    /// So many zero bytes.
+    Hole(u64),
+    Data(&'a [u8]),
 }
 
 /// Why an archive cannot be read.
@@ -93,24 +120,33 @@ struct Extended {
     gid: Option<u32>,
     modified: Option<(i64, i64)>,
     xattrs: Vec<(CString, Vec<u8>)>,
+    has_acl: bool,
+    sparse_name: Option<Vec<u8>>,
+    sparse_size: Option<u64>,
+    /// (offset, length) of what is stored, as it stands there.
+    sparse_map: Option<Vec<(u64, u64)>>,
 }
 
 /// The archive.
-pub(super) struct Reader<R> {
+pub(crate) struct Reader<R> {
     input: R,
+    accept: Accept,
     offset: u64,
-    /// What is left of the content of the current entry, and of the zeros behind it.
+    /// What is left of the stored content of the current entry, and of the zeros behind it.
     content: u64,
     padding: u64,
+    /// Size of the current file, and where in it the stored content lies: (offset, length), in order.
+    size: u64,
+    map: Vec<(u64, u64)>,
 }
 
 impl<R: Read> Reader<R> {
-    pub(super) fn new(input: R) -> Self {
-        Self { input, offset: 0, content: 0, padding: 0 }
+    pub(crate) fn new(input: R, accept: Accept) -> Self {
+        Self { input, accept, offset: 0, content: 0, padding: 0, size: 0, map: Vec::new() }
     }
 
     /// The next entry; `None` at the end. What was not read of the content before it is skipped.
-    pub(super) fn next(&mut self) -> Result<Option<Entry>, TarError> {
+    pub(crate) fn next(&mut self) -> Result<Option<Entry>, TarError> {
         let mut extended = Extended::default();
         loop {
             self.skip(self.content + self.padding)?;
@@ -125,7 +161,9 @@ impl<R: Read> Reader<R> {
                 b'x' | b'L' | b'K' | b'g' => {
                     let record = self.record(at, size)?;
                     match kind {
-                        b'x' => extended.read(&record).ok_or(TarError::Field { offset: at, what: "record" })?,
+                        b'x' => extended
+                            .read(&record, self.accept.sparse)
+                            .ok_or(TarError::Field { offset: at, what: "record" })?,
                         b'L' => extended.path = Some(until_nul(&record).to_vec()),
                         b'K' => extended.target = Some(until_nul(&record).to_vec()),
                         // A global header: no tool that writes layers puts anything into it that counts here.
@@ -145,7 +183,9 @@ impl<R: Read> Reader<R> {
                 b'6' => Kind::Fifo,
                 kind => return Err(TarError::Kind { offset: at, kind }),
             };
-            let path = extended.path.take().unwrap_or_else(|| full_name(&header));
+            // The name of a file with holes is one that old readers can make sense of; the file's own is beside.
+            let path = extended.sparse_name.take().or_else(|| extended.path.take());
+            let path = path.unwrap_or_else(|| full_name(&header));
             // Before there was a letter for directories.
             let kind = if kind == Kind::File && path.ends_with(b"/") { Kind::Directory } else { kind };
             let size = extended.size.unwrap_or(size);
@@ -154,6 +194,11 @@ impl<R: Read> Reader<R> {
             }
             self.content = if kind == Kind::File { size } else { 0 };
             self.padding = self.content.wrapping_neg() % BLOCK as u64;
+            self.size = if kind == Kind::File { extended.sparse_size.unwrap_or(size) } else { 0 };
+            self.map = extended.sparse_map.take().unwrap_or_else(|| vec![(0, self.content)]);
+            if i64::try_from(self.size).is_err() || !is_map(&self.map, self.size, self.content) {
+                return Err(TarError::Field { offset: at, what: "map of holes" });
+            }
             let id = |range, what, given: Option<u32>| match given {
                 Some(id) => Ok(id),
                 None => number(range, what)
@@ -171,38 +216,65 @@ impl<R: Read> Reader<R> {
                     Some(time) => time,
                     None => (i64::try_from(number(136..148, "time")?).unwrap_or(0), 0),
                 },
-                size: self.content,
+                size: self.size,
                 device: if is_device { (device(329..337)?, device(337..345)?) } else { (0, 0) },
                 xattrs: std::mem::take(&mut extended.xattrs),
+                has_acl: extended.has_acl,
                 path,
             };
             for (what, bytes) in [("name", &entry.path), ("link target", &entry.target)] {
-                if bytes.len() > PATH_LIMIT {
-                    return Err(TarError::TooLong { offset: at, what, limit: PATH_LIMIT as u64 });
+                if bytes.len() > self.accept.path {
+                    return Err(TarError::TooLong { offset: at, what, limit: self.accept.path as u64 });
                 }
             }
             return Ok(Some(entry));
         }
     }
 
+    /// Calls with the content of the current file, in order, holes told apart. `buffer` is used to read.
+    pub(crate) fn pieces<E: From<TarError>>(
+        &mut self,
+        buffer: &mut [u8],
+        mut take: impl FnMut(Piece<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut position = 0;
+        for (offset, length) in std::mem::take(&mut self.map) {
+            if offset > position {
+                take(Piece::Hole(offset - position))?;
+            }
+            let mut left = length;
+            while left > 0 {
+                let step = usize::try_from(left.min(buffer.len() as u64)).unwrap_or(buffer.len());
+                self.read_exact(&mut buffer[..step]).map_err(TarError::from)?;
+                take(Piece::Data(&buffer[..step]))?;
+                left -= step as u64;
+            }
+            position = offset + length;
+        }
+        if self.size > position {
+            take(Piece::Hole(self.size - position))?;
+        }
+        Ok(())
+    }
+
     /// Where the content of the current entry begins in the archive.
-    pub(super) fn offset(&self) -> u64 {
+    pub(crate) fn offset(&self) -> u64 {
         self.offset
     }
 
     /// Reads the rest of the stream, which is no part of the archive, but of what was hashed.
-    pub(super) fn finish(mut self) -> io::Result<()> {
+    pub(crate) fn finish(mut self) -> io::Result<()> {
         io::copy(&mut self.input, &mut io::sink()).map(drop)
     }
 
-    /// A header; `None` at the end of the archive: zeros, or nothing more.
+    /// A header; `None` at the end of the archive: zeros, or nothing more where that is accepted.
     fn header(&mut self) -> Result<Option<[u8; BLOCK]>, TarError> {
         let at = self.offset;
         let mut header = [0; BLOCK];
         let mut filled = 0;
         while filled < BLOCK {
             match self.input.read(&mut header[filled..]) {
-                Ok(0) if filled == 0 => return Ok(None),
+                Ok(0) if filled == 0 && self.accept.open_end => return Ok(None),
                 Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
                 Ok(count) => filled += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -227,8 +299,8 @@ impl<R: Read> Reader<R> {
 
     /// The content of an extension.
     fn record(&mut self, at: u64, size: u64) -> Result<Vec<u8>, TarError> {
-        if size > RECORDS_LIMIT {
-            return Err(TarError::TooLong { offset: at, what: "extension", limit: RECORDS_LIMIT });
+        if size > self.accept.records {
+            return Err(TarError::TooLong { offset: at, what: "extension", limit: self.accept.records });
         }
         let mut record = vec![0; usize::try_from(size).unwrap_or(0)];
         self.input.read_exact(&mut record)?;
@@ -263,7 +335,7 @@ impl<R: Read> Read for Reader<R> {
 
 impl Extended {
     /// Reads pax records: `LENGTH KEY=VALUE\n`, one after the other (pax(1)).
-    fn read(&mut self, mut records: &[u8]) -> Option<()> {
+    fn read(&mut self, mut records: &[u8], sparse: bool) -> Option<()> {
         while !records.is_empty() {
             let blank = records.iter().position(|byte| *byte == b' ')?;
             let length: usize = std::str::from_utf8(&records[..blank]).ok()?.parse().ok()?;
@@ -279,11 +351,17 @@ impl Extended {
                 b"uid" => self.uid = Some(text.ok()?.parse().ok()?),
                 b"gid" => self.gid = Some(text.ok()?.parse().ok()?),
                 b"mtime" => self.modified = Some(seconds(text.ok()?)?),
+                b"GNU.sparse.name" if sparse => self.sparse_name = Some(value.to_vec()),
+                b"GNU.sparse.size" if sparse => self.sparse_size = Some(text.ok()?.parse().ok()?),
+                b"GNU.sparse.map" if sparse => self.sparse_map = Some(sparse_map(text.ok()?)?),
+                b"GNU.sparse.numblocks" if sparse => {}
                 _ => {
                     if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
                         self.xattrs.push((CString::new(name).ok()?, value.to_vec()));
+                    } else if key.starts_with(b"SCHILY.acl.") {
+                        self.has_acl = true;
                     } else if key.starts_with(b"GNU.sparse.") {
-                        // The content would be a map and data, not the file: nothing that writes layers does that.
+                        // Of another format, or where none is expected: the content would be a map and data, not the file.
                         return None;
                     }
                 }
@@ -291,6 +369,28 @@ impl Extended {
         }
         Some(())
     }
+}
+
+/// `OFFSET,LENGTH,OFFSET,LENGTH…`.
+fn sparse_map(text: &str) -> Option<Vec<(u64, u64)>> {
+    let numbers: Vec<u64> = text.split(',').map(|number| number.parse().ok()).collect::<Option<_>>()?;
+    let pairs = numbers.chunks_exact(2);
+    pairs.remainder().is_empty().then(|| pairs.map(|pair| (pair[0], pair[1])).collect())
+}
+
+/// Whether a map is in order, inside of a file of `size` bytes, and as long as the stored content.
+fn is_map(map: &[(u64, u64)], size: u64, stored: u64) -> bool {
+    let mut end = 0;
+    let mut total: u64 = 0;
+    for (offset, length) in map {
+        let Some(next) = offset.checked_add(*length).filter(|next| *offset >= end && *next <= size) else {
+            return false;
+        };
+        end = next;
+        // What lies apart and inside of the file adds up to at most its size.
+        total += length;
+    }
+    total == stored
 }
 
 /// `SECONDS[.FRACTION]`, also negative.
@@ -363,7 +463,7 @@ mod tests {
     fn records_that_lie_about_their_length_are_refused() {
         let read = |records: &[u8]| {
             let mut extended = Extended::default();
-            extended.read(records).map(|()| extended)
+            extended.read(records, false).map(|()| extended)
         };
         let found = read(b"12 path=a/b\n28 SCHILY.xattr.user.x=\0\n\xff=\n5 z=\n").unwrap();
         assert_eq!(found.path.as_deref(), Some(&b"a/b"[..]));
@@ -378,6 +478,40 @@ mod tests {
             b"9 size=x\n",
         ] {
             assert!(read(records).is_none(), "{records:?}");
+        }
+    }
+
+    #[test]
+    fn maps_of_holes_fit_their_file() {
+        let map = |text| sparse_map(text).expect("a map");
+        assert!(is_map(&map("0,10,15,5,20,0"), 20, 15));
+        for (text, size, stored) in
+            [("0,10,5,10", 20, 20), ("0,30", 20, 30), ("0,10", 20, 11), ("18446744073709551615,2", 20, 2)]
+        {
+            assert!(!is_map(&map(text), size, stored), "{text}");
+        }
+        assert_eq!((sparse_map("0,1,2"), sparse_map(""), sparse_map("0,x")), (None, None, None));
+    }
+
+    #[test]
+    fn a_size_that_no_file_can_have_is_refused() {
+        for record in ["29 size=18446744073709551615\n", "40 GNU.sparse.size=18446744073709551615\n"] {
+            assert_eq!(record.split(' ').next().and_then(|length| length.parse().ok()), Some(record.len()), "{record}");
+            let header = |kind: u8, size: usize| {
+                let mut header = [0; BLOCK];
+                header[..4].copy_from_slice(b"file");
+                header[124..135].copy_from_slice(format!("{size:011o}").as_bytes());
+                header[156] = kind;
+                let sum: u64 = header.iter().map(|byte| u64::from(*byte)).sum::<u64>() + 8 * 32;
+                header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+                header
+            };
+            let mut archive = header(b'x', record.len()).to_vec();
+            archive.extend_from_slice(record.as_bytes());
+            archive.resize(2 * BLOCK, 0);
+            archive.extend_from_slice(&header(b'0', 0));
+            let error = Reader::new(archive.as_slice(), STREAM).next().map(drop).expect_err(record);
+            assert!(matches!(error, TarError::Field { offset: 1024, .. }), "{error}");
         }
     }
 }
