@@ -19,7 +19,12 @@ fn names(directory: &Path) -> Vec<String> {
 }
 
 fn build(work: &Path, args: &[&str]) -> Output {
-    imgutil().arg("build").args(args).current_dir(work).output().unwrap()
+    // Where it keeps the log of a failure: beside the work, which some tests list, and not in the machine's /tmp.
+    let logs = work.with_extension("logs");
+    std::fs::create_dir_all(&logs).unwrap();
+    let output = imgutil().arg("build").args(args).current_dir(work).env("TMPDIR", &logs).output().unwrap();
+    std::fs::remove_dir_all(&logs).unwrap();
+    output
 }
 
 /// The last line, which must be the only error.
