@@ -54,4 +54,6 @@ elif has rpm; then
 fi
 section kernels
 ls "$root/lib/modules" 2> /dev/null
+section boot
+ls "$root/boot" 2> /dev/null
 section end
