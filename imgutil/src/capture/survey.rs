@@ -185,12 +185,12 @@ impl Survey {
         for (place, mount) in btrfs() {
             let root = mount.fsroot.as_deref().unwrap_or("/").trim_end_matches('/');
             let lines = self.details.get(&format!("btrfs {}", mount.target)).into_iter().flatten();
-            // Numbers, and the path from the top of the file system, in columns.
+            // Numbers in columns, then the path from the top of the file system, behind a word if it is not right below the mount.
             for path in lines
                 .filter(|line| line.starts_with(|c: char| c.is_ascii_digit()))
                 .filter_map(|line| line.rsplit('\t').next())
             {
-                let path = format!("/{path}");
+                let path = format!("/{}", path.strip_prefix("<FS_TREE>/").unwrap_or(path));
                 let Some(below) = path.strip_prefix(root).and_then(|rest| rest.strip_prefix('/')) else { continue };
                 let is_captured = btrfs()
                     .any(|(_, other)| other.source == mount.source && other.fsroot.as_deref() == Some(path.as_str()));

@@ -42,7 +42,8 @@ fi
 if has btrfs; then
     findmnt --noheadings --list --types btrfs --output TARGET | sort -u | while read -r mount; do
         section "btrfs $mount"
-        btrfs subvolume list -t "$mount" 2> /dev/null
+        # All of the file system, by their paths from its top.
+        btrfs subvolume list -a -t "$mount" 2> /dev/null
         btrfs filesystem df "$mount" 2> /dev/null
     done
 fi

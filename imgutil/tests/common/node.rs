@@ -10,6 +10,8 @@ use std::process::{Command, Stdio};
 /// Makes the system at `$D/target`, lists its files in `$D/files`, and starts sshd. `$1` is what to plant besides.
 const START: &str = r#"
 set -eu
+# What tools say goes to standard error: only "ready" is waited for.
+exec 3>&1 >&2
 mount -t tmpfs tmpfs /run
 mkdir -p "$D/target" /run/sshd
 for name in root home var; do truncate -s 300M "$D/$name.img"; done
@@ -55,8 +57,8 @@ X
 /usr/sbin/sshd -D -e -f "$D/sshd_config" 2> "$D/sshd.log" &
 for try in $(seq 60); do ssh -F "$D/ssh_config" -l root node true 2> /dev/null && break; sleep 0.3; done
 ssh -F "$D/ssh_config" -l root node true
-echo ready
-exec sleep infinity
+echo ready >&3
+exec sleep infinity 3>&-
 "#;
 
 /// The node. Its fields are dropped in order.

@@ -87,12 +87,13 @@ fi
 # Filled by the machine: not every kernel knows vFAT.
 mkdir -p "$target/boot/efi"
 
-# The system, without what only takes time here: documents, languages, drivers of hardware.
+# The system, without what only takes time here: documents, languages, Python, hardware that the machine does not have.
 copy() { tar --xattrs '--xattrs-include=*' "$@" -cf - | tar --xattrs '--xattrs-include=*' -xpf - -C "$target"; }
 cd "$tree"
-copy --one-file-system '--exclude=./mnt/*' --exclude=./boot/initrd.img-* --exclude=./boot/System.map-* --exclude=./usr/lib/modules/* --exclude=./var/cache/* \
+copy --one-file-system '--exclude=./mnt/*' --exclude=./boot/initrd.img-* --exclude=./boot/System.map-* --exclude=./usr/lib/modules/* --exclude=./var/cache/* --exclude=./var/lib/apt/lists/* \
     --exclude=./usr/share/doc/* --exclude=./usr/share/man/* --exclude=./usr/share/locale/* --exclude=./usr/share/i18n/* \
-    --exclude=./usr/share/zoneinfo/* --exclude=./usr/lib/x86_64-linux-gnu/gconv/* --exclude=./usr/bin/moor* .
+    --exclude=./usr/share/zoneinfo/* --exclude=./usr/lib/x86_64-linux-gnu/gconv/* --exclude=./usr/lib/x86_64-linux-gnu/libicu* \
+    --exclude=./usr/lib/udev/hwdb* --exclude=./usr/lib/python3* --exclude=./usr/bin/python3* --exclude=./usr/bin/moor* .
 release=$(ls usr/lib/modules)
 modules="dm-thin-pool dm-crypt raid1 xfs btrfs vfat nls_cp437 nls_ascii nls_utf8 virtio_net virtio_blk algif_skcipher"
 copy usr/lib/modules/*/modules.* usr/lib/modules/*/kernel/crypto usr/lib/modules/*/kernel/arch/x86/crypto \
