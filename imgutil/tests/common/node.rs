@@ -17,7 +17,7 @@ mkdir -p "$D/target" /run/sshd
 for name in root home var; do truncate -s 300M "$D/$name.img"; done
 mkfs.ext4 -q -L ROOT "$D/root.img"
 mkfs.xfs -q "$D/home.img"
-mkfs.btrfs -q "$D/var.img"
+mkfs.btrfs -q "$D/var.img" > /dev/null
 mount -o loop "$D/root.img" "$D/target"
 cd "$D/target"
 mkdir -p etc/ssh home var root/.ssh usr/bin dev tmp
