@@ -137,7 +137,8 @@ umount -R "$target"
 put esp "$(partition 1)"
 if [ "$layout" = lvm ]; then
     put boot "$(partition 2)"
-    loop=$(losetup -f --show -o "$(partition 3)" "$disk")
+    size=$(($(partx -g -o SECTORS -n 3 "$disk") * 512))
+    loop=$(losetup -f --show -o "$(partition 3)" --sizelimit "$size" "$disk")
     # Let go of at once: it ends with the descriptor, however this script ends.
     exec 9<> "$loop"
     losetup -d "$loop"

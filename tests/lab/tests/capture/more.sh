@@ -7,8 +7,8 @@ mkfs.ext4 -q -L THIN /dev/vg-0/thin
 printf 'label: gpt\nsize=48M,type=R,name=half-1\nsize=48M,type=R,name=half-2\n' | sfdisk -q /dev/vdb
 udevadm settle
 mdadm --quiet --create /dev/md0 --run --level=1 --raid-devices=2 --metadata=1.2 --assume-clean /dev/vdb1 /dev/vdb2
-echo MOOR-PASSPHRASE | cryptsetup luksFormat --batch-mode --type luks2 --pbkdf pbkdf2 --pbkdf-force-iterations 1000 /dev/md0 -
-echo MOOR-PASSPHRASE | cryptsetup open /dev/md0 vault -
+echo MOOR-PASSPHRASE | cryptsetup luksFormat --batch-mode --type luks2 --pbkdf pbkdf2 --pbkdf-force-iterations 1000 --key-file - /dev/md0
+echo MOOR-PASSPHRASE | cryptsetup open --key-file - /dev/md0 vault
 mkfs.ext4 -q -L VAULT /dev/mapper/vault
 for place in thin vault; do
     mkdir -p "/srv/$place"
