@@ -238,7 +238,7 @@ fn check_all(layouts: &[(String, Value)], expected: &[(&str, Value)]) {
 
 /// A partition of the first disk.
 fn part(properties: &Value) -> Value {
-    let disk = json!({ "type": "disk", "properties": { "pttype": "gpt", "ptuuid": PTUUID }, "on": [] });
+    let disk = json!({ "type": "disk", "properties": { "pttype": "gpt", "ptuuid": PTUUID }, "on": null });
     json!({ "type": "part", "properties": properties, "on": [disk] })
 }
 
