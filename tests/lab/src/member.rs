@@ -2,8 +2,9 @@
 
 use crate::bins::Bins;
 use crate::process::run;
-use moor_vm::MemberOptions;
+use moor_vm::{MemberOptions, Namespace};
 use std::ops::{Deref, DerefMut};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -27,6 +28,18 @@ impl Member {
             ports: vec![port],
         };
         Ok(Self { bins: bins.clone(), server: moor_vm::Member::init(options)? })
+    }
+
+    /// A new collective in the folder `member` of `work`, which others may look into from now on, and running.
+    ///
+    /// # Errors
+    /// It was not made, or does not answer; with what it printed.
+    pub fn start_in(work: &Path, bins: &Bins, namespace: &Namespace) -> anyhow::Result<Self> {
+        // The member is another user than the one who made the folder.
+        std::fs::set_permissions(work, std::fs::Permissions::from_mode(0o755))?;
+        let mut member = Self::init(bins, &work.join("member"), 8443)?;
+        member.start(namespace)?;
+        Ok(member)
     }
 
     /// A `moor` command for this member.

@@ -114,8 +114,7 @@ impl Scenario {
 
         say("making a collective of one member and starting it as an unprivileged user (moord)");
         let namespace = Namespace::new()?;
-        let mut member = Member::init(&bins, &dir.join("member"), 8443)?;
-        member.start(&namespace)?;
+        let member = Member::start_in(dir, &bins, &namespace)?;
         done("server (moord init, run)", &mut steps);
 
         say("importing the image, publishing a profile, defining the node (moor)");

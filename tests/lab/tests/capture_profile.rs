@@ -31,11 +31,8 @@ fn said(output: &Output) -> String {
 #[test]
 fn a_captured_image_goes_to_the_server_and_a_profile_is_made_for_it() {
     let work = tempfile::tempdir().unwrap();
-    fs::set_permissions(work.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let bins = Bins::find().unwrap();
-    let namespace = Namespace::new().unwrap();
-    let mut member = Member::init(&bins, &work.path().join("member"), 8443).unwrap();
-    member.start(&namespace).unwrap();
+    let (bins, namespace) = (Bins::find().unwrap(), Namespace::new().unwrap());
+    let member = Member::start_in(work.path(), &bins, &namespace).unwrap();
     let on_node = work.path().join("node");
     fs::create_dir(&on_node).unwrap();
     let node = Node::start(bins.path("imgutil"), &on_node, PLANT);

@@ -20,11 +20,8 @@ fn tree(root: &Path) {
 #[test]
 fn a_profile_is_made_from_another_with_its_scripts_and_gets_each_new_image() {
     let work = tempfile::tempdir().unwrap();
-    fs::set_permissions(work.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let bins = Bins::find().unwrap();
-    let namespace = Namespace::new().unwrap();
-    let mut member = Member::init(&bins, &work.path().join("member"), 8443).unwrap();
-    member.start(&namespace).unwrap();
+    let (bins, namespace) = (Bins::find().unwrap(), Namespace::new().unwrap());
+    let member = Member::start_in(work.path(), &bins, &namespace).unwrap();
     let root = work.path().join("tree");
     tree(&root);
     let pack = |more: &[&str]| -> Command {
