@@ -23,3 +23,4 @@ pub mod squashfs;
 mod tar;
 pub mod trial;
 pub mod unpack;
+pub mod upload;

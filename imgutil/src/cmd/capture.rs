@@ -2,9 +2,9 @@
 
 use crate::capture::{Captured, Options, capture_to_files, capture_to_server};
 use crate::cmd::{printable, warn_of_unmatched};
-use crate::pack::{ProfileOptions, Server};
 use crate::progress::bytes_text;
 use crate::scrub;
+use crate::upload::{ProfileOptions, Server};
 use anyhow::{Context as _, Result};
 use moor_api::ids::ImageName;
 use std::path::PathBuf;

@@ -1,13 +1,11 @@
 //! `imgutil pack`.
 
 use crate::cmd::{printable, warn_of_unmatched};
-use crate::pack::{
-    Destination, Labels, PackOptions, Packed, ProfileOptions, Server, SquashOptions, Warnings, pack_to_files,
-    pack_to_server,
-};
+use crate::pack::{Destination, Labels, PackOptions, Packed, SquashOptions, Warnings, pack_to_files, pack_to_server};
 use crate::progress::{Progress, bytes_text};
 use crate::scrub::{self, LeftOut, ViewOptions};
 use crate::squashfs::Compression;
+use crate::upload::{ProfileOptions, Server};
 use anyhow::{Context as _, Result, bail};
 use moor_api::ids::ImageName;
 use std::path::{Path, PathBuf};

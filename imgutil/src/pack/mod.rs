@@ -9,7 +9,7 @@ mod read;
 mod scan;
 mod selinux;
 mod squash;
-mod upload;
+mod to_server;
 
 pub(crate) use describe::{initramfs_names, newest_kernel, newest_version, os_name};
 pub(crate) use image::signature_path;
@@ -18,5 +18,4 @@ pub(crate) use look::look_at_tree;
 pub use scan::Warnings;
 pub use selinux::Labels;
 pub use squash::{SquashOptions, Squashed, squash};
-pub(crate) use upload::{Parcel, Upload};
-pub use upload::{ProfileOptions, Server, pack_to_server};
+pub use to_server::pack_to_server;

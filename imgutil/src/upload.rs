@@ -1,9 +1,6 @@
-//! Packing to a server: image, kernel, initramfs and key go to a member, and only a nameless sealed file is made here.
+//! The way of an image to a server: image, kernel, initramfs and key go to a member, which imports them and has the profile made. Only a
+//! nameless sealed file is made here.
 
-use super::describe;
-use super::image::{PackOptions, Packed, seal};
-use super::scan;
-use super::squash::SquashOptions;
 use crate::progress::Progress;
 use anyhow::{Context as _, Result, bail};
 use moor_api::admin::{CreateProfile, ImageView, ImportImage, ProfileView};
@@ -13,7 +10,6 @@ use moor_api::trust::SiteBundle;
 use moor_image::Dek;
 use std::fs::File;
 use std::io::{Read, Seek as _};
-use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -127,34 +123,6 @@ impl<'a> Upload<'a> {
             Ok((view, published))
         })
     }
-}
-
-/// Packs `tree` and imports it as the next generation of the image `name`.
-pub fn pack_to_server(
-    tree: &Path,
-    name: &ImageName,
-    encrypted: bool,
-    squash: SquashOptions,
-    server: &Server,
-    profile: &ProfileOptions,
-) -> Result<(Packed, ImageView, Option<ProfileView>)> {
-    let root = scan::open_root(tree)?;
-    let boot_files = describe::boot_files(root.as_fd())?;
-    let upload = Upload::begin(server, name, profile)?;
-    let options = PackOptions { name: name.to_string(), lineage: upload.lineage, serial: upload.serial, squash };
-    let key = if encrypted { Some(Dek::generate()?) } else { None };
-    let progress = Progress::new("packing");
-    let (sealed, packed) = seal(tree, Upload::staging()?, key.clone(), &options, &progress)
-        .with_context(|| format!("cannot pack '{}' (set TMPDIR to a directory with room)", tree.display()))?;
-    progress.finish("packed; sending it to the server");
-    let measured = |what: &str, file: File| -> Result<(File, u64)> {
-        let length = file.metadata().with_context(|| format!("cannot send {what}"))?.len();
-        Ok((file, length))
-    };
-    let (kernel, initramfs) =
-        (measured("the kernel", boot_files.kernel)?, measured("the initramfs", boot_files.initramfs)?);
-    let (view, published) = upload.send(Parcel { sealed, key, kernel, initramfs })?;
-    Ok((packed, view, published))
 }
 
 /// Makes the profile if it has to be made, and publishes it if that is wanted.
