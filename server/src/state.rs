@@ -102,7 +102,7 @@ pub async fn init(config: &Config, addresses: Vec<String>) -> anyhow::Result<Ide
         invite: None,
         removed: false,
     };
-    let (_, calls) = connections(config, &keys, &identity)?;
+    let Connections { calls, .. } = connections(config, &keys, &identity)?;
     let store = Replicated::open(&config.store(), FOUNDER, calls).await.context("making the store")?;
     store.found(founder.peer()).await.context("making the collective")?;
     let founded = store.propose(Command::Found { site, founder }).await;
@@ -115,12 +115,14 @@ pub async fn init(config: &Config, addresses: Vec<String>) -> anyhow::Result<Ide
     Ok(identity)
 }
 
-/// This member's certificate, and its way to other members.
-fn connections(
-    config: &Config,
-    keys: &Path,
-    identity: &Identity,
-) -> anyhow::Result<((MemberIssuer, Arc<Certificate>), Arc<Calls>)> {
+/// What a member shows of itself, and its way to other members.
+struct Connections {
+    issuer: MemberIssuer,
+    certificate: Arc<Certificate>,
+    calls: Arc<Calls>,
+}
+
+fn connections(config: &Config, keys: &Path, identity: &Identity) -> anyhow::Result<Connections> {
     let issuer = MemberIssuer {
         keys: keys.to_owned(),
         collective: identity.site.collective,
@@ -132,7 +134,8 @@ fn connections(
     let authority = Authority::open(keys)?;
     let bundle = bundle(&identity.site, &authority, Vec::new())?;
     let tls = Arc::new(peer_tls_config(&bundle, certificate.clone())?);
-    Ok(((issuer, certificate), Arc::new(Calls::new(identity.site.collective, tls))))
+    let calls = Arc::new(Calls::new(identity.site.collective, tls));
+    Ok(Connections { issuer, certificate, calls })
 }
 
 fn bundle(site: &SiteRecord, authority: &Authority, members: Vec<String>) -> anyhow::Result<SiteBundle> {
@@ -207,7 +210,7 @@ impl Member {
         );
         let identity = Identity::read(&config.identity())?;
         let authority = Authority::open(&config.keys())?;
-        let ((issuer, certificate), calls) = connections(&config, &config.keys(), &identity)?;
+        let Connections { issuer, certificate, calls } = connections(&config, &config.keys(), &identity)?;
         let store =
             Replicated::open(&config.store(), identity.number, calls.clone()).await.context("opening the store")?;
         let site = store.snapshot()?.site()?.unwrap_or_else(|| identity.site.clone());

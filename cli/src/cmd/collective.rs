@@ -65,17 +65,14 @@ async fn invite(client: &mut AdminClient, request: &InviteRequest, out: Option<&
     })?;
     let text = zeroize::Zeroizing::new(format!("{}\n", invited.invitation));
     let until = output::time_ms(invited.expires.saturating_mul(1000));
-    match file {
-        Some((path, mut file)) => {
-            file.write_all(text.as_bytes())
-                .and_then(|()| file.sync_all())
-                .with_context(|| format!("writing '{}'", path.display()))?;
-            output::line(format_args!("the invitation is in '{}', good once, until {until}", path.display()))?;
-        }
-        None => {
-            eprintln!("good once, until {until}; on the new member: `moor collective join`, and paste this");
-            output::line(text.trim_end())?;
-        }
+    if let Some((path, mut file)) = file {
+        file.write_all(text.as_bytes())
+            .and_then(|()| file.sync_all())
+            .with_context(|| format!("writing '{}'", path.display()))?;
+        output::line(format_args!("the invitation is in '{}', good once, until {until}", path.display()))?;
+    } else {
+        eprintln!("good once, until {until}; on the new member: `moor collective join`, and paste this");
+        output::line(text.trim_end())?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -57,7 +57,7 @@ struct Fixture {
 }
 
 async fn open(dir: &std::path::Path) -> Result<Replicated, super::StoreError> {
-    Replicated::open(&Places::in_dir(dir), FOUNDER, Calls::to_nobody()).await
+    Replicated::open(&Places::in_dir(dir), FOUNDER, Calls::to_nobody()?).await
 }
 
 impl Fixture {

@@ -93,7 +93,7 @@ impl Member {
 
     /// The store of a member that does not run.
     pub(crate) async fn store(&self) -> anyhow::Result<Replicated> {
-        Ok(Replicated::open(&Places::in_dir(&self.path("state/store")), FOUNDER, Calls::to_nobody()).await?)
+        Ok(Replicated::open(&Places::in_dir(&self.path("state/store")), FOUNDER, Calls::to_nobody()?).await?)
     }
 
     pub(crate) fn url(&self) -> String {

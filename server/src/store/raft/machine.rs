@@ -149,13 +149,13 @@ impl State {
         let meta = SnapshotMeta { last_log_id: applied, last_membership: membership };
         let path =
             snapshot::write(&self.directory, &view, &meta).map_err(|error| StoreError::Snapshot(error.to_string()))?;
-        self.keep(meta.clone(), path.clone());
+        self.keep(meta.clone(), &path);
         Ok((meta, path))
     }
 
     /// The newest snapshot replaces the one before; who still sends that has it open.
-    fn keep(&self, meta: SnapshotMeta, path: PathBuf) {
-        let before = self.newest.lock().unwrap_or_else(PoisonError::into_inner).replace((meta, path.clone()));
+    fn keep(&self, meta: SnapshotMeta, path: &Path) {
+        let before = self.newest.lock().unwrap_or_else(PoisonError::into_inner).replace((meta, path.to_owned()));
         if let Some((_, old)) = before
             && old != path
         {
@@ -178,7 +178,7 @@ impl State {
         write.put(tables::RAFT, "membership", &WireStored::from(&meta.last_membership))?;
         transaction.commit()?;
         self.unsynced.store(0, Ordering::Relaxed);
-        self.keep(meta.clone(), path);
+        self.keep(meta.clone(), &path);
         Ok(())
     }
 }

@@ -65,7 +65,7 @@ pub const FOUNDER: u64 = 1;
 /// A leader says that it is there this often.
 const HEARTBEAT: Duration = Duration::from_millis(250);
 /// Without a sign of it for so long an election begins; drawn anew each time.
-const ELECTION: (Duration, Duration) = (Duration::from_millis(1000), Duration::from_millis(2000));
+const ELECTION: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(2));
 /// A leader that has heard of no majority for so long refuses changes at once.
 const UNHEARD: Duration = Duration::from_millis(2500);
 /// A change waits this long for a leader before it is refused.

@@ -82,15 +82,16 @@ impl Calls {
     }
 
     /// For a member that is alone: it calls nobody, and believes nobody.
-    #[must_use]
-    pub fn to_nobody() -> Arc<Self> {
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let tls = ClientConfig::builder_with_provider(provider)
+    ///
+    /// # Errors
+    /// The provider has no TLS 1.3.
+    pub fn to_nobody() -> Result<Arc<Self>, StoreError> {
+        let tls = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
             .with_protocol_versions(&[&rustls::version::TLS13])
-            .map(|builder| builder.with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth());
-        // TLS 1.3 is what the provider has.
-        let tls = tls.expect("a provider without TLS 1.3");
-        Arc::new(Self::new(CollectiveId::from_bytes([0; 16]), Arc::new(tls)))
+            .map_err(consensus)?
+            .with_root_certificates(rustls::RootCertStore::empty())
+            .with_no_client_auth();
+        Ok(Arc::new(Self::new(CollectiveId::from_bytes([0; 16]), Arc::new(tls))))
     }
 
     /// A new connection, at the first of its addresses where it answers and is itself.

@@ -87,7 +87,7 @@ fn the_membership_follows_the_records_one_step_at_a_time() {
 }
 
 async fn alone(dir: &Path) -> Replicated {
-    Replicated::open(&Places::in_dir(dir), FOUNDER, Calls::to_nobody()).await.unwrap()
+    Replicated::open(&Places::in_dir(dir), FOUNDER, Calls::to_nobody().unwrap()).await.unwrap()
 }
 
 fn define(number: u64) -> Command {

@@ -119,7 +119,7 @@ impl TryFrom<WireStored> for StoredMembership {
 #[serde(rename_all = "kebab-case")]
 enum WirePayload {
     Blank,
-    Command(Command),
+    Command(Box<Command>),
     Membership(WireMembership),
 }
 
@@ -135,7 +135,7 @@ impl From<&Entry> for WireEntry {
     fn from(entry: &Entry) -> Self {
         let payload = match &entry.payload {
             EntryPayload::Blank => WirePayload::Blank,
-            EntryPayload::Normal(command) => WirePayload::Command(command.clone()),
+            EntryPayload::Normal(command) => WirePayload::Command(Box::new(command.clone())),
             EntryPayload::Membership(membership) => WirePayload::Membership(membership.into()),
         };
         Self { version: VERSION, id: entry.log_id.into(), payload }
@@ -149,7 +149,7 @@ impl WireEntry {
         }
         let payload = match self.payload {
             WirePayload::Blank => EntryPayload::Blank,
-            WirePayload::Command(command) => EntryPayload::Normal(command),
+            WirePayload::Command(command) => EntryPayload::Normal(*command),
             WirePayload::Membership(membership) => EntryPayload::Membership(membership.try_into()?),
         };
         Ok(Entry { log_id: self.id.into(), payload })
