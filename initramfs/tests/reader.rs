@@ -8,7 +8,7 @@ use common::server::{Conduct, Server};
 use common::{LINEAGE, Sample, noise, seal};
 use moor_image::OpenOptions;
 use moor_tether::reader::{Address, DEFAULT_CACHE, Https, OpenError, Reader, Real, Settings, Standing};
-use moor_tether::tls;
+use moor_tether::tls::Trust;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use rustls::ClientConfig;
@@ -32,7 +32,7 @@ impl Site {
         let ca = dir.path().join("ca.pem");
         std::fs::write(&ca, authority.pem()).unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        let tls = tls::authority(&ca).unwrap();
+        let tls = Trust::authority(&ca).unwrap().config().clone();
         Self { runtime, authority, tls, sample: seal(noise(length, 1), chunk_log2) }
     }
 

@@ -36,9 +36,21 @@ impl TimeProvider for ClockFloor {
 /// # Errors
 /// A root that is not a certificate; no root at all.
 pub fn member_tls_config(bundle: &SiteBundle, session: Option<&SessionKey>) -> Result<ClientConfig, ClientError> {
+    member_tls_config_at(bundle, session, Arc::new(ClockFloor { earliest: bundle.built }))
+}
+
+/// The same with a clock of the caller's, which must show no time before the bundle was built.
+///
+/// # Errors
+/// As [`member_tls_config`].
+pub fn member_tls_config_at(
+    bundle: &SiteBundle,
+    session: Option<&SessionKey>,
+    clock: Arc<dyn TimeProvider>,
+) -> Result<ClientConfig, ClientError> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let verifier = MemberVerifier::new(bundle, provider.clone())?;
-    let builder = ClientConfig::builder_with_details(provider, Arc::new(ClockFloor { earliest: bundle.built }))
+    let builder = ClientConfig::builder_with_details(provider, clock)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|error| ClientError::Config(format!("TLS 1.3 is not available: {error}")))?
         .dangerous()
