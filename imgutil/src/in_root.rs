@@ -3,15 +3,39 @@
 use anyhow::{Context as _, Result};
 use rustix::fs::{Dir, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
+use rustix::path::Arg;
 use std::fs::File;
 use std::io::Read as _;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+/// As often `openat2` is tried.
+const TRIES: usize = 1000;
+
+/// `openat2(2)`, tried again while it answers `EAGAIN`: the kernel says so when anything on the machine was renamed or mounted while it
+/// followed a `..`, because it cannot know then whether that led out.
+pub(crate) fn openat2(
+    directory: impl AsFd,
+    path: impl Arg,
+    flags: OFlags,
+    mode: Mode,
+    resolve: ResolveFlags,
+) -> rustix::io::Result<OwnedFd> {
+    path.into_with_c_str(|path| {
+        for _ in 1..TRIES {
+            match rustix::fs::openat2(&directory, path, flags, mode, resolve) {
+                Err(Errno::AGAIN) => std::thread::yield_now(),
+                other => return other,
+            }
+        }
+        rustix::fs::openat2(&directory, path, flags, mode, resolve)
+    })
+}
 
 /// Opens a regular file of the tree; `None` if there is none.
 pub(crate) fn open(root: BorrowedFd<'_>, path: &str) -> Result<Option<File>> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
-    let file = match rustix::fs::openat2(root, path, flags, Mode::empty(), resolve) {
+    let file = match openat2(root, path, flags, Mode::empty(), resolve) {
         Ok(file) => File::from(file),
         Err(Errno::NOENT | Errno::NOTDIR | Errno::XDEV | Errno::LOOP) => return Ok(None),
         Err(error) => return Err(error).with_context(|| format!("cannot open '{path}' in the tree")),
@@ -33,7 +57,7 @@ pub(crate) fn list(root: BorrowedFd<'_>, path: &str) -> Result<Vec<String>> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
     let context = || format!("cannot list '{path}' in the tree");
-    let directory = match rustix::fs::openat2(root, path, flags, Mode::empty(), resolve) {
+    let directory = match openat2(root, path, flags, Mode::empty(), resolve) {
         Ok(directory) => directory,
         Err(Errno::NOENT | Errno::NOTDIR | Errno::XDEV | Errno::LOOP) => return Ok(Vec::new()),
         Err(error) => return Err(error).with_context(context),
@@ -48,4 +72,38 @@ pub(crate) fn list(root: BorrowedFd<'_>, path: &str) -> Result<Vec<String>> {
     }
     names.sort_unstable();
     Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    /// Whoever renames something elsewhere must not keep a link with `..` from being followed.
+    #[test]
+    fn renames_elsewhere_do_not_matter() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        std::fs::create_dir_all(root.join("a/b")).unwrap();
+        std::fs::write(root.join("file"), "x").unwrap();
+        std::os::unix::fs::symlink("../".repeat(40) + "file", root.join("a/b/link")).unwrap();
+        let handle = File::open(&root).unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (one, other) = (dir.path().join("one"), dir.path().join("other"));
+                std::fs::write(&one, "").unwrap();
+                while !done.load(Ordering::Relaxed) {
+                    std::fs::rename(&one, &other).unwrap();
+                    std::fs::rename(&other, &one).unwrap();
+                }
+            });
+            let all = (0..20_000).try_for_each(|_| match open(handle.as_fd(), "a/b/link") {
+                Ok(Some(_)) => Ok(()),
+                other => Err(format!("{other:?}")),
+            });
+            done.store(true, Ordering::Relaxed);
+            assert_eq!(all, Ok(()));
+        });
+    }
 }

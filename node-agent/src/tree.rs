@@ -8,6 +8,8 @@ use std::io::{Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+/// As often a path is tried.
+const TRIES: usize = 1000;
 /// Longest file that is read from the tree.
 const MAX_READ: u64 = 4 << 20;
 
@@ -48,7 +50,15 @@ impl Tree {
 
     fn resolve(&self, path: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        rustix::fs::openat2(&self.root, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
+        let open = || rustix::fs::openat2(&self.root, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve);
+        // openat2(2): while anything on the machine is renamed or mounted, the kernel cannot follow a `..`, and says "again".
+        for _ in 1..TRIES {
+            match open() {
+                Err(Errno::AGAIN) => std::thread::yield_now(),
+                other => return other,
+            }
+        }
+        open()
     }
 
     /// Reads a text file; `None` if there is none.

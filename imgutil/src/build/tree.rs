@@ -3,7 +3,7 @@
 
 use super::BuildError;
 use rustix::fs::{
-    AtFlags, Gid, Mode, OFlags, ResolveFlags, Uid, chmodat, chownat, mkdirat, openat, openat2, symlinkat, unlinkat,
+    AtFlags, Gid, Mode, OFlags, ResolveFlags, Uid, chmodat, chownat, mkdirat, openat, symlinkat, unlinkat,
 };
 use std::ffi::OsStr;
 use std::io::{self, Read, Write};
@@ -27,7 +27,13 @@ impl Tree {
     fn directory(&self, path: &Path, make: bool) -> io::Result<OwnedFd> {
         let open = |path: &Path| {
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            openat2(&self.0, path, flags, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)
+            crate::in_root::openat2(
+                &self.0,
+                path,
+                flags,
+                Mode::empty(),
+                ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
+            )
         };
         let mut directory = open(Path::new("."))?;
         let mut at = std::path::PathBuf::from("/");
@@ -138,7 +144,7 @@ impl Tree {
     fn open_file(&self, path: &Path, flags: OFlags) -> io::Result<std::fs::File> {
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
         let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let file = std::fs::File::from(openat2(&self.0, path, flags, Mode::empty(), resolve)?);
+        let file = std::fs::File::from(crate::in_root::openat2(&self.0, path, flags, Mode::empty(), resolve)?);
         if !file.metadata()?.is_file() {
             return Err(io::Error::other("it is no regular file"));
         }
@@ -229,7 +235,7 @@ impl Tree {
     /// Whether there is something at `path`, a link to nowhere not counted.
     pub(super) fn exists(&self, path: impl AsRef<Path>) -> bool {
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        openat2(&self.0, path.as_ref(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve).is_ok()
+        crate::in_root::openat2(&self.0, path.as_ref(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve).is_ok()
     }
 }
 

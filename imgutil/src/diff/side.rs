@@ -165,7 +165,7 @@ impl Side {
 fn hash_in_tree(root: &OwnedFd, path: &Path) -> Result<[u8; 32]> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS;
-    let mut file = File::from(rustix::fs::openat2(root, path, flags, Mode::empty(), resolve)?);
+    let mut file = File::from(crate::in_root::openat2(root, path, flags, Mode::empty(), resolve)?);
     let (mut context, mut buffer) = (digest::Context::new(&digest::SHA256), vec![0; 1 << 18]);
     loop {
         match file.read(&mut buffer)? {

@@ -107,7 +107,7 @@ impl Detached {
 /// Opens `path` below `root` as a place (`O_PATH`). Symbolic links stay inside `root`.
 pub(super) fn open_below(root: BorrowedFd<'_>, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    Ok(rustix::fs::openat2(root, path, flags | OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?)
+    Ok(crate::in_root::openat2(root, path, flags | OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?)
 }
 
 /// Opens the top-level directory `name` of the tree, which must not be a symbolic link; makes it, with `mode`, if it is missing.

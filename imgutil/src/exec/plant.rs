@@ -223,7 +223,7 @@ impl Planted {
     ) -> Result<OwnedFd, MountError> {
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
         let open =
-            |path: &Path| rustix::fs::openat2(root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve);
+            |path: &Path| crate::in_root::openat2(root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve);
         let parts: Vec<_> = target.components().filter(|part| matches!(part, Component::Normal(_))).collect();
         let mut parent = open(Path::new(".")).during("open", "/")?;
         let mut path = PathBuf::new();

@@ -4,7 +4,7 @@
 use crate::tar::{Entry, Kind, Reader, TarError};
 use rustix::fs::{
     AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, XattrFlags, mkdirat, openat,
-    openat2, statat, unlinkat,
+    statat, unlinkat,
 };
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
@@ -215,7 +215,7 @@ impl Applier<'_> {
 
     fn open(&self, path: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
-        openat2(self.root, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
+        crate::in_root::openat2(self.root, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
     }
 
     /// The directory that an entry goes into; what is missing of it is made.

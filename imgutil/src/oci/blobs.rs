@@ -90,7 +90,7 @@ impl Blobs {
                 // A layout is read as it is: no link leads to other files of the host.
                 let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
                 let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-                match rustix::fs::openat2(directory, name, flags, Mode::empty(), resolve) {
+                match crate::in_root::openat2(directory, name, flags, Mode::empty(), resolve) {
                     Ok(file) => {
                         let file = File::from(file);
                         let data = file.metadata().map_err(failed)?;
