@@ -93,7 +93,7 @@ pub struct DiskCache {
     path: PathBuf,
     size: Option<u64>,
     opened: Mutex<Option<Result<Opened, DiskError>>>,
-    found: Arc<OnceLock<Result<Arc<Disk>, DiskStatus>>>,
+    found: OnceLock<Result<Arc<Disk>, DiskStatus>>,
 }
 
 impl DiskCache {
@@ -103,7 +103,7 @@ impl DiskCache {
     pub fn new(path: &Path, mib: Option<u64>) -> Arc<Self> {
         let size = mib.map(|mib| mib.saturating_mul(1 << 20));
         let opened = Mutex::new(Some(Opened::new(path, size)));
-        Arc::new(Self { path: path.to_owned(), size, opened, found: Arc::default() })
+        Arc::new(Self { path: path.to_owned(), size, opened, found: OnceLock::new() })
     }
 
     /// Sets it up for an image. Reads run on `runtime`.
@@ -111,18 +111,17 @@ impl DiskCache {
     pub fn find(self: &Arc<Self>, runtime: &Handle) -> FindStore {
         let (cache, runtime) = (self.clone(), runtime.clone());
         FindStore(Arc::new(move |header| {
-            let set_up = || {
-                let opened = lock(&cache.opened).take();
-                let missing = || Err(DiskError::Foreign(cache.path.clone()));
-                let disk = opened.unwrap_or_else(missing).and_then(|opened| {
-                    Disk::new(opened, &cache.path, cache.size, header, runtime.clone()).map(Arc::new)
-                });
-                disk.map_err(|error| {
+            // Once: what was opened is taken once.
+            if let Some(opened) = lock(&cache.opened).take() {
+                let set_up = |opened| Disk::new(opened, &cache.path, cache.size, header, runtime.clone()).map(Arc::new);
+                let disk = opened.and_then(set_up).map_err(|error| {
                     tracing::warn!("goes on without the disk cache: {error}");
                     DiskStatus::unusable(&cache.path, &error)
-                })
-            };
-            cache.found.get_or_init(set_up).as_ref().ok().map(|disk| disk.clone() as Arc<dyn Store>)
+                });
+                let _ = cache.found.set(disk);
+            }
+            let disk = cache.found.get()?.as_ref().ok()?;
+            Some(disk.clone() as Arc<dyn Store>)
         }))
     }
 

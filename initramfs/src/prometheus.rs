@@ -1,6 +1,6 @@
 //! The state as metrics of Prometheus, in its text format: names by its conventions (base units, `_total` for what only grows).
 
-use crate::reader::Standing;
+use crate::reader::{MemberStatus, Standing};
 use crate::state::State;
 use std::fmt;
 
@@ -53,6 +53,9 @@ impl fmt::Display for Text<'_> {
     }
 }
 
+/// A figure of a server.
+type Count = fn(&MemberStatus) -> u64;
+
 impl Text<'_> {
     fn disk(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(disk) = &self.0.disk else { return Ok(()) };
@@ -81,7 +84,6 @@ impl Text<'_> {
             let excluded = u8::from(member.state == Standing::Excluded);
             writeln!(f, "moor_tether_server_excluded{{url=\"{}\"}} {excluded}", Label(&member.url))?;
         }
-        type Count = fn(&crate::reader::MemberStatus) -> u64;
         let counters: [(&str, &str, Count); 3] = [
             ("server_received_bytes_total", "Bytes of answers received from the server.", |member| member.bytes),
             ("server_requests_total", "Requests sent to the server.", |member| member.requests),

@@ -347,7 +347,7 @@ impl Run {
         let inner = self.inner.clone();
         let page = inner.page(inner.verifier.page_of_chunk(self.left.start)).await;
         while !self.left.is_empty() {
-            if let Some((chunk, landed)) = self.from_store(&page).await {
+            if let Some((chunk, landed)) = self.stored(&page).await {
                 self.lands(chunk, &landed);
                 continue;
             }

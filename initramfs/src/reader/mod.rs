@@ -39,7 +39,7 @@ pub use https::Https;
 pub use member::{MemberStatus, Standing};
 pub use open::OpenError;
 pub use real::Real;
-pub use store::{FindStore, Store};
+pub use store::{Find, FindStore, Store};
 pub use trace::Trace;
 
 use ahead::Ahead;

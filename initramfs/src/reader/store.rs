@@ -27,7 +27,10 @@ pub trait Store: Send + Sync + 'static {
 
 /// Finds the store for an image once its header is known; `None`: there is none.
 #[derive(Clone)]
-pub struct FindStore(pub Arc<dyn Fn(&Header) -> Option<Arc<dyn Store>> + Send + Sync>);
+pub struct FindStore(pub Arc<Find>);
+
+/// How it is found.
+pub type Find = dyn Fn(&Header) -> Option<Arc<dyn Store>> + Send + Sync;
 
 impl fmt::Debug for FindStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -43,7 +46,7 @@ impl Run {
     }
 
     /// Its next chunk from the store, if that has it and it verifies.
-    pub(super) async fn from_store(&self, page: &LeafPage) -> Option<(u64, Landed)> {
+    pub(super) async fn stored(&self, page: &LeafPage) -> Option<(u64, Landed)> {
         let store = self.inner.store.as_ref()?;
         let chunk = self.left.start;
         if !store.has(chunk) {

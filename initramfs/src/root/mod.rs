@@ -157,9 +157,9 @@ pub fn make(options: &RootOptions) -> Result<(), RootError> {
     check_image(&options.image)?;
     let mut undo = Undo::default();
     if options.unpack {
-        unpacked(options, memory, &mut undo)?
+        unpacked(options, memory, &mut undo)?;
     } else {
-        layered(options, memory, &mut undo)?
+        layered(options, memory, &mut undo)?;
     }
     undo.0.clear();
     hide_image(&options.image);

@@ -4,7 +4,7 @@
 use super::{RootError, step};
 use nix::sys::stat::{Mode, SFlag, mknod};
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, XattrFlags, lgetxattr, llistxattr, lsetxattr, utimensat};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
 use std::fs::{File, Metadata, OpenOptions, Permissions};
 use std::io::{self, Read as _};
@@ -39,9 +39,9 @@ fn at(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RootError {
 /// Looks at the whole tree once; of squashfs that reads the tables only.
 pub(super) fn measure(root: &Path) -> Result<Size, RootError> {
     let mut size = Size::default();
-    let mut linked = HashMap::new();
+    let mut linked = HashSet::new();
     walk(root, &mut |_, meta| {
-        let is_first = meta.is_dir() || meta.nlink() == 1 || linked.insert(meta.ino(), ()).is_none();
+        let is_first = meta.is_dir() || meta.nlink() == 1 || linked.insert(meta.ino());
         if is_first {
             size.inodes += 1;
             let bytes = if meta.is_file() { meta.len().next_multiple_of(BLOCK as u64) } else { BLOCK as u64 };
@@ -131,7 +131,7 @@ fn copy_files(files: &Files) -> Result<(), RootError> {
         };
         let workers: Vec<_> = (0..SIDE_BY_SIDE).map(|_| scope.spawn(work)).collect();
         let lost = || Err(step("copy the image's files")(io::Error::other("a thread of it panicked")));
-        workers.into_iter().map(|worker| worker.join().unwrap_or_else(|_| lost())).collect()
+        workers.into_iter().try_for_each(|worker| worker.join().unwrap_or_else(|_| lost()))
     })
 }
 
