@@ -326,8 +326,8 @@ fn chunks_on_a_disk_are_not_fetched_again_and_not_believed() {
         let file = fs::File::options().write(true).open(&cache).unwrap();
         let slot = |chunk: u64| data + chunk * ((64 << 10) + 16);
         file.write_all_at(&[bytes[usize::try_from(slot(3) + 5000).unwrap()] ^ 4], slot(3) + 5000).unwrap();
-        file.write_all_at(&[0; 32 << 10], slot(5) + (32 << 10)).unwrap();
-        file.write_all_at(&[0; (64 << 10) + 16], slot(9)).unwrap();
+        file.write_all_at(&vec![0; 32 << 10], slot(5) + (32 << 10)).unwrap();
+        file.write_all_at(&vec![0; (64 << 10) + 16], slot(9)).unwrap();
         let other = usize::try_from(slot(11)).unwrap();
         file.write_all_at(&bytes[other..other + (64 << 10) + 16], slot(10)).unwrap();
         drop(file);

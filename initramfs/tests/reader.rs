@@ -117,7 +117,11 @@ fn random_reads_give_the_plaintext() {
         .unwrap();
     let figures = reader.figures();
     assert!(figures.cache_bytes <= 100_000, "{figures:?}");
-    assert_eq!(figures.chunks_fetched, figures.chunks_verified);
+    // A guess may still be on its way.
+    Site::wait("the verification of all", || {
+        let figures = reader.figures();
+        figures.chunks_fetched == figures.chunks_verified
+    });
     assert!(figures.members.iter().all(|member| member.requests > 1), "both serve: {figures:?}");
 }
 
@@ -210,7 +214,7 @@ fn a_server_whose_certificate_has_expired_is_left_and_comes_back_with_a_new_one(
     bad.present(&site.authority.expired());
     Site::wait("the fault", || {
         site.check_all(&reader, 300_000);
-        reader.figures().members[0].last_fault.as_ref().is_some_and(|fault| fault.contains("Expired"))
+        reader.figures().members[0].last_fault.as_ref().is_some_and(|fault| fault.contains("not valid any more"))
     });
     bad.present(&site.authority.identity());
     Site::wait("the return", || standings(&reader)[0] == Standing::Good);

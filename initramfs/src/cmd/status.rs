@@ -13,7 +13,7 @@ pub(crate) struct Args {
     /// As JSON, for programs
     #[arg(long)]
     json: bool,
-    /// As metrics of Prometheus, for node_exporter's textfile collector
+    /// As metrics of Prometheus, for the textfile collector of `node_exporter`
     #[arg(long, conflicts_with = "json")]
     prometheus: bool,
     /// The tether's state file

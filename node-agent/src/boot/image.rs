@@ -276,7 +276,7 @@ mod tests {
         use std::os::unix::fs::PermissionsExt as _;
         for (status, class) in [(3, Class::Fatal), (4, Class::Refused)] {
             let dir = tempfile::tempdir().unwrap();
-            let program = dir.path().join("tether");
+            let program = dir.path().join("program");
             let text = format!("#!/bin/sh\necho \"why: $*\" >&2\nexit {status}\n");
             std::fs::write(&program, text).unwrap();
             std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();

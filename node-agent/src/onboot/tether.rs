@@ -119,7 +119,7 @@ mod tests {
 
         let listener = UnixListener::bind(run.path(SOCKET)).unwrap();
         let tether = std::thread::spawn(move || {
-            [r#"{}"#, r#"{"error":"none of them serves it"}"#].map(|answer| {
+            ["{}", r#"{"error":"none of them serves it"}"#].map(|answer| {
                 let (mut stream, _) = listener.accept().unwrap();
                 let mut line = String::new();
                 BufReader::new(stream.try_clone().unwrap()).read_line(&mut line).unwrap();

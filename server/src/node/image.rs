@@ -39,9 +39,12 @@ pub(super) async fn offer(
     let view = member.view()?;
     let profile = caller.generation(&view)?;
     let image = image_of(&view, &profile)?;
-    let url = |base: &String| match image.encrypted {
-        true => image_url(base, image.digest),
-        false => format!("{}/node/v1/images/{}", base.trim_end_matches('/'), image.digest),
+    let url = |base: &String| {
+        if image.encrypted {
+            image_url(base, image.digest)
+        } else {
+            format!("{}/node/v1/images/{}", base.trim_end_matches('/'), image.digest)
+        }
     };
     let urls = member.config.urls.iter().map(url).collect();
     Ok(Json(ImageOffer {
