@@ -1,5 +1,6 @@
 //! The library behind `imgutil`: builds root images, starts them like containers, packs, unpacks and checks them.
 
+mod boot_files;
 pub mod build;
 pub mod capture;
 pub mod cmd;

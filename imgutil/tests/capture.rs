@@ -1,144 +1,99 @@
 //! `imgutil capture` over a real sshd, of a system on three file systems (ext4, XFS, btrfs) in files. What device-mapper makes is captured
 //! in a VM, because the host has none (tests/lab).
-
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod common;
+
+use common::cli::{Ran, finish, names, run};
+use common::node::Node;
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
-/// Makes the system at `$D/target` and captures it through sshd; runs in namespaces of its own, so that mounts, network and processes end
-/// with it. `$1` is imgutil, `$2` what is captured, the rest further options.
-const CAPTURE: &str = r#"
-set -eu
-imgutil=$1 root=$2
-shift 2
-ip link set lo up
-mkdir -p "$D/target"
-for name in root home var; do truncate -s 300M "$D/$name.img"; done
-mkfs.ext4 -q -L ROOT "$D/root.img"
-mkfs.xfs -q "$D/home.img"
-mkfs.btrfs -q "$D/var.img"
-mount -o loop "$D/root.img" "$D/target"
-mkdir -p "$D/target/etc/ssh" "$D/target/home" "$D/target/var" "$D/target/root/.ssh" "$D/target/usr/bin" "$D/target/dev" "$D/target/tmp"
-mount -o loop "$D/home.img" "$D/target/home"
-mount -o loop "$D/var.img" "$D/target/var"
-printf 'ID=debian\nVERSION_ID=12\n' > "$D/target/etc/os-release"
-mkdir -p "$D/target/var/log" "$D/target/var/lib/app" "$D/target/home/op/.ssh" "$D/target/var/empty"
-ssh-keygen -q -t ed25519 -N '' -f "$D/planted"
-for place in etc/ssh/ssh_host_ed25519_key root/.ssh/id_ed25519 home/op/.ssh/id_ed25519 var/lib/app/tls.pem; do
-    cp "$D/planted" "$D/target/$place"
-done
-echo 'mysql -ppassword' > "$D/target/root/.bash_history"
-echo 'a token' > "$D/target/var/log/app.log"
-echo 0123456789abcdef0123456789abcdef > "$D/target/etc/machine-id"
-cp /bin/true "$D/target/usr/bin/true"
-ln "$D/target/usr/bin/true" "$D/target/usr/bin/same"
-ln -s true "$D/target/usr/bin/link"
-setfattr -n user.note -v kept "$D/target/usr/bin/true"
-setcap cap_net_raw+ep "$D/target/usr/bin/true"
-mknod "$D/target/dev/null" c 1 3
-truncate -s 40M "$D/target/home/sparse"
-echo end >> "$D/target/home/sparse"
-head -c 3000000 /dev/urandom > "$D/target/home/op/large"
-printf x > "$D/target/home/op/$(printf 'not\377utf-8')"
-chown -R 1000:1000 "$D/target/home/op"
-mkdir -p "$D/run"
-ssh-keygen -q -t ed25519 -N '' -f "$D/host"
-ssh-keygen -q -t ed25519 -N '' -f "$D/login"
-cat > "$D/sshd_config" <<X
-Port 2222
-ListenAddress 127.0.0.1
-HostKey $D/host
-AuthorizedKeysFile $D/login.pub
-StrictModes no
-UsePAM no
-PidFile none
-X
-mkdir -p /run/sshd
-/usr/sbin/sshd -D -e -f "$D/sshd_config" 2> "$D/sshd.log" &
-sshd=$!
-printf 'node %s\n' "$(cut -d' ' -f1,2 "$D/host.pub")" > "$D/known_hosts"
-cat > "$D/ssh_config" <<X
-Host node
-  HostName 127.0.0.1
-  Port 2222
-  HostKeyAlias node
-  IdentityFile $D/login
-  IdentitiesOnly yes
-  UserKnownHostsFile $D/known_hosts
-  StrictHostKeyChecking yes
-  BatchMode yes
-X
-for try in 1 2 3 4 5 6 7 8 9 10; do ssh -F "$D/ssh_config" -l root node true 2> /dev/null && break; sleep 0.3; done
-status=0
-"$imgutil" capture node --root "$root" --ssh-config "$D/ssh_config" -o "$D/node.moor" --key-file "$D/node.key" --level 1 "$@" || status=$?
-kill $sshd
-(cd "$D/target" && find . -type f | sort > "$D/files")
-exit $status
+/// What is odd and what is secret, on each file system.
+const PLANT: &str = r#"
+for place in etc/ssh/ssh_host_ed25519_key root/.ssh/id_ed25519 home/op/.ssh/id_ed25519; do cp "$D/planted" "$place"; done
+ln home/op/.ssh/id_ed25519 home/op/.ssh/same
+echo 'mysql -ppassword' > root/.bash_history
+echo 'a token' > var/log/app.log
+echo 0123456789abcdef0123456789abcdef > etc/machine-id
+cp /bin/true usr/bin/true
+ln usr/bin/true usr/bin/same
+ln -s true usr/bin/link
+setfattr -n user.note -v kept usr/bin/true
+setcap cap_net_raw+ep usr/bin/true
+mknod dev/null c 1 3
+truncate -s 40M home/sparse
+echo end >> home/sparse
+head -c 3000000 /dev/urandom > home/op/large
+printf x > "home/op/$(printf 'not\377utf-8')"
+chown -R 1000:1000 home/op
+# An example that a package ships, with its sum.
+mkdir -p usr/share/doc/example
+cp "$D/planted" usr/share/doc/example/key.pem
+md5sum usr/share/doc/example/key.pem > var/lib/dpkg/info/example.md5sums
 "#;
 
-/// The system's secrets, one on each file system, and a key where only its contents tell.
+/// Those of them that no image may have.
 const PLANTED: [&str; 6] = [
     "etc/ssh/ssh_host_ed25519_key",
     "root/.ssh/id_ed25519",
     "root/.bash_history",
     "home/op/.ssh/id_ed25519",
+    // Another name of the same.
+    "home/op/.ssh/same",
     "var/log/app.log",
-    "var/lib/app/tls.pem",
 ];
 
-fn imgutil() -> &'static str {
-    env!("CARGO_BIN_EXE_imgutil")
+/// Where the node's image comes out, and where it is unpacked.
+struct Results {
+    image: PathBuf,
+    key: PathBuf,
+    tree: PathBuf,
 }
 
-fn capture(dir: &Path, root: &str, more: &[&str]) -> Output {
-    Command::new("setpriv")
-        .args([
-            "--pdeathsig",
-            "KILL",
-            "--",
-            "unshare",
-            "--net",
-            "--mount",
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
+impl Results {
+    fn of(dir: &Path) -> Self {
+        let out = dir.join("out");
+        Self { image: out.join("node.moor"), key: out.join("node.key"), tree: dir.join("unpacked") }
+    }
+
+    fn imgutil(&self, arguments: &[&str]) -> Ran {
+        let image = [self.image.as_os_str(), "--key-file".as_ref(), self.key.as_os_str()];
+        run(arguments.iter().map(OsStr::new).chain(image)).good()
+    }
+
+    fn unpack(&self) {
+        run([
+            "unpack".as_ref(),
+            self.image.as_os_str(),
+            self.tree.as_os_str(),
+            "--key-file".as_ref(),
+            self.key.as_os_str(),
         ])
-        .args(["--", "sh", "-c", CAPTURE, "sh", imgutil(), root])
-        .args(more)
-        .env("D", dir)
-        .output()
-        .unwrap()
+        .good();
+    }
 }
 
-fn said(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
-}
-
-fn run(arguments: &[&str], image: &Path, key: &Path) -> Output {
-    let output = Command::new(imgutil()).args(arguments).arg(image).arg("--key-file").arg(key).output().unwrap();
-    assert!(output.status.success(), "{}", said(&output));
-    output
+fn capture(node: &Node, root: &str, more: &[&str]) -> Ran {
+    finish(&node.capture(root, more).args(["--level", "1"]).output().unwrap())
 }
 
 #[test]
 fn a_system_on_several_file_systems_becomes_one_image_without_its_secrets() {
     let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(env!("CARGO_BIN_EXE_imgutil"), dir.path(), PLANT);
     let excluded = dir.path().join("exclude");
-    std::fs::write(&excluded, "/home/op/large\n").unwrap();
-    let target = dir.path().join("target").display().to_string();
-    let output = capture(dir.path(), &target, &["--exclude", excluded.to_str().unwrap()]);
-    assert!(output.status.success(), "{}", said(&output));
-    assert!(said(&output).contains("private keys were left out: /var/lib/app/tls.pem"), "{}", said(&output));
-    let (image, key) = (dir.path().join("node.moor"), dir.path().join("node.key"));
-    run(&["verify"], &image, &key);
+    std::fs::write(&excluded, "/home/op/large\n/no/such/file\n").unwrap();
+    let ran = capture(&node, &node.target(), &["--exclude", excluded.to_str().unwrap()]).good();
+    assert!(ran.stderr.contains("patterns that match nothing: /no/such/file"), "{}", ran.stderr);
+    assert_eq!(names(&dir.path().join("out")), ["node.key", "node.moor"]);
+    let results = Results::of(dir.path());
+    results.imgutil(&["verify"]);
 
-    let inspection: Value = serde_json::from_slice(&run(&["inspect", "--json"], &image, &key).stdout).unwrap();
+    let inspection: Value = serde_json::from_str(&results.imgutil(&["inspect", "--json"]).stdout).unwrap();
     let filesystems = inspection["metadata"]["filesystems"].as_array().unwrap();
     let mounts: Vec<&str> = filesystems.iter().map(|part| part["mount"].as_str().unwrap()).collect();
     assert_eq!(mounts, ["/", "/home", "/var"], "{inspection:#}");
@@ -153,10 +108,8 @@ fn a_system_on_several_file_systems_becomes_one_image_without_its_secrets() {
     }
     assert_eq!(inspection["metadata"]["os"], "debian-12");
 
-    let out = dir.path().join("out");
-    let unpacked =
-        Command::new(imgutil()).arg("unpack").arg(&image).arg(&out).arg("--key-file").arg(&key).output().unwrap();
-    assert!(unpacked.status.success(), "{}", said(&unpacked));
+    results.unpack();
+    let out = &results.tree;
     for planted in PLANTED {
         assert!(std::fs::symlink_metadata(out.join(planted)).is_err(), "'{planted}' is in the image");
     }
@@ -186,43 +139,74 @@ fn a_system_on_several_file_systems_becomes_one_image_without_its_secrets() {
     }
 }
 
+/// Keys where no rule removes them: in a small file, behind a megabyte of holes and text, by a name, and one that a package has shipped
+/// and somebody has changed.
+const KEYS: &str = r#"
+mkdir -p etc/app var/lib/app usr/share/doc/example
+cp "$D/planted" etc/app/tls.key
+(cat "$D/planted"; head -c 2000000 /dev/zero | tr '\0' '#') > var/lib/app/large
+truncate -s 500K home/op/backup
+cat "$D/planted" >> home/op/backup
+truncate -s 3M home/op/backup
+echo store > home/op/login.kdbx
+cp "$D/planted" usr/share/doc/example/key.pem
+echo '00000000000000000000000000000000  usr/share/doc/example/key.pem' > var/lib/dpkg/info/example.md5sums
+"#;
+
+#[test]
+fn a_node_with_a_private_key_left_is_refused_until_the_user_has_decided() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(env!("CARGO_BIN_EXE_imgutil"), dir.path(), KEYS);
+    let all = ["/etc/app/tls.key", "/var/lib/app/large", "/home/op/backup", "/home/op/login.kdbx"];
+    let example = "/usr/share/doc/example/key.pem";
+    let refused = |more: &[&str], keys: &[&str]| {
+        let ran = capture(&node, &node.target(), more);
+        assert_eq!(ran.status, 1, "{}{}", ran.stdout, ran.stderr);
+        let error = ran.stderr.lines().find(|line| line.starts_with("imgutil: error: ")).unwrap_or_default().to_owned();
+        for part in
+            ["cannot capture 'node': the node holds ", "leave it out with --exclude, or allow it with --allow-key PATH"]
+        {
+            assert!(error.contains(part), "'{part}' is missing in: {}", ran.stderr);
+        }
+        for key in all.iter().chain([&example]) {
+            assert_eq!(error.contains(&format!("'{key}' (")), keys.contains(key), "{key}: {error}");
+        }
+        assert_eq!(node.left_here(), Vec::<String>::new());
+    };
+    // Those on every file system are named at once.
+    refused(&[], &[&all[..], &[example]].concat());
+    // The user leaves some out and allows others; one is left.
+    let excluded = dir.path().join("exclude");
+    std::fs::write(&excluded, "/home/op/backup\n*.kdbx\n").unwrap();
+    let decided =
+        ["--exclude", excluded.to_str().unwrap(), "--allow-key", "/etc/app/*.key", "--allow-key", "/var/lib/app/large"];
+    refused(&decided, &[example]);
+    let allowed = [&decided[..], &["--allow-key", example]].concat();
+    capture(&node, &node.target(), &allowed).good();
+    let results = Results::of(dir.path());
+    results.unpack();
+    let planted = std::fs::read(dir.path().join("planted")).unwrap();
+    for (name, length) in [("etc/app/tls.key", planted.len()), ("var/lib/app/large", planted.len() + 2_000_000)] {
+        let bytes = std::fs::read(results.tree.join(name)).unwrap();
+        assert!(bytes.starts_with(&planted) && bytes.len() == length, "{name}");
+    }
+    assert!(!results.tree.join("home/op/backup").exists() && !results.tree.join("home/op/login.kdbx").exists());
+}
+
 #[test]
 fn a_capture_that_fails_says_why_and_leaves_neither_image_nor_key() {
     let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(env!("CARGO_BIN_EXE_imgutil"), dir.path(), "");
     for (root, reason) in
         [("/nowhere", "nothing is mounted at '/nowhere'"), ("relative", "'relative' is no absolute path")]
     {
-        let output = capture(dir.path(), root, &[]);
-        assert_eq!(output.status.code(), Some(1), "{}", said(&output));
-        assert!(
-            said(&output).contains("cannot capture 'node': ") && said(&output).contains(reason),
-            "{}",
-            said(&output)
-        );
-        let left: Vec<_> = std::fs::read_dir(dir.path())
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .filter(|name| name.starts_with("node.") || name.starts_with(".node"))
-            .collect();
-        assert_eq!(left, Vec::<String>::new());
-        for entry in std::fs::read_dir(dir.path()).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_file() { std::fs::remove_file(path).unwrap() } else { std::fs::remove_dir_all(path).unwrap() }
-        }
+        capture(&node, root, &[]).one_line_error(1, &["cannot capture 'node': ", reason]);
+        assert_eq!(node.left_here(), Vec::<String>::new());
     }
+    // Nobody listens there.
     let config = dir.path().join("ssh_config");
     std::fs::write(&config, "Host node\n  HostName 127.0.0.1\n  Port 1\n  BatchMode yes\n").unwrap();
-    let (image, key) = (dir.path().join("node.moor"), dir.path().join("node.key"));
-    let output = Command::new(imgutil())
-        .args(["capture", "node", "--ssh-config"])
-        .arg(&config)
-        .arg("-o")
-        .arg(&image)
-        .arg("--key-file")
-        .arg(&key)
-        .output()
-        .unwrap();
-    assert!(!output.status.success() && said(&output).contains("cannot capture 'node'"), "{}", said(&output));
-    assert!(said(&output).contains("ssh failed: "), "{}", said(&output));
-    assert!(!image.exists() && !key.exists());
+    let reasons = ["cannot capture 'node': ssh failed: ", "port 1: Connection refused"];
+    capture(&node, &node.target(), &[]).one_line_error(1, &reasons);
+    assert_eq!(node.left_here(), Vec::<String>::new());
 }

@@ -234,6 +234,21 @@ mod tests {
     }
 
     #[test]
+    fn subvolumes_that_nobody_has_mounted_are_named() {
+        let last = "257\t9\t5\t\t<FS_TREE>/snapshots\n";
+        let further =
+            "258\t9\t256\t\tdata/inner\n259\t9\t5\t\t<FS_TREE>/database\n260\t9\t257\t\t<FS_TREE>/snapshots/of today\n";
+        let more = ANSWER.replace(last, &format!("{last}{further}"));
+        assert_ne!(more, ANSWER);
+        for (answer, expected) in [(ANSWER, &[][..]), (&more, &["/srv/inner"])] {
+            let survey = Survey::parse(answer).expect("parses");
+            let found = survey.unmounted_subvolumes(&survey.captured("/").expect("is captured"));
+            let expected: Vec<_> = expected.iter().map(std::path::PathBuf::from).collect();
+            assert_eq!(found.into_iter().collect::<Vec<_>>(), expected);
+        }
+    }
+
+    #[test]
     fn an_answer_that_is_cut_off_is_refused() {
         let cut = ANSWER.trim_end().strip_suffix("=== end").expect("ends");
         assert!(Survey::parse(cut).is_err());

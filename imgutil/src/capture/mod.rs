@@ -1,26 +1,34 @@
 //! `capture`: makes an image of a node's own disks, over ssh.
 //!
 //! [`node`] is the way to the node and runs nothing there but sh, lsblk, findmnt and tar; [`survey`] parses what it says of itself,
-//! [`layout`] puts that into the image's metadata; [`tar`] reads a file system's files as they arrive, [`stream`] makes a squashfs of them
-//! and leaves out what is secret or one machine's, [`tree`] holds their names meanwhile. Each file system becomes a part of one sealed image.
+//! [`layout`] puts that into the image's metadata; [`stream`] makes a squashfs of a file system's files as they arrive and leaves out what
+//! is secret or one machine's, [`guard`] looks for private keys in the rest, [`tree`] holds their names meanwhile. Each file system becomes a part of one sealed image.
 //! Nothing is staged: what arrives is compressed and sealed at once, and the key stays here.
 
+mod guard;
 mod layout;
 mod node;
 mod stream;
 mod survey;
 mod tree;
 
+use crate::boot_files::{self, BootFiles};
 use crate::files::{Existing, NewFile};
 use crate::key_file::NewKeyFile;
+use crate::pack::{Parcel, ProfileOptions, Server, Upload};
 use crate::progress::Progress;
 use crate::scrub::{LeftOut, View, ViewOptions};
+use crate::unpack::SquashfsIn;
 use anyhow::{Context as _, Result, bail};
+use guard::Guard;
 use layout::Layout;
-use moor_image::{Dek, Filesystem, Metadata, Payload, SealOptions, Sealed, Sealer};
+use moor_api::admin::{ImageView, ProfileView};
+use moor_api::ids::ImageName;
+use moor_image::{Dek, Filesystem, Image, Metadata, OpenOptions, Payload, SealOptions, Sealed, Sealer};
 use node::Node;
 use std::collections::BTreeMap;
-use std::io::{Read, Seek, Write};
+use std::fs::File;
+use std::io::{Cursor, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 use stream::Place;
@@ -30,7 +38,7 @@ use uuid::Uuid;
 /// Parts begin at a multiple of this.
 const ALIGNMENT: u64 = 1 << 20;
 
-/// What to capture, and where to.
+/// What to capture, and how.
 #[derive(Debug)]
 pub struct Options {
     /// The node as ssh knows it.
@@ -39,16 +47,21 @@ pub struct Options {
     pub ssh_config: Option<PathBuf>,
     /// Root of the system on the node; another than `/` where a rescue system has it mounted.
     pub root: String,
-    /// Name of the image in its metadata.
-    pub name: String,
-    /// The image; an old one of this name is replaced.
-    pub image: PathBuf,
-    /// Its key's file, which must not exist.
-    pub key_file: PathBuf,
     /// zstd level, 1 to 22.
     pub level: u32,
     /// Patterns of what is left out besides.
     pub exclude: Vec<Vec<u8>>,
+    /// Patterns of files that may hold a private key.
+    pub allow_keys: Vec<Vec<u8>>,
+}
+
+/// What the image is to be.
+struct Wanted {
+    name: String,
+    lineage: Uuid,
+    serial: u64,
+    /// Whether nodes are to boot it: it needs a kernel and an initramfs.
+    boots: bool,
 }
 
 /// What was captured.
@@ -64,39 +77,81 @@ pub struct Captured {
     pub notes: Vec<String>,
 }
 
-/// Captures a node. On failure neither image nor key is there.
-pub fn capture(options: &Options) -> Result<Captured> {
+/// Captures a node into the file `image`; an old one of this name is replaced. Its key goes to `key_file`, which must not exist. On
+/// failure neither is there.
+pub fn capture_to_files(options: &Options, name: String, image: &Path, key_file: &Path) -> Result<Captured> {
     let key = Dek::generate()?;
-    let key_file = NewKeyFile::create(&options.key_file, &key)?;
-    let image = NewFile::create(&options.image, 0o644)?;
+    let key_file = NewKeyFile::create(key_file, &key)?;
+    let image = NewFile::create(image, 0o644)?;
     let out = image.file().try_clone().context("cannot use the image file twice")?;
-    let node = Node::new(&options.node, options.ssh_config.as_deref())?;
-    let captured = run(&node, options, out, key).with_context(|| format!("cannot capture '{}'", options.node))?;
+    let wanted = Wanted { name, lineage: Uuid::new_v4(), serial: 1, boots: false };
+    let (_, captured) = capture(options, wanted, out, key)?;
     let key_file = key_file.appear()?;
     image.appear(Existing::Replace)?;
     key_file.keep();
     Ok(captured)
 }
 
-fn run<W: Read + Write + Seek>(node: &Node, options: &Options, out: W, key: Dek) -> Result<Captured> {
+/// Captures a node and imports that as the next generation of the image `name`, with the kernel and the initramfs that are in it. Only a
+/// nameless sealed file is made here.
+pub fn capture_to_server(
+    options: &Options,
+    name: &ImageName,
+    server: &Server,
+    profile: &ProfileOptions,
+) -> Result<(Captured, ImageView, Option<ProfileView>)> {
+    let upload = Upload::begin(server, name, profile)?;
+    let wanted = Wanted { name: name.to_string(), lineage: upload.lineage, serial: upload.serial, boots: true };
+    let key = Dek::generate()?;
+    let (sealed, captured) = capture(options, wanted, Upload::staging()?, key.clone())?;
+    let boot_files = boot_files_of(&sealed, &key)?;
+    let measured = |bytes: Vec<u8>| {
+        let length = bytes.len() as u64;
+        (Cursor::new(bytes), length)
+    };
+    let (kernel, initramfs) = (measured(boot_files.kernel), measured(boot_files.initramfs));
+    let (view, published) = upload.send(Parcel { sealed, key: Some(key), kernel, initramfs })?;
+    Ok((captured, view, published))
+}
+
+/// Takes kernel and initramfs out of an image that was captured.
+fn boot_files_of(sealed: &File, key: &Dek) -> Result<BootFiles> {
+    let options = OpenOptions { key: Some(key.clone()), ..OpenOptions::default() };
+    let read = || {
+        let image = Image::open(sealed.try_clone()?, &options)?;
+        boot_files::read(SquashfsIn::all(image, Path::new("the captured image"))?)
+    };
+    read().context("cannot take kernel and initramfs out of what was captured")
+}
+
+fn capture<W: Read + Write + Seek>(options: &Options, wanted: Wanted, out: W, key: Dek) -> Result<(W, Captured)> {
+    run(options, wanted, out, key).with_context(|| format!("cannot capture '{}'", options.node))
+}
+
+fn run<W: Read + Write + Seek>(options: &Options, wanted: Wanted, out: W, key: Dek) -> Result<(W, Captured)> {
     if !options.root.starts_with('/') {
         bail!("'{}' is no absolute path", options.root);
     }
+    let node = Node::connect(&options.node, options.ssh_config.as_deref())?;
     let survey = Survey::parse(&node.ask(survey::SCRIPT, &[&options.root])?)?;
     let found = survey.captured(&options.root)?;
+    if wanted.boots {
+        boot_files::choose(&survey.boot)?;
+    }
     let created = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")?.as_secs();
     let mut sealer = Sealer::new(
         out,
         SealOptions {
-            lineage: *Uuid::new_v4().as_bytes(),
-            serial: 1,
+            lineage: *wanted.lineage.as_bytes(),
+            serial: wanted.serial,
             created,
             chunk_log2: 16,
             payload: Payload::Set,
             key: Some(key),
         },
     )?;
-    let view = ViewOptions { scrub: true, exclude: options.exclude.clone(), ..ViewOptions::default() };
+    let view = ViewOptions { scrub: true, exclude: options.exclude.clone(), allow_keys: options.allow_keys.clone() };
+    let mut guard = Guard::new(&node, &options.root, &view)?;
     let mut view = View::new(&view)?;
     let mut filesystems = Vec::new();
     let mut inodes = Vec::new();
@@ -106,15 +161,16 @@ fn run<W: Read + Write + Seek>(node: &Node, options: &Options, out: W, key: Dek)
         let progress = Progress::new("capturing");
         progress.total(mount.used.as_ref().map_or(0, survey::Number::value));
         let (input, running) = node.read_files(&mount.target)?;
-        let mut to = Place { mount: place, view: &mut view, level: options.level, progress: &progress };
+        let mut to =
+            Place { mount: place, view: &mut view, guard: &mut guard, level: options.level, progress: &progress };
         let written = stream::squash(input, sealer, &mut to);
         let ended = running.wait()?;
         // What broke the connection explains what came of it better than what came.
         let (back, part) = match (written, ended.status) {
             (Ok(written), Some(0 | 1)) => written,
-            (Ok(_), _) => bail!("'{place}': {}", ended.reason()),
+            (Ok(_), _) => bail!("'{place}': {}", node.reason(&ended)),
             (Err(error), Some(0 | 1)) => return Err(error.context(format!("in the file system '{place}'"))),
-            (Err(error), _) => return Err(error.context(format!("'{place}': {}", ended.reason()))),
+            (Err(error), _) => return Err(error.context(format!("'{place}': {}", node.reason(&ended)))),
         };
         sealer = back;
         sealer.patch(offset, &part.superblock)?;
@@ -123,10 +179,6 @@ fn run<W: Read + Write + Seek>(node: &Node, options: &Options, out: W, key: Dek)
             notes.push(format!("files in '{place}' changed while they were read: {}", summary(&ended.said)));
         }
         note(&mut notes, "access control lists, which a squashfs cannot hold, were left out", &part.acls);
-        let (kept, masked): (Vec<PathBuf>, Vec<PathBuf>) =
-            part.keys.into_iter().partition(|path| path.starts_with("/usr"));
-        note(&mut notes, "private keys were left out", &masked);
-        note(&mut notes, "files that look like private keys were kept, because programs ship such", &kept);
         note(&mut notes, "other names of what was left out were left out too", &part.unlinked);
         filesystems.push(Filesystem {
             mount: place.clone(),
@@ -136,20 +188,30 @@ fn run<W: Read + Write + Seek>(node: &Node, options: &Options, out: W, key: Dek)
         });
         inodes.push((place.clone(), part.inodes));
     }
+    guard.finish()?;
+    let unmounted: Vec<PathBuf> = survey.unmounted_subvolumes(&found).into_iter().collect();
+    note(&mut notes, "btrfs subvolumes that are not mounted were left out", &unmounted);
     for swap in Layout::swaps(&survey) {
         // It has a place on the disk and nothing in the payload.
         let layout = swap.to_json()?;
         filesystems.push(Filesystem { mount: String::new(), offset: 0, length: 0, layout });
     }
-    let (_, sealed) = sealer.finish(|payload| metadata(options, &survey, filesystems, payload.sha256), None)?;
-    Ok(Captured { sealed, filesystems: inodes, left_out: view.finish(), notes })
+    let (out, sealed) =
+        sealer.finish(|payload| metadata(options, wanted.name, &survey, filesystems, payload.sha256), None)?;
+    Ok((out, Captured { sealed, filesystems: inodes, left_out: view.finish(), notes }))
 }
 
-fn metadata(options: &Options, survey: &Survey, filesystems: Vec<Filesystem>, sha256: [u8; 32]) -> Metadata {
+fn metadata(
+    options: &Options,
+    name: String,
+    survey: &Survey,
+    filesystems: Vec<Filesystem>,
+    sha256: [u8; 32],
+) -> Metadata {
     let mut packages = survey.packages.clone();
     packages.sort_unstable();
     Metadata {
-        name: options.name.clone(),
+        name,
         os: crate::pack::os_name(&survey.os_release),
         arch: survey.arch.clone(),
         kernel: crate::pack::newest_version(&survey.kernels).map(str::to_owned),

@@ -1,6 +1,7 @@
 //! From a stream of files to a squashfs: contents are written as they arrive, inodes when all are there. What does not belong into an
 //! image is left out on the way, wherever it is mounted.
 
+use super::guard::{Guard, Look};
 use super::tree::{self, Names, Tree};
 use crate::inodes::{self, Written};
 use crate::progress::Progress;
@@ -27,24 +28,24 @@ pub(super) struct Part {
     pub(super) inodes: u64,
     /// What a squashfs cannot hold.
     pub(super) acls: Vec<PathBuf>,
-    /// Private keys that were left out, and files like them that belong to the system's programs.
-    pub(super) keys: Vec<PathBuf>,
     /// Other names of what was left out.
     pub(super) unlinked: Vec<PathBuf>,
 }
 
 /// Whose files these are.
-pub(super) struct Place<'a> {
+pub(super) struct Place<'a, 'n> {
     /// Where the file system is mounted in its system.
     pub(super) mount: &'a str,
     /// What its system's image lacks; one for all file systems.
     pub(super) view: &'a mut View,
+    /// Once it has found a key, files are only looked at.
+    pub(super) guard: &'a mut Guard<'n>,
     pub(super) level: u32,
     pub(super) progress: &'a Progress,
 }
 
 /// Writes what comes from `input` to `out`.
-pub(super) fn squash<W: Write, R: Read>(input: R, out: W, place: &mut Place<'_>) -> Result<(W, Part)> {
+pub(super) fn squash<W: Write, R: Read>(input: R, out: W, place: &mut Place<'_, '_>) -> Result<(W, Part)> {
     let workers = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(64);
     let options = WriterOptions {
         compression: Compression::Zstd(place.level),
@@ -56,13 +57,13 @@ pub(super) fn squash<W: Write, R: Read>(input: R, out: W, place: &mut Place<'_>)
     let mut stream = Stream {
         writer: DataWriter::new(out, options)?,
         view: &mut *place.view,
+        guard: &mut *place.guard,
         progress: place.progress,
         mount: mount.to_owned(),
         places: HashMap::new(),
         left_out: HashSet::new(),
         known: HashMap::new(),
         buffer: vec![0; SMALL],
-        keys: Vec::new(),
         unlinked: Vec::new(),
     };
     stream.enter(mount);
@@ -76,11 +77,11 @@ pub(super) fn squash<W: Write, R: Read>(input: R, out: W, place: &mut Place<'_>)
     if tree.inodes.is_empty() {
         bail!("no file came");
     }
-    let Stream { writer, mount, keys, unlinked, .. } = stream;
+    let Stream { writer, mount, unlinked, .. } = stream;
     let acls = tree.acls.iter().map(|path| full(&mount, path)).collect();
     let (inodes, xattrs, contents) = tree.finish();
     let Written { out, superblock, length } = inodes::write(&inodes, &xattrs, &contents, writer.finish_data()?)?;
-    Ok((out, Part { superblock, length, inodes: inodes.len() as u64, acls, keys, unlinked }))
+    Ok((out, Part { superblock, length, inodes: inodes.len() as u64, acls, unlinked }))
 }
 
 /// What a stream that breaks off most likely means.
@@ -105,9 +106,10 @@ fn full(mount: &Path, parts: &[Vec<u8>]) -> PathBuf {
     path
 }
 
-struct Stream<'a, W: Write> {
+struct Stream<'a, 'n, W: Write> {
     writer: DataWriter<W>,
     view: &'a mut View,
+    guard: &'a mut Guard<'n>,
     progress: &'a Progress,
     mount: PathBuf,
     /// Directories that came, as the patterns see them.
@@ -116,11 +118,10 @@ struct Stream<'a, W: Write> {
     left_out: HashSet<Names>,
     known: HashMap<[u8; 32], ContentId>,
     buffer: Vec<u8>,
-    keys: Vec<PathBuf>,
     unlinked: Vec<PathBuf>,
 }
 
-impl<W: Write> Stream<'_, W> {
+impl<W: Write> Stream<'_, '_, W> {
     /// Goes down to the mount point, as the patterns see it: a rule for /var/log counts on a file system of its own too.
     fn enter(&mut self, mount: &Path) {
         let mut place = self.view.root();
@@ -172,17 +173,16 @@ impl<W: Write> Stream<'_, W> {
             (None, _) => None,
             _ if verdict == scrub::Verdict::Empty => Some(self.store(&[])?),
             (Some(_), Some(bytes)) => {
-                if self.holds_key(&path, &bytes) {
-                    return Ok(());
-                }
-                Some(self.store(&bytes)?)
+                self.guard.look(&path, &bytes).with_context(context)?;
+                if self.guard.refuses() { None } else { Some(self.store(&bytes)?) }
             }
-            (Some(size), None) => match self.pass_on(reader, size, &path).with_context(context)? {
-                Some(content) => Some(content),
-                None => return Ok(()),
-            },
+            (Some(size), None) => self.pass_on(reader, size, &path).with_context(context)?,
         };
         self.progress.advance(size.unwrap_or(0));
+        if size.is_some() && content.is_none() {
+            // There is no image any more, only a list of keys.
+            return Ok(());
+        }
         if !tree.add(names, entry, content).with_context(context)? {
             self.unlinked.push(path);
         }
@@ -205,31 +205,16 @@ impl<W: Write> Stream<'_, W> {
         Ok(content)
     }
 
-    /// Whether a file is to be left out because its first bytes are a private key. Below /usr lies what programs ship.
-    fn holds_key(&mut self, path: &Path, bytes: &[u8]) -> bool {
-        let found = scrub::find_key(bytes).is_some();
-        if found {
-            self.keys.push(path.to_owned());
-        }
-        found && !path.starts_with("/usr")
-    }
-
-    /// Stores a large file as it comes, unless its first bytes are a private key.
+    /// Stores a large file as it comes, unless there is no image to store it in.
     fn pass_on<R: Read>(&mut self, reader: &mut Reader<R>, size: u64, path: &Path) -> Result<Option<ContentId>> {
         let zeros = vec![0; SMALL];
         let mut buffer = std::mem::take(&mut self.buffer);
-        let (mut content, mut left_out) = (None, false);
+        let mut look = Look::at(path);
+        let content = if self.guard.refuses() { None } else { Some(self.writer.begin_file(size)?) };
         let passed = reader.pieces(&mut buffer, |piece| {
-            if let (None, Piece::Data(bytes)) = (content, piece) {
-                left_out = left_out || self.holds_key(path, bytes);
-            }
-            if left_out {
-                return Ok(());
-            }
-            if content.is_none() {
-                content = Some(self.writer.begin_file(size)?);
-            }
+            self.guard.pass(&mut look, piece);
             match piece {
+                _ if content.is_none() => {}
                 Piece::Data(bytes) => self.writer.append(bytes)?,
                 Piece::Hole(mut length) => {
                     while length > 0 {
@@ -246,6 +231,7 @@ impl<W: Write> Stream<'_, W> {
         if content.is_some() {
             self.writer.end_file()?;
         }
+        self.guard.passed(look)?;
         Ok(content)
     }
 }

@@ -4,6 +4,7 @@ use anyhow::{Context as _, Result, bail};
 use moor_image::Package;
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
 /// The script that asks.
 pub(super) const SCRIPT: &str = include_str!("survey.sh");
@@ -85,6 +86,8 @@ pub(super) struct Survey {
     pub(super) blocks: Vec<Block>,
     pub(super) packages: Vec<Package>,
     pub(super) kernels: Vec<String>,
+    /// Names in /boot.
+    pub(super) boot: Vec<String>,
     /// First sector by kernel name.
     pub(super) starts: BTreeMap<String, u64>,
     /// Fields of each logical volume by `VG/LV`.
@@ -121,6 +124,7 @@ impl Survey {
             blocks: devices.blockdevices,
             packages: lines("packages").into_iter().filter_map(package).collect(),
             kernels: lines("kernels").into_iter().map(str::to_owned).collect(),
+            boot: lines("boot").into_iter().map(str::to_owned).collect(),
             starts: lines("starts")
                 .into_iter()
                 .filter_map(|line| {
@@ -171,6 +175,31 @@ impl Survey {
                 }
             }
         }
+    }
+
+    /// Where subvolumes lie in file systems that are captured without being mounted, so that nobody sees them as file systems: their
+    /// contents are not captured.
+    pub(super) fn unmounted_subvolumes(&self, captured: &[(String, &Mount)]) -> BTreeSet<PathBuf> {
+        let btrfs = || captured.iter().filter(|(_, mount)| mount.fstype == "btrfs");
+        let mut found = BTreeSet::new();
+        for (place, mount) in btrfs() {
+            let root = mount.fsroot.as_deref().unwrap_or("/").trim_end_matches('/');
+            let lines = self.details.get(&format!("btrfs {}", mount.target)).into_iter().flatten();
+            // Numbers in columns, then the path from the top of the file system, behind a word if it is not right below the mount.
+            for path in lines
+                .filter(|line| line.starts_with(|c: char| c.is_ascii_digit()))
+                .filter_map(|line| line.rsplit('\t').next())
+            {
+                let path = format!("/{}", path.strip_prefix("<FS_TREE>/").unwrap_or(path));
+                let Some(below) = path.strip_prefix(root).and_then(|rest| rest.strip_prefix('/')) else { continue };
+                let is_captured = btrfs()
+                    .any(|(_, other)| other.source == mount.source && other.fsroot.as_deref() == Some(path.as_str()));
+                if !is_captured {
+                    found.insert(Path::new(place).join(below));
+                }
+            }
+        }
+        found
     }
 }
 

@@ -42,7 +42,8 @@ fi
 if has btrfs; then
     findmnt --noheadings --list --types btrfs --output TARGET | sort -u | while read -r mount; do
         section "btrfs $mount"
-        btrfs subvolume list -t "$mount" 2> /dev/null
+        # All of the file system, by their paths from its top.
+        btrfs subvolume list -a -t "$mount" 2> /dev/null
         btrfs filesystem df "$mount" 2> /dev/null
     done
 fi
@@ -54,4 +55,6 @@ elif has rpm; then
 fi
 section kernels
 ls "$root/lib/modules" 2> /dev/null
+section boot
+ls "$root/boot" 2> /dev/null
 section end

@@ -1,10 +1,11 @@
 //! `imgutil capture`.
 
-use crate::capture::{self, Captured, Options};
-use crate::cmd::printable;
+use crate::capture::{Captured, Options, capture_to_files, capture_to_server};
+use crate::cmd::{printable, warn_of_unmatched};
+use crate::pack::{ProfileOptions, Server};
 use crate::progress::bytes_text;
 use crate::scrub;
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use moor_api::ids::ImageName;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,23 +14,38 @@ use std::process::ExitCode;
 ///
 /// Nothing is installed or written on the node; it needs ssh as root, sh, lsblk, findmnt and GNU tar. What arrives is compressed and
 /// sealed at once, without a plaintext file, and the key stays here. Secrets, logs, caches and what belongs to one machine are left out,
-/// on whatever file system they lie. Files that change meanwhile are captured as they were read: stop what writes much.
+/// on whatever file system they lie; a private key in any other place is an error that names it. Files that change meanwhile are captured as they were read: stop what writes much.
+///
+/// With -o the image and its key become files. With PROFILE they go to the server as the next generation of the image of that name,
+/// together with the kernel and the initramfs that the node has in /boot.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example: imgutil capture n17.cluster -o n17.moor --key-file n17.key")]
+#[command(
+    after_help = "Examples:\n  imgutil capture n17.cluster -o n17.moor --key-file n17.key\n  imgutil capture n17.cluster compute -b debian-diskless"
+)]
+#[command(group = clap::ArgGroup::new("where").required(true).args(["output", "profile"]))]
 pub struct Args {
     /// The node, as ssh knows it.
     node: String,
+    /// Name of the image on the server, instead of -o.
+    profile: Option<ImageName>,
+    /// Also make the profile PROFILE for this image and publish it, with the settings and scripts of BASE: a shipped profile, or
+    /// another one that is there.
+    #[arg(short, long, value_name = "BASE", requires = "profile")]
+    base: Option<String>,
+    /// Also publish the profile PROFILE, so that nodes get this image at their next boot.
+    #[arg(long, requires = "profile")]
+    publish: bool,
     /// Where the image goes; an old one of this name is replaced.
-    #[arg(short, long, value_name = "FILE.moor")]
-    output: PathBuf,
+    #[arg(short, long, value_name = "FILE.moor", requires = "key_file")]
+    output: Option<PathBuf>,
     /// Where the image's new key goes (mode 0600); it must not exist yet.
-    #[arg(long, value_name = "KEY")]
-    key_file: PathBuf,
+    #[arg(long, value_name = "KEY", conflicts_with = "profile")]
+    key_file: Option<PathBuf>,
     /// The system to capture, where it is mounted on the node: another than / on a rescue system.
     #[arg(long, value_name = "DIR", default_value = "/")]
     root: String,
     /// Name in the metadata; by default the node's.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "profile")]
     name: Option<ImageName>,
     /// zstd level: 9 is the measured knee.
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..=22))]
@@ -37,9 +53,14 @@ pub struct Args {
     /// Leave out what matches a pattern of this file, besides what is always left out.
     #[arg(long, value_name = "FILE")]
     exclude: Vec<PathBuf>,
+    /// Capture this file although it holds a private key; a pattern as in --exclude.
+    #[arg(long, value_name = "PATH")]
+    allow_key: Vec<String>,
     /// In the place of ~/.ssh/config.
     #[arg(long, value_name = "FILE")]
     ssh_config: Option<PathBuf>,
+    #[command(flatten)]
+    server: Server,
 }
 
 /// Runs it.
@@ -48,31 +69,55 @@ pub fn run(args: Args) -> Result<ExitCode> {
     for file in &args.exclude {
         exclude.extend(scrub::read_patterns(file)?);
     }
-    let name = match args.name {
-        Some(name) => name.to_string(),
-        None => args
-            .node
-            .rsplit('@')
-            .next()
-            .unwrap_or_default()
-            .parse::<ImageName>()
-            .map_or("captured".into(), |name| name.to_string()),
-    };
     let options = Options {
         node: args.node,
         ssh_config: args.ssh_config,
         root: args.root,
-        name,
-        image: args.output,
-        key_file: args.key_file,
         level: args.level,
         exclude,
+        allow_keys: args.allow_key.iter().map(|pattern| pattern.as_bytes().to_vec()).collect(),
     };
-    summary(&options, &capture::capture(&options)?);
+    if let Some(profile) = &args.profile {
+        let of_profile = ProfileOptions { base: args.base, publish: args.publish };
+        let (captured, view, published) = capture_to_server(&options, profile, &args.server, &of_profile)?;
+        say(&captured);
+        println!(
+            "{}: serial {}, digest {}, {}: {}",
+            view.name,
+            view.serial,
+            view.digest,
+            bytes_text(view.size),
+            filesystems(&captured)
+        );
+        match published {
+            Some(profile) => println!("profile {}: @{} published", profile.name, profile.serial),
+            None => println!("nodes get it with `moor profile publish {profile}` (or --publish)"),
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let image = args.output.as_deref().context("name the image's file with -o, or a profile")?;
+    let key_file = args.key_file.as_deref().context("name the key's file with --key-file")?;
+    let name = args.name.map_or_else(|| name_of(&options.node), |name| name.to_string());
+    let captured = capture_to_files(&options, name, image, key_file)?;
+    say(&captured);
+    println!(
+        "{}: digest {}, {}: {}",
+        image.display(),
+        hex::encode(captured.sealed.digest),
+        bytes_text(captured.sealed.size),
+        filesystems(&captured)
+    );
     Ok(ExitCode::SUCCESS)
 }
 
-fn summary(options: &Options, captured: &Captured) {
+/// The node's name without the user's, if that is one for an image.
+fn name_of(node: &str) -> String {
+    let name = node.rsplit('@').next().unwrap_or_default().parse::<ImageName>();
+    name.map_or_else(|_| "captured".to_owned(), |name| name.to_string())
+}
+
+/// Says on standard error what was left out, and what else a reader of the image should know.
+fn say(captured: &Captured) {
     for note in &captured.notes {
         eprintln!("imgutil: warning: {}", printable(note));
     }
@@ -80,13 +125,10 @@ fn summary(options: &Options, captured: &Captured) {
     if !left_out.is_empty() {
         eprintln!("imgutil: left out: {left_out}");
     }
-    let filesystems: Vec<String> =
-        captured.filesystems.iter().map(|(place, inodes)| format!("{} ({inodes} inodes)", printable(place))).collect();
-    println!(
-        "{}: digest {}, {}: {}",
-        options.image.display(),
-        hex::encode(captured.sealed.digest),
-        bytes_text(captured.sealed.size),
-        filesystems.join(", ")
-    );
+    warn_of_unmatched(&captured.left_out);
+}
+
+fn filesystems(captured: &Captured) -> String {
+    let each = captured.filesystems.iter().map(|(place, inodes)| format!("{} ({inodes} inodes)", printable(place)));
+    each.collect::<Vec<_>>().join(", ")
 }

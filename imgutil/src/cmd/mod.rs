@@ -16,6 +16,8 @@ pub mod verify;
 
 pub use cli::Cli;
 
+use crate::scrub::LeftOut;
+
 /// An error and its causes as one line that a terminal can take: a cause that the message before it ends with is not said
 /// twice, and control characters (a file name may have any) are escaped.
 #[must_use]
@@ -45,6 +47,14 @@ fn is_full_disk(cause: &(dyn std::error::Error + 'static)) -> bool {
         (None, None) => return false,
     };
     matches!(kind, ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
+}
+
+/// Says on standard error which of the user's patterns are of no use: a mistyped one leaves in what was to be left out.
+pub(crate) fn warn_of_unmatched(left_out: &LeftOut) {
+    if !left_out.unmatched.is_empty() {
+        let patterns: Vec<String> = left_out.unmatched.iter().map(|pattern| printable(pattern)).collect();
+        eprintln!("imgutil: warning: patterns that match nothing: {}", patterns.join(" "));
+    }
 }
 
 /// Text with its control characters escaped.

@@ -1,6 +1,6 @@
 //! `imgutil pack`.
 
-use crate::cmd::printable;
+use crate::cmd::{printable, warn_of_unmatched};
 use crate::pack::{
     Destination, Labels, PackOptions, Packed, ProfileOptions, Server, SquashOptions, Warnings, pack_to_files,
     pack_to_server,
@@ -241,10 +241,7 @@ fn left_out(packed: &Packed) {
     if !summary.is_empty() {
         eprintln!("imgutil: scrubbed: {summary} (each path: --json; keep all: --no-scrub)");
     }
-    if !left_out.unmatched.is_empty() {
-        let patterns: Vec<String> = left_out.unmatched.iter().map(|pattern| printable(pattern)).collect();
-        eprintln!("imgutil: warning: patterns that match nothing: {}", patterns.join(" "));
-    }
+    warn_of_unmatched(left_out);
     if !left_out.excluded.is_empty() {
         eprintln!("imgutil: excluded {} files and directories", left_out.excluded.len());
     }

@@ -57,9 +57,8 @@ pub(super) fn boot_files(root: BorrowedFd<'_>) -> Result<BootFiles> {
         bail!("the tree has no kernel (boot/vmlinuz-*): install one, for example with `imgutil exec`");
     };
     let kernel = in_root::open(root, &format!("boot/vmlinuz-{release}"))?;
-    // As initramfs-tools, dracut on EL, and dracut on SUSE name it.
     let mut initramfs = None;
-    for name in [format!("initrd.img-{release}"), format!("initramfs-{release}.img"), format!("initrd-{release}")] {
+    for name in initramfs_names(release) {
         if initramfs.is_none() {
             initramfs = in_root::open(root, &format!("boot/{name}"))?;
         }
@@ -108,6 +107,11 @@ pub(super) fn boot_loaders(root: BorrowedFd<'_>) -> Result<Option<[(String, File
         }
     }
     Ok(None)
+}
+
+/// How an initramfs of a kernel is called in /boot: by initramfs-tools, by dracut on EL, and by dracut on SUSE.
+pub(crate) fn initramfs_names(release: &str) -> [String; 3] {
+    [format!("initrd.img-{release}"), format!("initramfs-{release}.img"), format!("initrd-{release}")]
 }
 
 /// The release of the newest kernel among the names in /boot.

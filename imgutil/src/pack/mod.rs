@@ -11,11 +11,12 @@ mod selinux;
 mod squash;
 mod upload;
 
-pub(crate) use describe::{newest_kernel, newest_version, os_name};
+pub(crate) use describe::{initramfs_names, newest_kernel, newest_version, os_name};
 pub(crate) use image::signature_path;
 pub use image::{Destination, PackOptions, Packed, pack_to_files};
 pub(crate) use look::look_at_tree;
 pub use scan::Warnings;
 pub use selinux::Labels;
 pub use squash::{SquashOptions, Squashed, squash};
+pub(crate) use upload::{Parcel, Upload};
 pub use upload::{ProfileOptions, Server, pack_to_server};

@@ -46,6 +46,89 @@ pub struct ProfileOptions {
     pub publish: bool,
 }
 
+/// The way of an image to a server, asked before the long work: whether it answers, and where its generations and profiles stand.
+pub(crate) struct Upload<'a> {
+    runtime: tokio::runtime::Runtime,
+    server: &'a Server,
+    name: &'a ImageName,
+    profile: &'a ProfileOptions,
+    /// Of the image's generations.
+    pub(crate) lineage: Uuid,
+    /// Greater than that of the last one.
+    pub(crate) serial: u64,
+}
+
+/// What goes to a server: a sealed image, with the kernel and the initramfs that are in it.
+pub(crate) struct Parcel<K, I> {
+    pub(crate) sealed: File,
+    pub(crate) key: Option<Dek>,
+    /// With its length.
+    pub(crate) kernel: (K, u64),
+    pub(crate) initramfs: (I, u64),
+}
+
+impl<'a> Upload<'a> {
+    /// Asks the server for the image `name` and the profile of that name.
+    pub(crate) fn begin(server: &'a Server, name: &'a ImageName, profile: &'a ProfileOptions) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("cannot start the network runtime")?;
+        let (images, profiles) = runtime.block_on(async {
+            let mut client = connect(server).await?;
+            Ok::<_, anyhow::Error>((client.images().await?, client.profiles().await?))
+        })?;
+        let is_there = profiles.iter().any(|known| known.name.as_str() == name.as_str());
+        match &profile.base {
+            Some(base) if is_there => bail!(
+                "the profile '{name}' exists already, so it cannot be made from '{base}': leave out -b, and its next generation has this image"
+            ),
+            None if profile.publish && !is_there => {
+                bail!("there is no profile '{name}' to publish: make it with -b BASE, for example -b debian-diskless")
+            }
+            _ => {}
+        }
+        let last = images.iter().filter(|image| image.name == *name).max_by_key(|image| image.serial);
+        let lineage = last.map_or_else(Uuid::new_v4, |image| image.lineage);
+        let serial = last.map_or(1, |image| image.serial + 1);
+        Ok(Self { runtime, server, name, profile, lineage, serial })
+    }
+
+    /// A nameless file for the sealed image.
+    pub(crate) fn staging() -> Result<File> {
+        tempfile::tempfile().context("cannot make a temporary file for the sealed image")
+    }
+
+    /// Sends it, has it imported, and makes and publishes the profile as far as that is wanted.
+    pub(crate) fn send<K, I>(self, parcel: Parcel<K, I>) -> Result<(ImageView, Option<ProfileView>)>
+    where
+        K: Read + Send + 'static,
+        I: Read + Send + 'static,
+    {
+        let Self { runtime, server, name, profile, .. } = self;
+        let Parcel { mut sealed, key, kernel, initramfs } = parcel;
+        sealed.rewind().context("cannot read the sealed image again")?;
+        let length = sealed.metadata().context("cannot read the sealed image again")?.len();
+        runtime.block_on(async {
+            let mut client = connect(server).await?;
+            let kernel = send(&mut client, "the kernel", kernel).await?;
+            let initramfs = send(&mut client, "the initramfs", initramfs).await?;
+            let image = send(&mut client, "the image", (sealed, length)).await?;
+            let key = key.map(|key| key.to_hex().trim_end().to_owned());
+            let request = ImportImage { name: name.clone(), image, key, signatures: None, kernel, initramfs };
+            let view = client.import_image(&request).await;
+            if let Some(key) = request.key {
+                drop(Zeroizing::new(key));
+            }
+            let view = view.with_context(|| format!("cannot import the image '{name}'"))?;
+            let published = publish(&mut client, name, profile).await.with_context(|| {
+                format!("the image is there ({}), but not its profile; see `moor profile`", view.digest)
+            })?;
+            Ok((view, published))
+        })
+    }
+}
+
 /// Packs `tree` and imports it as the next generation of the image `name`.
 pub fn pack_to_server(
     tree: &Path,
@@ -55,59 +138,22 @@ pub fn pack_to_server(
     server: &Server,
     profile: &ProfileOptions,
 ) -> Result<(Packed, ImageView, Option<ProfileView>)> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start the network runtime")?;
     let root = scan::open_root(tree)?;
     let boot_files = describe::boot_files(root.as_fd())?;
-    // Asked before the long work: whether a server answers, and where its generations and profiles stand.
-    let (images, profiles) = runtime.block_on(async {
-        let mut client = connect(server).await?;
-        Ok::<_, anyhow::Error>((client.images().await?, client.profiles().await?))
-    })?;
-    let is_there = profiles.iter().any(|known| known.name.as_str() == name.as_str());
-    match &profile.base {
-        Some(base) if is_there => bail!(
-            "the profile '{name}' exists already, so it cannot be made from '{base}': leave out -b, and its next generation has this image"
-        ),
-        None if profile.publish && !is_there => {
-            bail!("there is no profile '{name}' to publish: make it with -b BASE, for example -b debian-diskless")
-        }
-        _ => {}
-    }
-    let last = images.iter().filter(|image| image.name == *name).max_by_key(|image| image.serial);
-    let options = PackOptions {
-        name: name.to_string(),
-        lineage: last.map_or_else(Uuid::new_v4, |image| image.lineage),
-        serial: last.map_or(1, |image| image.serial + 1),
-        squash,
-    };
+    let upload = Upload::begin(server, name, profile)?;
+    let options = PackOptions { name: name.to_string(), lineage: upload.lineage, serial: upload.serial, squash };
     let key = if encrypted { Some(Dek::generate()?) } else { None };
-    let sealed = tempfile::tempfile().context("cannot make a temporary file for the sealed image")?;
     let progress = Progress::new("packing");
-    let (mut sealed, packed) = seal(tree, sealed, key.clone(), &options, &progress)
+    let (sealed, packed) = seal(tree, Upload::staging()?, key.clone(), &options, &progress)
         .with_context(|| format!("cannot pack '{}' (set TMPDIR to a directory with room)", tree.display()))?;
     progress.finish("packed; sending it to the server");
-    sealed.rewind().context("cannot read the sealed image again")?;
-
-    let (view, published) = runtime.block_on(async {
-        let mut client = connect(server).await?;
-        let kernel = send(&mut client, "the kernel", boot_files.kernel).await?;
-        let initramfs = send(&mut client, "the initramfs", boot_files.initramfs).await?;
-        let image = send(&mut client, "the image", sealed).await?;
-        let key = key.map(|key| key.to_hex().trim_end().to_owned());
-        let request = ImportImage { name: name.clone(), image, key, signatures: None, kernel, initramfs };
-        let view = client.import_image(&request).await;
-        if let Some(key) = request.key {
-            drop(Zeroizing::new(key));
-        }
-        let view = view.with_context(|| format!("cannot import the image '{name}'"))?;
-        let published = publish(&mut client, name, profile).await.with_context(|| {
-            format!("the image is there ({}), but not its profile; see `moor profile`", view.digest)
-        })?;
-        Ok::<_, anyhow::Error>((view, published))
-    })?;
+    let measured = |what: &str, file: File| -> Result<(File, u64)> {
+        let length = file.metadata().with_context(|| format!("cannot send {what}"))?.len();
+        Ok((file, length))
+    };
+    let (kernel, initramfs) =
+        (measured("the kernel", boot_files.kernel)?, measured("the initramfs", boot_files.initramfs)?);
+    let (view, published) = upload.send(Parcel { sealed, key, kernel, initramfs })?;
     Ok((packed, view, published))
 }
 
@@ -152,21 +198,23 @@ fn read_token(path: &Path) -> Result<Zeroizing<String>> {
     Ok(text)
 }
 
-/// Sends a file, from where it stands to its end.
-async fn send(client: &mut AdminClient, what: &'static str, file: File) -> Result<Sha256Digest> {
-    let context = || format!("cannot send {what}");
-    let length = file.metadata().with_context(context)?.len();
+/// Sends all that comes from `reader`, which is as long as it is said to be.
+async fn send<R: Read + Send + 'static>(
+    client: &mut AdminClient,
+    what: &'static str,
+    (reader, length): (R, u64),
+) -> Result<Sha256Digest> {
     let progress = Arc::new(Progress::new("sending"));
     progress.total(length);
     let shown = Arc::clone(&progress);
     let mut before = 0;
     let added = client
-        .add_blob(file, move |sent| {
+        .add_blob(reader, move |sent| {
             shown.advance(sent - before);
             before = sent;
         })
         .await
-        .with_context(context)?;
+        .with_context(|| format!("cannot send {what}"))?;
     progress.finish(&format!("sent {what}"));
     if added.size != length {
         bail!("{what} changed while it was sent: try again");

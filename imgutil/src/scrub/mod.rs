@@ -1,15 +1,18 @@
 //! What of a tree does not go into an image: secrets, what belongs to one machine, what is left over, and what the user excludes.
 //!
 //! The tree itself is never changed: the packer looks at it through a [`View`]. Whether a private key is left is decided by what
-//! files hold ([`KeyGuard`]), while they are read to be packed.
+//! files hold ([`KeyGuard`], [`KeyRules`]), while they are read to be packed.
 
+mod guard;
 mod keys;
 mod md5;
 mod owned;
 mod pattern;
 mod rules;
 
-pub(crate) use keys::{BOUND as KEY_BOUND, find as find_key};
+pub(crate) use guard::{KeyGuard, KeyRules};
+pub(crate) use keys::BOUND as KEY_BOUND;
+pub(crate) use owned::FILE as OWNED_BOUND;
 pub use owned::Owned;
 pub use pattern::PatternError;
 pub use rules::{Action, Category, RULES, Rule};
@@ -17,10 +20,7 @@ pub use rules::{Action, Category, RULES, Rule};
 use anyhow::{Context as _, Result, bail};
 use pattern::{Patterns, Place};
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
 use std::fmt::Write as _;
-use std::os::fd::BorrowedFd;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 /// What the user wants left out or kept.
@@ -213,76 +213,6 @@ impl View {
         self.left_out.unmatched =
             self.excluded_by.into_iter().filter(|(_, used)| !used).map(|(pattern, _)| pattern).collect();
         self.left_out
-    }
-}
-
-/// Looks for private keys in what is packed.
-pub(crate) struct KeyGuard<'a> {
-    root: BorrowedFd<'a>,
-    allowed: Patterns,
-    names: Patterns,
-    /// Read when the first key is found: most trees have none.
-    owned: Option<Owned>,
-    left: Vec<(PathBuf, &'static str)>,
-}
-
-impl<'a> KeyGuard<'a> {
-    /// Guards the tree behind `root`; `None` if nobody asked for it.
-    pub(crate) fn new(root: BorrowedFd<'a>, options: &ViewOptions) -> Result<Option<Self>> {
-        if !options.scrub {
-            return Ok(None);
-        }
-        let (mut allowed, mut names) = (Patterns::default(), Patterns::default());
-        for pattern in &options.allow_keys {
-            allowed.add(pattern)?;
-        }
-        for pattern in rules::KEY_NAMES {
-            names.add(pattern.as_bytes())?;
-        }
-        Ok(Some(Self { root, allowed, names, owned: None, left: Vec::new() }))
-    }
-
-    /// Looks at the first bytes of a file, at most [`KEY_BOUND`] of them.
-    pub(crate) fn look(&mut self, path: &Path, bytes: &[u8]) -> Result<()> {
-        let name = path.file_name().map(OsStrExt::as_bytes).unwrap_or_default();
-        let what = match keys::find(bytes) {
-            Some(what) => what,
-            None if self.names.matches_path(Path::new(OsStr::from_bytes(name))) => "a key store, by its name",
-            None => return Ok(()),
-        };
-        if self.allowed.matches_path(path) {
-            return Ok(());
-        }
-        let owned = match self.owned.take() {
-            Some(owned) => owned,
-            None => Owned::read(self.root)?,
-        };
-        // What a package ships is public: a test's key, an example.
-        if !owned.is_unchanged(self.root, path)? {
-            self.left.push((path.to_owned(), what));
-        }
-        self.owned = Some(owned);
-        Ok(())
-    }
-
-    /// Whether a key was found, so that nothing need be packed any more.
-    pub(crate) fn refuses(&self) -> bool {
-        !self.left.is_empty()
-    }
-
-    /// An error that names every key.
-    pub(crate) fn finish(self) -> Result<()> {
-        if self.left.is_empty() {
-            return Ok(());
-        }
-        let names: Vec<String> =
-            self.left.iter().map(|(path, what)| format!("'{}' ({what})", path.display())).collect();
-        bail!(
-            "the tree holds {}: {}; an image goes to every node: remove {}, leave it out with --exclude, or allow it with --allow-key PATH",
-            if names.len() == 1 { "a private key".to_owned() } else { format!("{} private keys", names.len()) },
-            names.join(", "),
-            if names.len() == 1 { "it" } else { "each" },
-        )
     }
 }
 

@@ -11,7 +11,6 @@
 //! overlay and services under the loss of a server. A replicated store is the server's affair and tested there.
 
 mod boot;
-mod boot_files;
 mod cage;
 mod checks;
 mod collective;
@@ -20,6 +19,7 @@ mod verdict;
 pub use cage::{Caged, enclosed};
 pub use verdict::{Check, Verdict};
 
+use crate::boot_files;
 use crate::key_file;
 use crate::unpack::{self, SquashfsIn};
 use anyhow::{Context as _, Result, bail};
@@ -116,7 +116,8 @@ impl Subject {
         }
         let digest = hex::encode(image.header().digest);
         let size = std::fs::metadata(&options.image).map_or(0, |metadata| metadata.len());
-        let boot_files = boot_files::read(SquashfsIn::new(image, &options.image)?)
+        let root = (PathBuf::from("/"), SquashfsIn::new(image, &options.image)?);
+        let boot_files = boot_files::read(vec![root])
             .with_context(|| format!("cannot take kernel and initramfs out of '{}'", options.image.display()))?;
         let mut signers = Vec::new();
         for text in &options.trust {

@@ -3,6 +3,7 @@
 
 pub mod cli;
 pub mod mount;
+pub mod node;
 pub mod odd_tree;
 pub mod snapshot;
 pub mod tied;

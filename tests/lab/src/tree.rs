@@ -17,6 +17,9 @@ const DRACUT: &str = "for kernel in /lib/modules/*; do kernel=${kernel##*/}; dra
 const RPM_DRACUT: &str = "for kernel in /lib/modules/*; do kernel=${kernel##*/}; dracut -q --force /boot/initramfs-$kernel.img $kernel || exit; done";
 const INITRAMFS_TOOLS: &str = "update-initramfs -u -k all";
 
+/// What a machine needs that runs from disks, and that makes them.
+const DISK_TOOLS: &str = "lvm2 thin-provisioning-tools mdadm cryptsetup-bin btrfs-progs xfsprogs dosfstools fdisk";
+
 /// What makes the tree's initramfs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Initramfs {
@@ -128,37 +131,28 @@ fn plant(
     mark(tree, planted)
 }
 
-/// Returns an up-to-date tree with more packages, kept under `name`.
+/// Returns a tree whose initramfs finds its root on LVM or a partition, with the tools for all kinds of disks.
 ///
 /// # Errors
 /// A step failed; with what it printed.
-pub fn with_packages(
-    bins: &Bins,
-    initramfs: Initramfs,
-    name: &str,
-    packages: &[&str],
-    say: &mut dyn FnMut(&str),
-) -> anyhow::Result<PathBuf> {
-    let base = debian(bins, initramfs, say)?;
+pub fn on_disks(bins: &Bins, say: &mut dyn FnMut(&str)) -> anyhow::Result<PathBuf> {
+    let base = debian(bins, Initramfs::InitramfsTools, say)?;
     let lock = std::fs::File::create(bins.cache().join("tree.lock"))?;
     lock.lock().context("locking the tree")?;
     let base_name = base.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let tree = base.with_file_name(format!("{name}-{base_name}"));
-    let planted = std::fs::read_to_string(marker(&base)).context("reading the tree's marker")?;
-    if std::fs::read_to_string(marker(&tree)).ok().as_deref() == Some(planted.as_str()) {
+    // Whose agent it has does not matter: none of ours runs there.
+    let tree = base.with_file_name(format!("disks-{base_name}"));
+    if marker(&tree).exists() {
         return Ok(tree);
     }
-    // Its agent is another one now, and copying is cheaper than an initramfs.
-    say(&format!("installing {} in a copy of the tree (apt by imgutil exec)", packages.join(", ")));
-    let _ = std::fs::remove_file(marker(&tree));
+    say(&format!("installing {DISK_TOOLS} in a copy of the tree (apt by imgutil exec)"));
     run(tied("rm").arg("-rf").arg(&tree))?;
     run(tied("cp").args(["-a", "--reflink=auto"]).arg(&base).arg(&tree)).context("copying the tree")?;
-    let install = format!(
-        "apt-get -q update && INITRD=No apt-get -q install -y --no-install-recommends {} && apt-get clean",
-        packages.join(" ")
-    );
+    // The packages make the initramfs anew.
+    let install =
+        format!("apt-get -q update && apt-get -q install -y --no-install-recommends {DISK_TOOLS} && apt-get clean");
     exec(bins, &tree, &install)?;
-    mark(&tree, &planted)?;
+    mark(&tree, DISK_TOOLS)?;
     Ok(tree)
 }
 

@@ -1,37 +1,50 @@
 //! Kernel and initramfs, taken out of an image: its own files, as a server would give them to a boot loader.
 
-use crate::pack::newest_kernel;
+use crate::pack::{initramfs_names, newest_kernel};
 use crate::squashfs::{Inode, InodeKind, Piece, Reader, Source, SquashfsError};
 use anyhow::{Context as _, Result, bail};
+use std::path::{Path, PathBuf};
 
 /// More than any kernel or initramfs has.
 const LIMIT: u64 = 1 << 30;
 
 /// The newest kernel of an image with its initramfs.
-pub(super) struct BootFiles {
-    pub(super) kernel: Vec<u8>,
-    pub(super) initramfs: Vec<u8>,
+pub(crate) struct BootFiles {
+    pub(crate) kernel: Vec<u8>,
+    pub(crate) initramfs: Vec<u8>,
 }
 
-/// Reads them.
-pub(super) fn read<S: Source>(source: S) -> Result<BootFiles> {
-    let mut reader = Reader::open(source)?;
-    let root = reader.root();
-    let root = reader.inode(root)?;
-    let boot = child(&mut reader, &root, "boot")?.context("the image has no directory /boot")?;
+/// Reads them from an image's file systems with their mount points.
+pub(crate) fn read<S: Source>(parts: Vec<(PathBuf, S)>) -> Result<BootFiles> {
+    let (mut root, mut own) = (None, None);
+    for (mount, source) in parts {
+        if mount == Path::new("/") {
+            root = Some(source);
+        } else if mount == Path::new("/boot") {
+            own = Some(source);
+        }
+    }
+    let is_own = own.is_some();
+    let mut reader = Reader::open(own.or(root).context("the image has no root file system")?)?;
+    let top = reader.root();
+    let top = reader.inode(top)?;
+    let boot =
+        if is_own { top } else { child(&mut reader, &top, "boot")?.context("the image has no directory /boot")? };
     let names = names(&mut reader, &boot)?;
-    let Some(release) = newest_kernel(&names).map(str::to_owned) else {
+    let (kernel, initramfs) = choose(&names)?;
+    Ok(BootFiles { kernel: file(&mut reader, &boot, &kernel)?, initramfs: file(&mut reader, &boot, &initramfs)? })
+}
+
+/// The newest kernel among the names in /boot, and its initramfs.
+pub(crate) fn choose(names: &[String]) -> Result<(String, String)> {
+    let Some(release) = newest_kernel(names) else {
         bail!("the image has no kernel (/boot/vmlinuz-*)");
     };
-    // As Debian, the Enterprise Linuxes and SUSE call it.
-    let candidates = [format!("initrd.img-{release}"), format!("initramfs-{release}.img"), format!("initrd-{release}")];
+    let candidates = initramfs_names(release);
     let Some(initramfs) = candidates.iter().find(|name| names.contains(name)) else {
         bail!("the image's kernel {release} has no initramfs: /boot has none of {}", candidates.join(", "));
     };
-    Ok(BootFiles {
-        kernel: file(&mut reader, &boot, &format!("vmlinuz-{release}"))?,
-        initramfs: file(&mut reader, &boot, initramfs)?,
-    })
+    Ok((format!("vmlinuz-{release}"), initramfs.clone()))
 }
 
 fn names<S: Source>(reader: &mut Reader<S>, directory: &Inode) -> Result<Vec<String>> {
