@@ -249,6 +249,16 @@ mod tests {
     }
 
     #[test]
+    fn what_is_mounted_in_a_file_system_may_change() {
+        let survey = Survey::parse(ANSWER).expect("parses");
+        let said = "tar: ./srv: file changed as we read it\n\ntar: ./srv/x: file changed as we read it\ntar: ./var: Cannot stat: No\n";
+        let rest = ["tar: ./srv/x: file changed as we read it", "tar: ./var: Cannot stat: No"];
+        assert_eq!(survey.without_mount_points("/", said), rest);
+        assert_eq!(survey.without_mount_points("/srv", "tar: ./snapshots: file changed as we read it\n").len(), 0);
+        assert_eq!(survey.without_mount_points("/srv", "tar: ./srv: file changed as we read it\n").len(), 1);
+    }
+
+    #[test]
     fn an_answer_that_is_cut_off_is_refused() {
         let cut = ANSWER.trim_end().strip_suffix("=== end").expect("ends");
         assert!(Survey::parse(cut).is_err());

@@ -175,8 +175,9 @@ fn run<W: Read + Write + Seek>(options: &Options, wanted: Wanted, out: W, key: D
         sealer = back;
         sealer.patch(offset, &part.superblock)?;
         progress.finish(&format!("captured '{place}': {} inodes", part.inodes));
-        if ended.status == Some(1) {
-            notes.push(format!("files in '{place}' changed while they were read: {}", summary(&ended.said)));
+        let said = survey.without_mount_points(&mount.target, &ended.said);
+        if ended.status == Some(1) && !said.is_empty() {
+            notes.push(format!("files in '{place}' changed while they were read: {}", summary(&said)));
         }
         note(&mut notes, "access control lists, which a squashfs cannot hold, were left out", &part.acls);
         note(&mut notes, "other names of what was left out were left out too", &part.unlinked);
@@ -227,8 +228,7 @@ fn metadata(
 }
 
 /// The first lines of what a program said, on one line.
-fn summary(said: &str) -> String {
-    let lines: Vec<&str> = said.lines().filter(|line| !line.trim().is_empty()).collect();
+fn summary(lines: &[&str]) -> String {
     let shown = lines.iter().take(3).copied().collect::<Vec<_>>().join("; ");
     if lines.len() > 3 { format!("{shown}; and {} more", lines.len() - 3) } else { shown }
 }

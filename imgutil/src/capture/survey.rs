@@ -177,6 +177,19 @@ impl Survey {
         }
     }
 
+    /// The lines of what tar said of the file system at `target`, but not that a mount point in it changed: what is mounted there (/sys, /proc)
+    /// is another file system's.
+    pub(super) fn without_mount_points<'a>(&self, target: &str, said: &'a str) -> Vec<&'a str> {
+        let is_mount_point = |line: &str| {
+            let path = line.strip_prefix("tar: .").and_then(|rest| rest.strip_suffix(": file changed as we read it"));
+            path.is_some_and(|path| {
+                let path = format!("{}{path}", target.trim_end_matches('/'));
+                self.mounts.iter().any(|mount| mount.target == path)
+            })
+        };
+        said.lines().filter(|line| !line.trim().is_empty() && !is_mount_point(line)).collect()
+    }
+
     /// Where subvolumes lie in file systems that are captured without being mounted, so that nobody sees them as file systems: their
     /// contents are not captured.
     pub(super) fn unmounted_subvolumes(&self, captured: &[(String, &Mount)]) -> BTreeSet<PathBuf> {

@@ -75,6 +75,10 @@ async fn a_node_with_a_soft_key_boots() -> anyhow::Result<()> {
     connection.status(&status(&machine, 2, "booted")).await?;
     let heartbeat = connection.heartbeat(&Heartbeat { boot: machine.boot, trust_version: 1 }).await?;
     assert_eq!(heartbeat.generation, Some(config.profile.generation));
+    assert_eq!((heartbeat.members, heartbeat.bundle), (config.members.clone(), None));
+    // A node with an older trust bundle gets the new one.
+    let heartbeat = connection.heartbeat(&Heartbeat { boot: machine.boot, trust_version: 0 }).await?;
+    assert_eq!(heartbeat.bundle.as_ref(), Some(&machine.bundle));
     assert!(offer.prefetch.is_empty(), "nobody has told yet what it reads");
     let trace = TraceReport { boot: machine.boot, digest: offer.digest, chunks: vec![0] };
     connection.trace(&trace).await?;

@@ -117,6 +117,7 @@ impl Machine {
         let said = run(&mut self.namespace.enter(&capture)).context("imgutil capture")?;
         let said = String::from_utf8_lossy(&said.stderr).into_owned();
         println!("{said}");
+        ensure!(!said.contains("changed while they were read"), "nothing changes on this machine: {said}");
 
         let names = |directory: &Path| -> anyhow::Result<Vec<_>> {
             let entries = std::fs::read_dir(directory)?;

@@ -38,7 +38,19 @@ impl TimeProvider for ClockFloor {
 /// # Errors
 /// A root that is not a certificate; no root at all.
 pub fn member_tls_config(bundle: &SiteBundle, session: Option<&SessionKey>) -> Result<ClientConfig, ClientError> {
-    let builder = config_builder(bundle)?;
+    member_tls_config_at(bundle, session, Arc::new(ClockFloor { earliest: bundle.built }))
+}
+
+/// The same with a clock of the caller's, which must show no time before the bundle was built.
+///
+/// # Errors
+/// As [`member_tls_config`].
+pub fn member_tls_config_at(
+    bundle: &SiteBundle,
+    session: Option<&SessionKey>,
+    clock: Arc<dyn TimeProvider>,
+) -> Result<ClientConfig, ClientError> {
+    let builder = config_builder(bundle, clock)?;
     let config = match session {
         Some(session) => builder
             .with_client_auth_cert(vec![session.certificate()], session.private_key())
@@ -53,13 +65,17 @@ pub fn member_tls_config(bundle: &SiteBundle, session: Option<&SessionKey>) -> R
 /// # Errors
 /// A root that is not a certificate; no root at all.
 pub fn peer_tls_config(bundle: &SiteBundle, own: Arc<dyn ResolvesClientCert>) -> Result<ClientConfig, ClientError> {
-    Ok(finished(config_builder(bundle)?.with_client_cert_resolver(own)))
+    let clock = Arc::new(ClockFloor { earliest: bundle.built });
+    Ok(finished(config_builder(bundle, clock)?.with_client_cert_resolver(own)))
 }
 
-fn config_builder(bundle: &SiteBundle) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>, ClientError> {
+fn config_builder(
+    bundle: &SiteBundle,
+    clock: Arc<dyn TimeProvider>,
+) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>, ClientError> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let verifier = MemberVerifier::new(bundle, provider.clone())?;
-    let builder = ClientConfig::builder_with_details(provider, Arc::new(ClockFloor { earliest: bundle.built }))
+    let builder = ClientConfig::builder_with_details(provider, clock)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|error| ClientError::Config(format!("TLS 1.3 is not available: {error}")))?
         .dangerous()
