@@ -78,9 +78,9 @@ impl Kmsg {
     }
 }
 
-/// Sends the log of this process to the kernel's; where there is none, nowhere.
-pub fn log_to_kernel() {
-    if let Ok(kmsg) = Kmsg::open() {
+/// Sends the log of this process to the kernel's; where that could not be opened, nowhere.
+pub fn log_to_kernel(kmsg: io::Result<Kmsg>) {
+    if let Ok(kmsg) = kmsg {
         let log = tracing_subscriber::fmt().without_time().with_target(false).with_level(false).with_ansi(false);
         // A second logger is refused; the first one stays.
         let _ = log.with_max_level(Level::INFO).with_writer(kmsg).try_init();

@@ -1,8 +1,10 @@
 //! What the tether tells others: a small JSON file in `/run/mooring`, replaced atomically while something changes.
 
+use crate::disk::DiskStatus;
 use crate::reader::{Figures, MemberStatus, Reader};
-use rustix::fs::{AtFlags, Mode, OFlags, open, openat, renameat, unlinkat};
+use rustix::fs::{AtFlags, Mode as Bits, OFlags, open, openat, renameat, unlinkat};
 use serde::{Deserialize, Serialize};
+use std::convert::Infallible;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::File;
@@ -19,11 +21,39 @@ const EVERY: Duration = Duration::from_secs(1);
 /// The same of the trace.
 const TRACE_EVERY: u32 = 10;
 
+/// How the image is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Chunk by chunk, for as long as it is mounted.
+    #[default]
+    Tethered,
+    /// As a whole, into memory.
+    Untethered,
+}
+
+impl Mode {
+    /// The word for it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tethered => "tethered",
+            Self::Untethered => "untethered",
+        }
+    }
+}
+
 /// The content of the file. More members may be added.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     /// The process that serves.
     pub pid: u32,
+    /// How the image is read.
+    #[serde(default)]
+    pub mode: Mode,
+    /// Whether all of it is in memory: then nobody serves it any more.
+    #[serde(default)]
+    pub is_whole: bool,
     /// Digest of the image.
     pub digest: String,
     /// Size of the sealed image in bytes.
@@ -42,6 +72,9 @@ pub struct State {
     /// Of those, how often the second was first.
     #[serde(default)]
     pub hedges_won: u64,
+    /// The disk cache, where there is to be one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskStatus>,
     /// Each member.
     pub members: Vec<MemberStatus>,
 }
@@ -49,12 +82,14 @@ pub struct State {
 impl State {
     /// As the reader stands now.
     #[must_use]
-    pub fn of(reader: &Reader) -> Self {
+    pub fn of(reader: &Reader, mode: Mode) -> Self {
         let figures = reader.figures();
         let Figures { bytes_fetched, chunks_fetched, chunks_verified, cache_bytes, hedges, hedges_won, members } =
             figures;
         Self {
             pid: std::process::id(),
+            mode,
+            is_whole: false,
             digest: hex::encode(reader.header().digest()),
             image_size: reader.header().file_length(),
             bytes_fetched,
@@ -63,8 +98,15 @@ impl State {
             cache_bytes,
             hedges,
             hedges_won,
+            disk: None,
             members,
         }
+    }
+
+    /// Whether somebody serves the image, or nobody has to.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.is_whole || Path::new("/proc").join(self.pid.to_string()).exists()
     }
 
     /// Reads the file.
@@ -79,7 +121,8 @@ impl State {
 /// For people.
 impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "image     {}", self.digest)?;
+        let whole = if self.is_whole { ", all of it in memory" } else { "" };
+        writeln!(f, "image     {} ({}{whole})", self.digest, self.mode.as_str())?;
         // A share of a file's size: the loss of precision is far below what is printed.
         #[expect(clippy::cast_precision_loss, reason = "printed with one digit after the point")]
         let share = self.bytes_fetched as f64 * 100.0 / (self.image_size.max(1) as f64);
@@ -87,15 +130,24 @@ impl fmt::Display for State {
         writeln!(f, "chunks    {} received, {} verified", self.chunks_fetched, self.chunks_verified)?;
         writeln!(f, "cache     {} bytes", self.cache_bytes)?;
         writeln!(f, "hedges    {}, {} of them first", self.hedges, self.hedges_won)?;
+        if let Some(DiskStatus { path, slots, held, hits, bad, error }) = &self.disk {
+            write!(f, "disk      {}: {held} of {slots} chunks, {hits} read, {bad} bad", path.display())?;
+            match error {
+                Some(error) => writeln!(f, "; not used: {error}")?,
+                None => writeln!(f)?,
+            }
+        }
         for member in &self.members {
             let standing = serde_json::to_value(member.state).unwrap_or_default();
             write!(
                 f,
-                "server    {}: {}, {} bytes in {} requests, {} faults",
+                "server    {}: {}, {} bytes in {} requests, first chunk after {}.{:03} ms, {} faults",
                 member.url,
                 standing.as_str().unwrap_or_default(),
                 member.bytes,
                 member.requests,
+                member.latency_us / 1000,
+                member.latency_us % 1000,
                 member.faults
             )?;
             match &member.last_fault {
@@ -113,11 +165,12 @@ fn temporary(name: &OsStr) -> OsString {
     temporary
 }
 
-/// The file, and beside it that of the trace, by their directory's descriptor: at `switch_root` `/run` moves away from under this process, and the path leads nowhere.
+/// The file, and beside it that of the trace and the control socket, by their directory's descriptor: at `switch_root` `/run` moves away from under this process, and the path leads nowhere.
 pub struct StateFile {
     dir: OwnedFd,
     state: OsString,
     trace: OsString,
+    socket: OsString,
 }
 
 impl StateFile {
@@ -134,8 +187,9 @@ impl StateFile {
         let mut trace = path.file_stem().unwrap_or_default().to_owned();
         trace.push("-trace.json");
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
-        let dir = open(&dir, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(Self { dir, state, trace })
+        let dir = open(&dir, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Bits::empty())?;
+        let socket = Path::new(&state).with_extension("sock").into_os_string();
+        Ok(Self { dir, state, trace, socket })
     }
 
     /// Replaces the file.
@@ -149,7 +203,7 @@ impl StateFile {
     fn replace(&self, name: &OsStr, content: &impl Serialize) -> io::Result<()> {
         let temporary = temporary(name);
         let flags = OFlags::CREATE | OFlags::TRUNC | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let mut file = File::from(openat(&self.dir, &temporary, flags, Mode::from_raw_mode(0o600))?);
+        let mut file = File::from(openat(&self.dir, &temporary, flags, Bits::from_raw_mode(0o600))?);
         let mut text = serde_json::to_vec(content)?;
         text.push(b'\n');
         file.write_all(&text)?;
@@ -159,7 +213,7 @@ impl StateFile {
 
     /// Removes the files: nothing is tethered any more.
     pub fn remove(&self) {
-        for name in [&self.state, &self.trace] {
+        for name in [&self.state, &self.trace, &self.socket] {
             for name in [name.clone(), temporary(name)] {
                 // Not there is as good.
                 let _ = unlinkat(&self.dir, name, AtFlags::empty());
@@ -167,10 +221,11 @@ impl StateFile {
         }
     }
 
-    /// Writes about once a second while something changes, and beside it the trace until it is whole. Never returns.
-    pub async fn follow(&self, reader: &Reader) {
+    /// Writes about once a second while something changes, and beside it the trace until it is whole. `state` says how it stands now.
+    pub async fn follow(&self, reader: &Reader, state: impl Fn() -> State) -> Infallible {
         let mut written = None;
-        let (mut seconds, mut is_traced) = (0_u32, false);
+        // What is fetched as a whole says nothing of a boot.
+        let (mut seconds, mut is_traced) = (0_u32, state().mode != Mode::Tethered);
         loop {
             seconds = seconds.wrapping_add(1);
             if !is_traced && seconds.is_multiple_of(TRACE_EVERY) {
@@ -180,7 +235,7 @@ impl StateFile {
                     tracing::debug!("cannot write the trace: {error}");
                 }
             }
-            let state = State::of(reader);
+            let state = state();
             if written.as_ref() != Some(&state) {
                 if let Err(error) = self.write(&state) {
                     tracing::debug!("cannot write the state: {error}");

@@ -22,7 +22,7 @@ const SHRUGGED_OFF: [Signal; 6] =
 /// How long a stop may last.
 const STOPPED_AT_MOST: Duration = Duration::from_millis(200);
 
-/// Must run before the first other thread: the signal mask is inherited. Each step that this machine refuses is returned; none is a
+/// Must run before the first other thread: the signal mask is inherited. [`stay_awake`] makes one. Each step that this machine refuses is returned; none is a
 /// reason not to serve.
 pub fn prepare() -> Vec<String> {
     let mut refused = Vec::new();
@@ -37,7 +37,6 @@ pub fn prepare() -> Vec<String> {
         "ignoring SIGTERM and SIGHUP",
         SHRUGGED_OFF.into_iter().collect::<SigSet>().thread_block().map_err(io::Error::from),
     );
-    note("staying awake", stay_awake());
     note("its name", nix::sys::prctl::set_name(c"moor-tether").map_err(io::Error::from));
     note("exemption from the out-of-memory killer", std::fs::write("/proc/self/oom_score_adj", "-1000"));
     // Allocations of a process that I/O depends on must not wait for that I/O (PR_SET_IO_FLUSHER).
@@ -50,17 +49,25 @@ pub fn prepare() -> Vec<String> {
     refused
 }
 
-/// Waits until process 1 asks this one to end: systemd-shutdown asks all processes, and those of others do not count. SIGTERM has to be
-/// blocked in every thread.
-///
-/// # Errors
-/// The kernel does not tell of signals.
-pub fn wait_for_shutdown() -> io::Result<()> {
-    let signals = SignalFd::with_flags(&SigSet::from(Signal::SIGTERM), SfdFlags::SFD_CLOEXEC)?;
-    loop {
-        if signals.read_signal()?.is_some_and(|signal| signal.ssi_pid == 1) {
-            return Ok(());
-        }
+/// The way to see that the machine shuts down.
+pub struct Shutdown(SignalFd);
+
+impl Shutdown {
+    /// SIGTERM has to be blocked in every thread.
+    ///
+    /// # Errors
+    /// The kernel does not tell of signals.
+    pub fn watch() -> io::Result<Self> {
+        Ok(Self(SignalFd::with_flags(&SigSet::from(Signal::SIGTERM), SfdFlags::SFD_CLOEXEC)?))
+    }
+
+    /// Waits until process 1 asks this one to end: systemd-shutdown asks all processes, and those of others do not count.
+    ///
+    /// # Errors
+    /// The kernel does not tell of signals.
+    pub fn wait(&self) -> io::Result<()> {
+        while self.0.read_signal()?.is_none_or(|signal| signal.ssi_pid != 1) {}
+        Ok(())
     }
 }
 
@@ -81,8 +88,12 @@ pub fn drop_capabilities() -> io::Result<()> {
 /// for `/etc/initrd-release` meanwhile (systemd: killall.c, `in_initrd`): on a root that this process serves, both would wait for ever.
 ///
 /// SIGSTOP can be neither blocked nor ignored, but any SIGCONT ends it, also the kernel's own from a timer. A signal that nobody takes
-/// stops the timer (Linux 6.13 and newer, where it is ignored), so SIGCONT is blocked and a thread takes each one.
-fn stay_awake() -> io::Result<()> {
+/// stops the timer (Linux 6.13 and newer, where it is ignored), so SIGCONT is blocked and a thread takes each one. Must run before any
+/// thread that goes on.
+///
+/// # Errors
+/// There is no such timer, or no thread.
+pub fn stay_awake() -> io::Result<()> {
     let wakes = SigSet::from(Signal::SIGCONT);
     wakes.thread_block()?;
     let event = SigEvent::new(SigevNotify::SigevSignal { signal: Signal::SIGCONT, si_value: 0 });
@@ -100,15 +111,14 @@ fn stay_awake() -> io::Result<()> {
 }
 
 /// Lets go of the standard streams, which may be a console that goes away or a pipe whose reader waits for its end, and of the
-/// directory it was started in.
+/// directory it was started in. `null` is /dev/null.
 ///
 /// # Errors
-/// There is no /dev/null.
-pub fn let_go() -> io::Result<()> {
+/// There is no way to.
+pub fn let_go(null: &File) -> io::Result<()> {
     std::env::set_current_dir("/")?;
-    let null = File::options().read(true).write(true).open("/dev/null")?;
-    nix::unistd::dup2_stdin(&null)?;
-    nix::unistd::dup2_stdout(&null)?;
-    nix::unistd::dup2_stderr(&null)?;
+    nix::unistd::dup2_stdin(null)?;
+    nix::unistd::dup2_stdout(null)?;
+    nix::unistd::dup2_stderr(null)?;
     Ok(())
 }

@@ -1,7 +1,9 @@
 //! Whom the reader believes to be a server of the image: a member of the site's collective, or whoever a given authority vouches
-//! for. Everything is read once, at the start: the files may lie on the root that is served.
+//! for. Everything is read once, at the start: the files may lie on the root that is served. What comes later comes by the control socket.
 
-use moor_api::client::tls::member_tls_config;
+use crate::clock::OwnClock;
+use moor_api::client::tls::member_tls_config_at;
+use moor_api::tether;
 use moor_api::trust::SiteBundle;
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::CertificateDer;
@@ -28,6 +30,9 @@ pub enum TlsError {
         /// What is wrong with it.
         why: String,
     },
+    /// What came by the control socket cannot take the place of what is in use.
+    #[error("{0}")]
+    Successor(String),
     /// The TLS library refuses its own defaults.
     #[error("TLS cannot be set up: {0}")]
     Library(rustls::Error),
@@ -37,37 +42,98 @@ fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
     std::fs::read(path).map_err(|source| TlsError::Read { path: path.to_owned(), source })
 }
 
-/// Servers have to be members of the collective of the site bundle in `path`: role and collective count, not the address.
-///
-/// # Errors
-/// The bundle cannot be read or has no usable root.
-pub fn site(path: &Path) -> Result<Arc<ClientConfig>, TlsError> {
-    let content = |why: String| TlsError::Content { path: path.to_owned(), why };
-    let bundle: SiteBundle = serde_json::from_slice(&read(path)?)
-        .map_err(|error| content(format!("it is no site bundle: {error}; make it again with `moor site`")))?;
-    member_tls_config(&bundle, None).map(Arc::new).map_err(|error| content(error.to_string()))
+/// Who vouches for servers.
+pub struct Trust {
+    /// The bundle; `None`: an authority that was named alone.
+    site: Option<SiteBundle>,
+    clock: Arc<OwnClock>,
+    config: Arc<ClientConfig>,
 }
 
-/// Servers have to show a certificate for the name or address in their URL, issued under an authority in the PEM file `path`.
-///
-/// # Errors
-/// The file cannot be read or holds no certificate.
-pub fn authority(path: &Path) -> Result<Arc<ClientConfig>, TlsError> {
-    let content = |why: String| TlsError::Content { path: path.to_owned(), why };
-    let pem = read(path)?;
+impl Trust {
+    /// Servers have to be members of the collective of the site bundle in `path`: role and collective count, not the address.
+    ///
+    /// # Errors
+    /// The bundle cannot be read or has no usable root.
+    pub fn site(path: &Path) -> Result<Self, TlsError> {
+        let content = |why: String| TlsError::Content { path: path.to_owned(), why };
+        let bundle: SiteBundle = serde_json::from_slice(&read(path)?)
+            .map_err(|error| content(format!("it is no site bundle: {error}; make it again with `moor site`")))?;
+        let clock = Arc::new(OwnClock::new(bundle.built));
+        let config = members_of(&bundle, &clock).map_err(content)?;
+        Ok(Self { site: Some(bundle), clock, config })
+    }
+
+    /// Servers have to show a certificate for the name or address in their URL, issued under an authority in the PEM file `path`.
+    ///
+    /// # Errors
+    /// The file cannot be read or holds no certificate.
+    pub fn authority(path: &Path) -> Result<Self, TlsError> {
+        let clock = Arc::new(OwnClock::new(0));
+        let config =
+            issued_under(&read(path)?, &clock).map_err(|why| TlsError::Content { path: path.to_owned(), why })?;
+        Ok(Self { site: None, clock, config })
+    }
+
+    /// What connections are made with.
+    #[must_use]
+    pub fn config(&self) -> &Arc<ClientConfig> {
+        &self.config
+    }
+
+    /// What takes its place. The clock goes on, and is not before the new bundle was built.
+    ///
+    /// # Errors
+    /// It is of another kind or collective, is older, or cannot be used.
+    pub fn successor(&self, wanted: &tether::Trust) -> Result<Self, TlsError> {
+        let refused = |why: String| TlsError::Successor(why);
+        match (&self.site, wanted) {
+            (Some(now), tether::Trust::Site(bundle)) => {
+                if bundle.collective != now.collective {
+                    return Err(refused(format!(
+                        "the new trust bundle is of collective {}, and the root is served by {}",
+                        bundle.collective, now.collective
+                    )));
+                }
+                if bundle.version < now.version {
+                    return Err(refused(format!(
+                        "the new trust bundle has version {}, which is older than {}, the one in use",
+                        bundle.version, now.version
+                    )));
+                }
+                let config = members_of(bundle, &self.clock)
+                    .map_err(|why| refused(format!("the new trust bundle is not usable: {why}")))?;
+                self.clock.raise(bundle.built);
+                Ok(Self { site: Some(bundle.clone()), clock: self.clock.clone(), config })
+            }
+            (None, tether::Trust::Authority(pem)) => {
+                let config = issued_under(pem.as_bytes(), &self.clock)
+                    .map_err(|why| refused(format!("the new authority is not usable: {why}")))?;
+                Ok(Self { site: None, clock: self.clock.clone(), config })
+            }
+            (Some(_), _) => Err(refused("the servers are members of a site: give its bundle, with --site".into())),
+            (None, _) => Err(refused("the servers are vouched for by an authority: give it, with --ca".into())),
+        }
+    }
+}
+
+fn members_of(bundle: &SiteBundle, clock: &Arc<OwnClock>) -> Result<Arc<ClientConfig>, String> {
+    member_tls_config_at(bundle, None, clock.clone()).map(Arc::new).map_err(|error| error.to_string())
+}
+
+fn issued_under(pem: &[u8], clock: &Arc<OwnClock>) -> Result<Arc<ClientConfig>, String> {
     let mut roots = RootCertStore::empty();
-    for certificate in CertificateDer::pem_slice_iter(&pem) {
-        let certificate = certificate.map_err(|error| content(format!("it is no PEM file: {error}")))?;
-        roots
-            .add(certificate)
-            .map_err(|error| content(format!("a certificate in it cannot be an authority: {error}")))?;
+    for certificate in CertificateDer::pem_slice_iter(pem) {
+        let certificate = certificate.map_err(|error| format!("it is no PEM file: {error}"))?;
+        roots.add(certificate).map_err(|error| format!("a certificate in it cannot be an authority: {error}"))?;
     }
     if roots.is_empty() {
-        return Err(content("it holds no certificate: it has to be a PEM file with BEGIN CERTIFICATE".into()));
+        return Err("it holds no certificate: it has to be a PEM file with BEGIN CERTIFICATE".into());
     }
-    let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = ClientConfig::builder_with_details(provider, clock.clone())
         .with_safe_default_protocol_versions()
-        .map_err(TlsError::Library)?
+        .map_err(|error| TlsError::Library(error).to_string())?
         .with_root_certificates(roots)
         .with_no_client_auth();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];

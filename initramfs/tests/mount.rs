@@ -3,189 +3,20 @@
 
 mod common;
 
-use common::authority::Authority;
-use common::namespace::{apart, has_memory_disk, in_namespace, passed};
-use common::nginx::Nginx;
-use common::{noise, seal};
+use common::namespace::{has_memory_disk, in_namespace, passed};
+use common::noise;
+use common::place::{
+    Place, Root, apart_with_disks, devices, drop_caches, fails, is_gone, mounts_under, none_but, ok, wait,
+};
 use moor_tether::reader::Standing;
-use moor_tether::state::State;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
-use tempfile::TempDir;
-
-const LIMIT: Duration = Duration::from_mins(1);
-/// The large file of the tree.
-const LARGE: usize = 24 << 20;
-
-struct Place {
-    dir: TempDir,
-    authority: Authority,
-    digest: String,
-}
-
-impl Place {
-    /// A tree, its squashfs, and that sealed.
-    fn new() -> Self {
-        let place = Self { dir: tempfile::tempdir().unwrap(), authority: Authority::new(), digest: String::new() };
-        let tree = place.path("tree");
-        fs::create_dir_all(tree.join("etc/deep/er")).unwrap();
-        fs::create_dir_all(place.path("web")).unwrap();
-        for dir in ["mnt", "root"] {
-            fs::create_dir(place.path(dir)).unwrap();
-        }
-        fs::write(tree.join("etc/hostname"), "node\n").unwrap();
-        fs::write(tree.join("etc/deep/er/file"), noise(200_000, 4)).unwrap();
-        fs::hard_link(tree.join("etc/hostname"), tree.join("etc/same")).unwrap();
-        symlink("hostname", tree.join("etc/link")).unwrap();
-        fs::write(tree.join("large"), noise(LARGE, 3)).unwrap();
-        for index in 0..300 {
-            fs::write(tree.join(format!("etc/deep/{index}")), noise(index * 7, index as u64 + 10)).unwrap();
-        }
-        fs::set_permissions(&tree, fs::Permissions::from_mode(0o751)).unwrap();
-        let squashfs = place.path("squashfs");
-        let made = Command::new("mksquashfs")
-            .args([&tree, &squashfs])
-            .args(["-quiet", "-no-progress", "-comp", "zstd", "-Xcompression-level", "1"])
-            .output()
-            .unwrap();
-        assert!(made.status.success(), "{made:?}");
-        let sample = seal(fs::read(&squashfs).unwrap(), 16);
-        fs::write(place.path("web/image.moor"), &*sample.file).unwrap();
-        fs::write(place.path("key"), sample.key.to_hex().as_bytes()).unwrap();
-        fs::write(place.path("ca.pem"), place.authority.pem()).unwrap();
-        Self { digest: hex::encode(sample.sealed.digest), ..place }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn nginx(&self, name: &str) -> Nginx {
-        Nginx::start(self.dir.path(), name, &self.authority)
-    }
-
-    fn tether(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_moor-tether"));
-        // Relative paths have to work as well.
-        command.current_dir(self.dir.path()).stdin(Stdio::null());
-        command
-    }
-
-    fn mount_command(&self, servers: &[&Nginx]) -> Command {
-        let mut command = self.tether();
-        command.args(["mount", "--key-file", "key", "--ca", "ca.pem", "--state", "run/tether.json"]);
-        command.args(["--digest", &self.digest]);
-        for server in servers {
-            command.args(["--url", &server.url()]);
-        }
-        command.arg("mnt");
-        command
-    }
-
-    fn state(&self) -> State {
-        State::read(&self.path("run/tether.json")).unwrap()
-    }
-
-    fn root(&self, arguments: &[&str]) -> Output {
-        let mut command = self.tether();
-        command.args(["root", "--image", "mnt/image", "--work", "work"]).args(arguments).arg("root");
-        command.output().unwrap()
-    }
-}
-
-fn ok(output: &Output) -> String {
-    assert!(output.status.success(), "{output:?}");
-    assert!(output.stderr.is_empty(), "{output:?}");
-    String::from_utf8(output.stdout.clone()).unwrap()
-}
-
-fn fails(output: &Output, words: &str) {
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert_eq!(said.trim_end().lines().count(), 1, "{said}");
-    assert!(said.starts_with("moor-tether: error: ") && said.contains(words), "'{words}' is not in: {said}");
-}
-
-fn mounts_under(dir: &Path) -> Vec<String> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let places = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-    places.filter(|place| Path::new(place).starts_with(dir)).map(str::to_owned).collect()
-}
-
-fn wait(what: &str, mut ready: impl FnMut() -> bool) {
-    let end = Instant::now() + LIMIT;
-    while !ready() {
-        assert!(Instant::now() < end, "{what} does not happen");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-fn is_gone(pid: u32) -> bool {
-    // A zombie of ours is gone as well; we are process 1 here, and nobody reaps for us.
-    fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
-}
-
-/// A root, of whose memory disk the warden knows.
-struct Root<'a>(&'a Place);
-
-impl<'a> Root<'a> {
-    fn new(place: &'a Place) -> Self {
-        ok(&place.root(&[]));
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let writable = format!(" {} ", place.path("work/writable").display());
-        let line = mounts.lines().find(|line| line.contains(&writable)).unwrap();
-        let (_, number) = line.split_once(" /dev/zram").unwrap();
-        has_memory_disk(Some(number.split(' ').next().unwrap().parse().unwrap()));
-        Self(place)
-    }
-
-    fn unmount(&self) -> Output {
-        let output = self.0.tether().args(["unmount", "--root", "--work", "work", "root"]).output().unwrap();
-        if output.status.success() {
-            has_memory_disk(None);
-        }
-        output
-    }
-}
-
-impl Drop for Root<'_> {
-    fn drop(&mut self) {
-        self.unmount();
-    }
-}
-
-/// Memory disks belong to the whole machine: of the tests that add or count some, one runs at a time.
-static DISKS: Mutex<()> = Mutex::new(());
-
-/// The same as [`apart`], for a test that adds a memory disk or counts them.
-fn apart_with_disks(name: &str, body: impl FnOnce()) -> Option<Output> {
-    let _alone = DISKS.lock().unwrap_or_else(PoisonError::into_inner);
-    // Where it is a module: so that the first disk, which comes with it, is there before disks are counted.
-    let _ = Command::new("modprobe").args(["-q", "zram"]).status();
-    apart(name, body)
-}
-
-/// Memory disks, and loop devices that are in use, on the whole machine.
-fn devices() -> BTreeSet<String> {
-    let all = fs::read_dir("/sys/block").unwrap().map(|entry| entry.unwrap());
-    let ours = all.filter(|device| {
-        device.path().join("loop/backing_file").exists() || device.file_name().as_encoded_bytes().starts_with(b"zram")
-    });
-    ours.map(|device| device.file_name().into_string().unwrap()).collect()
-}
-
-/// The kernel frees a loop device a moment after its last user is gone.
-fn none_but(before: &BTreeSet<String>) {
-    wait("the end of all devices", || devices().is_subset(before));
-}
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 /// Not a test of the program, but of the tests: one that ends without taking its root down leaves no memory disk.
 #[test]
@@ -291,11 +122,36 @@ fn check_process(pid: u32) {
     // Request buffers of FUSE and stacks are not resident.
     assert!(field("VmRSS").parse::<u64>().unwrap() < 64 << 10, "{status}");
     assert_eq!(nix::unistd::getsid(Some(pid_of(pid))).unwrap(), pid_of(pid));
+    check_apart(&proc);
     for signal in [Signal::SIGTERM, Signal::SIGHUP] {
         kill(pid_of(pid), signal).unwrap();
     }
     std::thread::sleep(Duration::from_millis(200));
     assert!(!is_gone(pid));
+}
+
+/// It sees nothing but /dev/fuse, and may make a few system calls only.
+fn check_apart(proc: &Path) {
+    let namespace = |proc: &Path| fs::read_link(proc.join("ns/mnt")).unwrap();
+    assert_ne!(namespace(proc), namespace(Path::new("/proc/self")));
+    let threads = || fs::read_dir(proc.join("task")).unwrap().map(|thread| thread.unwrap().path());
+    for thread in threads() {
+        assert_eq!(namespace(&thread), namespace(proc), "{}", thread.display());
+    }
+    let names = |dir: &str| {
+        let entries = fs::read_dir(proc.join("root").join(dir)).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!([names(""), names("dev")], [["dev"], ["fuse"]]);
+    let mounts = fs::read_to_string(proc.join("mountinfo")).unwrap();
+    assert!(mounts.lines().all(|line| line.split(' ').nth(4) == Some("/")), "{mounts}");
+    // It puts the filter on once it has said that it serves.
+    wait("the filter of system calls", || {
+        threads().all(|thread| {
+            let status = fs::read_to_string(thread.join("status")).unwrap_or_default();
+            status.lines().any(|line| line == "Seccomp:\t2")
+        })
+    });
 }
 
 fn capabilities(status: &str, set: &str) -> u64 {
@@ -323,12 +179,6 @@ fn check_writing(root: &Path) {
     fs::rename(root.join("etc/deep"), root.join("etc/moved")).unwrap();
     assert_eq!(fs::read_to_string(root.join("etc/hostname")).unwrap(), "other\n");
     assert!(root.join("etc/moved/er/file").exists() && !root.join("etc/same").exists());
-}
-
-/// What was read is read from the servers again.
-fn drop_caches() {
-    nix::unistd::sync();
-    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
 }
 
 /// A program that is killed on drop.

@@ -8,7 +8,7 @@ use common::server::{Conduct, Server};
 use common::{LINEAGE, Sample, noise, seal};
 use moor_image::OpenOptions;
 use moor_tether::reader::{Address, DEFAULT_CACHE, Https, OpenError, Reader, Real, Settings, Standing};
-use moor_tether::tls;
+use moor_tether::tls::Trust;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use rustls::ClientConfig;
@@ -32,7 +32,7 @@ impl Site {
         let ca = dir.path().join("ca.pem");
         std::fs::write(&ca, authority.pem()).unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        let tls = tls::authority(&ca).unwrap();
+        let tls = Trust::authority(&ca).unwrap().config().clone();
         Self { runtime, authority, tls, sample: seal(noise(length, 1), chunk_log2) }
     }
 
@@ -117,7 +117,11 @@ fn random_reads_give_the_plaintext() {
         .unwrap();
     let figures = reader.figures();
     assert!(figures.cache_bytes <= 100_000, "{figures:?}");
-    assert_eq!(figures.chunks_fetched, figures.chunks_verified);
+    // A guess may still be on its way.
+    Site::wait("the verification of all", || {
+        let figures = reader.figures();
+        figures.chunks_fetched == figures.chunks_verified
+    });
     assert!(figures.members.iter().all(|member| member.requests > 1), "both serve: {figures:?}");
 }
 
@@ -210,7 +214,7 @@ fn a_server_whose_certificate_has_expired_is_left_and_comes_back_with_a_new_one(
     bad.present(&site.authority.expired());
     Site::wait("the fault", || {
         site.check_all(&reader, 300_000);
-        reader.figures().members[0].last_fault.as_ref().is_some_and(|fault| fault.contains("Expired"))
+        reader.figures().members[0].last_fault.as_ref().is_some_and(|fault| fault.contains("not valid any more"))
     });
     bad.present(&site.authority.identity());
     Site::wait("the return", || standings(&reader)[0] == Standing::Good);

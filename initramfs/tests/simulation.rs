@@ -114,7 +114,7 @@ async fn pair(sim: &Sim, prefetch: Vec<u64>) -> ([Arc<Server>; 2], Reader) {
     let servers = [server(0), server(1)];
     let paths = servers.iter().map(|server| Box::new(Way(server.clone())) as Box<dyn Path>).collect();
     let options = OpenOptions { key: Some(files.sample.key.clone()), ..OpenOptions::default() };
-    let settings = Settings { cache: 600_000, prefetch };
+    let settings = Settings { cache: 600_000, prefetch, ..Settings::default() };
     let reader = Reader::open(paths, Arc::new(sim.clone()), &options, settings).await.unwrap();
     (servers, reader)
 }

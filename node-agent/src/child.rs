@@ -27,6 +27,8 @@ pub enum ChildError {
         program: String,
         /// "failed with status 1", "was killed by signal 9".
         ended: String,
+        /// The status, where it had one.
+        code: Option<i32>,
         /// What it said last.
         stderr: String,
     },
@@ -48,6 +50,17 @@ pub enum ChildError {
         /// Why.
         cause: std::io::Error,
     },
+}
+
+impl ChildError {
+    /// The status that the program ended with.
+    #[must_use]
+    pub fn code(&self) -> Option<i32> {
+        match self {
+            Self::Failed { code, .. } => *code,
+            _ => None,
+        }
+    }
 }
 
 fn said(stderr: &str) -> String {
@@ -113,7 +126,7 @@ pub async fn run(mut command: Command, input: &[u8], limit: Duration) -> Result<
     if status.success() {
         return Ok(output.text());
     }
-    Err(ChildError::Failed { program, ended: ended(status), stderr: errors.text() })
+    Err(ChildError::Failed { program, ended: ended(status), code: status.code(), stderr: errors.text() })
 }
 
 /// The last bytes of a pipe.

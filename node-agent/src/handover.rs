@@ -68,6 +68,36 @@ pub struct Trace {
     pub is_whole: bool,
 }
 
+/// The part of the tether's state that tells where it reads from.
+#[derive(Debug, Deserialize)]
+pub struct Tether {
+    /// The image.
+    pub digest: Sha256Digest,
+    /// Whether all of it is in memory.
+    #[serde(default)]
+    pub is_whole: bool,
+    /// Its servers.
+    pub members: Vec<TetherMember>,
+    /// Its cache on a disk, where there is to be one.
+    #[serde(default)]
+    pub disk: Option<TetherDisk>,
+}
+
+/// A cache on a disk.
+#[derive(Debug, Deserialize)]
+pub struct TetherDisk {
+    /// Why it is not used.
+    #[serde(default)]
+    pub error: Option<String>,
+}
+
+/// One of them.
+#[derive(Debug, Deserialize)]
+pub struct TetherMember {
+    /// Where it serves the image.
+    pub url: String,
+}
+
 impl RunDir {
     /// At `path`; it is made, and its mode set, by [`Self::create`].
     #[must_use]
@@ -142,6 +172,12 @@ impl RunDir {
     #[must_use]
     pub fn trace(&self) -> Option<Trace> {
         read_json::<Trace>(&self.path("tether-trace.json")).ok().filter(|trace| trace.is_whole)
+    }
+
+    /// What the process says that serves the root; `None` where there is none, or none is needed.
+    #[must_use]
+    pub fn tether(&self) -> Option<Tether> {
+        read_json::<Tether>(&self.path("tether.json")).ok().filter(|tether| !tether.is_whole)
     }
 
     /// Reads `site.json`.

@@ -51,6 +51,16 @@ impl Members {
         Ok(members)
     }
 
+    /// Other roots from now on. The token goes: it belongs to connections that were made under the old ones.
+    ///
+    /// # Errors
+    /// The bundle has no usable root; then nothing has changed.
+    pub fn trust(&mut self, bundle: &SiteBundle, session: &SessionKey) -> Result<(), ClientError> {
+        self.tls = Arc::new(member_tls_config(bundle, Some(session))?);
+        self.forget();
+        Ok(())
+    }
+
     /// Their addresses, the one in use first.
     #[must_use]
     pub fn urls(&self) -> &[String] {

@@ -61,6 +61,11 @@ impl Settings {
                 format!("{} is not a number from 1 to 400", self.overlay.size_percent),
             );
         }
+        if let Some(limit) = self.overlay.limit_percent
+            && !(1..=100).contains(&limit)
+        {
+            return wrong("overlay.limit_percent", format!("{limit} is not a number from 1 to 100"));
+        }
         if let Some(algorithm) = &self.overlay.algorithm
             && !ALGORITHMS.contains(&algorithm.as_str())
         {
@@ -443,6 +448,7 @@ mod tests {
         let key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKli6Qckokp4gadp/v2+2U/lNLo9WkZPulu71LyYKf8M builder";
         for good in [
             "overlay: {size_percent: 400, algorithm: lz4}".to_owned(),
+            "overlay: {size_percent: 400, limit_percent: 40}\nroot: disk".to_owned(),
             format!("signers: ['{key}']"),
             format!("authorized_keys: ['from=\"10.0.0.0/8\" {key}']"),
             "kernel_arguments: quiet console=ttyS0".to_owned(),
@@ -451,6 +457,7 @@ mod tests {
         }
         for (text, says) in [
             ("overlay: {size_percent: 0}".to_owned(), "overlay.size_percent: 0"),
+            ("overlay: {size_percent: 50, limit_percent: 101}".to_owned(), "overlay.limit_percent: 101"),
             ("overlay: {size_percent: 50, algorithm: zip}".to_owned(), "overlay.algorithm: 'zip'"),
             ("kernel_arguments: \"a\\nb\"".to_owned(), "kernel_arguments"),
             ("signers: ['ssh-ed25519 nonsense']".to_owned(), "signers: 'ssh-ed25519 nonsense'"),

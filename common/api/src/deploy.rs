@@ -80,6 +80,32 @@ pub enum RootMode {
     Untethered,
     /// Unpacked in RAM.
     Ram,
+    /// As tethered, and chunks stay on a partition of the node's over boots.
+    Disk,
+}
+
+impl RootMode {
+    /// The word in profiles and on the kernel command line.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Tethered => "tethered",
+            Self::Untethered => "untethered",
+            Self::Ram => "ram",
+            Self::Disk => "disk",
+        }
+    }
+}
+
+impl std::str::FromStr for RootMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let all = [Self::Tethered, Self::Untethered, Self::Ram, Self::Disk];
+        let words = || all.map(Self::as_str).join(", ");
+        let known = all.into_iter().find(|mode| mode.as_str() == text);
+        known.ok_or_else(|| format!("a root is one of {}", words()))
+    }
 }
 
 /// The writable overlay in compressed RAM.
@@ -90,11 +116,14 @@ pub struct Overlay {
     /// Compression, a name from `/sys/block/zram0/comp_algorithm`; absent: the kernel's default.
     #[serde(default)]
     pub algorithm: Option<String>,
+    /// How much memory the disk may take at most, in per cent (1 to 100); absent: as much as it needs. Beyond it, writes fail.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit_percent: Option<u16>,
 }
 
 impl Default for Overlay {
     fn default() -> Self {
-        Self { size_percent: 50, algorithm: None }
+        Self { size_percent: 50, algorithm: None, limit_percent: None }
     }
 }
 

@@ -3,6 +3,7 @@
 //! * [`node`]: `/node/v1`, what a node and its members say to each other; [`deploy`] is the document a node is made from.
 //! * [`admin`]: `/admin/v1`, what `moor` and other programs say to a member.
 //! * [`proof`]: what a node signs to prove itself; computed on both sides, so it lives here.
+//! * [`tether`]: what a node's agent says to the process that serves its root.
 //! * [`trust`]: the site bundle and who may act as a member. [`client`]: HTTP over TLS or a unix socket.
 //!
 //! No server code lives here, and nothing that knows an operating system.
@@ -15,4 +16,5 @@ pub mod ids;
 pub mod node;
 pub mod problem;
 pub mod proof;
+pub mod tether;
 pub mod trust;

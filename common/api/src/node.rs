@@ -27,6 +27,7 @@ pub use crate::bytes::{Base64, HexBytes};
 use crate::deploy::{PhaseName, RootMode};
 use crate::ids::{BootId, CollectiveId, HwAddr, ImageDigest, ImageName, MemberId, NodeId, NodeName, Sha256Digest};
 use crate::problem::Problem;
+use crate::trust::SiteBundle;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use uuid::Uuid;
@@ -455,4 +456,16 @@ pub struct HeartbeatReply {
     /// The digest of what it should run; unlike its own: a new boot is due.
     #[serde(default)]
     pub generation: Option<Sha256Digest>,
+    /// All members as they are reached now. Empty: the member does not say.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub members: Vec<MemberEndpoint>,
+    /// The members' trust bundle, where the node holds an older one. The node acknowledges it with the version in its next heartbeat.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bundle: Option<SiteBundle>,
+}
+
+/// Where a member that is reached at `base` serves a sealed image.
+#[must_use]
+pub fn image_url(base: &str, digest: ImageDigest) -> String {
+    format!("{}/public/images/{digest}", base.trim_end_matches('/'))
 }

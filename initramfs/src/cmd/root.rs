@@ -18,6 +18,12 @@ pub(crate) struct Args {
     /// Compression of the writable layer [default: the kernel's]
     #[arg(long, value_name = "NAME")]
     overlay_algorithm: Option<String>,
+    /// Memory that it may take at most, in per cent of all [default: what it needs]
+    #[arg(long, value_name = "N")]
+    overlay_limit_percent: Option<u16>,
+    /// Unpack the image into the layer: nothing of it is needed afterwards
+    #[arg(long)]
+    unpack: bool,
     /// Where the layers are mounted
     #[arg(long, value_name = "DIR", default_value = DEFAULT_WORK)]
     work: PathBuf,
@@ -46,6 +52,8 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
         image: args.image,
         overlay_percent: args.overlay_percent,
         overlay_algorithm: args.overlay_algorithm,
+        overlay_limit_percent: args.overlay_limit_percent,
+        unpack: args.unpack,
         work: args.work,
         new_root: args.new_root,
     };

@@ -1,9 +1,10 @@
 //! `moor-tether status`.
 
 use anyhow::{Result, bail};
+use moor_tether::prometheus;
 use moor_tether::state::{DEFAULT_PATH, State};
 use std::io::{ErrorKind, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// Show what the tether has fetched, and how its servers stand
@@ -12,6 +13,9 @@ pub(crate) struct Args {
     /// As JSON, for programs
     #[arg(long)]
     json: bool,
+    /// As metrics of Prometheus, for the textfile collector of `node_exporter`
+    #[arg(long, conflicts_with = "json")]
+    prometheus: bool,
     /// The tether's state file
     #[arg(long, value_name = "FILE", default_value = DEFAULT_PATH)]
     state: PathBuf,
@@ -26,12 +30,17 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         Err(error) => bail!("cannot read '{}': {error}", args.state.display()),
     };
     let mut out = std::io::stdout().lock();
+    if args.prometheus {
+        // Whether it is up is one of them.
+        write!(out, "{}", prometheus::Text(&state))?;
+        return Ok(ExitCode::SUCCESS);
+    }
     if args.json {
         writeln!(out, "{}", serde_json::to_string(&state)?)?;
     } else {
         write!(out, "{state}")?;
     }
-    if !Path::new("/proc").join(state.pid.to_string()).exists() {
+    if !state.is_up() {
         bail!("the process {} that wrote '{}' is gone", state.pid, args.state.display());
     }
     Ok(ExitCode::SUCCESS)

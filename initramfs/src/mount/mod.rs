@@ -3,6 +3,7 @@
 
 mod fuse;
 
+use crate::apart::Outside;
 use crate::reader::Reader;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::fs::{File, OpenOptions};
@@ -111,26 +112,23 @@ pub enum MountError {
 /// A mounted image. Dropped, it is unmounted, lazily where it is in use.
 pub struct Mount {
     dir: PathBuf,
-    is_mounted: bool,
+    /// As long as this process may unmount it.
+    outside: Option<Outside>,
     session: Option<JoinHandle<io::Result<()>>>,
 }
 
 impl Mount {
-    /// Mounts `file` on `dir` and returns once the mount answers.
+    /// Mounts `file` on `dir` and returns once the mount answers. `outside` is where `dir` means what the caller meant.
     ///
     /// # Errors
     /// No directory, no FUSE, or it does not answer.
-    pub fn new(dir: &Path, file: impl ReadOnlyFile) -> Result<Self, MountError> {
-        let dir = dir.canonicalize().map_err(|source| MountError::Directory { dir: dir.to_owned(), source })?;
+    pub fn new(dir: &Path, file: impl ReadOnlyFile, outside: Outside) -> Result<Self, MountError> {
+        let (place, size) = (dir.to_owned(), file.size());
+        let session_error = |source| MountError::Session { dir: dir.to_owned(), source };
+        let (dir, device) = outside.run(move || attach(&place)).map_err(session_error)??;
         let session_error = |source| MountError::Session { dir: dir.clone(), source };
-        let size = file.size();
-        let device = open_device().map_err(MountError::Device)?;
-        let options = format!("fd={},rootmode=40500,user_id=0,group_id=0,default_permissions", device.as_raw_fd());
-        let flags =
-            MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_NOATIME;
-        mount(Some("moor-tether"), &dir, Some(KIND), flags, Some(options.as_str()))
-            .map_err(|error| MountError::Mount { dir: dir.clone(), source: error.into() })?;
-        let mut mount = Self { dir: dir.clone(), is_mounted: true, session: None };
+        let mut mount = Self { dir: dir.clone(), outside: None, session: None };
+        let outside = mount.outside.insert(outside);
         let session = fuse::Session::start(file, device).map_err(session_error)?;
         let serve = move || {
             // Better with them than not at all.
@@ -139,21 +137,21 @@ impl Mount {
         };
         mount.session = Some(std::thread::Builder::new().name("fuse".into()).spawn(serve).map_err(session_error)?);
         // Answers come only when all of it works.
-        let meta = dir.join(FILE_NAME).metadata().map_err(session_error)?;
-        if meta.len() != size {
+        let looked_at = dir.clone();
+        let looked = outside.run(move || {
+            let meta = looked_at.join(FILE_NAME).metadata()?;
+            raise_read_ahead(&looked_at, meta.st_dev());
+            Ok(meta.len())
+        });
+        if looked.flatten().map_err(session_error)? != size {
             return Err(session_error(io::Error::other("the file in it has another length")));
         }
-        mount.raise_read_ahead(meta.st_dev());
         Ok(mount)
     }
 
-    /// More read-ahead makes it faster; without it works as well.
-    fn raise_read_ahead(&self, device: u64) {
-        let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
-        let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
-        if let Err(error) = std::fs::write(&path, READ_AHEAD_KIB.to_string()) {
-            tracing::warn!("cannot set the read-ahead of '{}' ({path}): {error}", self.dir.display());
-        }
+    /// From now on others unmount it.
+    pub fn settle(&mut self) {
+        self.outside = None;
     }
 
     /// Waits until somebody has unmounted it and the last user has closed it.
@@ -161,7 +159,7 @@ impl Mount {
     /// # Errors
     /// The connection to the kernel broke.
     pub fn wait(mut self) -> io::Result<()> {
-        self.is_mounted = false;
+        self.settle();
         match self.session.take() {
             Some(session) => session.join().unwrap_or_else(|_| Err(io::Error::other("a thread of the mount panicked"))),
             None => Ok(()),
@@ -172,13 +170,34 @@ impl Mount {
 impl Drop for Mount {
     fn drop(&mut self) {
         // After `wait` it is gone already, and somebody else's mount may be in its place.
-        if self.is_mounted {
+        if let Some(outside) = self.outside.take() {
+            let dir = self.dir.clone();
             // Not mounted any more is as good.
-            let _ = umount2(&self.dir, MntFlags::MNT_DETACH);
+            let _ = outside.run(move || umount2(&dir, MntFlags::MNT_DETACH));
         }
         if let Some(session) = self.session.take() {
             let _ = session.join();
         }
+    }
+}
+
+/// Mounts on `dir`; whoever looks at it waits until the device is served. Returns where it is, and the device.
+fn attach(dir: &Path) -> Result<(PathBuf, File), MountError> {
+    let dir = dir.canonicalize().map_err(|source| MountError::Directory { dir: dir.to_owned(), source })?;
+    let device = open_device().map_err(MountError::Device)?;
+    let options = format!("fd={},rootmode=40500,user_id=0,group_id=0,default_permissions", device.as_raw_fd());
+    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_NOATIME;
+    mount(Some("moor-tether"), &dir, Some(KIND), flags, Some(options.as_str()))
+        .map_err(|error| MountError::Mount { dir: dir.clone(), source: error.into() })?;
+    Ok((dir, device))
+}
+
+/// More read-ahead makes it faster; without it works as well.
+fn raise_read_ahead(dir: &Path, device: u64) {
+    let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
+    let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+    if let Err(error) = std::fs::write(&path, READ_AHEAD_KIB.to_string()) {
+        tracing::warn!("cannot set the read-ahead of '{}' ({path}): {error}", dir.display());
     }
 }
 

@@ -41,6 +41,26 @@ impl Address {
     /// # Errors
     /// Another form; a host without an address.
     pub fn resolve(url: &str) -> Result<Self, AddressError> {
+        Self::parse(url, |host, port| Ok((host, port).to_socket_addrs()?.collect()))
+    }
+
+    /// The same where somebody else has resolved the host. Without `sockets` the host has to be an address.
+    ///
+    /// # Errors
+    /// As [`Self::resolve`].
+    pub fn resolved(url: &str, sockets: Vec<SocketAddr>) -> Result<Self, AddressError> {
+        let is_given = !sockets.is_empty();
+        let mut address = Self::parse(url, |_, _| Ok(sockets.clone()))?;
+        if is_given {
+            address.sockets = sockets;
+        }
+        Ok(address)
+    }
+
+    fn parse(
+        url: &str,
+        resolve: impl FnOnce(&str, u16) -> std::io::Result<Vec<SocketAddr>>,
+    ) -> Result<Self, AddressError> {
         let form = || AddressError::Form(url.to_owned());
         let rest = url.strip_prefix("https://").ok_or_else(form)?;
         let slash = rest.find('/').ok_or_else(form)?;
@@ -63,12 +83,10 @@ impl Address {
             (ServerName::IpAddress(address.into()), vec![socket])
         } else {
             let name = ServerName::try_from(host.to_owned()).map_err(|_| form())?;
-            let sockets: Vec<_> =
-                (host, port).to_socket_addrs().map_err(|error| unresolved(error.to_string()))?.collect();
-            (name, sockets)
+            (name, resolve(host, port).map_err(|error| unresolved(error.to_string()))?)
         };
         if sockets.is_empty() {
-            return Err(unresolved("the resolver knows none".into()));
+            return Err(unresolved("none is known".into()));
         }
         // The Host header carries no zone (RFC 6874 §4): it means nothing to the server.
         let authority = match zone {
@@ -96,7 +114,9 @@ impl Address {
         &self.name
     }
 
-    pub(super) fn sockets(&self) -> &[SocketAddr] {
+    /// What its host resolved to.
+    #[must_use]
+    pub fn sockets(&self) -> &[SocketAddr] {
         &self.sockets
     }
 }

@@ -17,6 +17,11 @@ pub enum Fault {
         "its certificate is not of the expected authority ({0}): give the authority of this server, or the URL of another server"
     )]
     Authority(String),
+    /// Its certificate is good at another time.
+    #[error(
+        "its certificate is not {0}, and this machine's clock says {1}: set the clock, or have the certificate renewed"
+    )]
+    Validity(&'static str, String),
     /// TLS failed otherwise.
     #[error("TLS failed: {0}")]
     Tls(String),

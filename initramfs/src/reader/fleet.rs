@@ -3,8 +3,8 @@
 use super::fault::Fault;
 use super::member::{Member, Standing};
 use super::world::{World, within};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::Notify;
 
@@ -23,7 +23,9 @@ const STALE: Duration = Duration::from_secs(30);
 const EXPLORE: u64 = 32;
 
 pub(super) struct Fleet {
-    members: Vec<Arc<Member>>,
+    members: RwLock<Arc<[Arc<Member>]>>,
+    /// What members sent that are none any more.
+    earlier_bytes: AtomicU64,
     world: Arc<dyn World>,
     /// The member that is asked until another is clearly better. Each node begins with its own, so that nodes spread.
     current: AtomicUsize,
@@ -39,7 +41,8 @@ impl Fleet {
         let first = index(world.random(), members.len());
         let usable = AtomicUsize::new(members.len());
         Self {
-            members,
+            members: RwLock::new(members.into()),
+            earlier_bytes: AtomicU64::new(0),
             world,
             current: AtomicUsize::new(first),
             usable,
@@ -48,8 +51,26 @@ impl Fleet {
         }
     }
 
-    pub(super) fn members(&self) -> &[Arc<Member>] {
-        &self.members
+    /// The members as they are now; the list may be replaced at any time.
+    pub(super) fn members(&self) -> Arc<[Arc<Member>]> {
+        self.members.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// From now on these are the members. Requests to others move to one of them.
+    pub(super) fn replace(&self, members: Vec<Arc<Member>>) {
+        let is_kept = |member: &Arc<Member>| members.iter().any(|kept| Arc::ptr_eq(kept, member));
+        let before = self.members();
+        let gone: Vec<_> = before.iter().filter(|member| !is_kept(member)).cloned().collect();
+        *self.members.write().unwrap_or_else(PoisonError::into_inner) = members.into();
+        for member in gone {
+            self.earlier_bytes.fetch_add(member.retire(), Ordering::Relaxed);
+        }
+        self.recount();
+    }
+
+    /// What members sent that are none any more.
+    pub(super) fn earlier_bytes(&self) -> u64 {
+        self.earlier_bytes.load(Ordering::Relaxed)
     }
 
     /// Whether no member can be asked.
@@ -60,19 +81,14 @@ impl Fleet {
     /// Whether every member is excluded: then they are asked all the same, because each byte is verified anyway and the alternative
     /// is a root that stands still for ever.
     pub(super) fn all_excluded(&self) -> bool {
-        self.members.iter().all(|member| member.standing() == Standing::Excluded)
+        self.members().iter().all(|member| member.standing() == Standing::Excluded)
     }
 
     /// Counts the usable members again, after one of them changed, and tells those who wait for one.
     pub(super) fn recount(&self) {
         let is_usable = |member: &&Arc<Member>| matches!(member.standing(), Standing::Good | Standing::Slow);
-        self.usable.store(self.members.iter().filter(is_usable).count(), Ordering::Relaxed);
+        self.usable.store(self.members().iter().filter(is_usable).count(), Ordering::Relaxed);
         self.changed.notify_waiters();
-    }
-
-    /// The members that stand so.
-    fn standing(&self, standing: Standing) -> Vec<usize> {
-        (0..self.members.len()).filter(|index| self.members[*index].standing() == standing).collect()
     }
 
     /// The member to ask for so many chunks. Waits for one as long as it takes.
@@ -91,11 +107,14 @@ impl Fleet {
 
     /// The current member, unless one of the others, drawn at random, is clearly better. Where none is good, the least slow.
     fn choose(&self, chunks: u64) -> Option<Arc<Member>> {
-        let mut candidates = self.standing(Standing::Good);
+        let members = self.members();
+        let standing = |wanted: Standing| -> Vec<usize> {
+            (0..members.len()).filter(|index| members[*index].standing() == wanted).collect()
+        };
+        let mut candidates = standing(Standing::Good);
         if candidates.is_empty() {
-            candidates = self.standing(Standing::Slow);
-            let least = candidates.into_iter().min_by_key(|index| self.members[*index].pace().expected())?;
-            return Some(self.members[least].clone());
+            let least = standing(Standing::Slow).into_iter().min_by_key(|index| members[*index].pace().expected())?;
+            return Some(members[least].clone());
         }
         let random = self.world.random();
         let current = self.current.load(Ordering::Relaxed);
@@ -109,45 +128,45 @@ impl Fleet {
         let mut chosen = current;
         if !candidates.is_empty() {
             let other = candidates[index(random >> 16, candidates.len())];
-            let (time, other_time) = (self.time(current, current, chunks), self.time(other, current, chunks));
+            let (time, other_time) = (
+                self.time(&members[current], &members[current], chunks),
+                self.time(&members[other], &members[current], chunks),
+            );
             let is_clear =
                 |other: Duration, this: Duration| other.saturating_mul(CLEARLY) < this.saturating_mul(CLEARLY_OF);
             let is_tried = random.is_multiple_of(EXPLORE) && other_time <= time.saturating_mul(CLEARLY);
             if is_clear(other_time, time) {
                 self.current.store(other, Ordering::Relaxed);
                 chosen = other;
-            } else if is_tried || is_clear(self.loaded(other, other_time), self.loaded(current, time)) {
+            } else if is_tried || is_clear(loaded(&members[other], other_time), loaded(&members[current], time)) {
                 // Not for good: the two share a load, or the other is looked at once.
                 chosen = other;
             }
         }
-        Some(self.members[chosen].clone())
+        Some(members[chosen].clone())
     }
 
     /// The time that an answer of so many chunks takes. What is not known lately is thought to be as the current member's.
-    fn time(&self, member: usize, current: usize, chunks: u64) -> Duration {
-        let known = |member: usize| {
-            let pace = self.members[member].pace();
-            pace.whole(chunks).filter(|_| member == current || self.world.since(pace.measured()) < STALE)
+    fn time(&self, member: &Arc<Member>, current: &Arc<Member>, chunks: u64) -> Duration {
+        let known = |member: &Arc<Member>| {
+            let pace = member.pace();
+            pace.whole(chunks).filter(|_| Arc::ptr_eq(member, current) || self.world.since(pace.measured()) < STALE)
         };
         known(member).or_else(|| known(current)).unwrap_or(Duration::from_millis(1))
     }
 
-    /// The same, with what the member has to do already.
-    fn loaded(&self, member: usize, time: Duration) -> Duration {
-        time.saturating_mul(SIDE_BY_SIDE + self.members[member].in_flight()) / SIDE_BY_SIDE
-    }
-
     /// The best good member but `not`, if there is one that keeps nobody waiting: where all do, asking more only makes it worse.
     pub(super) fn other(&self, not: &Arc<Member>) -> Option<Arc<Member>> {
-        let others = self.members.iter().filter(|member| !Arc::ptr_eq(member, not));
+        let members = self.members();
+        let others = members.iter().filter(|member| !Arc::ptr_eq(member, not));
         let ready = others.filter(|member| member.standing() == Standing::Good && !member.is_late());
         ready.min_by_key(|member| member.pace().expected().unwrap_or_default()).cloned()
     }
 
     /// The time in which the quickest other good member answers.
     pub(super) fn others_expected(&self, not: &Arc<Member>) -> Option<Duration> {
-        let others = self.members.iter().filter(|member| !Arc::ptr_eq(member, not));
+        let members = self.members();
+        let others = members.iter().filter(|member| !Arc::ptr_eq(member, not));
         others.filter(|member| member.standing() == Standing::Good).filter_map(|member| member.pace().expected()).min()
     }
 
@@ -201,7 +220,7 @@ impl Fleet {
 
     fn reasons(&self) -> String {
         let reasons: Vec<_> = self
-            .members
+            .members()
             .iter()
             .map(|member| format!("{}: {}", member.url(), member.last_fault().unwrap_or_else(|| "resting".into())))
             .collect();
@@ -212,6 +231,9 @@ impl Fleet {
     pub(super) fn failed(&self, member: &Member, fault: &Fault, is_trial: bool) -> bool {
         let before = member.standing();
         let now = member.failed(fault, is_trial);
+        if member.is_retired() {
+            return false;
+        }
         self.recount();
         match now {
             Standing::Excluded if before != Standing::Excluded => {
@@ -230,6 +252,11 @@ impl Fleet {
             self.recount();
         }
     }
+}
+
+/// The time that an answer takes, with what the member has to do already.
+fn loaded(member: &Member, time: Duration) -> Duration {
+    time.saturating_mul(SIDE_BY_SIDE + member.in_flight()) / SIDE_BY_SIDE
 }
 
 fn index(random: u64, length: usize) -> usize {

@@ -300,9 +300,13 @@ impl Attempt {
             Need::Chunks(left, page) => {
                 let chunk = left.start;
                 self.inner.counts.fetched.fetch_add(1, Ordering::Relaxed);
+                let sealed = self.inner.store.as_ref().map(|store| (store, bytes.clone()));
                 let landed = match verifier.open_chunk(chunk, page, &mut bytes) {
                     Ok(()) => {
                         self.inner.counts.verified.fetch_add(1, Ordering::Relaxed);
+                        if let Some((store, sealed)) = sealed {
+                            store.keep(chunk, sealed);
+                        }
                         Ok(Bytes::from(bytes))
                     }
                     // The bytes are those of the image: nobody has better ones.
@@ -338,16 +342,22 @@ impl Drop for Run {
 }
 
 impl Run {
-    /// Fetches the run from whoever serves it, and lands it chunk by chunk.
+    /// Brings the run from the store, or from whoever serves it, and lands it chunk by chunk.
     pub(super) async fn fly(mut self) {
         let inner = self.inner.clone();
         let page = inner.page(inner.verifier.page_of_chunk(self.left.start)).await;
-        let mut flight = Flight::new(inner.clone(), self.ticket.clone());
         while !self.left.is_empty() {
-            if let Item::Chunk(chunk, landed) = flight.next(&Need::Chunks(self.left.clone(), page.clone())).await {
-                self.ticket.arrived(chunk);
-                lock(&inner.cache).land(chunk, &landed);
-                self.left.start = chunk + 1;
+            if let Some((chunk, landed)) = self.stored(&page).await {
+                self.lands(chunk, &landed);
+                continue;
+            }
+            let end = self.missing();
+            let mut flight = Flight::new(inner.clone(), self.ticket.clone());
+            while self.left.start < end {
+                let need = Need::Chunks(self.left.start..end, page.clone());
+                if let Item::Chunk(chunk, landed) = flight.next(&need).await {
+                    self.lands(chunk, &landed);
+                }
             }
         }
     }

@@ -10,9 +10,12 @@ use hyper::body::Incoming;
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use moor_api::client::chain;
-use rustls::ClientConfig;
+use rustls::{CertificateError, ClientConfig};
+use rustls_pki_types::UnixTime;
 use std::io;
 use std::sync::Arc;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
@@ -155,9 +158,22 @@ fn head(response: &Response<Incoming>) -> Head {
 
 fn tls_fault(error: &io::Error) -> Fault {
     match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        Some(rustls::Error::InvalidCertificate(CertificateError::NotValidYetContext { time, .. })) => {
+            Fault::Validity("valid yet", date(*time))
+        }
+        Some(rustls::Error::InvalidCertificate(CertificateError::ExpiredContext { time, .. })) => {
+            Fault::Validity("valid any more", date(*time))
+        }
         Some(rustls::Error::InvalidCertificate(cause)) => Fault::Authority(format!("{cause:?}")),
         Some(rustls::Error::General(cause)) => Fault::Authority(cause.clone()),
         Some(cause) => Fault::Tls(cause.to_string()),
         None => Fault::Broken(error.to_string()),
     }
+}
+
+/// For people.
+fn date(time: UnixTime) -> String {
+    let seconds = i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
+    let date = OffsetDateTime::from_unix_timestamp(seconds).ok().and_then(|time| time.format(&Rfc3339).ok());
+    date.unwrap_or_else(|| format!("{seconds} s after 1970"))
 }

@@ -6,7 +6,7 @@ use super::pace::Pace;
 use super::world::{Path, World};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -80,6 +80,8 @@ pub(super) struct Member {
     bytes: AtomicU64,
     requests: AtomicU64,
     faults: AtomicU64,
+    /// Whether it is no member any more.
+    is_retired: AtomicBool,
 }
 
 /// Counts something as long as it lives.
@@ -116,7 +118,20 @@ impl Member {
             bytes: AtomicU64::new(0),
             requests: AtomicU64::new(0),
             faults: AtomicU64::new(0),
+            is_retired: AtomicBool::new(false),
         }
+    }
+
+    /// It is no member any more: what runs moves away from it, and nobody brings it back. Returns how many bytes it has sent.
+    pub(super) fn retire(&self) -> u64 {
+        self.is_retired.store(true, Ordering::Relaxed);
+        lock(&self.health).standing = Standing::BackingOff;
+        self.link.forget_connections();
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn is_retired(&self) -> bool {
+        self.is_retired.load(Ordering::Relaxed)
     }
 
     pub(super) fn url(&self) -> &str {

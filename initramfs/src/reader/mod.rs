@@ -6,13 +6,14 @@
 //!
 //! What it needs of the world is in [`world`]; [`https`] and [`real`] are the world there is, and tests bring another. [`open`] finds a
 //! good header. [`fleet`] chooses a [`member`] by its [`pace`], [`link`] asks it, [`fault`] says what it did wrong, and [`recovery`] takes
-//! it back. [`flight`] fetches one thing from whoever brings it first, [`hedges`] bounds how often two are asked. [`table`] holds the
-//! hashes to verify against, [`cache`] what was verified. [`ahead`] and [`prefetch`] guess what comes next, [`class`] makes guesses wait
+//! it back. [`change`] takes up another list of members. [`flight`] fetches one thing from whoever brings it first, [`hedges`] bounds how often two are asked. [`table`] holds the
+//! hashes to verify against, [`cache`] what was verified, [`store`] what somebody keeps over restarts. [`ahead`] and [`prefetch`] guess what comes next, [`class`] makes guesses wait
 //! for what is wanted, and [`trace`] notes what was.
 
 mod address;
 mod ahead;
 mod cache;
+mod change;
 mod class;
 mod fault;
 mod fleet;
@@ -26,16 +27,19 @@ mod pace;
 mod prefetch;
 mod real;
 mod recovery;
+mod store;
 mod table;
 mod trace;
 pub mod world;
 
 pub use address::{Address, AddressError};
+pub use change::ChangeError;
 pub use fault::Fault;
 pub use https::Https;
 pub use member::{MemberStatus, Standing};
 pub use open::OpenError;
 pub use real::Real;
+pub use store::{Find, FindStore, Store};
 pub use trace::Trace;
 
 use ahead::Ahead;
@@ -106,11 +110,13 @@ pub struct Settings {
     pub cache: u64,
     /// Chunks that earlier boots read, in order: they are fetched before anybody asks.
     pub prefetch: Vec<u64>,
+    /// Who keeps chunks over restarts.
+    pub store: Option<FindStore>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { cache: DEFAULT_CACHE, prefetch: Vec::new() }
+        Self { cache: DEFAULT_CACHE, prefetch: Vec::new(), store: None }
     }
 }
 
@@ -119,6 +125,7 @@ struct Inner {
     verifier: Verifier,
     fleet: Arc<Fleet>,
     cache: Mutex<Cache>,
+    store: Option<Arc<dyn Store>>,
     table: Mutex<Table>,
     /// Held while a page is fetched, so that each is fetched once.
     table_flight: tokio::sync::Mutex<()>,
@@ -163,11 +170,13 @@ impl Reader {
         fleet.recount();
         world.spawn(Box::pin(fleet.clone().watch_outages()));
         let begun = world.now();
+        let store = settings.store.and_then(|find| (find.0)(verifier.header()));
         let inner = Arc::new(Inner {
             world,
             verifier,
             fleet: fleet.clone(),
             cache: Mutex::new(Cache::new(settings.cache)),
+            store,
             table: Mutex::new(Table::new()),
             table_flight: tokio::sync::Mutex::new(()),
             ahead: Mutex::new(Ahead::new(chunk_size)),
@@ -204,7 +213,7 @@ impl Reader {
     pub fn figures(&self) -> Figures {
         let members: Vec<_> = self.0.fleet.members().iter().map(|member| member.status()).collect();
         Figures {
-            bytes_fetched: members.iter().map(|member| member.bytes).sum(),
+            bytes_fetched: self.0.fleet.earlier_bytes() + members.iter().map(|member| member.bytes).sum::<u64>(),
             chunks_fetched: self.0.counts.fetched.load(Ordering::Relaxed),
             chunks_verified: self.0.counts.verified.load(Ordering::Relaxed),
             hedges: self.0.counts.hedges.load(Ordering::Relaxed),

@@ -34,6 +34,7 @@ impl Inner {
                 world.sleep(rest).await;
                 let Some(inner) = reader.upgrade() else { return };
                 match member.standing() {
+                    _ if member.is_retired() => return,
                     Standing::Good => return,
                     Standing::Excluded if !inner.fleet.all_excluded() => continue,
                     _ => {}
@@ -51,7 +52,7 @@ impl Inner {
 
     /// Reads a chunk from each member that nobody has asked yet, once, after the first rush.
     pub(super) fn look_at_the_others(self: &Arc<Self>) {
-        for member in self.fleet.members() {
+        for member in self.fleet.members().iter() {
             let (reader, member, world): (Weak<Self>, _, _) =
                 (Arc::downgrade(self), member.clone(), self.world.clone());
             self.world.spawn(Box::pin(async move {
@@ -69,7 +70,7 @@ impl Inner {
     }
 
     /// One verified read of a page, if it is needed, and a chunk on this member alone; what it brings is not kept.
-    async fn try_out(self: &Arc<Self>, member: &Arc<Member>) -> Result<(), Fault> {
+    pub(super) async fn try_out(self: &Arc<Self>, member: &Arc<Member>) -> Result<(), Fault> {
         let chunk = self.counts.recent.load(Ordering::Relaxed);
         if chunk >= self.verifier.header().chunks {
             return Ok(());

@@ -93,6 +93,11 @@ impl Zram {
         wait_for(&self.path()).map_err(step(format!("find '{}'", self.path().display())))
     }
 
+    /// It takes no more than so many bytes of memory.
+    pub(super) fn limit(&self, bytes: u64) -> io::Result<()> {
+        std::fs::write(format!("/sys/block/zram{}/mem_limit", self.0), bytes.to_string())
+    }
+
     /// The disk whose file system `dir` is on. By the device's number, not by a name: `dir` may be relative, or a link.
     pub(super) fn at(dir: &Path) -> Option<Self> {
         let device = std::fs::metadata(dir).ok()?.dev();

@@ -1,14 +1,16 @@
 //! From the image file to a root file system: loop device, squashfs, a compressed disk in memory, and an overlay of both.
 //!
-//! A step that fails undoes those before it. [`device`] holds the loop and zram devices, [`memory`] decides whether there is room.
+//! Or the tree of the image is unpacked into the disk ([`unpack`]), and nothing of the image is left. A step that fails undoes those before
+//! it. [`device`] holds the loop and zram devices, [`memory`] decides whether there is room.
 
 mod device;
 mod ioctl;
 mod memory;
+mod unpack;
 
 pub use memory::MemoryError;
 
-use crate::mount;
+use crate::{mount, ram};
 use device::{LoopDevice, Zram};
 use memory::Memory;
 use nix::errno::Errno;
@@ -21,6 +23,9 @@ use std::process::{Command, Stdio};
 /// Where the work mounts are unless told otherwise: on `/run`, which moves into the new root at `switch_root`.
 pub const DEFAULT_WORK: &str = "/run/mooring/root";
 
+/// A file system has an inode for each so many bytes, as mke2fs would give it.
+const BYTES_PER_INODE: u64 = 16 << 10;
+
 /// How to make the root.
 #[derive(Debug, Clone)]
 pub struct RootOptions {
@@ -30,6 +35,10 @@ pub struct RootOptions {
     pub overlay_percent: u16,
     /// Its compression; `None`: the kernel's default.
     pub overlay_algorithm: Option<String>,
+    /// How much memory it may take at most, in per cent of the machine's; `None`: as much as it needs.
+    pub overlay_limit_percent: Option<u16>,
+    /// Whether the image is unpacked into the layer, and not needed any more then.
+    pub unpack: bool,
     /// Where the work mounts go.
     pub work: PathBuf,
     /// Where the root goes.
@@ -128,6 +137,14 @@ impl Undo {
     }
 }
 
+/// Refuses an image of `size` bytes that does not fit into memory beside a writable layer of `percent` of it.
+///
+/// # Errors
+/// It does not fit: how much there is, and how much it takes.
+pub fn check_memory_for_image(size: u64, percent: u16) -> Result<(), RootError> {
+    Ok(Memory::read().map_err(step("read /proc/meminfo"))?.image(size, percent)?)
+}
+
 /// Makes the root at `options.new_root`.
 ///
 /// # Errors
@@ -137,30 +154,58 @@ pub fn make(options: &RootOptions) -> Result<(), RootError> {
         load_module(module);
     }
     let memory = Memory::read().map_err(step("read /proc/meminfo"))?;
-    let disk = memory.overlay(options.overlay_percent)?;
     check_image(&options.image)?;
-    let (lower, writable) = (options.work.join("lower"), options.work.join("writable"));
-    for dir in [&options.work, &lower, &writable] {
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
-            .map_err(step(format!("make '{}'", dir.display())))?;
-    }
     let mut undo = Undo::default();
+    if options.unpack {
+        unpacked(options, memory, &mut undo)?;
+    } else {
+        layered(options, memory, &mut undo)?;
+    }
+    undo.0.clear();
+    hide_image(&options.image);
+    Ok(())
+}
 
+fn make_dir(dir: &Path) -> Result<(), RootError> {
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    made.map_err(step(format!("make '{}'", dir.display())))
+}
+
+/// The image's squashfs, mounted in the work directory. The mount holds its loop device: the last unmount frees that.
+fn mount_image(options: &RootOptions, undo: &mut Undo) -> Result<PathBuf, RootError> {
+    let lower = options.work.join("lower");
+    make_dir(&lower)?;
     let device = LoopDevice::attach(&options.image)?;
     undo.mount((device.path(), &lower, "squashfs"), MsFlags::MS_RDONLY, "")?;
-    // The mount holds the device now; the last unmount frees it.
-    drop(device);
+    Ok(lower)
+}
 
-    let zram = Zram::add(disk, options.overlay_algorithm.as_deref())?;
-    let disk_path = zram.path();
+/// A disk in memory of `size` bytes with a file system on it, mounted on `place`.
+fn mount_disk(
+    options: &RootOptions,
+    (size, limit): (u64, Option<u64>),
+    more: &[&str],
+    place: &Path,
+    undo: &mut Undo,
+) -> Result<(), RootError> {
+    let zram = Zram::add(size, options.overlay_algorithm.as_deref())?;
+    let disk = zram.path();
+    let limited = limit.map_or(Ok(()), |limit| zram.limit(limit));
     undo.0.push(Made::Zram(zram));
-    make_filesystem(&disk_path)?;
+    limited.map_err(step("limit the memory disk"))?;
+    make_filesystem(&disk, more)?;
     // Without discard, the space of deleted files would stay in memory.
-    undo.mount((&disk_path, &writable, "ext4"), MsFlags::MS_NOATIME, "discard")?;
+    undo.mount((&disk, place, "ext4"), MsFlags::MS_NOATIME, "discard")
+}
 
+/// The image below, and a writable layer above.
+fn layered(options: &RootOptions, memory: Memory, undo: &mut Undo) -> Result<(), RootError> {
+    let limit = memory.limit(options.overlay_limit_percent)?;
+    let disk = memory.overlay(options.overlay_percent, limit)?;
+    let writable = options.work.join("writable");
+    make_dir(&writable)?;
+    let lower = mount_image(options, undo)?;
+    mount_disk(options, (disk, limit), &[], &writable, undo)?;
     let (upper, scratch) = (writable.join("upper"), writable.join("work"));
     let like = std::fs::metadata(&lower).map_err(step("read the image's root directory"))?;
     for dir in [&upper, &scratch] {
@@ -176,19 +221,37 @@ pub fn make(options: &RootOptions) -> Result<(), RootError> {
         (Path::new("mooring"), &options.new_root, "overlay"),
         MsFlags::empty(),
         &format!("{layers},redirect_dir=on"),
-    )?;
-    undo.0.clear();
-    hide_tether(&options.image);
+    )
+}
+
+/// All that is in the image, in a file system of its own.
+fn unpacked(options: &RootOptions, memory: Memory, undo: &mut Undo) -> Result<(), RootError> {
+    let lower = mount_image(options, undo)?;
+    let size = unpack::measure(&lower)?;
+    let limit = memory.limit(options.overlay_limit_percent)?;
+    let disk = memory.unpacked(size.bytes, options.overlay_percent, limit)?;
+    let wanted = size.inodes.saturating_mul(2).max(disk / BYTES_PER_INODE).to_string();
+    mount_disk(options, (disk, limit), &["-N", &wanted], &options.new_root, undo)?;
+    // mke2fs makes it; the image has none, or its own.
+    let lost = options.new_root.join("lost+found");
+    std::fs::remove_dir(&lost).map_err(step(format!("remove '{}'", lost.display())))?;
+    unpack::copy(&lower, &options.new_root)?;
+    umount2(&lower, MntFlags::UMOUNT_NOFOLLOW)
+        .map_err(|error| step(format!("unmount '{}'", lower.display()))(error.into()))?;
+    undo.0.retain(|made| !matches!(made, Made::Mount(path) if *path == lower));
     Ok(())
 }
 
-/// Takes the tether's mount out of the tree. The loop device holds its file, so it lives as long as the root does. In the tree
-/// systemd-shutdown would unmount it by force, and that aborts a FUSE connection, in use or not (systemd: shutdown/umount.c,
-/// `MNT_FORCE`; Linux: `fuse_umount_begin`).
-fn hide_tether(image: &Path) {
+/// Takes the image's mount out of the tree: the tether's, or that of an image in memory. A loop device holds the file, so it lives as long
+/// as the root does; where it was unpacked, it ends. In the tree systemd-shutdown would unmount it by force, and that aborts a FUSE
+/// connection, in use or not (systemd: shutdown/umount.c, `MNT_FORCE`; Linux: `fuse_umount_begin`).
+fn hide_image(image: &Path) {
     let Some(dir) = image.parent().and_then(|dir| dir.canonicalize().ok()) else { return };
-    let is_tether = device::mounted(&dir).is_ok_and(|mount| mount.is_some_and(|(kind, _)| kind == mount::KIND));
-    if is_tether && let Err(error) = umount2(&dir, MntFlags::MNT_DETACH) {
+    let is_ours = |(kind, source): (String, PathBuf)| {
+        kind == mount::KIND || (kind == ram::KIND && source == Path::new(ram::SOURCE))
+    };
+    let is_image = device::mounted(&dir).is_ok_and(|mount| mount.is_some_and(is_ours));
+    if is_image && let Err(error) = umount2(&dir, MntFlags::MNT_DETACH) {
         tracing::warn!("cannot take '{}' out of the tree: {error}", dir.display());
     }
 }
@@ -222,10 +285,11 @@ fn check_image(path: &Path) -> Result<(), RootError> {
 }
 
 /// ext4 without a journal: it never outlives the machine's memory.
-fn make_filesystem(disk: &Path) -> Result<(), RootError> {
+fn make_filesystem(disk: &Path, more: &[&str]) -> Result<(), RootError> {
     let output = Command::new("mke2fs")
         .args(["-q", "-F", "-t", "ext4", "-O", "^has_journal,^resize_inode", "-m", "0", "-L", "overlay"])
         .args(["-E", "lazy_itable_init=1,nodiscard"])
+        .args(more)
         .arg(disk)
         .stdin(Stdio::null())
         .output()
@@ -254,13 +318,16 @@ pub fn take_down(new_root: &Path, work: &Path) -> Result<(), RootError> {
         move |error: Errno| RootError::Step { doing, source: error.into(), advice: "; end what uses it first" }
     };
     let (lower, writable) = (work.join("lower"), work.join("writable"));
-    let mut disk = Zram::at(&writable);
+    // An unpacked root is on the disk itself.
+    let whole = Zram::at(new_root);
+    let is_whole = whole.is_some();
+    let mut disk = whole.or_else(|| Zram::at(&writable));
     let mut found = false;
     for path in [new_root, writable.as_path(), lower.as_path()] {
         match umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) => found = true,
             // Nothing is mounted there, or there is no such place any more.
-            Err(Errno::EINVAL | Errno::ENOENT) if path == writable => disk = None,
+            Err(Errno::EINVAL | Errno::ENOENT) if path == writable && !is_whole => disk = None,
             Err(Errno::EINVAL | Errno::ENOENT) => {}
             Err(error) => return Err(busy(path)(error)),
         }

@@ -55,8 +55,18 @@ impl Authority {
         self.identity_until(2020)
     }
 
+    /// One that is not valid before 2990.
+    pub(crate) fn early(&self) -> Identity {
+        self.identity_between(2990, 2999)
+    }
+
     fn identity_until(&self, year: i32) -> Identity {
+        self.identity_between(1990, year)
+    }
+
+    pub(crate) fn identity_between(&self, begin: i32, year: i32) -> Identity {
         let mut params = params("server");
+        params.not_before = rcgen::date_time_ymd(begin, 1, 1);
         params.not_after = rcgen::date_time_ymd(year, 1, 1);
         params.subject_alt_names = vec![SanType::IpAddress(Ipv4Addr::LOCALHOST.into())];
         let key = KeyPair::generate().unwrap();
@@ -79,6 +89,11 @@ impl Collective {
         Self { id: CollectiveId::random(), root }
     }
 
+    /// The same collective with another root.
+    pub(crate) fn with_new_root(&self) -> Self {
+        Self { id: self.id, ..Self::new() }
+    }
+
     pub(crate) fn bundle(&self) -> SiteBundle {
         SiteBundle {
             version: 1,
@@ -93,11 +108,17 @@ impl Collective {
 
     /// A leaf under the intermediate of `role`; its address is never looked at.
     pub(crate) fn identity(&self, role: &str) -> Identity {
+        self.identity_since(role, 1990)
+    }
+
+    /// The same, not valid before that year.
+    pub(crate) fn identity_since(&self, role: &str, year: i32) -> Identity {
         let mut intermediate = params(role);
         intermediate.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         intermediate.subject_alt_names = vec![uri(authority_uri(self.id, role))];
         let issuer = CertifiedIssuer::signed_by(intermediate, KeyPair::generate().unwrap(), &self.root).unwrap();
         let mut leaf = params("member");
+        leaf.not_before = rcgen::date_time_ymd(year, 1, 1);
         leaf.subject_alt_names = vec![uri(member_uri(self.id, MemberId::random()))];
         let key = KeyPair::generate().unwrap();
         let certificate = leaf.signed_by(&key, &issuer).unwrap();

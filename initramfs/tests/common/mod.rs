@@ -4,6 +4,7 @@
 pub(crate) mod authority;
 pub(crate) mod namespace;
 pub(crate) mod nginx;
+pub(crate) mod place;
 pub(crate) mod server;
 
 use moor_image::{Dek, Metadata, Payload, SealOptions, Sealed, Sealer};

@@ -114,7 +114,7 @@ pub(crate) fn run(files: &Arc<Files>, seed: u64, is_guarded: bool) -> Result<Out
         let options = OpenOptions { key: Some(files.sample.key.clone()), ..OpenOptions::default() };
         let paths = reached.iter().map(|server| Box::new(Way(server.clone())) as Box<dyn Path>).collect();
         let prefetch = (0..random.below(60)).map(|_| random.below(100)).collect();
-        let settings = Settings { cache: 200_000, prefetch };
+        let settings = Settings { cache: 200_000, prefetch, ..Settings::default() };
         let reader = Reader::open(paths, Arc::new(world.clone()), &options, settings).await;
         let reader = reader.map_err(|error| error.to_string())?;
         for (index, server) in reached.iter().enumerate() {

@@ -8,6 +8,7 @@ use moor_api::deploy::RootMode;
 use moor_api::node::{EnvelopeKind, ImageOffer, KeyEnvelope, KeyRequest};
 use moor_image::Dek;
 use std::os::unix::fs::DirBuilderExt as _;
+use std::path::Path;
 use std::time::Duration;
 use tokio::process::Command;
 use zeroize::{Zeroize as _, Zeroizing};
@@ -15,20 +16,29 @@ use zeroize::{Zeroize as _, Zeroizing};
 /// Limits of the two calls of the tether; the states have longer ones.
 const MOUNT_LIMIT: Duration = Duration::from_secs(150);
 const ROOT_LIMIT: Duration = Duration::from_secs(150);
+/// The same where a whole image is fetched or unpacked. A slow network takes its time, and the tether waits out an outage.
+const WHOLE_LIMIT: Duration = Duration::from_secs(3500);
+/// The partition that keeps chunks, by its name in the partition table: whoever gave it that name meant it.
+const CACHE: &str = "/dev/disk/by-partlabel/mooring-cache";
+/// How long a disk may take to appear.
+const DISK_LIMIT: Duration = Duration::from_secs(10);
+/// Exit statuses of the tether: this machine cannot do it; the image is not one that may be used.
+const CANNOT: i32 = 3;
+const NOT_ACCEPTED: i32 = 4;
 
 impl Boot {
     pub(super) async fn image(&mut self) -> Result<State, Fault> {
         let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
         let offer = members.call(async |member| member.image().await).await.map_err(|error| call_fault(&error))?;
-        if offer.root != RootMode::Tethered {
-            return Err(Fault::refused(
-                "the profile's root mode is not 'tethered', and this agent knows no other: change 'root' in profile.yaml and \
-                 publish the profile",
-            ));
-        }
         if offer.token_required {
             return Err(Fault::refused(format!(
                 "image '{}' is not encrypted, and the tether reads sealed images only: pack it without --plain",
+                offer.name
+            )));
+        }
+        if offer.urls.is_empty() {
+            return Err(Fault::refused(format!(
+                "no member says where image '{}' is: give 'urls' in moord.toml, and start the member again",
                 offer.name
             )));
         }
@@ -37,7 +47,8 @@ impl Boot {
         let envelope = envelope.map_err(|error| call_fault(&error))?;
         self.key = Some(self.open_envelope(envelope)?);
         let mib = offer.size.div_ceil(1 << 20);
-        self.reporter.note("image", &format!("'{}', {mib} MiB, digest {}", offer.name, offer.digest));
+        let mode = self.root_mode(&offer).as_str();
+        self.reporter.note("image", &format!("'{}', {mib} MiB, digest {}, root {mode}", offer.name, offer.digest));
         self.offer = Some(offer);
         Ok(State::Tether)
     }
@@ -88,7 +99,16 @@ impl Boot {
         if std::fs::symlink_metadata(directory.join("image")).is_ok() {
             let _ = child::run(unmount, b"", MOUNT_LIMIT).await;
         }
-        let mut mount = mount_command(&self.options.tether, offer);
+        let mode = self.root_mode(offer);
+        let mut mount = mount_command(&self.options.tether, offer, mode);
+        if let Some(document) = &self.document
+            && mode == RootMode::Untethered
+        {
+            mount.arg("--overlay-percent").arg(document.profile.overlay.size_percent.to_string());
+        }
+        if mode == RootMode::Disk {
+            mount.arg("--disk-cache").arg(wait_for(Path::new(CACHE), DISK_LIMIT).await);
+        }
         mount.arg("--site").arg(site);
         if !offer.signers.is_empty() {
             let trust = run.write("image.trust", format!("{}\n", offer.signers.join("\n")).as_bytes());
@@ -101,17 +121,27 @@ impl Boot {
             })?;
             mount.arg("--signatures").arg(run.write("image.sig", &signatures.0).map_err(Fault::fatal)?);
         }
-        if !offer.prefetch.is_empty() {
+        // A whole image needs no order of its parts.
+        if !offer.prefetch.is_empty() && mode != RootMode::Untethered {
             let list = serde_json::to_vec(&offer.prefetch).map_err(|error| Fault::fatal(error.to_string()))?;
             mount.arg("--prefetch").arg(run.write("image.prefetch", &list).map_err(Fault::fatal)?);
         }
         mount.arg(&directory);
         let text: Zeroizing<String> = key.to_hex();
-        if let Err(error) = child::run(mount, text.as_bytes(), MOUNT_LIMIT).await {
+        let limit = if mode == RootMode::Untethered { WHOLE_LIMIT } else { MOUNT_LIMIT };
+        if let Err(error) = child::run(mount, text.as_bytes(), limit).await {
+            match error.code() {
+                Some(CANNOT) => return Err(Fault::fatal(error)),
+                Some(NOT_ACCEPTED) => return Err(Fault::refused(error)),
+                _ => {}
+            }
             let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
             members.disconnect();
             // With no member there it is no fault of the image's: the boot goes back to where members are waited for.
             return Err(if members.connection().await.is_ok() { Fault::again(error) } else { Fault::restart(error) });
+        }
+        if let Some(why) = run.tether().and_then(|tether| tether.disk?.error) {
+            self.reporter.note("mount", &format!("the root is read without a cache on the disk: {why}"));
         }
         Ok(State::Root)
     }
@@ -119,7 +149,8 @@ impl Boot {
     pub(super) async fn root(&mut self) -> Result<State, Fault> {
         // The tether has it; nobody else needs it any more.
         self.key = None;
-        let document = self.document.as_ref().ok_or_else(|| missing("configuration"))?;
+        let (Some(document), Some(offer)) = (&self.document, &self.offer) else { return Err(missing("configuration")) };
+        let mode = self.root_mode(offer);
         let overlay = &document.profile.overlay;
         let mut root = Command::new(&self.options.tether);
         root.arg("root").arg("--image").arg(self.options.run.path("tether/image"));
@@ -127,16 +158,41 @@ impl Boot {
         if let Some(algorithm) = &overlay.algorithm {
             root.arg("--overlay-algorithm").arg(algorithm);
         }
+        if let Some(limit) = overlay.limit_percent {
+            root.arg("--overlay-limit-percent").arg(limit.to_string());
+        }
+        let limit = if mode == RootMode::Ram {
+            root.arg("--unpack");
+            WHOLE_LIMIT
+        } else {
+            ROOT_LIMIT
+        };
         root.arg(&self.options.root);
-        child::run(root, b"", ROOT_LIMIT).await.map_err(Fault::fatal)?;
+        child::run(root, b"", limit).await.map_err(Fault::fatal)?;
         Ok(State::Render)
+    }
+
+    /// What the kernel command line says, or else the profile.
+    fn root_mode(&self, offer: &ImageOffer) -> RootMode {
+        self.arguments.root.unwrap_or(offer.root)
     }
 }
 
+/// Waits until a device is there, and no longer than `limit`. Whoever uses it says that it is missing.
+async fn wait_for(path: &Path, limit: Duration) -> &Path {
+    let there = async {
+        while !path.exists() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let _ = tokio::time::timeout(limit, there).await;
+    path
+}
+
 /// The part of the command that comes from the offer. Nothing of it is secret: arguments are world-readable.
-fn mount_command(program: &std::path::Path, offer: &ImageOffer) -> Command {
+fn mount_command(program: &Path, offer: &ImageOffer, mode: RootMode) -> Command {
     let mut mount = Command::new(program);
-    mount.args(["mount", "--key-file", "-"]);
+    mount.args([if mode == RootMode::Untethered { "fetch" } else { "mount" }, "--key-file", "-"]);
     for url in &offer.urls {
         mount.arg("--url").arg(url);
     }
@@ -167,21 +223,20 @@ mod tests {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    #[tokio::test]
-    async fn with_no_member_there_a_mount_that_fails_is_not_the_end() {
-        let dir = tempfile::tempdir().unwrap();
+    /// A boot that has come to its image, with a program in place of the tether, and nobody who listens.
+    fn boot(dir: &std::path::Path, tether: &str, root: RootMode) -> Boot {
         let mut boot = Boot::new(Options {
-            root: dir.path().join("root"),
-            site: dir.path().join("site.json"),
-            run: RunDir::new(dir.path()),
+            root: dir.join("root"),
+            site: dir.join("site.json"),
+            run: RunDir::new(dir),
             command_line: "/proc/cmdline".into(),
-            tether: "/bin/false".into(),
+            tether: tether.into(),
         });
         let bundle = SiteBundle {
             version: 1,
             collective: CollectiveId::random(),
             name: "x".into(),
-            roots: vec![root()],
+            roots: vec![self::root()],
             members: Vec::new(),
             ssh_host_authorities: Vec::new(),
             built: 0,
@@ -201,11 +256,44 @@ mod tests {
             signatures: None,
             urls,
             token_required: false,
-            root: RootMode::Tethered,
-            prefetch: Vec::new(),
+            root,
+            prefetch: vec![1],
         });
-        let fault = boot.tether().await.unwrap_err();
+        boot
+    }
+
+    #[tokio::test]
+    async fn with_no_member_there_a_mount_that_fails_is_not_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let fault = boot(dir.path(), "/bin/false", RootMode::Tethered).tether().await.unwrap_err();
         assert_eq!(fault.class, Class::Restart);
         assert!(fault.reason.contains("/bin/false"), "{}", fault.reason);
+    }
+
+    /// What the tether's statuses mean for the boot; what it says reaches the console and the member as it is.
+    #[tokio::test]
+    async fn too_little_memory_ends_the_boot_and_an_image_that_may_not_be_used_is_waited_for() {
+        use std::os::unix::fs::PermissionsExt as _;
+        for (status, class) in [(3, Class::Fatal), (4, Class::Refused)] {
+            let dir = tempfile::tempdir().unwrap();
+            let program = dir.path().join("program");
+            let text = format!("#!/bin/sh\necho \"why: $*\" >&2\nexit {status}\n");
+            std::fs::write(&program, text).unwrap();
+            std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+            for (mode, word) in
+                [(RootMode::Tethered, "mount"), (RootMode::Ram, "mount"), (RootMode::Untethered, "fetch")]
+            {
+                let fault = boot(dir.path(), program.to_str().unwrap(), mode).tether().await.unwrap_err();
+                assert_eq!(fault.class, class);
+                assert!(fault.reason.contains(&format!("why: {word} --key-file -")), "{}", fault.reason);
+                // A whole image needs no order of its parts.
+                assert_eq!(fault.reason.contains("--prefetch"), word == "mount", "{}", fault.reason);
+            }
+            // The kernel command line has the last word.
+            let mut boot = boot(dir.path(), program.to_str().unwrap(), RootMode::Tethered);
+            boot.arguments.root = Some(RootMode::Untethered);
+            let fault = boot.tether().await.unwrap_err();
+            assert!(fault.reason.contains("why: fetch"), "{}", fault.reason);
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! What the kernel command line says to the agent.
 
 use crate::network::StaticAddress;
+use moor_api::deploy::RootMode;
 
 /// Where the kernel shows it.
 pub const COMMAND_LINE: &str = "/proc/cmdline";
@@ -12,6 +13,8 @@ pub struct KernelArguments {
     pub servers: Vec<String>,
     /// `moor.ip=ADDRESS/PREFIX[,GATEWAY[,INTERFACE]]`, once for each address.
     pub addresses: Vec<StaticAddress>,
+    /// `moor.root=MODE`: instead of what the profile says.
+    pub root: Option<RootMode>,
 }
 
 /// An argument is not what it should be.
@@ -40,6 +43,8 @@ impl KernelArguments {
                 }
             } else if let Some(text) = argument.strip_prefix("moor.ip=") {
                 arguments.addresses.push(static_address(text).map_err(error)?);
+            } else if let Some(mode) = argument.strip_prefix("moor.root=") {
+                arguments.root = Some(mode.parse().map_err(error)?);
             }
         }
         Ok(arguments)
@@ -72,9 +77,10 @@ mod tests {
     #[test]
     fn the_agents_arguments_are_picked_out() {
         let line = "BOOT_IMAGE=/x boot=moor moor.server=https://10.0.2.2:8443,https://[fd00::2]:8443 quiet \
-                    moor.ip=10.0.2.15/24,10.0.2.2,eth1 moor.ip=fd00::5/64 moor.server=https://h panic=-1";
+                    moor.ip=10.0.2.15/24,10.0.2.2,eth1 moor.ip=fd00::5/64 moor.server=https://h panic=-1 moor.root=untethered";
         let arguments = KernelArguments::parse(line).unwrap();
         assert_eq!(arguments.servers, ["https://10.0.2.2:8443", "https://[fd00::2]:8443", "https://h"]);
+        assert_eq!(arguments.root, Some(RootMode::Untethered));
         let [first, second] = &arguments.addresses[..] else { panic!("{arguments:?}") };
         assert_eq!(first.address.to_string(), "10.0.2.15/24");
         assert_eq!(first.gateway, Some("10.0.2.2".parse().unwrap()));
@@ -90,6 +96,8 @@ mod tests {
     fn malformed_arguments_are_refused_by_name() {
         for bad in [
             "moor.server=http://10.0.2.2",
+            "moor.root=nfs",
+            "moor.root=",
             "moor.ip=10.0.2.15",
             "moor.ip=",
             "moor.ip=10.0.2.15/24,nowhere",

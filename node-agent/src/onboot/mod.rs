@@ -3,6 +3,7 @@
 
 mod renew;
 mod system;
+mod tether;
 
 use crate::boot::jitter;
 use crate::boot::reporter::Reporter;
@@ -75,6 +76,8 @@ struct Duty {
     reporter: Reporter,
     /// Unix seconds.
     expires: u64,
+    /// Why the root did not take up what changed among the members, as it was last said.
+    complaint: Option<String>,
 }
 
 impl Duty {
@@ -85,7 +88,7 @@ impl Duty {
         let session = SessionKey::generate()?;
         let members = Members::new(&bundle, &session, record.members.clone())?;
         let reporter = Reporter::new(record.boot, record.sequence);
-        Ok(Self { run, record, bundle, identity, session, members, reporter, expires: 0 })
+        Ok(Self { run, record, bundle, identity, session, members, reporter, expires: 0, complaint: None })
     }
 
     async fn serve(&mut self) -> Infallible {
@@ -206,6 +209,7 @@ impl Duty {
                 if reply.generation.is_some_and(|generation| generation != self.record.generation) {
                     crate::console::say("onboot", "another generation is to be run: the next boot takes it");
                 }
+                self.follow(&reply).await;
                 let seconds = reply.interval.clamp(HEARTBEAT.0, HEARTBEAT.1);
                 // A thousand nodes that booted together come apart.
                 Duration::from_secs(u64::from(seconds)).mul_f64(0.9 + jitter() / 5.0)

@@ -12,7 +12,7 @@ use axum::extract::{Extension, Path, State};
 use axum::response::Response;
 use bytes::Bytes;
 use http::{HeaderMap, Method};
-use moor_api::node::{Base64, EnvelopeKind, HexBytes, ImageOffer, KeyEnvelope, KeyRequest};
+use moor_api::node::{Base64, EnvelopeKind, HexBytes, ImageOffer, KeyEnvelope, KeyRequest, image_url};
 use moor_api::problem::{Code, Problem};
 use moor_image::Dek;
 use std::sync::Arc;
@@ -39,13 +39,14 @@ pub(super) async fn offer(
     let view = member.view()?;
     let profile = caller.generation(&view)?;
     let image = image_of(&view, &profile)?;
-    let prefix = if image.encrypted { "public" } else { "node/v1" };
-    let urls = member
-        .config
-        .urls
-        .iter()
-        .map(|url| format!("{}/{prefix}/images/{}", url.trim_end_matches('/'), image.digest))
-        .collect();
+    let url = |base: &String| {
+        if image.encrypted {
+            image_url(base, image.digest)
+        } else {
+            format!("{}/node/v1/images/{}", base.trim_end_matches('/'), image.digest)
+        }
+    };
+    let urls = member.config.urls.iter().map(url).collect();
     Ok(Json(ImageOffer {
         name: image.name,
         digest: image.digest,

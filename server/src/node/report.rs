@@ -126,7 +126,9 @@ pub(super) async fn heartbeat(
         Some(order) => view.profile(order.profile.as_str())?.map(|profile| profile.generation),
         None => None,
     };
-    Ok(Json(HeartbeatReply { interval: HEARTBEAT, trust_version: member.site.bundle_version, generation }))
+    let trust_version = member.site.bundle_version;
+    let bundle = if report.trust_version < trust_version { Some(member.bundle()?) } else { None };
+    Ok(Json(HeartbeatReply { interval: HEARTBEAT, trust_version, generation, members: member.endpoints()?, bundle }))
 }
 
 /// Only of the image that this boot boots; the list is advice to later boots of it.

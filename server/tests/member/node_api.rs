@@ -10,7 +10,7 @@ use moor_api::node::{
     StatusReport, TraceReport,
 };
 use moor_api::problem::Code;
-use moord::store::{Local, Store as _, tables};
+use moord::store::{Store as _, tables};
 use std::process::Command;
 use uuid::Uuid;
 
@@ -75,6 +75,10 @@ async fn a_node_with_a_soft_key_boots() -> anyhow::Result<()> {
     connection.status(&status(&machine, 2, "booted")).await?;
     let heartbeat = connection.heartbeat(&Heartbeat { boot: machine.boot, trust_version: 1 }).await?;
     assert_eq!(heartbeat.generation, Some(config.profile.generation));
+    assert_eq!((heartbeat.members, heartbeat.bundle), (config.members.clone(), None));
+    // A node with an older trust bundle gets the new one.
+    let heartbeat = connection.heartbeat(&Heartbeat { boot: machine.boot, trust_version: 0 }).await?;
+    assert_eq!(heartbeat.bundle.as_ref(), Some(&machine.bundle));
     assert!(offer.prefetch.is_empty(), "nobody has told yet what it reads");
     let trace = TraceReport { boot: machine.boot, digest: offer.digest, chunks: vec![0] };
     connection.trace(&trace).await?;
@@ -312,7 +316,7 @@ async fn secrets_are_for_the_boot_stage() -> anyhow::Result<()> {
     }
     // Each that left was written down before.
     assert!(member.terminate()?);
-    let store = Local::open(&member.path("state/store/member.redb"))?;
+    let store = member.store().await?;
     let lines: Vec<serde_json::Value> = store.snapshot()?.all(tables::AUDIT)?;
     let released: Vec<&str> = lines.iter().filter_map(|line| line["entry"]["fields"]["secret"].as_str()).collect();
     assert_eq!(released, ["crypted.rootpassword", "p/munge.key"]);

@@ -1,0 +1,412 @@
+//! Sealed chunks on a disk of the node, over restarts: a partition or a file of bounded size.
+//!
+//! ```text
+//! 0     4096  magic 4D 4F 4F 52 43 48 45 31 ("MOORCHE1"), digest of the image (32), chunks (8), length of a sealed chunk (8), slots (8)
+//! 4096        index: for each slot the number of its chunk + 1, 0: empty (8 bytes each, little-endian), then zeros to a whole page
+//!             slots: chunk i is in slot i mod slots
+//! ```
+//! Nothing in it is believed: each chunk is compared with the image's signed hashes when it comes back, so a write that was cut off, an
+//! index that is older or newer than its slots, and a disk that lies cost a fetch each, and nothing is ever synced for its sake. Chunks
+//! stay sealed: the disk alone opens nothing. For another image all of it is cleared.
+
+use crate::reader::world::Boxed;
+use crate::reader::{FindStore, Store};
+use moor_image::Header;
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
+use serde::{Deserialize, Serialize};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek as _, SeekFrom};
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use tokio::runtime::Handle;
+
+const MAGIC: &[u8; 8] = b"MOORCHE1";
+const PAGE: u64 = 4096;
+/// Bytes of a slot's entry in the index.
+const ENTRY: u64 = 8;
+/// Fewer slots are not worth a disk.
+const FEWEST: u64 = 16;
+/// Chunks that wait to be written; more are not kept.
+const WAITING: usize = 32;
+/// A partition that has anything in its first bytes, or its last, belongs to somebody else.
+const LOOKED_AT: u64 = 128 << 10;
+
+/// There is no disk cache.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// A step failed.
+    #[error("cannot {doing} '{}': {source}", path.display())]
+    Step {
+        /// What.
+        doing: &'static str,
+        /// The file or partition.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// It holds something else.
+    #[error(
+        "'{}' holds something that is no cache of Mooring's, and is left alone: if nothing in it is needed, clear its beginning (`wipefs --all`, `dd if=/dev/zero bs=128K count=1`)",
+        .0.display()
+    )]
+    Foreign(PathBuf),
+    /// It is too small.
+    #[error("'{}' has room for {slots} chunks of the image, and {FEWEST} are the least", path.display())]
+    TooSmall {
+        /// Which.
+        path: PathBuf,
+        /// How many fit.
+        slots: u64,
+    },
+}
+
+/// How it stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskStatus {
+    /// The file or partition.
+    pub path: PathBuf,
+    /// Chunks that fit.
+    pub slots: u64,
+    /// Chunks in it.
+    pub held: u64,
+    /// Chunks that came from it.
+    pub hits: u64,
+    /// Chunks in it that were not what they should be.
+    pub bad: u64,
+    /// Why it is not used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+impl DiskStatus {
+    /// One that cannot be used.
+    fn unusable(path: &Path, error: &DiskError) -> Self {
+        Self { path: path.to_owned(), slots: 0, held: 0, hits: 0, bad: 0, error: Some(error.to_string()) }
+    }
+}
+
+/// The disk cache of a mount: opened at the start, set up once the image is known, and done without where it cannot be used.
+pub struct DiskCache {
+    path: PathBuf,
+    size: Option<u64>,
+    opened: Mutex<Option<Result<Opened, DiskError>>>,
+    found: OnceLock<Result<Arc<Disk>, DiskStatus>>,
+}
+
+impl DiskCache {
+    /// Opens the partition or file at `path`. A file is as large as the image wants, at most `mib` MiB; with a size it is made where there
+    /// is none.
+    #[must_use]
+    pub fn new(path: &Path, mib: Option<u64>) -> Arc<Self> {
+        let size = mib.map(|mib| mib.saturating_mul(1 << 20));
+        let opened = Mutex::new(Some(Opened::new(path, size)));
+        Arc::new(Self { path: path.to_owned(), size, opened, found: OnceLock::new() })
+    }
+
+    /// Sets it up for an image. Reads run on `runtime`.
+    #[must_use]
+    pub fn find(self: &Arc<Self>, runtime: &Handle) -> FindStore {
+        let (cache, runtime) = (self.clone(), runtime.clone());
+        FindStore(Arc::new(move |header| {
+            // Once: what was opened is taken once.
+            if let Some(opened) = lock(&cache.opened).take() {
+                let set_up = |opened| Disk::new(opened, &cache.path, cache.size, header, runtime.clone()).map(Arc::new);
+                let disk = opened.and_then(set_up).map_err(|error| {
+                    tracing::warn!("goes on without the disk cache: {error}");
+                    DiskStatus::unusable(&cache.path, &error)
+                });
+                let _ = cache.found.set(disk);
+            }
+            let disk = cache.found.get()?.as_ref().ok()?;
+            Some(disk.clone() as Arc<dyn Store>)
+        }))
+    }
+
+    /// How it stands; `None` before the image is open.
+    #[must_use]
+    pub fn status(&self) -> Option<DiskStatus> {
+        self.found.get().map(|found| match found {
+            Ok(disk) => disk.status(),
+            Err(unusable) => unusable.clone(),
+        })
+    }
+}
+
+/// A partition or file that nobody else uses.
+struct Opened {
+    file: File,
+    is_device: bool,
+    /// Its size as it was found.
+    there: u64,
+}
+
+impl Opened {
+    fn new(path: &Path, size: Option<u64>) -> Result<Self, DiskError> {
+        let failed = |doing| move |source: io::Error| DiskError::Step { doing, path: path.to_owned(), source };
+        let is_device = path.metadata().is_ok_and(|meta| meta.file_type().is_block_device());
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).mode(0o600);
+        if is_device {
+            // Fails where it is mounted, or a part of something.
+            options.custom_flags(nix::libc::O_EXCL);
+        } else {
+            // A partition that is missing must not become a file in the memory behind /dev.
+            options.create(size.is_some()).truncate(false);
+        }
+        let mut file = options.open(path).map_err(failed("open"))?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|error| failed("have for itself")(error.into()))?;
+        let there = file.seek(SeekFrom::End(0)).map_err(failed("look at"))?;
+        Ok(Self { file, is_device, there })
+    }
+}
+
+/// Where things are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Layout {
+    slots: u64,
+    /// Length of a sealed chunk.
+    length: u64,
+}
+
+impl Layout {
+    /// What fits into `capacity` bytes of an image.
+    fn new(header: &Header, capacity: u64) -> Self {
+        let length = header.chunk_size() + header.tag_length();
+        let room = capacity.saturating_sub(2 * PAGE);
+        Self { slots: (room / (length + ENTRY)).min(header.chunks), length }
+    }
+
+    fn data(self) -> u64 {
+        PAGE + (self.slots * ENTRY).next_multiple_of(PAGE)
+    }
+
+    fn end(self) -> u64 {
+        self.data() + self.slots * self.length
+    }
+
+    /// The first page.
+    fn page(self, header: &Header) -> Vec<u8> {
+        let mut page = MAGIC.to_vec();
+        page.extend_from_slice(&header.digest());
+        for number in [header.chunks, self.length, self.slots] {
+            page.extend_from_slice(&number.to_le_bytes());
+        }
+        page.resize(4096, 0);
+        page
+    }
+}
+
+/// The cache.
+pub struct Disk {
+    path: PathBuf,
+    file: Arc<File>,
+    layout: Layout,
+    /// Of each slot: its chunk + 1.
+    index: Arc<Mutex<Vec<u64>>>,
+    writes: SyncSender<(u64, Vec<u8>)>,
+    runtime: Handle,
+    /// Chunks that were read, the bad ones too.
+    hits: AtomicU64,
+    bad: AtomicU64,
+    is_off: Arc<AtomicBool>,
+}
+
+impl Disk {
+    fn new(
+        opened: Opened,
+        path: &Path,
+        size: Option<u64>,
+        header: &Header,
+        runtime: Handle,
+    ) -> Result<Self, DiskError> {
+        let failed = |doing| move |source: io::Error| DiskError::Step { doing, path: path.to_owned(), source };
+        let Opened { file, is_device, there } = opened;
+        let capacity = if is_device { there } else { size.unwrap_or(u64::MAX) };
+        let layout = Layout::new(header, capacity);
+        if layout.slots < FEWEST.min(header.chunks) {
+            return Err(DiskError::TooSmall { path: path.to_owned(), slots: layout.slots });
+        }
+        let page = layout.page(header);
+        let first = read_at_most(&file, 0, PAGE).map_err(failed("read"))?;
+        let index = if first == page && there >= layout.end() {
+            let bytes = read_at_most(&file, PAGE, layout.slots * ENTRY).map_err(failed("read"))?;
+            let entry = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
+            bytes.chunks(8).map(entry).collect()
+        } else {
+            if !first.starts_with(MAGIC) && !is_blank(&file, there).map_err(failed("read"))? {
+                return Err(DiskError::Foreign(path.to_owned()));
+            }
+            clear(&file, is_device, layout, &page).map_err(failed("clear"))?;
+            vec![0; usize::try_from(layout.slots).unwrap_or(0)]
+        };
+        let (file, index, is_off) = (Arc::new(file), Arc::new(Mutex::new(index)), Arc::new(AtomicBool::new(false)));
+        let (writes, waiting) = sync_channel(WAITING);
+        let writer = Writer { file: file.clone(), layout, index: index.clone(), is_off: is_off.clone() };
+        let run = move || {
+            // Better with them than not at all.
+            let _ = crate::survive::drop_capabilities();
+            writer.run(&waiting);
+        };
+        std::thread::Builder::new().name("disk".into()).spawn(run).map_err(failed("write"))?;
+        let path = path.to_owned();
+        let (hits, bad) = (AtomicU64::new(0), AtomicU64::new(0));
+        Ok(Self { path, file, layout, index, writes, runtime, hits, bad, is_off })
+    }
+
+    fn slot(&self, chunk: u64) -> usize {
+        usize::try_from(chunk % self.layout.slots.max(1)).unwrap_or(0)
+    }
+
+    /// How it stands.
+    #[must_use]
+    pub fn status(&self) -> DiskStatus {
+        let held = lock(&self.index).iter().filter(|entry| **entry != 0).count() as u64;
+        let is_off = self.is_off.load(Ordering::Relaxed);
+        DiskStatus {
+            path: self.path.clone(),
+            slots: self.layout.slots,
+            held,
+            hits: self.hits.load(Ordering::Relaxed).saturating_sub(self.bad.load(Ordering::Relaxed)),
+            bad: self.bad.load(Ordering::Relaxed),
+            error: is_off.then(|| "the disk fails or is too slow, and is not used any more".to_owned()),
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// As much as there is of `length` bytes.
+fn read_at_most(file: &File, offset: u64, length: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
+    let mut have = 0;
+    while have < bytes.len() {
+        match file.read_at(&mut bytes[have..], offset + have as u64)? {
+            0 => break,
+            more => have += more,
+        }
+    }
+    bytes.truncate(have);
+    Ok(bytes)
+}
+
+fn is_blank(file: &File, there: u64) -> io::Result<bool> {
+    let is_zero = |bytes: Vec<u8>| bytes.iter().all(|byte| *byte == 0);
+    Ok(is_zero(read_at_most(file, 0, LOOKED_AT.min(there))?)
+        && is_zero(read_at_most(file, there.saturating_sub(LOOKED_AT), LOOKED_AT.min(there))?))
+}
+
+/// Takes out what was there, and begins anew. The first page comes last: what was cut off before begins anew once more.
+fn clear(file: &File, is_device: bool, layout: Layout, page: &[u8]) -> io::Result<()> {
+    file.write_all_at(&vec![0; page.len()], 0)?;
+    file.sync_data()?;
+    if is_device {
+        // Gives the blocks back where the disk can; what stays is sealed, and its key is gone.
+        let _ = fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, layout.end());
+        let zeros = vec![0; 1 << 20];
+        let mut at = 0;
+        while at < layout.data() {
+            let length = (layout.data() - at).min(1 << 20);
+            file.write_all_at(&zeros[..usize::try_from(length).map_err(io::Error::other)?], at)?;
+            at += length;
+        }
+    } else {
+        file.set_len(0)?;
+        file.set_len(layout.end())?;
+    }
+    // A chunk that is there already must not be found by an index of before.
+    file.sync_data()?;
+    file.write_all_at(page, 0)?;
+    file.sync_data()
+}
+
+impl Store for Disk {
+    fn has(&self, chunk: u64) -> bool {
+        !self.is_off.load(Ordering::Relaxed) && lock(&self.index).get(self.slot(chunk)) == Some(&(chunk + 1))
+    }
+
+    fn read(&self, chunk: u64, length: usize) -> Boxed<'static, Option<Vec<u8>>> {
+        let offset = self.layout.data() + self.slot(chunk) as u64 * self.layout.length;
+        let (file, is_off) = (self.file.clone(), self.is_off.clone());
+        self.hits.fetch_add(1, Ordering::Relaxed);
+        let read = self.runtime.spawn_blocking(move || {
+            let mut bytes = vec![0; length];
+            file.read_exact_at(&mut bytes, offset).map(|()| bytes)
+        });
+        Box::pin(async move {
+            match read.await {
+                Ok(Ok(bytes)) => Some(bytes),
+                Ok(Err(error)) => {
+                    off(&is_off, &error.to_string());
+                    None
+                }
+                // The runtime ends.
+                Err(_) => None,
+            }
+        })
+    }
+
+    fn was_bad(&self, chunk: u64) {
+        self.bad.fetch_add(1, Ordering::Relaxed);
+        let slot = self.slot(chunk);
+        if let Some(entry) = lock(&self.index).get_mut(slot) {
+            *entry = 0;
+        }
+    }
+
+    fn was_late(&self) {
+        off(&self.is_off, "it keeps readers waiting");
+    }
+
+    fn keep(&self, chunk: u64, sealed: Vec<u8>) {
+        if !self.is_off.load(Ordering::Relaxed) {
+            // What does not fit into the queue is fetched once more after a restart.
+            let _ = self.writes.try_send((chunk, sealed));
+        }
+    }
+}
+
+fn off(is_off: &AtomicBool, why: &str) {
+    if !is_off.swap(true, Ordering::Relaxed) {
+        tracing::warn!("the disk cache is not used any more: {why}");
+    }
+}
+
+/// Writes chunks, one at a time, for as long as somebody may bring one.
+struct Writer {
+    file: Arc<File>,
+    layout: Layout,
+    index: Arc<Mutex<Vec<u64>>>,
+    is_off: Arc<AtomicBool>,
+}
+
+impl Writer {
+    fn run(self, waiting: &Receiver<(u64, Vec<u8>)>) {
+        while let Ok((chunk, sealed)) = waiting.recv() {
+            if let Err(error) = self.write(chunk, &sealed) {
+                off(&self.is_off, &error.to_string());
+                return;
+            }
+        }
+    }
+
+    fn write(&self, chunk: u64, sealed: &[u8]) -> io::Result<()> {
+        let slot = chunk % self.layout.slots;
+        let at = usize::try_from(slot).map_err(io::Error::other)?;
+        let set = |value: u64| {
+            if let Some(entry) = lock(&self.index).get_mut(at) {
+                *entry = value;
+            }
+        };
+        set(0);
+        self.file.write_all_at(sealed, self.layout.data() + slot * self.layout.length)?;
+        self.file.write_all_at(&(chunk + 1).to_le_bytes(), PAGE + slot * ENTRY)?;
+        set(chunk + 1);
+        Ok(())
+    }
+}

@@ -1,0 +1,417 @@
+//! Roots that do not need their servers: the whole image in memory, an image that was unpacked, and chunks that stay on a disk.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use common::namespace::{in_namespace, passed};
+use common::nginx::Nginx;
+use common::place::{
+    Place, Root, apart_with_disks, devices, drop_caches, fails, is_gone, memory_disk, mounts_under, none_but, ok, wait,
+};
+use common::{noise, seal};
+use moor_tether::disk::DiskStatus;
+use moor_tether::state::{Mode, State};
+use nix::sys::stat::{Mode as Bits, SFlag, makedev, mknod};
+use std::fs;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, SystemTime};
+
+/// A program that is killed on drop.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn same_tree(place: &Place) {
+    let diff = Command::new("diff")
+        .args(["-r", "--no-dereference"])
+        .args([place.path("tree"), place.path("root")])
+        .output()
+        .unwrap();
+    assert!(diff.status.success(), "{diff:?}");
+}
+
+#[test]
+fn a_whole_image_in_memory_outlives_its_servers() {
+    passed(apart_with_disks("a_whole_image_in_memory_outlives_its_servers", || {
+        let place = Place::new();
+        let devices_before = devices();
+        let server = |name| Nginx::limited(place.dir.path(), name, &place.authority, 400);
+        let (mut first, mut second) = (server("first"), server("second"));
+        let mut fetch = place.command("fetch", &[&first, &second]);
+        let mut fetch = Running(fetch.arg("--foreground").stderr(Stdio::null()).spawn().unwrap());
+        let state = || State::read(&place.path("run/tether.json"));
+        let fetched = || state().map_or(0, |state| state.bytes_fetched);
+        wait("the first quarter", || fetched() > 6 << 20);
+        assert!(state().unwrap().members.iter().all(|member| member.bytes > 1 << 20), "{:?}", state().unwrap());
+
+        // Both are killed in the middle. What is there stays, and the rest comes when one is back.
+        first.kill();
+        second.kill();
+        std::thread::sleep(Duration::from_secs(2));
+        let before = fetched();
+        assert!(fetch.0.try_wait().unwrap().is_none(), "it gave up");
+        second.restart();
+        wait("the end of the fetch", || fetch.0.try_wait().unwrap().is_some());
+        assert!(fetch.0.wait().unwrap().success());
+        let state = state().unwrap();
+        assert!(before < state.image_size, "all was there before");
+        assert_eq!((state.mode, state.is_whole), (Mode::Untethered, true));
+        // A few answers were cut off; nothing began anew.
+        assert!(state.bytes_fetched < state.image_size * 5 / 4, "{state:?}");
+        second.kill();
+        assert!(fs::read(place.path("mnt/image")).unwrap() == fs::read(place.path("squashfs")).unwrap());
+        assert!(!place.path("run/tether.sock").exists());
+        let shown = ok(&place.tether().args(["status", "--state", "run/tether.json"]).output().unwrap());
+        assert!(shown.contains("untethered, all of it in memory"), "{shown}");
+
+        // No process serves it, and it is in no mount that somebody could take away.
+        let root = Root::new(&place);
+        assert_eq!(mounts_under(&place.path("mnt")), Vec::<String>::new());
+        drop_caches();
+        same_tree(&place);
+        fs::write(place.path("root/etc/new"), "new").unwrap();
+        ok(&root.unmount());
+        assert_eq!(mounts_under(place.dir.path()), Vec::<String>::new());
+        none_but(&devices_before);
+    }));
+}
+
+#[test]
+fn an_image_that_does_not_fit_is_refused_with_the_figures() {
+    in_namespace("an_image_that_does_not_fit_is_refused_with_the_figures", || {
+        let place = Place::new();
+        let server = place.nginx("server");
+        let mut fetch = place.command("fetch", &[&server]);
+        // A full layer of four times the memory takes all of it.
+        let output = fetch.args(["--overlay-percent", "400"]).output().unwrap();
+        cannot(&output, "too little memory for an untethered root: the image takes ");
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains("choose 'root: tethered', or give the machine more memory"), "{said}");
+        assert_eq!(mounts_under(place.dir.path()), Vec::<String>::new());
+
+        ok(&place.mount_command(&[&server]).output().unwrap());
+        let output = place.root(&["--unpack", "--overlay-percent", "400"]);
+        cannot(&output, "too little memory for a root that is unpacked in it: its 2");
+        let output = place.root(&["--overlay-percent", "400"]);
+        cannot(&output, "too little memory for a writable layer of ");
+        cannot(&place.root(&["--overlay-limit-percent", "101"]), "1 to 100 per cent of the memory, not 101");
+        assert_eq!(mounts_under(place.dir.path()), [place.path("mnt").display().to_string()]);
+        ok(&place.tether().args(["unmount", "mnt"]).output().unwrap());
+    });
+}
+
+/// Status 3: no other try can help.
+fn cannot(output: &Output, words: &str) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert!(said.contains(words), "'{words}' is not in: {said}");
+}
+
+/// What an image may hold that a copy can lose.
+fn oddities(tree: &Path) {
+    let odd = tree.join("odd");
+    fs::create_dir(&odd).unwrap();
+    mknod(&odd.join("pipe"), SFlag::S_IFIFO, Bits::from_bits_truncate(0o640), 0).unwrap();
+    mknod(&odd.join("null"), SFlag::S_IFCHR, Bits::from_bits_truncate(0o666), makedev(1, 3)).unwrap();
+    fs::write(odd.join("setuid"), "program").unwrap();
+    std::os::unix::fs::chown(odd.join("setuid"), Some(1000), Some(50)).unwrap();
+    fs::set_permissions(odd.join("setuid"), fs::Permissions::from_mode(0o4711)).unwrap();
+    let hole = fs::File::create(odd.join("hole")).unwrap();
+    hole.set_len(9 << 20).unwrap();
+    hole.write_all_at(b"end", (9 << 20) - 3).unwrap();
+    fs::write(odd.join("empty"), "").unwrap();
+    for arguments in [["-n", "user.note", "-v", "a value"], ["-n", "trusted.x", "-v", "0x00ff"]] {
+        assert!(Command::new("setfattr").args(arguments).arg(odd.join("setuid")).status().unwrap().success());
+    }
+    assert!(Command::new("setcap").arg("cap_net_raw+ep").arg(odd.join("empty")).status().unwrap().success());
+    std::os::unix::fs::lchown(tree.join("etc/link"), Some(7), Some(8)).unwrap();
+    let long_ago = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    for name in ["setuid", "."] {
+        fs::File::open(odd.join(name)).unwrap().set_modified(long_ago).unwrap();
+    }
+}
+
+/// Names, types, modes, owners, sizes, times, link counts, targets, devices, and attributes.
+fn described(dir: &Path) -> String {
+    let mut find = Command::new("sh");
+    find.current_dir(dir).args([
+        "-c",
+        "find . -printf '%p %y %#m %U:%G %T@ %n %l' \\( -type d -printf '\\n' -o -printf ' %s\\n' \\) | sort; \
+        getfattr -R -d -m - -e hex . | sort; stat -c '%t:%T' odd/null",
+    ]);
+    let output = find.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn an_unpacked_root_is_the_tree_and_needs_nothing_of_the_image() {
+    passed(apart_with_disks("an_unpacked_root_is_the_tree_and_needs_nothing_of_the_image", || {
+        let place = Place::with(oddities);
+        let devices_before = devices();
+        let server = place.nginx("server");
+        ok(&place.mount_command(&[&server]).output().unwrap());
+        let pid = place.state().pid;
+        let root = Root::unpacked(&place);
+        wait("the end of the tether", || is_gone(pid));
+        drop(server);
+        assert_eq!(mounts_under(place.dir.path()), [place.path("root").display().to_string()]);
+        let loops = devices().into_iter().filter(|name| name.starts_with("loop")).collect();
+        assert!(devices_before.is_superset(&loops), "{loops:?}");
+
+        // squashfs counts whole seconds.
+        let whole_seconds = |text: String| {
+            let is_time =
+                |word: &str| word.split_once('.').is_some_and(|(s, n)| n.len() == 10 && s.parse::<u64>().is_ok());
+            let cut =
+                |word: &str| if is_time(word) { word.split('.').next().unwrap().to_owned() } else { word.to_owned() };
+            let line = |line: &str| line.split(' ').map(cut).collect::<Vec<_>>().join(" ");
+            text.lines().map(line).collect::<Vec<_>>()
+        };
+        let (tree, copy) = (described(&place.path("tree")), described(&place.path("root")));
+        for (wanted, got) in whole_seconds(tree.clone()).into_iter().zip(whole_seconds(copy.clone())) {
+            assert_eq!(got, wanted);
+        }
+        assert_eq!(tree.lines().count(), copy.lines().count());
+        assert!(
+            tree.contains("security.capability") && tree.contains("trusted.x") && tree.contains("user.note"),
+            "{tree}"
+        );
+        same_tree_but_devices(&place);
+        let hole = place.path("root/odd/hole").metadata().unwrap();
+        assert!(hole.blocks() * 512 < 64 << 10, "the hole is filled: {} blocks", hole.blocks());
+
+        gives_memory_back(&place.path("root"), memory_disk(&place.path("root")));
+        ok(&root.unmount());
+        none_but(&devices_before);
+    }));
+}
+
+fn same_tree_but_devices(place: &Place) {
+    let sums = |dir: &str| {
+        let mut sums = Command::new("sh");
+        sums.current_dir(place.path(dir)).args(["-c", "find . -type f -print0 | sort -z | xargs -0 sha256sum"]);
+        ok(&sums.output().unwrap())
+    };
+    assert_eq!(sums("tree"), sums("root"));
+}
+
+/// Bytes of memory that a disk takes: the third figure of `mm_stat`.
+fn memory_of(disk: u32) -> u64 {
+    let figures = fs::read_to_string(format!("/sys/block/zram{disk}/mm_stat")).unwrap();
+    figures.split_whitespace().nth(2).unwrap().parse().unwrap()
+}
+
+/// Files that are deleted take no memory any more.
+fn gives_memory_back(root: &Path, disk: u32) {
+    nix::unistd::sync();
+    let before = memory_of(disk);
+    fs::write(root.join("large-and-gone"), noise(48 << 20, 77)).unwrap();
+    nix::unistd::sync();
+    let full = memory_of(disk);
+    assert!(full > before + (40 << 20), "{before} {full}");
+    fs::remove_file(root.join("large-and-gone")).unwrap();
+    wait("the memory of a deleted file", || {
+        nix::unistd::sync();
+        memory_of(disk) < before + (8 << 20)
+    });
+}
+
+#[test]
+fn a_layer_gives_memory_back_and_keeps_its_limit() {
+    passed(apart_with_disks("a_layer_gives_memory_back_and_keeps_its_limit", || {
+        let place = Place::new();
+        let server = place.nginx("server");
+        ok(&place.mount_command(&[&server]).output().unwrap());
+        let root = Root::with(&place, &["--overlay-limit-percent", "50", "--overlay-algorithm", "lz4"]);
+        let disk = memory_disk(&place.path("work/writable"));
+        gives_memory_back(&place.path("root"), disk);
+        let algorithms = fs::read_to_string(format!("/sys/block/zram{disk}/comp_algorithm")).unwrap();
+        assert!(algorithms.contains("[lz4]"), "{algorithms}");
+        // The fourth figure is the limit, half of the memory.
+        let figures = fs::read_to_string(format!("/sys/block/zram{disk}/mm_stat")).unwrap();
+        let limit: u64 = figures.split_whitespace().nth(3).unwrap().parse().unwrap();
+        let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
+        let total: u64 = meminfo.split_whitespace().nth(1).unwrap().parse().unwrap();
+        assert!(limit.abs_diff(total * 512) < 4 << 20, "{limit} of {total} KiB");
+        ok(&root.unmount());
+    }));
+}
+
+/// A place with a cache in a file, and a mount that uses it.
+struct Cached {
+    place: Place,
+    server: Nginx,
+}
+
+impl Cached {
+    fn new() -> Self {
+        let place = Place::new();
+        let server = place.nginx("server");
+        Self { place, server }
+    }
+
+    fn mount(&self, more: &[&str]) {
+        let mut command = self.place.mount_command(&[&self.server]);
+        ok(&command.args(["--disk-cache", "cache"]).args(more).output().unwrap());
+    }
+
+    fn unmount(&self) {
+        let pid = self.place.state().pid;
+        ok(&self.place.tether().args(["unmount", "mnt"]).output().unwrap());
+        wait("the end of the tether", || is_gone(pid));
+    }
+
+    /// The whole file, as it should be.
+    fn read(&self) {
+        drop_caches();
+        assert!(fs::read(self.place.path("mnt/image")).unwrap() == fs::read(self.place.path("squashfs")).unwrap());
+    }
+
+    fn disk(&self) -> DiskStatus {
+        self.place.state().disk.unwrap()
+    }
+
+    /// Reads until everything that fits is on the disk.
+    fn fill(&self) {
+        wait("a full cache", || {
+            self.read();
+            self.disk().held == self.disk().slots
+        });
+    }
+
+    /// Where the slots begin, as the head of `disk.rs` says.
+    fn data(&self) -> u64 {
+        4096 + (self.disk().slots * 8).next_multiple_of(4096)
+    }
+}
+
+#[test]
+fn chunks_on_a_disk_are_not_fetched_again_and_not_believed() {
+    in_namespace("chunks_on_a_disk_are_not_fetched_again_and_not_believed", || {
+        let cached = Cached::new();
+        let cache = cached.place.path("cache");
+        cached.mount(&["--disk-cache-size", "100"]);
+        cached.fill();
+        let (data, slots) = (cached.data(), cached.disk().slots);
+        cached.unmount();
+
+        // The second start needs the header and the hashes.
+        cached.mount(&[]);
+        cached.read();
+        wait("the state", || cached.disk().hits >= slots);
+        let state = cached.place.state();
+        assert!(state.bytes_fetched < 200 << 10, "{state:?}");
+        let shown = ok(&cached.place.tether().args(["status", "--state", "run/tether.json"]).output().unwrap());
+        assert!(shown.contains(&format!("{slots} of {slots} chunks")), "{shown}");
+        let metrics = cached.place.tether().args(["status", "--prometheus", "--state", "run/tether.json"]).output();
+        assert!(ok(&metrics.unwrap()).contains(&format!("\nmoor_tether_disk_cache_chunks {slots}\n")));
+        cached.unmount();
+
+        // On the disk nothing is plain.
+        let bytes = fs::read(&cache).unwrap();
+        let squashfs = fs::read(cached.place.path("squashfs")).unwrap();
+        for part in [&squashfs[..64], &squashfs[1 << 20..(1 << 20) + 64]] {
+            assert!(!bytes.windows(64).any(|window| window == part), "a part of the image lies open");
+        }
+
+        // One chunk has a bit turned, one was written by half when the power went, one was never written, one is that of another place.
+        let file = fs::File::options().write(true).open(&cache).unwrap();
+        let slot = |chunk: u64| data + chunk * ((64 << 10) + 16);
+        file.write_all_at(&[bytes[usize::try_from(slot(3) + 5000).unwrap()] ^ 4], slot(3) + 5000).unwrap();
+        file.write_all_at(&vec![0; 32 << 10], slot(5) + (32 << 10)).unwrap();
+        file.write_all_at(&vec![0; (64 << 10) + 16], slot(9)).unwrap();
+        let other = usize::try_from(slot(11)).unwrap();
+        file.write_all_at(&bytes[other..other + (64 << 10) + 16], slot(10)).unwrap();
+        drop(file);
+        cached.mount(&[]);
+        cached.read();
+        wait("the bad chunks", || cached.disk().bad == 4);
+        cached.fill();
+        cached.unmount();
+        cached.mount(&[]);
+        cached.read();
+        wait("the state", || cached.disk().hits >= slots);
+        assert_eq!(cached.disk().bad, 0, "{:?}", cached.disk());
+        cached.unmount();
+
+        // The power went while it was set up.
+        fs::File::options().write(true).open(&cache).unwrap().set_len(5000).unwrap();
+        cached.mount(&[]);
+        cached.fill();
+        cached.unmount();
+    });
+}
+
+#[test]
+fn a_cache_keeps_to_its_bound_and_to_one_image_and_off_what_is_not_its_own() {
+    in_namespace("a_cache_keeps_to_its_bound_and_to_one_image_and_off_what_is_not_its_own", || {
+        let mut cached = Cached::new();
+        let cache = cached.place.path("cache");
+        cached.mount(&["--disk-cache-size", "8"]);
+        cached.fill();
+        let length = fs::metadata(&cache).unwrap().len();
+        assert!(length <= 8 << 20 && length > 7 << 20, "{length}");
+        assert_eq!(fs::metadata(&cache).unwrap().permissions().mode() & 0o777, 0o600);
+        // Two at one time would write over each other's chunks.
+        let second = cached.place.path("second");
+        fs::create_dir(&second).unwrap();
+        let mut another = cached.place.command("mount", &[&cached.server]);
+        another.args(["--disk-cache", "cache", "--state", "run/other.json"]);
+        let arguments: Vec<_> = another.get_args().map(ToOwned::to_owned).collect();
+        let swap = |argument: std::ffi::OsString| if argument == "mnt" { "second".into() } else { argument };
+        let once = arguments.iter().position(|argument| argument == "--state").unwrap();
+        let kept =
+            arguments.into_iter().enumerate().filter(|(at, _)| *at != once && *at != once + 1).map(|(_, it)| swap(it));
+        ok(&cached.place.tether().args(kept).output().unwrap());
+        let other = State::read(&cached.place.path("run/other.json")).unwrap();
+        assert!(other.disk.unwrap().error.unwrap().contains("cannot have for itself"), "a second user");
+        ok(&cached.place.tether().args(["unmount", "second"]).output().unwrap());
+        cached.unmount();
+
+        // Another image: nothing of the old one is left.
+        let before = fs::read(&cache).unwrap();
+        let sample = seal(noise(3 << 20, 8), 16);
+        fs::write(cached.place.path("web/image.moor"), &*sample.file).unwrap();
+        fs::write(cached.place.path("squashfs"), &sample.plaintext).unwrap();
+        fs::write(cached.place.path("key"), sample.key.to_hex().as_bytes()).unwrap();
+        cached.place.digest = hex::encode(sample.sealed.digest);
+        cached.mount(&["--disk-cache-size", "8"]);
+        cached.fill();
+        assert_eq!(cached.disk().bad, 0);
+        let after = fs::read(&cache).unwrap();
+        let old = &before[1 << 20..(1 << 20) + 256];
+        assert!(!after.windows(256).any(|window| window == old), "the old image is still there");
+        cached.unmount();
+
+        // What is somebody else's, too small, or not there is done without, and left as it is.
+        let theirs = noise(1 << 20, 5);
+        fs::write(&cache, &theirs).unwrap();
+        cached.mount(&[]);
+        cached.read();
+        assert!(cached.disk().error.unwrap().contains("is no cache of Mooring's, and is left alone"));
+        cached.unmount();
+        assert!(fs::read(&cache).unwrap() == theirs);
+        fs::write(&cache, "").unwrap();
+        cached.mount(&["--disk-cache-size", "1"]);
+        assert!(cached.disk().error.unwrap().contains("16 are the least"));
+        cached.unmount();
+        fs::remove_file(&cache).unwrap();
+        cached.mount(&[]);
+        cached.read();
+        assert!(cached.disk().error.unwrap().contains("cannot open 'cache'"));
+        assert!(!cache.exists());
+        cached.unmount();
+        fails(
+            &cached.place.tether().args(["status", "--state", "run/tether.json"]).output().unwrap(),
+            "no image is mounted",
+        );
+    });
+}
