@@ -1,5 +1,5 @@
 //! Which system calls the process that serves the root may make, once it serves: those that reading from servers, answering FUSE and writing
-//! its own state take, as seen by strace in all tests. No program is started, nothing is mounted, no file is opened but in directories that
+//! its own state take. Every test of a mount in the background runs behind it. No program is started, nothing is mounted, no file is opened but in directories that
 //! are open, no memory becomes code.
 //!
 //! A call that is not on the list fails with EPERM and does not end the process. It serves the root file system: a call that somebody
