@@ -41,6 +41,9 @@ pub struct Connection {
 pub enum Command {
     /// Make this machine the first member of a new collective (runs `moord init`).
     Init(Init),
+    /// The members: show, invite, join, promote, demote, remove.
+    #[command(subcommand)]
+    Collective(Collective),
     /// Define, list and change nodes.
     #[command(subcommand)]
     Node(Node),
@@ -80,13 +83,54 @@ pub enum Command {
     Token(Token),
 }
 
-/// Arguments of `moor init`.
+/// `moor collective …`
+#[derive(Debug, Subcommand)]
+pub enum Collective {
+    /// Show the members, who leads, and whether a majority answers.
+    Show,
+    /// Invite a machine to become a member: prints a text for `moor collective join` there. It is good once.
+    Invite {
+        /// Name of the member to be.
+        name: String,
+        /// It takes no part in votes: a site far away, say.
+        #[arg(long)]
+        non_voting: bool,
+        /// How long it is good: 90s, 30m, 1h; at most 24h.
+        #[arg(long, default_value = "1h")]
+        expires: String,
+        /// Write it to this file (0600) instead of the terminal.
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
+    /// Make this machine a member, with an invitation on standard input or in a file (runs `moord join`).
+    Join(Init),
+    /// Let a non-voting member vote.
+    Promote {
+        /// Its name or number.
+        member: String,
+    },
+    /// Let a member vote no more.
+    Demote {
+        /// Its name or number.
+        member: String,
+    },
+    /// Remove a member for good; a dead one, to make room for its replacement.
+    Remove {
+        /// Its name or number.
+        member: String,
+        /// Do not ask.
+        #[arg(short)]
+        yes: bool,
+    },
+}
+
+/// Arguments of `moor init` and `moor collective join`.
 #[derive(Debug, Args)]
 pub struct Init {
     /// Configuration of the member.
     #[arg(long, default_value = "/etc/mooring/moord.toml")]
     pub config: PathBuf,
-    /// Further arguments of `moord init`.
+    /// Further arguments of `moord init` or `moord join`.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub rest: Vec<String>,
 }

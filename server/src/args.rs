@@ -27,6 +27,18 @@ pub enum Command {
         #[arg(long)]
         name: Option<String>,
     },
+    /// Come to a collective as a new member, with an invitation (`moor collective invite NAME` on a member).
+    Join {
+        /// Configuration of the member; written when it is not there and an address is given.
+        #[arg(long, default_value = "/etc/mooring/moord.toml")]
+        config: PathBuf,
+        /// A further address or name at which this member is reached, for its certificate.
+        #[arg(long = "address", value_name = "ADDRESS")]
+        addresses: Vec<String>,
+        /// The file that holds the invitation; '-' is standard input.
+        #[arg(long = "invitation", value_name = "FILE", default_value = "-")]
+        invitation: PathBuf,
+    },
     /// Run until SIGTERM.
     Run {
         /// Configuration of the member.

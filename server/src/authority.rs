@@ -13,15 +13,33 @@ use rcgen::{
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use serde::{Deserialize, Serialize};
 use ssh_key::rand_core::OsRng;
 use ssh_key::{Algorithm, LineEnding, PrivateKey};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use time::{Duration, OffsetDateTime};
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
 /// Roles of the intermediates, as their URI names them.
 const ROLES: [&str; 3] = ["member", "node", "token"];
+/// All files of the key directory, and whether they are secret.
+const FILES: [(&str, bool); 13] = [
+    ("root.key", true),
+    ("root.pem", false),
+    ("member-ca.key", true),
+    ("member-ca.pem", false),
+    ("node-ca.key", true),
+    ("node-ca.pem", false),
+    ("token-ca.key", true),
+    ("token-ca.pem", false),
+    ("token.key", true),
+    ("token.pem", false),
+    ("ssh-host-ca", true),
+    ("ssh-user-ca", true),
+    ("data.key", true),
+];
 /// Days that a root is valid.
 const ROOT_DAYS: i64 = 3650;
 /// Days that an intermediate is valid.
@@ -152,6 +170,44 @@ fn authority_params(name: &str, days: i64, constraint: BasicConstraints) -> anyh
     params.is_ca = IsCa::Ca(constraint);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     Ok(params)
+}
+
+/// Files of the key directory by name. No `Debug`; what it held is wiped.
+#[derive(Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct KeyFiles(BTreeMap<String, String>);
+
+impl Drop for KeyFiles {
+    fn drop(&mut self) {
+        self.0.values_mut().for_each(Zeroize::zeroize);
+    }
+}
+
+/// All keys of a member, for one that joins: equal members hold the same.
+///
+/// # Errors
+/// A file is missing.
+pub fn export(dir: &Path) -> anyhow::Result<KeyFiles> {
+    let files = Files(dir.to_owned());
+    let mut keys = KeyFiles(BTreeMap::new());
+    for (name, _) in FILES {
+        keys.0.insert(name.to_owned(), files.read(name)?.to_string());
+    }
+    Ok(keys)
+}
+
+/// Writes what [`export`] gave into `dir`, which must be empty.
+///
+/// # Errors
+/// A file is missing, or one that nobody knows is there; the directory is not writable.
+pub fn import(dir: &Path, keys: &KeyFiles) -> anyhow::Result<()> {
+    let files = Files(dir.to_owned());
+    for (name, secret) in FILES {
+        let text =
+            keys.0.get(name).with_context(|| format!("the member that lets this one in did not send '{name}'"))?;
+        files.write(name, text, if secret { 0o600 } else { 0o644 })?;
+    }
+    Ok(())
 }
 
 impl Authority {

@@ -1,5 +1,6 @@
 //! `moord.toml`: where the member keeps its state and where it listens.
 
+use crate::store::raft::Places;
 use serde::Deserialize;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -20,6 +21,9 @@ pub struct Config {
     /// Addresses to listen on for HTTPS.
     #[serde(default = "default_listen")]
     pub listen: Vec<SocketAddr>,
+    /// Name of this member among the members; the machine's name if there is none. The invitation decides for one that joins.
+    #[serde(default)]
+    pub member_name: Option<String>,
     /// How nodes reach this member: `https://ADDRESS:PORT`, best first.
     pub urls: Vec<String>,
     /// Where shipped profiles are.
@@ -50,6 +54,16 @@ fn default_templates() -> PathBuf {
     "/usr/share/mooring/profiles".into()
 }
 
+fn make_dir(path: &Path, mode: u32) -> anyhow::Result<()> {
+    use anyhow::Context as _;
+    use std::os::unix::fs::DirBuilderExt as _;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(path)
+        .with_context(|| format!("making '{}'", path.display()))
+}
+
 impl Config {
     /// Reads and checks it.
     ///
@@ -72,10 +86,43 @@ impl Config {
         Ok(config)
     }
 
-    /// The database.
+    /// The store.
     #[must_use]
-    pub fn database(&self) -> PathBuf {
-        self.state_dir.join("store/member.redb")
+    pub fn store(&self) -> Places {
+        Places::in_dir(&self.state_dir.join("store"))
+    }
+
+    /// Who this member is.
+    #[must_use]
+    pub fn identity(&self) -> PathBuf {
+        self.state_dir.join("store/member.json")
+    }
+
+    /// Makes the directories of a new member, and gives the one for its keys, which is empty.
+    ///
+    /// # Errors
+    /// There is a member already; a directory cannot be made.
+    pub fn prepare(&self) -> anyhow::Result<PathBuf> {
+        use anyhow::Context as _;
+        let keys = self.keys();
+        anyhow::ensure!(
+            !self.identity().exists(),
+            "'{}' holds a member already: nothing was changed (to begin anew, move it away)",
+            self.state_dir.display()
+        );
+        make_dir(&self.state_dir, 0o750)?;
+        // What an earlier, interrupted try has left belongs to nobody; but it may be more than that.
+        let store = self.state_dir.join("store");
+        if store.exists() {
+            let aside = self.state_dir.join(format!("store.aside-{}", crate::state::now_ms()));
+            std::fs::rename(&store, &aside)
+                .with_context(|| format!("setting '{}' aside as '{}'", store.display(), aside.display()))?;
+        }
+        make_dir(&store, 0o700)?;
+        make_dir(&self.blobs(), 0o750)?;
+        make_dir(&self.profiles(), 0o750)?;
+        make_dir(&keys, 0o700)?;
+        Ok(keys)
     }
 
     /// Private keys and certificates.

@@ -76,11 +76,31 @@ impl Incoming {
     ///
     /// # Errors
     /// Syncing or renaming failed; then nothing stands under the name.
-    pub fn finish(mut self) -> io::Result<(Sha256Digest, u64)> {
-        self.file.sync_all()?;
+    pub fn finish(self) -> io::Result<(Sha256Digest, u64)> {
+        let blob = self.digest();
+        self.keep(blob)
+    }
+
+    /// As [`Self::finish`], if it is the blob that was asked for.
+    ///
+    /// # Errors
+    /// It is another one; syncing or renaming failed.
+    pub fn finish_as(self, wanted: Sha256Digest) -> io::Result<()> {
+        let blob = self.digest();
+        if blob != wanted {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("its SHA-256 is {blob}")));
+        }
+        self.keep(blob).map(drop)
+    }
+
+    fn digest(&self) -> Sha256Digest {
         let mut bytes = [0; 32];
         bytes.copy_from_slice(self.hash.clone().finish().as_ref());
-        let blob = Sha256Digest(bytes);
+        Sha256Digest(bytes)
+    }
+
+    fn keep(mut self, blob: Sha256Digest) -> io::Result<(Sha256Digest, u64)> {
+        self.file.sync_all()?;
         let path = path_of(&self.dir, blob);
         if let Some(parent) = path.parent()
             && !parent.exists()

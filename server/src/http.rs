@@ -4,6 +4,7 @@ use axum::extract::Request;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
+use moor_api::ids::MemberId;
 use moor_api::problem::{CONTENT_TYPE, Code, Problem};
 use moor_api::proof::EXPORTER_LENGTH;
 use std::net::{IpAddr, SocketAddr};
@@ -26,6 +27,8 @@ pub enum Peer {
         client_key: Option<Vec<u8>>,
         /// Exporter value of the connection; absent below TLS 1.3.
         exporter: Option<[u8; EXPORTER_LENGTH]>,
+        /// The member whose certificate the client showed.
+        member: Option<MemberId>,
     },
     /// The unix socket, with the peer's user id.
     Socket {

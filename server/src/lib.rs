@@ -1,11 +1,13 @@
 //! The library behind `moord`, a member of a collective: the store, the authorities, content, and the two APIs over them.
 //!
-//! Requests come in by [`listener`], pass [`http`] and end in [`node`] (nodes), [`admin`] (administrators) or [`public`] (anybody).
+//! Requests come in by [`listener`], pass [`http`] and end in [`node`] (nodes), [`admin`] (administrators) [`collective`] (members) or [`public`] (anybody).
 //! Each handler reads a snapshot of the [`store`] and proposes commands to it; nothing else changes state.
 
 pub mod admin;
 pub mod args;
 pub mod authority;
+pub mod certificate;
+pub mod collective;
 pub mod config;
 pub mod content;
 pub mod cpio;
@@ -33,6 +35,7 @@ pub fn router(member: &Arc<Member>) -> Router {
         .merge(public::router())
         .merge(node::router(member))
         .merge(admin::router(member))
+        .merge(collective::router(member))
         .layer(from_fn(http::problems))
         .with_state(member.clone())
 }

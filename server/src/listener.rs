@@ -1,6 +1,7 @@
 //! Listening: HTTPS with an accept loop of our own, which hands each request its peer's key and exporter; and the unix socket, which
 //! hands it the peer's user id. A connection that misbehaves ends alone.
 
+use crate::certificate::Certificate;
 use crate::http::{Connection, Peer};
 use crate::state::Member;
 use anyhow::Context as _;
@@ -8,16 +9,15 @@ use axum::{Extension, Router};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use moor_api::client::tls::MemberVerifier;
 use moor_api::proof::{EXPORTER_LABEL, EXPORTER_LENGTH};
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::server::{ClientHello, ResolvesServerCert};
-use rustls::sign::CertifiedKey;
 use rustls::{DigitallySignedStruct, DistinguishedName, Error, ProtocolVersion, ServerConfig, SignatureScheme};
 use rustls_pki_types::{CertificateDer, UnixTime};
 use std::os::unix::fs::PermissionsExt as _;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
@@ -32,8 +32,6 @@ const MAX_CONNECTIONS: usize = 16_384;
 const MAX_LOCAL: usize = 256;
 /// A handshake takes at most this long.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// The certificate is renewed this often.
-const RENEWAL: Duration = Duration::from_hours(24);
 /// The head of the next request comes within this time. It counts from the answer before, so it is more than two heartbeats: nodes keep
 /// their connection.
 const HEAD: Duration = Duration::from_secs(150);
@@ -87,40 +85,14 @@ impl ClientCertVerifier for AnyKey {
     }
 }
 
-/// The member's certificate as it is now; connections that stand keep theirs.
-#[derive(Debug)]
-struct Current(RwLock<Arc<CertifiedKey>>);
-
-impl ResolvesServerCert for Current {
-    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        // Whoever panicked here had at most replaced it.
-        Some(self.0.read().unwrap_or_else(PoisonError::into_inner).clone())
-    }
-}
-
-/// Renews the certificate for as long as the member runs.
-async fn renew(member: Arc<Member>, current: Arc<Current>, stop: CancellationToken) {
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(RENEWAL) => {}
-        }
-        match member.issuer.issue() {
-            Ok(issued) => *current.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(issued),
-            // The old one is good for weeks: it is tried again, and said each time.
-            Err(error) => tracing::error!("renewing the member's certificate: {error:#}"),
-        }
-    }
-}
-
 /// TLS as this member speaks it.
-fn tls_config(current: Arc<Current>) -> anyhow::Result<ServerConfig> {
+fn tls_config(certificate: Arc<Certificate>) -> anyhow::Result<ServerConfig> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let mut config = ServerConfig::builder_with_provider(provider.clone())
         // TLS 1.2 is for boot loaders that fetch public files; /node and /admin ask for the exporter of 1.3.
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
         .with_client_cert_verifier(Arc::new(AnyKey(provider)))
-        .with_cert_resolver(current);
+        .with_cert_resolver(certificate);
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     // A resumed session has no client certificate of its own: each connection proves its key anew.
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
@@ -133,15 +105,17 @@ fn tls_config(current: Arc<Current>) -> anyhow::Result<ServerConfig> {
 /// # Errors
 /// An address or the socket is not to be had.
 pub async fn serve(member: Arc<Member>, app: Router, stop: CancellationToken) -> anyhow::Result<()> {
-    let current = Arc::new(Current(RwLock::new(Arc::new(member.issuer.issue()?))));
-    let acceptor = TlsAcceptor::from(Arc::new(tls_config(current.clone()).context("setting up TLS")?));
+    let acceptor = TlsAcceptor::from(Arc::new(tls_config(member.certificate.clone()).context("setting up TLS")?));
+    let members = Arc::new(MemberVerifier::new(&member.bundle()?, Arc::new(aws_lc_rs::default_provider()))?);
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut loops = tokio::task::JoinSet::new();
-    loops.spawn(renew(member.clone(), current, stop.clone()));
+    let (renewed, until) = (member.clone(), stop.clone());
+    loops.spawn(async move { renewed.certificate.renew(&renewed.issuer, until).await });
     for address in &member.config.listen {
         let listener = TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))?;
         tracing::info!("listening on https://{address}");
-        loops.spawn(accept_tls(listener, acceptor.clone(), app.clone(), permits.clone(), stop.clone()));
+        let tls = Tls { acceptor: acceptor.clone(), members: members.clone() };
+        loops.spawn(accept_tls(listener, tls, app.clone(), permits.clone(), stop.clone()));
     }
     let socket = &member.config.socket;
     // A socket that a killed member left is in the way; one that answers is somebody's.
@@ -192,25 +166,27 @@ async fn next<T>(stop: &CancellationToken, accept: impl Future<Output = std::io:
     }
 }
 
-async fn accept_tls(
-    listener: TcpListener,
+/// What a TLS connection begins with.
+#[derive(Clone)]
+struct Tls {
     acceptor: TlsAcceptor,
-    app: Router,
-    permits: Arc<Semaphore>,
-    stop: CancellationToken,
-) {
+    /// Knows members by their certificates.
+    members: Arc<MemberVerifier>,
+}
+
+async fn accept_tls(listener: TcpListener, tls: Tls, app: Router, permits: Arc<Semaphore>, stop: CancellationToken) {
     while let Some(permit) = permit(&permits, &stop).await {
         let Some((tcp, address)) = next(&stop, listener.accept()).await else { continue };
-        let (acceptor, app, stop) = (acceptor.clone(), app.clone(), stop.clone());
+        let (tls, app, stop) = (tls.clone(), app.clone(), stop.clone());
         tokio::spawn(async move {
-            let Some((tls, peer)) = handshake(acceptor, tcp, address).await else { return };
+            let Some((tls, peer)) = handshake(&tls, tcp, address).await else { return };
             connection(tls, peer, app, permit, stop).await;
         });
     }
 }
 
 async fn handshake(
-    acceptor: TlsAcceptor,
+    Tls { acceptor, members }: &Tls,
     tcp: TcpStream,
     address: std::net::SocketAddr,
 ) -> Option<(tokio_rustls::server::TlsStream<TcpStream>, Peer)> {
@@ -233,7 +209,14 @@ async fn handshake(
     let client_key = session.peer_certificates().and_then(<[_]>::first).and_then(|certificate| {
         X509Certificate::from_der(certificate).ok().map(|(_, certificate)| certificate.public_key().raw.to_vec())
     });
-    Some((tls, Peer::Tls { address, client_key, exporter }))
+    // Most clients are nodes, whose certificate has no chain: only a member's has.
+    let member = match session.peer_certificates() {
+        Some([leaf, chain @ ..]) if !chain.is_empty() && exporter.is_some() => {
+            members.member(leaf, chain, UnixTime::now()).ok()
+        }
+        _ => None,
+    };
+    Some((tls, Peer::Tls { address, client_key, exporter, member }))
 }
 
 async fn accept_unix(listener: UnixListener, app: Router, permits: Arc<Semaphore>, stop: CancellationToken) {

@@ -79,7 +79,8 @@ fn wanted(headers: &HeaderMap, size: u64, etag: &str) -> Result<Option<Range<u64
     if range.start >= range.end { Err(()) } else { Ok(Some(range)) }
 }
 
-fn ranges(file: File, size: u64, etag: &str, method: &Method, headers: &HeaderMap) -> Response {
+/// An object, or the range of it that is asked for.
+pub(crate) fn ranges(file: File, size: u64, etag: &str, method: &Method, headers: &HeaderMap) -> Response {
     let builder = Response::builder()
         .header(header::ACCEPT_RANGES, "bytes")
         .header(header::ETAG, etag)

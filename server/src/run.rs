@@ -1,6 +1,8 @@
-//! `moord init` and `moord run`: from arguments to a member, as whom it runs, and how it ends.
+//! `moord init`, `moord join` and `moord run`: from arguments to a member, as whom it runs, and how it ends.
 
 use crate::args::{Cli, Command};
+use crate::collective;
+use crate::collective::invite::Invitation;
 use crate::config::Config;
 use crate::state::{self, Member};
 use crate::{listener, router};
@@ -9,7 +11,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Uid, User, geteuid, setgroups, setresgid, setresuid};
 use std::fmt::Write as _;
-use std::io::IsTerminal as _;
+use std::io::{IsTerminal as _, Read as _};
 use std::net::IpAddr;
 use std::os::unix::fs::{MetadataExt as _, chown};
 use std::path::Path;
@@ -17,9 +19,13 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+use zeroize::Zeroizing;
 
 /// The user that packages make for the member.
 const USER: &str = "mooring";
+
+/// What is logged unless `MOORD_LOG` says otherwise. A member that is down is said once by [`crate::store::raft`], and not four times a second.
+const LOG: &str = "info,openraft=error";
 
 /// Runs a command.
 ///
@@ -32,7 +38,7 @@ pub fn main(cli: Cli) -> anyhow::Result<()> {
         .map_err(|_| anyhow::anyhow!("another cryptographic provider is installed"))?;
     // A core dump would hold every key of the site.
     nix::sys::prctl::set_dumpable(false).context("switching core dumps off")?;
-    let filter = tracing_subscriber::EnvFilter::try_from_env("MOORD_LOG").unwrap_or_else(|_| "info".into());
+    let filter = tracing_subscriber::EnvFilter::try_from_env("MOORD_LOG").unwrap_or_else(|_| LOG.into());
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -43,6 +49,7 @@ pub fn main(cli: Cli) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting")?;
     match cli.command {
         Command::Init { config, addresses, name } => runtime.block_on(init(&config, addresses, name)),
+        Command::Join { config, addresses, invitation } => runtime.block_on(join(&config, addresses, &invitation)),
         Command::Run { config } => {
             if geteuid().is_root() {
                 bail!(
@@ -57,8 +64,9 @@ pub fn main(cli: Cli) -> anyhow::Result<()> {
     }
 }
 
-async fn init(path: &Path, addresses: Vec<String>, name: Option<String>) -> anyhow::Result<()> {
-    for address in &addresses {
+/// The configuration of a member to be, whose state this process may write from now on.
+fn prepare(path: &Path, addresses: &[String]) -> anyhow::Result<Config> {
+    for address in addresses {
         let is_name =
             !address.is_empty() && address.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-'));
         if address.parse::<IpAddr>().is_err() && !is_name {
@@ -66,18 +74,58 @@ async fn init(path: &Path, addresses: Vec<String>, name: Option<String>) -> anyh
         }
     }
     if !path.exists() {
-        write_config(path, &addresses)?;
+        write_config(path, addresses)?;
     }
-    let mut config = Config::read(path)?;
+    let config = Config::read(path)?;
+    become_owner(&config.state_dir)?;
+    private_files();
+    Ok(config)
+}
+
+async fn init(path: &Path, addresses: Vec<String>, name: Option<String>) -> anyhow::Result<()> {
+    let mut config = prepare(path, &addresses)?;
     if let Some(name) = name {
         config.name = name;
     }
-    become_owner(&config.state_dir)?;
-    private_files();
-    let site = state::init(&config, addresses).await?;
-    println!("collective {} ({}), member {}", site.name, site.collective, site.member);
+    let identity = state::init(&config, addresses).await?;
+    println!(
+        "collective {} ({}), member {} ({})",
+        identity.site.name, identity.site.collective, identity.name, identity.id
+    );
     println!("reached at {}; start it with `moord run --config {}`", config.urls.join(", "), path.display());
     Ok(())
+}
+
+async fn join(path: &Path, addresses: Vec<String>, file: &Path) -> anyhow::Result<()> {
+    // Read before this process becomes the member's user, whom the file may be hidden from.
+    let invitation = read_invitation(file)?;
+    let config = prepare(path, &addresses)?;
+    let identity = collective::join::join(&config, &invitation, addresses).await?;
+    println!(
+        "this is member {} ({}) of collective {}; start it with `moord run --config {}`",
+        identity.name,
+        identity.number,
+        identity.site.name,
+        path.display()
+    );
+    Ok(())
+}
+
+fn read_invitation(file: &Path) -> anyhow::Result<Invitation> {
+    let mut text = Zeroizing::new(String::new());
+    let limit = 128 << 10;
+    if file == Path::new("-") {
+        std::io::stdin()
+            .lock()
+            .take(limit)
+            .read_to_string(&mut text)
+            .context("reading the invitation from standard input")?;
+    } else {
+        std::fs::File::open(file)
+            .and_then(|open| open.take(limit).read_to_string(&mut text))
+            .with_context(|| format!("reading the invitation '{}'", file.display()))?;
+    }
+    Invitation::from_text(&text)
 }
 
 /// A first configuration, from what is known: how the member is reached.
@@ -160,10 +208,17 @@ async fn run(config: Config) -> anyhow::Result<()> {
         tracing::info!("asked to stop");
         asked.cancel();
     });
-    let member = Member::open(config)?;
-    tracing::info!("member {} of collective {} ({})", member.site.member, member.site.name, member.site.collective);
+    let member = Member::open(config).await?;
+    tracing::info!(
+        "member {} ({}) of collective {} ({})",
+        member.identity.name,
+        member.identity.id,
+        member.site.name,
+        member.site.collective
+    );
     let app = router(&member);
     tokio::spawn(collect(member.clone()));
+    let upkeep = tokio::spawn(collective::upkeep::run(member.clone(), stop.clone()));
     let (watched, ends) = (member.clone(), stop.clone());
     let broken = tokio::spawn(async move {
         tokio::select! {
@@ -174,7 +229,9 @@ async fn run(config: Config) -> anyhow::Result<()> {
             () = ends.cancelled() => false,
         }
     });
-    listener::serve(member, app, stop).await?;
+    listener::serve(member.clone(), app, stop).await?;
+    upkeep.await?;
+    member.store.close().await;
     if broken.await? {
         bail!("the database failed, and only opening it anew mends that: start the member again when its disk is well");
     }

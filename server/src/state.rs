@@ -1,6 +1,8 @@
 //! The member: what every handler needs. One value, shared.
 
 use crate::authority::{Addresses, Authority, MemberIssuer};
+use crate::certificate::Certificate;
+use crate::collective::identity::{self, Identity};
 use crate::config::Config;
 use crate::content;
 use crate::node::enroll::Enrollments;
@@ -9,12 +11,14 @@ use crate::node::rate::RateLimit;
 use crate::node::refusals::Throttle;
 use crate::node::report::Heartbeats;
 use crate::secrets::DataKey;
-use crate::store::records::{ProfileRecord, SiteRecord};
+use crate::store::raft::{Calls, FOUNDER, Peer};
+use crate::store::records::{MemberRecord, ProfileRecord, SiteRecord};
 use crate::store::tables;
-use crate::store::{Command, Local, Outcome, Snapshot, Store as _, StoreError};
+use crate::store::{Command, Outcome, Replicated, Snapshot, Store as _, StoreError};
 use crate::traces::Traces;
 use anyhow::Context as _;
-use moor_api::ids::{CollectiveId, MemberId};
+use moor_api::client::tls::peer_tls_config;
+use moor_api::ids::{CollectiveId, MemberId, Sha256Digest};
 use moor_api::node::MemberEndpoint;
 use moor_api::problem::Problem;
 use moor_api::trust::SiteBundle;
@@ -28,19 +32,27 @@ pub struct Member {
     /// Its configuration.
     pub config: Config,
     /// Its store.
-    pub store: Local,
+    pub store: Replicated,
+    /// Its way to other members.
+    pub calls: Arc<Calls>,
     /// Its keys.
     pub authority: Authority,
     /// Issues its own certificate.
     pub issuer: MemberIssuer,
+    /// Its certificate as it is now.
+    pub certificate: Arc<Certificate>,
     /// The data key.
     pub secrets: DataKey,
     /// The collective.
     pub site: SiteRecord,
+    /// This member.
+    pub identity: Identity,
     /// Nonces it gave out.
     pub nonces: Nonces,
     /// Who says hello how often.
     pub hellos: RateLimit,
+    /// Who tries how often to join.
+    pub joins: RateLimit,
     /// Enrolments that wait for their TPM.
     pub enrollments: Enrollments,
     /// Refusals that come again and again.
@@ -63,56 +75,84 @@ pub fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX))
 }
 
-fn make_dir(path: &Path, mode: u32) -> anyhow::Result<()> {
-    use std::os::unix::fs::DirBuilderExt as _;
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(mode)
-        .create(path)
-        .with_context(|| format!("making '{}'", path.display()))
+/// The name of this machine, as far as a member may have it.
+fn host_name() -> String {
+    let name = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default();
+    if identity::check_name(&name).is_ok() { name } else { "member-1".into() }
 }
 
 /// Makes a new collective: its authorities, its store, its first member.
 ///
 /// # Errors
 /// There is one already; the state directory is not writable.
-pub async fn init(config: &Config, addresses: Vec<String>) -> anyhow::Result<SiteRecord> {
-    let keys = config.keys();
-    anyhow::ensure!(
-        !config.database().exists(),
-        "'{}' holds a member already: nothing was changed (to begin anew, move it away)",
-        config.state_dir.display()
-    );
-    make_dir(&config.state_dir, 0o750)?;
-    make_dir(&config.state_dir.join("store"), 0o700)?;
-    make_dir(&config.blobs(), 0o750)?;
-    make_dir(&config.profiles(), 0o750)?;
-    // An earlier, interrupted init may have left keys that nobody uses.
-    if keys.exists() {
-        std::fs::remove_dir_all(&keys).with_context(|| format!("removing '{}'", keys.display()))?;
-    }
-    make_dir(&keys, 0o700)?;
-    let site = SiteRecord {
-        collective: CollectiveId::random(),
-        name: config.name.clone(),
-        member: MemberId::random(),
-        bundle_version: 1,
-        created: now(),
-        addresses,
-    };
+pub async fn init(config: &Config, addresses: Vec<String>) -> anyhow::Result<Identity> {
+    let name = config.member_name.clone().unwrap_or_else(host_name);
+    identity::check_name(&name)?;
+    let keys = config.prepare()?;
+    let site =
+        SiteRecord { collective: CollectiveId::random(), name: config.name.clone(), bundle_version: 1, created: now() };
+    let identity = Identity { number: FOUNDER, id: MemberId::random(), name, addresses, site: site.clone() };
     Authority::create(&keys, site.collective, &site.name)?;
     DataKey::create(&keys.join("data.key"))?;
-    // The store comes last: where it exists, everything else does.
-    let store = Local::open(&config.database()).context("making the store")?;
-    match store.propose(Command::Found { site: site.clone() }).await? {
-        Outcome::Refused(problem) => Err(problem.into()),
-        _ => Ok(site),
+    let founder = MemberRecord {
+        id: identity.id,
+        name: identity.name.clone(),
+        urls: config.urls.clone(),
+        voter: true,
+        invite: None,
+        removed: false,
+    };
+    let Connections { calls, .. } = connections(config, &keys, &identity)?;
+    let store = Replicated::open(&config.store(), FOUNDER, calls).await.context("making the store")?;
+    store.found(founder.peer()).await.context("making the collective")?;
+    let founded = store.propose(Command::Found { site, founder }).await;
+    store.close().await;
+    if let Outcome::Refused(problem) = founded? {
+        return Err(problem.into());
     }
+    // It comes last: where it exists, everything else does.
+    identity.write(&config.identity())?;
+    Ok(identity)
+}
+
+/// What a member shows of itself, and its way to other members.
+struct Connections {
+    issuer: MemberIssuer,
+    certificate: Arc<Certificate>,
+    calls: Arc<Calls>,
+}
+
+fn connections(config: &Config, keys: &Path, identity: &Identity) -> anyhow::Result<Connections> {
+    let issuer = MemberIssuer {
+        keys: keys.to_owned(),
+        collective: identity.site.collective,
+        member: identity.id,
+        addresses: addresses(config, identity)?,
+        created: identity.site.created,
+    };
+    let certificate = Arc::new(Certificate::new(&issuer)?);
+    let authority = Authority::open(keys)?;
+    let bundle = bundle(&identity.site, &authority, Vec::new())?;
+    let tls = Arc::new(peer_tls_config(&bundle, certificate.clone())?);
+    let calls = Arc::new(Calls::new(identity.site.collective, tls));
+    Ok(Connections { issuer, certificate, calls })
+}
+
+fn bundle(site: &SiteRecord, authority: &Authority, members: Vec<String>) -> anyhow::Result<SiteBundle> {
+    Ok(SiteBundle {
+        version: site.bundle_version,
+        collective: site.collective,
+        name: site.name.clone(),
+        roots: vec![authority.root_pem.clone()],
+        members,
+        ssh_host_authorities: vec![authority.ssh_host_line()?],
+        built: site.created,
+    })
 }
 
 /// Where this member is reached: by its URLs, at the addresses it listens on, and by what `init` was told.
-fn addresses(config: &Config, site: &SiteRecord) -> anyhow::Result<Addresses> {
-    let mut hosts = site.addresses.clone();
+fn addresses(config: &Config, identity: &Identity) -> anyhow::Result<Addresses> {
+    let mut hosts = identity.addresses.clone();
     for url in &config.urls {
         hosts.push(moor_api::client::node::parse_https(url)?.0);
     }
@@ -129,13 +169,8 @@ fn addresses(config: &Config, site: &SiteRecord) -> anyhow::Result<Addresses> {
     Ok(addresses)
 }
 
-/// Removes blobs that no record names: what uploads left that were never imported, and generations that are gone. Young ones stay,
-/// because an import may be under way.
-///
-/// # Errors
-/// The store or the directory cannot be read.
-pub fn collect(member: &Member) -> anyhow::Result<usize> {
-    let view = member.view()?;
+/// Blobs that records name, and images that there are.
+pub(crate) fn named(view: &Snapshot) -> Result<(BTreeSet<Sha256Digest>, BTreeSet<String>), StoreError> {
     let (mut named, mut images) = (BTreeSet::new(), BTreeSet::new());
     for image in view.images()? {
         images.insert(image.digest.to_string());
@@ -148,50 +183,54 @@ pub fn collect(member: &Member) -> anyhow::Result<usize> {
     for node in view.nodes()? {
         named.extend(node.boots.into_iter().filter_map(|boot| boot.evidence?.event_log));
     }
+    Ok((named, images))
+}
+
+/// Removes blobs that no record names: what uploads left that were never imported, and generations that are gone. Young ones stay,
+/// because an import may be under way.
+///
+/// # Errors
+/// The store or the directory cannot be read.
+pub fn collect(member: &Member) -> anyhow::Result<usize> {
+    let (named, images) = named(&member.view()?)?;
     member.traces.retain(&images).context("removing the lists of images that are gone")?;
     content::collect(&member.config.blobs(), &named, Duration::from_hours(24))
 }
 
 impl Member {
-    /// Opens what `init` made.
+    /// Opens what `init` or `join` made.
     ///
     /// # Errors
     /// There is none; it is damaged; another process runs it.
-    pub fn open(config: Config) -> anyhow::Result<Arc<Self>> {
-        let database = config.database();
+    pub async fn open(config: Config) -> anyhow::Result<Arc<Self>> {
         anyhow::ensure!(
-            database.exists(),
-            "'{}' holds no member: make one with `moord init`",
+            config.identity().exists(),
+            "'{}' holds no member: make a new collective with `moord init`, or come to one with `moord join`",
             config.state_dir.display()
         );
-        let store = Local::open(&database).with_context(|| format!("opening the store '{}'", database.display()))?;
-        let site = store.snapshot()?.site()?.with_context(|| {
-            format!(
-                "'{}' was not initialised to its end: move it away and run `moord init` again",
-                config.state_dir.display()
-            )
-        })?;
+        let identity = Identity::read(&config.identity())?;
         let authority = Authority::open(&config.keys())?;
-        let issuer = MemberIssuer {
-            keys: config.keys(),
-            collective: site.collective,
-            member: site.member,
-            addresses: addresses(&config, &site)?,
-            created: site.created,
-        };
+        let Connections { issuer, certificate, calls } = connections(&config, &config.keys(), &identity)?;
+        let store =
+            Replicated::open(&config.store(), identity.number, calls.clone()).await.context("opening the store")?;
+        let site = store.snapshot()?.site()?.unwrap_or_else(|| identity.site.clone());
         let secrets = DataKey::open(&config.keys().join("data.key"), site.collective)?;
-        let nonces = Nonces::new(site.member)?;
+        let nonces = Nonces::new(identity.id)?;
         content::sweep(&config.blobs());
         let traces = Traces::new(config.traces());
         Ok(Arc::new(Self {
             config,
             store,
+            calls,
             authority,
             issuer,
+            certificate,
             secrets,
             site,
+            identity,
             nonces,
             hellos: RateLimit::default(),
+            joins: RateLimit::default(),
             enrollments: Enrollments::default(),
             refusals: Throttle::default(),
             heartbeats: Heartbeats::default(),
@@ -199,10 +238,27 @@ impl Member {
         }))
     }
 
-    /// Members that nodes may talk to.
+    /// Members that nodes may talk to: this one first, because the asker reaches it.
+    ///
+    /// # Errors
+    /// The database is damaged.
+    pub fn endpoints(&self) -> Result<Vec<MemberEndpoint>, StoreError> {
+        let mut endpoints = vec![MemberEndpoint { id: self.identity.id, urls: self.config.urls.clone() }];
+        let others = self.view()?.members()?.into_values().filter(|member| !member.removed);
+        endpoints.extend(
+            others
+                .filter(|member| member.id != self.identity.id)
+                .map(|member| MemberEndpoint { id: member.id, urls: member.urls }),
+        );
+        Ok(endpoints)
+    }
+
+    /// The other members, as the records name them; none if they cannot be read.
     #[must_use]
-    pub fn endpoints(&self) -> Vec<MemberEndpoint> {
-        vec![MemberEndpoint { id: self.site.member, urls: self.config.urls.clone() }]
+    pub fn others(&self) -> Vec<Peer> {
+        let members = self.view().and_then(|view| view.members()).unwrap_or_default();
+        let others = members.into_values().filter(|member| !member.removed && member.id != self.identity.id);
+        others.map(|member| member.peer()).collect()
     }
 
     /// What the boot payload carries.
@@ -210,15 +266,8 @@ impl Member {
     /// # Errors
     /// Never, for keys that were opened.
     pub fn bundle(&self) -> anyhow::Result<SiteBundle> {
-        Ok(SiteBundle {
-            version: self.site.bundle_version,
-            collective: self.site.collective,
-            name: self.site.name.clone(),
-            roots: vec![self.authority.root_pem.clone()],
-            members: self.config.urls.clone(),
-            ssh_host_authorities: vec![self.authority.ssh_host_line()?],
-            built: self.site.created,
-        })
+        let members = self.endpoints()?.into_iter().flat_map(|member| member.urls).collect();
+        bundle(&self.site, &self.authority, members)
     }
 
     /// A consistent view of the store.

@@ -1,12 +1,13 @@
 //! One module per noun; each command is a call of the API and a few lines that print the answer.
 
+mod collective;
 mod image;
 mod node;
 mod profile;
 mod status;
 mod why;
 
-use crate::args::{Cli, Command, Init, Token};
+use crate::args::{Cli, Collective, Command, Init, Token};
 use crate::connect::connect;
 use crate::output;
 use anyhow::Context as _;
@@ -20,13 +21,16 @@ use std::process::ExitCode;
 
 /// Runs one command.
 pub(crate) async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
-    if let Command::Init(init) = &cli.command {
-        return Err(run_init(init));
+    match &cli.command {
+        Command::Init(init) => return Err(run_moord("init", init)),
+        Command::Collective(Collective::Join(join)) => return Err(run_moord("join", join)),
+        _ => {}
     }
     let mut client = connect(&cli.connection).await?;
     let client = &mut client;
     match cli.command {
         Command::Init(_) => Ok(ExitCode::SUCCESS),
+        Command::Collective(command) => collective::run(client, command, cli.json).await,
         Command::Node(command) => node::run(client, command, cli.json).await,
         Command::Arm(arm) => node::arm(client, &arm, cli.json).await,
         Command::Deploy(deploy) => node::deploy(client, &deploy, cli.json).await,
@@ -40,15 +44,15 @@ pub(crate) async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// `moord init` is the server's own program: it writes the server's state.
-fn run_init(init: &Init) -> anyhow::Error {
+/// `moord init` and `moord join` are the server's own program: it writes the server's state.
+fn run_moord(verb: &str, init: &Init) -> anyhow::Error {
     let beside = std::env::current_exe()
         .ok()
         .and_then(|exe| exe.parent().map(|dir| dir.join("moord")))
         .filter(|path| path.exists());
     let program = beside.unwrap_or_else(|| "moord".into());
     let error =
-        std::process::Command::new(&program).arg("init").arg("--config").arg(&init.config).args(&init.rest).exec();
+        std::process::Command::new(&program).arg(verb).arg("--config").arg(&init.config).args(&init.rest).exec();
     anyhow::Error::new(error).context(format!("starting '{}': is the package moord installed?", program.display()))
 }
 

@@ -20,6 +20,9 @@
 //! | `POST profiles/NAME/publish` | empty → [`ProfileView`] |
 //! | `GET profiles/NAME/boot` | [`BootFiles`] |
 //! | `POST tokens` (socket only) | [`TokenRequest`] → [`TokenCreated`] |
+//! | `GET collective` | [`CollectiveView`] |
+//! | `POST collective/invite` (socket only) | [`InviteRequest`] → [`Invited`] |
+//! | `POST collective/{promote,demote,remove}` | [`MemberRequest`] → empty |
 //!
 //! `GET /public/images/DIGEST` (ranges) and `GET /public/boot/PROFILE/{kernel,initramfs,site.cpio}` need no token.
 
@@ -51,6 +54,73 @@ pub struct SiteInfo {
     pub bundle: SiteBundle,
     /// The `@cert-authority` line for an administrator's `known_hosts`.
     pub known_hosts: Vec<String>,
+}
+
+/// The collective, as one member sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CollectiveView {
+    /// The member that answers.
+    pub number: u64,
+    /// The leader, if this member knows one.
+    pub leader: Option<u64>,
+    /// Term of the leader's election.
+    pub term: u64,
+    /// Newest entry of the answering member's log.
+    pub last: u64,
+    /// Newest entry that it has applied.
+    pub applied: u64,
+    /// Whether a majority answers, as far as this member can tell.
+    pub majority: bool,
+    /// All members, by number.
+    pub members: Vec<CollectiveMember>,
+    /// Invitations that were not used: name, and until when (Unix seconds).
+    pub invitations: Vec<(String, u64)>,
+}
+
+/// A member of the collective.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CollectiveMember {
+    /// Its number.
+    pub number: u64,
+    /// Its id.
+    pub id: MemberId,
+    /// Its name.
+    pub name: String,
+    /// Where it is reached.
+    pub urls: Vec<String>,
+    /// Whether it votes now.
+    pub votes: bool,
+    /// Whether it is to vote: it does once it has caught up.
+    pub voter: bool,
+    /// How far its log is; known where the leader answers.
+    pub last: Option<u64>,
+}
+
+/// Asks for an invitation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InviteRequest {
+    /// Name of the member to be.
+    pub name: String,
+    /// Whether it will vote.
+    pub voter: bool,
+    /// For how many seconds it is good.
+    pub lifetime: u64,
+}
+
+/// An invitation. It is a secret until it is used.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Invited {
+    /// What the new member is given.
+    pub invitation: String,
+    /// Until when it is good, Unix seconds.
+    pub expires: u64,
+}
+
+/// Names a member.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberRequest {
+    /// Its name, or its number.
+    pub member: String,
 }
 
 /// Defines nodes; attributes are common to all.

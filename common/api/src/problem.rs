@@ -49,6 +49,8 @@ pub enum Code {
     Forbidden,
     /// Too many requests; try again later.
     RateLimited,
+    /// No majority of the members answers: known nodes boot, changes wait.
+    NoMajority,
     /// A fault of the server: its log says more.
     Internal,
     /// A code this program does not know.
@@ -72,6 +74,7 @@ impl Problem {
             Code::NotFound => 404,
             Code::Ambiguous | Code::Conflict | Code::NoProfile => 409,
             Code::RateLimited => 429,
+            Code::NoMajority => 503,
             Code::Internal | Code::Other => 500,
         };
         Self { status, code, detail: detail.into() }

@@ -1,5 +1,6 @@
 //! `/admin/v1`: what administrators may do, over the socket by who they are and over HTTPS by a token.
 
+mod collective;
 mod content;
 pub(crate) mod nodes;
 mod view;
@@ -42,6 +43,11 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/admin/v1/profiles/{name}/publish", post(content::publish))
         .route("/admin/v1/profiles/{name}/boot", get(content::boot_files))
         .route("/admin/v1/tokens", post(create_token))
+        .route("/admin/v1/collective", get(collective::show))
+        .route("/admin/v1/collective/invite", post(collective::invite))
+        .route("/admin/v1/collective/promote", post(collective::promote))
+        .route("/admin/v1/collective/demote", post(collective::demote))
+        .route("/admin/v1/collective/remove", post(collective::remove))
         .route_layer(axum::middleware::from_fn_with_state(member.clone(), authorize))
 }
 
@@ -109,8 +115,8 @@ async fn site(State(member): State<Arc<Member>>) -> Result<Json<SiteInfo>, Failu
         version: env!("CARGO_PKG_VERSION").into(),
         collective: member.site.collective,
         name: member.site.name.clone(),
-        member: member.site.member,
-        members: member.endpoints(),
+        member: member.identity.id,
+        members: member.endpoints()?,
         known_hosts: bundle.ssh_host_authorities.iter().map(|line| format!("@cert-authority * {line}")).collect(),
         bundle,
     }))

@@ -160,10 +160,10 @@ pub(super) async fn hello(
 async fn answer(member: &Member, peer: &Peer, hello: &Hello) -> Result<HelloReply, Failure> {
     let mut reply = HelloReply {
         collective: member.site.collective,
-        member: member.site.member,
+        member: member.identity.id,
         node: None,
         refusal: None,
-        members: member.endpoints(),
+        members: member.endpoints()?,
         time: now(),
     };
     let outcome = match identify(&member.view()?, hello)? {

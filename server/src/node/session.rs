@@ -34,7 +34,7 @@ pub(super) fn proof_digest(
     Proof {
         purpose,
         collective: member.site.collective,
-        member: member.site.member,
+        member: member.identity.id,
         node,
         boot,
         nonce,
@@ -131,7 +131,7 @@ async fn open(member: &Arc<Member>, peer: &Peer, request: &SessionRequest) -> Re
     let expires = now() + token::lifetime(request.stage);
     let claims = Claims {
         collective: member.site.collective,
-        member: member.site.member,
+        member: member.identity.id,
         node: node.id,
         boot: request.boot,
         stage: request.stage,

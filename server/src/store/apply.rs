@@ -7,13 +7,13 @@ use super::records::{
     MAX_STRANGERS, NodeRecord, Order, Plan, ProfileRecord, Refusals,
 };
 use super::tables::{self, Write};
-use super::{Event, StoreError, index};
+use super::{Event, StoreError, index, members};
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
 use moor_api::ids::{BootId, NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
 use std::collections::{BTreeMap, BTreeSet};
 
-fn refused(code: Code, detail: impl Into<String>) -> Outcome {
+pub(super) fn refused(code: Code, detail: impl Into<String>) -> Outcome {
     Outcome::Refused(Problem::new(code, detail))
 }
 
@@ -24,13 +24,18 @@ fn no_such_node() -> Outcome {
 /// Applies one command.
 pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, StoreError> {
     match command {
-        Command::Found { site } => {
+        Command::Found { site, founder } => {
             if write.get::<serde_json::Value>(tables::SITE, "site")?.is_some() {
                 return Ok(refused(Code::Conflict, "the collective exists already"));
             }
             write.put(tables::SITE, "site", &site)?;
-            Ok(Outcome::Done)
+            members::found(write, &founder)
         }
+        Command::Invite { id, invite, now } => members::invite(write, id, &invite, now),
+        Command::Join { invite, member, urls, now } => members::join(write, invite, member, urls, now),
+        Command::MoveMember { number, urls } => members::change(write, number, |member| member.urls = urls),
+        Command::SetVoter { number, voter } => members::set_voter(write, number, voter),
+        Command::RemoveMember { number } => members::remove(write, number),
         Command::DefineNode { id, name, attributes } => define(write, id, name, attributes),
         Command::RemoveNode { id } => {
             let Some(node) = node(write, id)? else { return Ok(no_such_node()) };
@@ -149,7 +154,7 @@ fn change(write: &Write<'_>, id: NodeId, edit: impl FnOnce(&mut NodeRecord)) -> 
 }
 
 /// The next number of a counter of the collective; never given twice.
-fn next(write: &Write<'_>, counter: &str) -> Result<u64, StoreError> {
+pub(super) fn next(write: &Write<'_>, counter: &str) -> Result<u64, StoreError> {
     let value = write.get::<u64>(tables::COUNTERS, counter)?.unwrap_or(0) + 1;
     write.put(tables::COUNTERS, counter, &value)?;
     Ok(value)

@@ -1,13 +1,16 @@
 //! Every change of the store, as data. A command carries all it needs (times, ids, random values), so that applying it gives the same
 //! result on every member, whenever it is applied.
 
-use super::records::{Armed, Evidence, Identity, ImageRecord, ProfileRecord, SiteRecord, TokenRecord};
+use super::records::{
+    Armed, Evidence, Identity, ImageRecord, InviteRecord, MemberRecord, ProfileRecord, SiteRecord, TokenRecord,
+};
 use crate::secrets::SealedSecret;
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
-use moor_api::ids::{BootId, DeploymentId, ImageDigest, NodeId, NodeName, ProfileName};
+use moor_api::ids::{BootId, DeploymentId, ImageDigest, MemberId, NodeId, NodeName, ProfileName};
 use moor_api::problem::Problem;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use uuid::Uuid;
 
 /// A change. Variants and fields are only ever added: logs of an older version stay readable.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -17,6 +20,47 @@ pub enum Command {
     Found {
         /// What it is.
         site: SiteRecord,
+        /// Its first member.
+        founder: MemberRecord,
+    },
+    /// Somebody may become a member.
+    Invite {
+        /// Drawn by the proposer.
+        id: Uuid,
+        /// What it says.
+        invite: InviteRecord,
+        /// Unix seconds: those that have expired make room.
+        now: u64,
+    },
+    /// Uses an invitation up; the outcome is the member's number.
+    Join {
+        /// Which invitation.
+        invite: Uuid,
+        /// Drawn by the member.
+        member: MemberId,
+        /// Where it is reached.
+        urls: Vec<String>,
+        /// Unix seconds.
+        now: u64,
+    },
+    /// A member is reached elsewhere.
+    MoveMember {
+        /// Which.
+        number: u64,
+        /// Where.
+        urls: Vec<String>,
+    },
+    /// A member votes, or votes no more.
+    SetVoter {
+        /// Which.
+        number: u64,
+        /// Whether it shall.
+        voter: bool,
+    },
+    /// Removes a member.
+    RemoveMember {
+        /// Which.
+        number: u64,
     },
     /// A new node.
     DefineNode {
@@ -152,7 +196,8 @@ pub enum Command {
 }
 
 /// What a command did.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Outcome {
     /// Done.
     Done,
@@ -160,6 +205,55 @@ pub enum Outcome {
     Number(u64),
     /// Not done; nothing was changed.
     Refused(Problem),
+}
+
+impl Command {
+    /// Its kind, for logs: a command may hold secrets, sealed or not.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Found { .. } => "found",
+            Self::Invite { .. } => "invite",
+            Self::Join { .. } => "join",
+            Self::MoveMember { .. } => "move-member",
+            Self::SetVoter { .. } => "set-voter",
+            Self::RemoveMember { .. } => "remove-member",
+            Self::DefineNode { .. } => "define-node",
+            Self::RemoveNode { .. } => "remove-node",
+            Self::SetAttributes { .. } => "set-attributes",
+            Self::Arm { .. } => "arm",
+            Self::Rearm { .. } => "rearm",
+            Self::Deploy { .. } => "deploy",
+            Self::Bind { .. } => "bind",
+            Self::Boot { .. } => "boot",
+            Self::CloseStage { .. } => "close-stage",
+            Self::Pin { .. } => "pin",
+            Self::Status { .. } => "status",
+            Self::Log { .. } => "log",
+            Self::Refuse { .. } => "refuse",
+            Self::PutImage { .. } => "put-image",
+            Self::PutProfile { .. } => "put-profile",
+            Self::PutToken { .. } => "put-token",
+            Self::NextCertificate => "next-certificate",
+            Self::Audit { .. } => "audit",
+        }
+    }
+}
+
+impl std::fmt::Display for Command {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.kind())
+    }
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Done => f.write_str("done"),
+            Self::Number(number) => write!(f, "done: {number}"),
+            Self::Refused(problem) => write!(f, "refused: {problem}"),
+        }
+    }
 }
 
 #[cfg(test)]

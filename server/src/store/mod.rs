@@ -1,24 +1,26 @@
 //! The store: typed commands in, durable before they are acknowledged; consistent snapshots out; a stream of what changed.
 //!
-//! [`Store`] is the interface that the replicated store will implement; [`Local`] is the member that stands alone.
+//! [`Store`] is the interface, [`Replicated`] what stands behind it, also for a member that is alone.
 
 mod apply;
 pub mod command;
 pub mod index;
-mod local;
+mod members;
+pub mod raft;
 pub mod records;
 pub mod tables;
 #[cfg(test)]
 mod tests;
 
 pub use command::{Command, Outcome};
-pub use local::Local;
+pub use raft::Replicated;
 pub use tables::Snapshot;
 
 use moor_api::admin::{Refusal, StatusEvent};
 use moor_api::ids::{NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
-use records::{Identity, ImageRecord, NodeRecord, ProfileRecord, Refusals, SiteRecord};
+use records::{Identity, ImageRecord, InviteRecord, MemberRecord, NodeRecord, ProfileRecord, Refusals, SiteRecord};
+use std::collections::BTreeMap;
 use tokio::sync::broadcast;
 
 /// The store failed, as opposed to refused.
@@ -46,6 +48,35 @@ pub enum StoreError {
     /// The store was closed, or is overloaded.
     #[error("the store is not taking changes")]
     Closed,
+    /// A snapshot is not usable or cannot be written.
+    #[error("a snapshot of the store: {0}")]
+    Snapshot(String),
+    /// A message of another member is not understood.
+    #[error("a message of another member is not understood: {0}")]
+    Message(String),
+    /// openraft said so.
+    #[error("consensus: {0}")]
+    Consensus(String),
+    /// No member leads.
+    #[error("{0}")]
+    NoLeader(String),
+    /// The leader was lost on the way.
+    #[error("the leader was lost while it made the change: look whether it was made, and try again if not")]
+    Unknown,
+    /// It happened to this file.
+    #[error("'{}': {cause}", file.display())]
+    File {
+        /// Which.
+        file: std::path::PathBuf,
+        /// What.
+        cause: Box<StoreError>,
+    },
+}
+
+impl StoreError {
+    fn within(self, file: &std::path::Path) -> Self {
+        Self::File { file: file.to_owned(), cause: Box::new(self) }
+    }
 }
 
 macro_rules! from_redb {
@@ -115,6 +146,22 @@ impl Snapshot {
     /// The database is damaged.
     pub fn site(&self) -> Result<Option<SiteRecord>, StoreError> {
         self.get(tables::SITE, "site")
+    }
+
+    /// Members by number, also those that were removed.
+    ///
+    /// # Errors
+    /// The database is damaged.
+    pub fn members(&self) -> Result<BTreeMap<u64, MemberRecord>, StoreError> {
+        Ok((1..).zip(self.all::<MemberRecord>(tables::MEMBERS)?).collect())
+    }
+
+    /// An invitation that was not used.
+    ///
+    /// # Errors
+    /// The database is damaged.
+    pub fn invite(&self, id: uuid::Uuid) -> Result<Option<InviteRecord>, StoreError> {
+        self.get(tables::INVITES, &id.to_string())
     }
 
     /// A node by id.
@@ -229,7 +276,8 @@ impl From<StoreError> for Problem {
     fn from(error: StoreError) -> Self {
         tracing::error!("store: {error}");
         match error {
-            StoreError::Full(_) => Self::new(Code::Internal, error.to_string()),
+            StoreError::Full(_) | StoreError::Unknown => Self::new(Code::Internal, error.to_string()),
+            StoreError::NoLeader(_) => Self::new(Code::NoMajority, error.to_string()),
             _ => Self::new(Code::Internal, "the member's store failed: its log says more"),
         }
     }

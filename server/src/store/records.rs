@@ -1,5 +1,6 @@
 //! What the store keeps, as records. They are serialised as JSON: self-describing, so that a later version reads them.
 
+use super::raft::Peer;
 use crate::secrets::SealedSecret;
 use moor_api::admin::Refusal;
 use moor_api::deploy::{Overlay, PhaseName, RootMode};
@@ -18,15 +19,50 @@ pub struct SiteRecord {
     pub collective: CollectiveId,
     /// Its name.
     pub name: String,
-    /// This member.
-    pub member: MemberId,
     /// Version of the trust bundle.
     pub bundle_version: u64,
     /// When the collective was made, Unix seconds.
     pub created: u64,
-    /// Further addresses and names of this member's certificate (`moord init --address`).
+}
+
+/// A member, by its number. The membership of the store follows these records.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberRecord {
+    /// Its id, as its certificate says.
+    pub id: MemberId,
+    /// Its name; no two that are present have the same.
+    pub name: String,
+    /// Where nodes and members reach it: `https://ADDRESS:PORT`.
+    pub urls: Vec<String>,
+    /// Whether it votes.
+    pub voter: bool,
+    /// The invitation it came by; none: it founded the collective.
     #[serde(default)]
-    pub addresses: Vec<String>,
+    pub invite: Option<Uuid>,
+    /// It is a member no more, and never again under this number.
+    #[serde(default)]
+    pub removed: bool,
+}
+
+impl MemberRecord {
+    /// As the membership names it.
+    #[must_use]
+    pub fn peer(&self) -> Peer {
+        Peer { id: self.id, name: self.name.clone(), urls: self.urls.clone() }
+    }
+}
+
+/// An invitation that was not used yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InviteRecord {
+    /// Name of the member to be.
+    pub name: String,
+    /// Whether it will vote.
+    pub voter: bool,
+    /// Until when it is good, Unix seconds.
+    pub expires: u64,
+    /// What the invitation proves itself by.
+    pub secret: SealedSecret,
 }
 
 /// A node.

@@ -40,8 +40,15 @@ pub const TOKENS: Table = TableDefinition::new("tokens");
 pub const COUNTERS: Table = TableDefinition::new("counters");
 /// The audit chain by number.
 pub const AUDIT: Table = TableDefinition::new("audit");
+/// Members by number: who is here, and who was removed.
+pub const MEMBERS: Table = TableDefinition::new("members");
+/// Invitations that were not used, by id.
+pub const INVITES: Table = TableDefinition::new("invites");
+/// Which entry of the log was applied last, and the membership.
+pub(super) const RAFT: Table = TableDefinition::new("raft");
 
-const ALL: [Table; 14] = [
+/// All that is the same on every member.
+pub(super) const REPLICATED: [Table; 16] = [
     SITE,
     NODES,
     NAMES,
@@ -56,13 +63,16 @@ const ALL: [Table; 14] = [
     TOKENS,
     COUNTERS,
     AUDIT,
+    MEMBERS,
+    INVITES,
 ];
 
 /// Makes every table, so that readers find them.
 pub(super) fn create(transaction: &WriteTransaction) -> Result<(), StoreError> {
-    for table in ALL {
+    for table in REPLICATED {
         transaction.open_table(table)?;
     }
+    transaction.open_table(RAFT)?;
     Ok(())
 }
 
@@ -103,6 +113,19 @@ impl<'a> Write<'a> {
         Ok(())
     }
 
+    /// A record as its bytes.
+    pub(super) fn put_raw(&self, table: Table, key: &str, value: &[u8]) -> Result<(), StoreError> {
+        self.0.open_table(table)?.insert(key, value)?;
+        Ok(())
+    }
+
+    /// Removes all records.
+    pub(super) fn clear(&self, table: Table) -> Result<(), StoreError> {
+        self.0.delete_table(table)?;
+        self.0.open_table(table)?;
+        Ok(())
+    }
+
     pub(super) fn remove(&self, table: Table, key: &str) -> Result<(), StoreError> {
         self.0.open_table(table)?.remove(key)?;
         Ok(())
@@ -120,11 +143,16 @@ impl<'a> Write<'a> {
     }
 
     pub(super) fn all<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<T>, StoreError> {
+        Ok(self.pairs(table)?.into_iter().map(|(_, value)| value).collect())
+    }
+
+    /// Keys and records, by key.
+    pub(super) fn pairs<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<(String, T)>, StoreError> {
         let open = self.0.open_table(table)?;
         let mut out = Vec::new();
         for item in open.iter()? {
             let (key, value) = item?;
-            out.push(decode(table, key.value(), value.value())?);
+            out.push((key.value().to_owned(), decode(table, key.value(), value.value())?));
         }
         Ok(out)
     }
@@ -164,6 +192,22 @@ impl Snapshot {
 }
 
 impl Snapshot {
+    /// Gives each record's key and bytes to `take`, in order, until it fails.
+    pub(super) fn each<E>(
+        &self,
+        table: Table,
+        mut take: impl FnMut(&str, &[u8]) -> Result<(), E>,
+    ) -> Result<Result<(), E>, StoreError> {
+        let open = self.0.open_table(table)?;
+        for item in open.iter()? {
+            let (key, value) = item?;
+            if let Err(error) = take(key.value(), value.value()) {
+                return Ok(Err(error));
+            }
+        }
+        Ok(Ok(()))
+    }
+
     /// All keys of a table, in order.
     ///
     /// # Errors

@@ -1,9 +1,10 @@
 //! The store as its users see it: commands in, records out, also after it was opened again.
 
+use super::raft::{Calls, FOUNDER, Peer, Places};
 use super::records::{Armed, Identity, MAX_BOOTS, MAX_LOG_BYTES, MAX_STRANGERS};
-use super::{Command, Local, Outcome, Store as _, index};
+use super::{Command, Outcome, Replicated, Store as _, index};
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
-use moor_api::ids::{BootId, NodeId};
+use moor_api::ids::{BootId, MemberId, NodeId};
 use moor_api::node::PcrBank;
 use moor_api::problem::{Code, Problem};
 use std::collections::BTreeMap;
@@ -52,13 +53,18 @@ fn event(state: &str) -> StatusEvent {
 
 struct Fixture {
     dir: tempfile::TempDir,
-    store: Local,
+    store: Replicated,
+}
+
+async fn open(dir: &std::path::Path) -> Result<Replicated, super::StoreError> {
+    Replicated::open(&Places::in_dir(dir), FOUNDER, Calls::to_nobody()?).await
 }
 
 impl Fixture {
-    fn new() -> Self {
+    async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let store = Local::open(&dir.path().join("store.redb")).unwrap();
+        let store = open(dir.path()).await.unwrap();
+        store.found(Peer { id: MemberId::random(), name: "m1".into(), urls: Vec::new() }).await.unwrap();
         Self { dir, store }
     }
 
@@ -82,7 +88,7 @@ impl Fixture {
 
 #[tokio::test]
 async fn an_identity_is_bound_once_and_never_by_mistake() {
-    let f = Fixture::new();
+    let f = Fixture::new().await;
     let (a, b) = (NodeId::random(), NodeId::random());
     f.done(define(a, "a", &[])).await;
     f.done(define(b, "b", &[])).await;
@@ -112,7 +118,7 @@ async fn an_identity_is_bound_once_and_never_by_mistake() {
 
 #[tokio::test]
 async fn only_unproven_soft_keys_change_under_continuous_arming() {
-    let f = Fixture::new();
+    let f = Fixture::new().await;
     let id = NodeId::random();
     f.done(define(id, "a", &[])).await;
     f.done(Command::Arm { id, armed: Armed::Once }).await;
@@ -138,7 +144,7 @@ async fn only_unproven_soft_keys_change_under_continuous_arming() {
 
 #[tokio::test]
 async fn the_index_follows_attributes_and_identities() {
-    let f = Fixture::new();
+    let f = Fixture::new().await;
     let id = NodeId::random();
     let uuid = "5f1e7a52-30a3-4f6c-9d3e-6c2f9a1b0c01";
     f.done(define(
@@ -170,7 +176,7 @@ async fn the_index_follows_attributes_and_identities() {
 
 #[tokio::test]
 async fn what_is_kept_is_bounded() {
-    let f = Fixture::new();
+    let f = Fixture::new().await;
     let id = NodeId::random();
     f.done(define(id, "a", &[])).await;
     let log = |text: String| Command::Log { id, event: LogEvent { time_ms: 1, phase: "agent".into(), text } };
@@ -200,7 +206,7 @@ async fn what_is_kept_is_bounded() {
 
 #[tokio::test]
 async fn what_a_node_that_is_not_there_was_refused_is_not_kept() {
-    let f = Fixture::new();
+    let f = Fixture::new().await;
     let (id, nobody) = (NodeId::random(), NodeId::random());
     f.done(define(id, "a", &[])).await;
     f.done(Command::Refuse { nodes: vec![id, nobody], strangers: Vec::new(), refusal: refusal("no") }).await;
@@ -212,7 +218,7 @@ async fn what_a_node_that_is_not_there_was_refused_is_not_kept() {
 
 #[tokio::test]
 async fn a_boot_stage_ends_once_and_for_all() {
-    let f = Fixture::new();
+    let f = Fixture::new().await;
     let id = NodeId::random();
     f.done(define(id, "a", &[])).await;
     let (first, second) = (BootId::random(), BootId::random());
@@ -239,8 +245,7 @@ async fn a_boot_stage_ends_once_and_for_all() {
 
 #[tokio::test]
 async fn it_opens_again_with_everything_and_the_audit_chain_holds() {
-    let Fixture { dir, store } = Fixture::new();
-    let f = Fixture { dir, store };
+    let f = Fixture::new().await;
     let id = NodeId::random();
     f.done(define(id, "a", &[])).await;
     for number in 0..5 {
@@ -249,10 +254,10 @@ async fn it_opens_again_with_everything_and_the_audit_chain_holds() {
     f.done(Command::Status { id, sequence: None, event: event("x") }).await;
     assert_eq!(f.refused(define(NodeId::random(), "a", &[])).await, Code::Conflict);
     let Fixture { dir, store } = f;
-    let path = dir.path().join("store.redb");
-    assert!(Local::open(&path).is_err(), "one store has one process");
+    assert!(open(dir.path()).await.is_err(), "one store has one process");
+    store.close().await;
     drop(store);
-    let store = Local::open(&path).unwrap();
+    let store = open(dir.path()).await.unwrap();
     let view = store.snapshot().unwrap();
     assert_eq!(view.node_named("a").unwrap().unwrap().id, id);
     assert_eq!(view.events(id).unwrap().len(), 1);

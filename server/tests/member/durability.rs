@@ -5,7 +5,7 @@ use anyhow::ensure;
 use moor_api::admin::{ArmRequest, DefineNodes, SetAttributes};
 use moor_api::client::node::NodeConnection;
 use moor_api::node::{KeyRequest, Stage, StatusReport};
-use moord::store::{Local, Store as _, tables};
+use moord::store::{Store as _, tables};
 use std::collections::BTreeMap;
 use std::io::Cursor;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -178,7 +178,7 @@ async fn a_key_leaves_after_its_audit_line_and_the_pin_are_on_disk() -> anyhow::
     machine.log_in(&mut connection, Stage::Boot).await?;
     connection.image_key(&KeyRequest { digest: image.digest }).await?;
     member.kill();
-    let store = Local::open(&member.path("state/store/member.redb"))?;
+    let store = member.store().await?;
     let view = store.snapshot()?;
     assert_eq!(view.node_named("n1")?.expect("the node").pin, Some(image.digest));
     let lines: Vec<serde_json::Value> = view.all(tables::AUDIT)?;

@@ -3,6 +3,7 @@
 
 mod admin_api;
 mod cli;
+mod collective;
 mod durability;
 mod node_api;
 mod strangers;

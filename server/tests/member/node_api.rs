@@ -10,7 +10,7 @@ use moor_api::node::{
     StatusReport, TraceReport,
 };
 use moor_api::problem::Code;
-use moord::store::{Local, Store as _, tables};
+use moord::store::{Store as _, tables};
 use std::process::Command;
 use uuid::Uuid;
 
@@ -316,7 +316,7 @@ async fn secrets_are_for_the_boot_stage() -> anyhow::Result<()> {
     }
     // Each that left was written down before.
     assert!(member.terminate()?);
-    let store = Local::open(&member.path("state/store/member.redb"))?;
+    let store = member.store().await?;
     let lines: Vec<serde_json::Value> = store.snapshot()?.all(tables::AUDIT)?;
     let released: Vec<&str> = lines.iter().filter_map(|line| line["entry"]["fields"]["secret"].as_str()).collect();
     assert_eq!(released, ["crypted.rootpassword", "p/munge.key"]);

@@ -18,6 +18,8 @@ use moor_api::node::{
 use moor_api::proof::{Proof, Purpose};
 use moor_api::trust::SiteBundle;
 use moor_image::{Dek, Metadata, Payload, SealOptions, Sealer};
+use moord::store::Replicated;
+use moord::store::raft::{Calls, FOUNDER, Places};
 use std::io::{Cursor, Write as _};
 use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt as _, chown};
@@ -49,6 +51,14 @@ fn as_user(arguments: &[&str]) -> Command {
 impl Member {
     /// `moord init`; not started.
     pub(crate) fn init() -> anyhow::Result<Self> {
+        let member = Self::prepare()?;
+        let output = member.moord("init", &["--address", "127.0.0.1"])?;
+        ensure!(output.status.success(), "moord init: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(member)
+    }
+
+    /// A configuration, and nothing else.
+    pub(crate) fn prepare() -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("moord-test-").tempdir()?;
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755))?;
         // Free now; taken a moment later.
@@ -67,8 +77,6 @@ impl Member {
         for path in [member.dir.path().to_owned(), member.path("state")] {
             chown(path, Some(UID), Some(UID))?;
         }
-        let output = member.moord("init", &["--address", "127.0.0.1"])?;
-        ensure!(output.status.success(), "moord init: {}", String::from_utf8_lossy(&output.stderr));
         Ok(member)
     }
 
@@ -83,6 +91,11 @@ impl Member {
         self.dir.path().join(name)
     }
 
+    /// The store of a member that does not run.
+    pub(crate) async fn store(&self) -> anyhow::Result<Replicated> {
+        Ok(Replicated::open(&Places::in_dir(&self.path("state/store")), FOUNDER, Calls::to_nobody()?).await?)
+    }
+
     pub(crate) fn url(&self) -> String {
         format!("https://127.0.0.1:{}", self.port)
     }
@@ -95,6 +108,21 @@ impl Member {
     pub(crate) fn moord(&self, verb: &str, more: &[&str]) -> anyhow::Result<Output> {
         let config = self.config();
         Ok(as_user(&[&[verb, "--config", &config], more].concat()).output()?)
+    }
+
+    /// Runs `moord join` with this invitation on standard input.
+    pub(crate) fn join(&self, invitation: &str) -> anyhow::Result<Output> {
+        let config = self.config();
+        let mut command = as_user(&["join", "--config", &config, "--address", "127.0.0.1"]);
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("moord join")?;
+        // It may refuse before it has read all.
+        let _ = child.stdin.take().context("no pipe")?.write_all(invitation.as_bytes());
+        Ok(child.wait_with_output()?)
     }
 
     /// Starts `moord run` and waits until it answers.

@@ -6,7 +6,7 @@ use moor_api::node::Stage;
 use moor_api::problem::Code;
 use moord::authority::Authority;
 use moord::node::token::{Claims, mint, thumbprint};
-use moord::store::{Local, Store as _};
+use moord::store::Store as _;
 
 #[tokio::test]
 async fn a_good_signature_is_not_enough() -> anyhow::Result<()> {
@@ -23,8 +23,10 @@ async fn a_good_signature_is_not_enough() -> anyhow::Result<()> {
     let authority = Authority::open(&member.path("state/store/keys"))?;
     assert!(member.terminate()?);
     let epoch = {
-        let store = Local::open(&member.path("state/store/member.redb"))?;
-        store.snapshot()?.node(node)?.expect("the node").epoch
+        let store = member.store().await?;
+        let epoch = store.snapshot()?.node(node)?.expect("the node").epoch;
+        store.close().await;
+        epoch
     };
     member.run()?;
     let mut connection = machine.connect().await?;

@@ -3,9 +3,9 @@
 use super::tls::member_tls_config;
 use super::{Body, ClientError, Http, chain, full};
 use crate::admin::{
-    ArmRequest, BlobAdded, BootFiles, Changed, CreateProfile, DefineNodes, DeployRequest, ImageView, ImportImage,
-    LogEvent, NodeView, ProfileView, RangeRequest, SetAttributes, SiteInfo, StatusEvent, TokenCreated, TokenRequest,
-    Why,
+    ArmRequest, BlobAdded, BootFiles, Changed, CollectiveView, CreateProfile, DefineNodes, DeployRequest, ImageView,
+    ImportImage, InviteRequest, Invited, LogEvent, MemberRequest, NodeView, ProfileView, RangeRequest, SetAttributes,
+    SiteInfo, StatusEvent, TokenCreated, TokenRequest, Why,
 };
 use crate::client::node::parse_https;
 use crate::ids::{ImageDigest, ProfileName};
@@ -258,6 +258,21 @@ impl AdminClient {
     /// `POST tokens`.
     pub async fn create_token(&mut self, request: &TokenRequest) -> Result<TokenCreated, ClientError> {
         self.http.json(Method::POST, "/admin/v1/tokens", Some(request)).await
+    }
+
+    /// `GET collective`.
+    pub async fn collective(&mut self) -> Result<CollectiveView, ClientError> {
+        self.http.json::<(), _>(Method::GET, "/admin/v1/collective", None).await
+    }
+
+    /// `POST collective/invite`.
+    pub async fn invite(&mut self, request: &InviteRequest) -> Result<Invited, ClientError> {
+        self.http.json(Method::POST, "/admin/v1/collective/invite", Some(request)).await
+    }
+
+    /// `POST collective/ACTION`: `promote`, `demote` or `remove`.
+    pub async fn change_member(&mut self, action: &str, request: &MemberRequest) -> Result<(), ClientError> {
+        self.http.post_only(&format!("/admin/v1/collective/{action}"), request).await
     }
 
     /// Any other call of the API, for additions that have no method here.

@@ -1,9 +1,11 @@
 //! HTTP/1.1 to a member, over TLS or its unix socket: one connection, typed calls, bounded answers, problems as errors.
 //!
-//! [`tls`] decides who is a member, [`session`] holds the key that tokens are bound to, [`node`] and [`admin`] are the calls.
+//! [`tls`] decides who is a member, [`session`] holds the key that tokens are bound to, [`node`], [`admin`] and [`member`] are the calls.
 
 pub mod admin;
+pub mod member;
 pub mod node;
+mod secured;
 pub mod session;
 pub mod tls;
 

@@ -1,7 +1,7 @@
 //! A node's connection to a member and the calls of `/node/v1` on it.
 
-use super::tls::member_of;
-use super::{ClientError, Http, chain};
+use super::ClientError;
+use super::secured::Secured;
 use crate::deploy::{DeployDocument, PhaseName};
 use crate::ids::{CollectiveId, MemberId};
 use crate::node::{
@@ -9,16 +9,13 @@ use crate::node::{
     HostCertificateRequest, HostCertificates, ImageOffer, KeyEnvelope, KeyRequest, LogReport, SessionReply,
     SessionRequest, SshTrust, StageClosed, StatusReport, TraceReport,
 };
-use crate::proof::{EXPORTER_LABEL, EXPORTER_LENGTH};
+use crate::proof::EXPORTER_LENGTH;
 use bytes::Bytes;
 use http::{Method, Uri};
 use rustls::ClientConfig;
-use rustls_pki_types::ServerName;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
 
 /// The port of a URL that names none.
 pub const DEFAULT_PORT: u16 = 443;
@@ -54,11 +51,8 @@ fn encode_path(path: &str) -> String {
 
 /// A connection to one member. The member's certificate was verified; its id and the exporter belong into proofs.
 pub struct NodeConnection {
-    http: Http,
-    member: MemberId,
-    exporter: [u8; EXPORTER_LENGTH],
+    secured: Secured,
     url: String,
-    local: SocketAddr,
 }
 
 impl NodeConnection {
@@ -73,48 +67,19 @@ impl NodeConnection {
         config: Arc<ClientConfig>,
         timeout: Duration,
     ) -> Result<Self, ClientError> {
-        let (host, port) = parse_https(url)?;
-        let failed = |cause: String| ClientError::Connect { to: url.to_owned(), cause };
-        let server_name = match host.parse::<IpAddr>() {
-            Ok(address) => ServerName::IpAddress(address.into()),
-            Err(_) => ServerName::try_from(host.clone())
-                .map_err(|_| ClientError::Config(format!("'{host}' is not a host name")))?,
-        };
-        let connect = async {
-            let tcp = TcpStream::connect((host.as_str(), port)).await.map_err(|error| failed(error.to_string()))?;
-            tcp.set_nodelay(true).map_err(|error| failed(error.to_string()))?;
-            let local = tcp.local_addr().map_err(|error| failed(error.to_string()))?;
-            let tls =
-                TlsConnector::from(config).connect(server_name, tcp).await.map_err(|error| failed(chain(&error)))?;
-            Ok::<_, ClientError>((tls, local))
-        };
-        let (tls, local) = tokio::time::timeout(timeout, connect)
-            .await
-            .map_err(|_| failed(format!("no TLS connection within {} s", timeout.as_secs())))??;
-        let session = tls.get_ref().1;
-        let member = session
-            .peer_certificates()
-            .and_then(<[_]>::first)
-            .and_then(|certificate| member_of(collective, certificate))
-            .ok_or_else(|| failed("its certificate names no member of this collective".into()))?;
-        let exporter = session
-            .export_keying_material([0; EXPORTER_LENGTH], EXPORTER_LABEL, None)
-            .map_err(|error| failed(format!("no TLS exporter: {error}")))?;
-        let authority = url.trim_start_matches("https://").split('/').next().unwrap_or_default().to_owned();
-        let http = Http::start(tls, url, &authority, timeout).await?;
-        Ok(Self { http, member, exporter, url: url.to_owned(), local })
+        Ok(Self { secured: Secured::connect(url, collective, config, timeout).await?, url: url.to_owned() })
     }
 
     /// The member at the other end, as its certificate names it.
     #[must_use]
     pub fn member(&self) -> MemberId {
-        self.member
+        self.secured.member
     }
 
     /// The exporter value for proofs on this connection.
     #[must_use]
     pub fn exporter(&self) -> &[u8; EXPORTER_LENGTH] {
-        &self.exporter
+        &self.secured.exporter
     }
 
     /// The URL it was made with.
@@ -126,63 +91,63 @@ impl NodeConnection {
     /// The node's own address on this connection: it names the interface that reaches the member.
     #[must_use]
     pub fn local_addr(&self) -> SocketAddr {
-        self.local
+        self.secured.local
     }
 
     /// Whether the other side closed it.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        self.http.is_closed()
+        self.secured.http.is_closed()
     }
 
     /// Uses this token from now on.
     pub fn set_token(&mut self, token: &str) -> Result<(), ClientError> {
-        self.http.set_token(token)
+        self.secured.http.set_token(token)
     }
 
     /// `POST hello`.
     pub async fn hello(&mut self, hello: &Hello) -> Result<HelloReply, ClientError> {
-        self.http.json(Method::POST, "/node/v1/hello", Some(hello)).await
+        self.secured.http.json(Method::POST, "/node/v1/hello", Some(hello)).await
     }
 
     /// `POST enroll`.
     pub async fn enroll(&mut self, request: &EnrollRequest) -> Result<EnrollReply, ClientError> {
-        self.http.json(Method::POST, "/node/v1/enroll", Some(request)).await
+        self.secured.http.json(Method::POST, "/node/v1/enroll", Some(request)).await
     }
 
     /// `POST enroll/complete`.
     pub async fn enroll_complete(&mut self, request: &EnrollComplete) -> Result<Enrolled, ClientError> {
-        self.http.json(Method::POST, "/node/v1/enroll/complete", Some(request)).await
+        self.secured.http.json(Method::POST, "/node/v1/enroll/complete", Some(request)).await
     }
 
     /// `POST session`. The token is not yet used: [`Self::set_token`].
     pub async fn session(&mut self, request: &SessionRequest) -> Result<SessionReply, ClientError> {
-        self.http.json(Method::POST, "/node/v1/session", Some(request)).await
+        self.secured.http.json(Method::POST, "/node/v1/session", Some(request)).await
     }
 
     /// `GET config`.
     pub async fn config(&mut self) -> Result<DeployDocument, ClientError> {
-        self.http.json::<(), _>(Method::GET, "/node/v1/config", None).await
+        self.secured.http.json::<(), _>(Method::GET, "/node/v1/config", None).await
     }
 
     /// `GET image`.
     pub async fn image(&mut self) -> Result<ImageOffer, ClientError> {
-        self.http.json::<(), _>(Method::GET, "/node/v1/image", None).await
+        self.secured.http.json::<(), _>(Method::GET, "/node/v1/image", None).await
     }
 
     /// `POST image/key`.
     pub async fn image_key(&mut self, request: &KeyRequest) -> Result<KeyEnvelope, ClientError> {
-        self.http.json(Method::POST, "/node/v1/image/key", Some(request)).await
+        self.secured.http.json(Method::POST, "/node/v1/image/key", Some(request)).await
     }
 
     /// `GET files/PATH`, at most `limit` bytes.
     pub async fn file(&mut self, path: &str, limit: usize) -> Result<Bytes, ClientError> {
-        self.http.bytes(&format!("/node/v1/files/{}", encode_path(path)), limit).await
+        self.secured.http.bytes(&format!("/node/v1/files/{}", encode_path(path)), limit).await
     }
 
     /// `GET scripts/PHASE/PATH`, at most `limit` bytes.
     pub async fn script(&mut self, phase: PhaseName, path: &str, limit: usize) -> Result<Bytes, ClientError> {
-        self.http.bytes(&format!("/node/v1/scripts/{}/{}", phase.as_str(), encode_path(path)), limit).await
+        self.secured.http.bytes(&format!("/node/v1/scripts/{}/{}", phase.as_str(), encode_path(path)), limit).await
     }
 
     /// `POST ssh/host-certificates`.
@@ -190,36 +155,36 @@ impl NodeConnection {
         &mut self,
         request: &HostCertificateRequest,
     ) -> Result<HostCertificates, ClientError> {
-        self.http.json(Method::POST, "/node/v1/ssh/host-certificates", Some(request)).await
+        self.secured.http.json(Method::POST, "/node/v1/ssh/host-certificates", Some(request)).await
     }
 
     /// `GET ssh/trust`.
     pub async fn ssh_trust(&mut self) -> Result<SshTrust, ClientError> {
-        self.http.json::<(), _>(Method::GET, "/node/v1/ssh/trust", None).await
+        self.secured.http.json::<(), _>(Method::GET, "/node/v1/ssh/trust", None).await
     }
 
     /// `POST status`.
     pub async fn status(&mut self, report: &StatusReport) -> Result<(), ClientError> {
-        self.http.post_only("/node/v1/status", report).await
+        self.secured.http.post_only("/node/v1/status", report).await
     }
 
     /// `POST log`.
     pub async fn log(&mut self, report: &LogReport) -> Result<(), ClientError> {
-        self.http.post_only("/node/v1/log", report).await
+        self.secured.http.post_only("/node/v1/log", report).await
     }
 
     /// `POST stage-closed`.
     pub async fn stage_closed(&mut self, report: &StageClosed) -> Result<(), ClientError> {
-        self.http.post_only("/node/v1/stage-closed", report).await
+        self.secured.http.post_only("/node/v1/stage-closed", report).await
     }
 
     /// `POST trace`.
     pub async fn trace(&mut self, report: &TraceReport) -> Result<(), ClientError> {
-        self.http.post_only("/node/v1/trace", report).await
+        self.secured.http.post_only("/node/v1/trace", report).await
     }
 
     /// `POST heartbeat`.
     pub async fn heartbeat(&mut self, report: &Heartbeat) -> Result<HeartbeatReply, ClientError> {
-        self.http.json(Method::POST, "/node/v1/heartbeat", Some(report)).await
+        self.secured.http.json(Method::POST, "/node/v1/heartbeat", Some(report)).await
     }
 }

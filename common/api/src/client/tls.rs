@@ -5,11 +5,13 @@ use super::session::SessionKey;
 use crate::ids::{CollectiveId, MemberId};
 use crate::trust::{SiteBundle, authority_uri, parse_member_uri};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::verify_server_cert_signed_by_trust_anchor;
+use rustls::client::{ResolvesClientCert, WantsClientCert, verify_server_cert_signed_by_trust_anchor};
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
 use rustls::server::ParsedCertificate;
 use rustls::time_provider::TimeProvider;
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
+use rustls::{
+    CertificateError, ClientConfig, ConfigBuilder, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
+};
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use std::sync::Arc;
@@ -48,6 +50,29 @@ pub fn member_tls_config_at(
     session: Option<&SessionKey>,
     clock: Arc<dyn TimeProvider>,
 ) -> Result<ClientConfig, ClientError> {
+    let builder = config_builder(bundle, clock)?;
+    let config = match session {
+        Some(session) => builder
+            .with_client_auth_cert(vec![session.certificate()], session.private_key())
+            .map_err(|error| ClientError::Config(format!("the session key is not usable: {error}")))?,
+        None => builder.with_no_client_auth(),
+    };
+    Ok(finished(config))
+}
+
+/// The TLS configuration of a member that calls other members: as [`member_tls_config`], and `own` shows its own certificate.
+///
+/// # Errors
+/// A root that is not a certificate; no root at all.
+pub fn peer_tls_config(bundle: &SiteBundle, own: Arc<dyn ResolvesClientCert>) -> Result<ClientConfig, ClientError> {
+    let clock = Arc::new(ClockFloor { earliest: bundle.built });
+    Ok(finished(config_builder(bundle, clock)?.with_client_cert_resolver(own)))
+}
+
+fn config_builder(
+    bundle: &SiteBundle,
+    clock: Arc<dyn TimeProvider>,
+) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>, ClientError> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let verifier = MemberVerifier::new(bundle, provider.clone())?;
     let builder = ClientConfig::builder_with_details(provider, clock)
@@ -55,16 +80,14 @@ pub fn member_tls_config_at(
         .map_err(|error| ClientError::Config(format!("TLS 1.3 is not available: {error}")))?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(verifier));
-    let mut config = match session {
-        Some(session) => builder
-            .with_client_auth_cert(vec![session.certificate()], session.private_key())
-            .map_err(|error| ClientError::Config(format!("the session key is not usable: {error}")))?,
-        None => builder.with_no_client_auth(),
-    };
+    Ok(builder)
+}
+
+fn finished(mut config: ClientConfig) -> ClientConfig {
     // A resumed session would not show the certificates again, and the member's identity is read from them.
     config.resumption = rustls::client::Resumption::disabled();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(config)
+    config
 }
 
 /// The member that a certificate of `collective` names.
@@ -84,15 +107,20 @@ fn uris<'a>(certificate: &'a X509Certificate<'_>) -> Vec<&'a str> {
         .collect()
 }
 
+/// Judges whether a certificate is a member's.
 #[derive(Debug)]
-struct MemberVerifier {
+pub struct MemberVerifier {
     collective: CollectiveId,
     roots: RootCertStore,
     provider: Arc<CryptoProvider>,
 }
 
 impl MemberVerifier {
-    fn new(bundle: &SiteBundle, provider: Arc<CryptoProvider>) -> Result<Self, ClientError> {
+    /// For members of the bundle's collective.
+    ///
+    /// # Errors
+    /// A root that is not a certificate; no root at all.
+    pub fn new(bundle: &SiteBundle, provider: Arc<CryptoProvider>) -> Result<Self, ClientError> {
         let mut roots = RootCertStore::empty();
         for pem in &bundle.roots {
             let root = CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|error| {
@@ -109,17 +137,17 @@ impl MemberVerifier {
         }
         Ok(Self { collective: bundle.collective, roots, provider })
     }
-}
 
-impl ServerCertVerifier for MemberVerifier {
-    fn verify_server_cert(
+    /// The member whose certificate this is: the chain ends in a root, the member authority has signed it, and it names one.
+    ///
+    /// # Errors
+    /// It is nobody's, or is not valid at `now`.
+    pub fn member(
         &self,
         end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
         now: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
+    ) -> Result<MemberId, Error> {
         let issuer_der = intermediates.first().ok_or(CertificateError::UnknownIssuer)?;
         verify_server_cert_signed_by_trust_anchor(
             &ParsedCertificate::try_from(end_entity)?,
@@ -136,9 +164,23 @@ impl ServerCertVerifier for MemberVerifier {
         if !uris(&issuer).contains(&authority_uri(self.collective, "member").as_str()) {
             return Err(Error::General("it was not issued by the member authority of this collective".into()));
         }
-        if !uris(&leaf).iter().any(|uri| parse_member_uri(self.collective, uri).is_some()) {
-            return Err(Error::General("it names no member of this collective".into()));
-        }
+        uris(&leaf)
+            .iter()
+            .find_map(|uri| parse_member_uri(self.collective, uri))
+            .ok_or_else(|| Error::General("it names no member of this collective".into()))
+    }
+}
+
+impl ServerCertVerifier for MemberVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        self.member(end_entity, intermediates, now)?;
         Ok(ServerCertVerified::assertion())
     }
 

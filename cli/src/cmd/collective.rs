@@ -1,0 +1,126 @@
+//! `moor collective …`
+
+use crate::args::Collective;
+use crate::output;
+use anyhow::Context as _;
+use moor_api::admin::{CollectiveMember, CollectiveView, InviteRequest, MemberRequest};
+use moor_api::client::admin::AdminClient;
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+use std::process::ExitCode;
+
+pub(crate) async fn run(client: &mut AdminClient, command: Collective, json: bool) -> anyhow::Result<ExitCode> {
+    let (action, member, yes) = match command {
+        Collective::Join(_) => return Ok(ExitCode::SUCCESS),
+        Collective::Show => {
+            let view = client.collective().await?;
+            return if json { output::json(&view).map(|()| ExitCode::SUCCESS) } else { show(&view) };
+        }
+        Collective::Invite { name, non_voting, expires, out } => {
+            let request = InviteRequest { name, voter: !non_voting, lifetime: lifetime(&expires)? };
+            return invite(client, &request, out.as_deref()).await;
+        }
+        Collective::Promote { member } => ("promote", member, true),
+        Collective::Demote { member } => ("demote", member, true),
+        Collective::Remove { member, yes } => ("remove", member, yes),
+    };
+    if !yes && !output::confirm(&format!("remove member '{member}' from the collective for good?"))? {
+        anyhow::bail!("nothing was removed: `-y` answers the question");
+    }
+    client.change_member(action, &MemberRequest { member: member.clone() }).await?;
+    output::line(format_args!("{member}: {action}d"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `90s`, `30m`, `1h`: seconds.
+fn lifetime(text: &str) -> anyhow::Result<u64> {
+    let wrong = || format!("'{text}' is not a time such as 90s, 30m or 1h");
+    let unit = text.chars().last().with_context(wrong)?;
+    let factor = match unit {
+        's' => 1,
+        'm' => 60,
+        'h' => 3600,
+        _ => anyhow::bail!(wrong()),
+    };
+    let number: u64 = text[..text.len() - 1].parse().with_context(wrong)?;
+    number.checked_mul(factor).with_context(wrong)
+}
+
+async fn invite(client: &mut AdminClient, request: &InviteRequest, out: Option<&Path>) -> anyhow::Result<ExitCode> {
+    // The file comes first: an invitation that cannot be kept is not made.
+    let file = match out {
+        Some(path) => {
+            let mut options = std::fs::OpenOptions::new();
+            options.write(true).create_new(true).mode(0o600);
+            Some((path, options.open(path).with_context(|| format!("creating '{}'", path.display()))?))
+        }
+        None => None,
+    };
+    let invited = client.invite(request).await.inspect_err(|_| {
+        if let Some((path, _)) = &file {
+            // The empty file is of no use; the error of the call is what matters.
+            let _ = std::fs::remove_file(path);
+        }
+    })?;
+    let text = zeroize::Zeroizing::new(format!("{}\n", invited.invitation));
+    let until = output::time_ms(invited.expires.saturating_mul(1000));
+    if let Some((path, mut file)) = file {
+        file.write_all(text.as_bytes())
+            .and_then(|()| file.sync_all())
+            .with_context(|| format!("writing '{}'", path.display()))?;
+        output::line(format_args!("the invitation is in '{}', good once, until {until}", path.display()))?;
+    } else {
+        eprintln!("good once, until {until}; on the new member: `moor collective join`, and paste this");
+        output::line(text.trim_end())?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn show(view: &CollectiveView) -> anyhow::Result<ExitCode> {
+    for member in &view.members {
+        output::line(format_args!("{}: {}", member.name, describe(member, view)))?;
+    }
+    for (name, expires) in &view.invitations {
+        let until = output::time_ms(expires.saturating_mul(1000));
+        output::line(format_args!("{name}: invited until {until}"))?;
+    }
+    if view.majority {
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("moor: warning: no majority answers: known nodes boot, changes wait");
+    Ok(ExitCode::FAILURE)
+}
+
+fn describe(member: &CollectiveMember, view: &CollectiveView) -> String {
+    let mut words = vec![match (member.votes, member.voter) {
+        (true, true) => "voter".to_owned(),
+        (false, true) => "voter, catching up".to_owned(),
+        (true, false) => "voter, until it is demoted".to_owned(),
+        (false, false) => "non-voting".to_owned(),
+    }];
+    if view.leader == Some(member.number) {
+        words.push("leader".into());
+    }
+    if view.number == member.number {
+        words.push("answers".into());
+    }
+    if let Some(last) = member.last {
+        words.push(format!("log {last} of {}", view.last));
+    }
+    words.push(member.urls.join(" "));
+    words.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn times_are_read() {
+        for (text, seconds) in [("90s", 90), ("30m", 1800), ("1h", 3600)] {
+            assert_eq!(super::lifetime(text).unwrap(), seconds);
+        }
+        for bad in ["", "h", "1", "1d", "-1s", "1.5h", "99999999999999999999h", "ü"] {
+            assert!(super::lifetime(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! The members: show, invite, promote, demote, remove.
+
+use crate::collective::identity::check_name;
+use crate::collective::invite::Invitation;
+use crate::collective::invite_place;
+use crate::http::{Connection, Failure, Peer, parse};
+use crate::state::{Member, now};
+use crate::store::records::{InviteRecord, MemberRecord};
+use crate::store::tables;
+use crate::store::{Command, Snapshot};
+use axum::extract::State;
+use axum::{Extension, Json};
+use bytes::Bytes;
+use http::StatusCode;
+use moor_api::admin::{CollectiveMember, CollectiveView, InviteRequest, Invited, MemberRequest};
+use moor_api::problem::{Code, Problem};
+use std::sync::Arc;
+
+/// Longest lifetime of an invitation: a day.
+const MAX_LIFETIME: u64 = 86_400;
+
+pub(super) async fn show(State(member): State<Arc<Member>>) -> Result<Json<CollectiveView>, Failure> {
+    let (standing, view) = (member.store.standing(), member.view()?);
+    let leads = standing.leader == Some(standing.number);
+    let now = now();
+    let members = view.members()?.into_iter().filter(|(_, record)| !record.removed).map(|(number, record)| {
+        let last = if number == standing.number { Some(standing.last) } else { None };
+        CollectiveMember {
+            number,
+            id: record.id,
+            name: record.name,
+            urls: record.urls,
+            votes: standing.members.get(&number).is_some_and(|(_, votes)| *votes),
+            voter: record.voter,
+            last: last.or_else(|| standing.followers.get(&number).copied()),
+        }
+    });
+    let invitations = view.all::<InviteRecord>(tables::INVITES)?.into_iter().filter(|invite| invite.expires > now);
+    Ok(Json(CollectiveView {
+        number: standing.number,
+        leader: standing.leader,
+        term: standing.term,
+        last: standing.last,
+        applied: standing.applied,
+        majority: if leads { !standing.is_cut_off() } else { standing.leader.is_some() },
+        members: members.collect(),
+        invitations: invitations.map(|invite| (invite.name, invite.expires)).collect(),
+    }))
+}
+
+pub(super) async fn invite(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    body: Bytes,
+) -> Result<Json<Invited>, Failure> {
+    if !matches!(connection.peer, Peer::Socket { .. }) {
+        return Err(Problem::new(Code::Forbidden, "invitations are made on a member, over its socket").into());
+    }
+    let request: InviteRequest = parse(&body)?;
+    check_name(&request.name).map_err(|error| Problem::new(Code::BadRequest, error.to_string()))?;
+    if request.lifetime == 0 || request.lifetime > MAX_LIFETIME {
+        return Err(Problem::new(Code::BadRequest, "an invitation is good for 1 second to 24 hours").into());
+    }
+    let (invitation, secret) = Invitation::new(request.name.clone(), member.bundle()?)?;
+    let expires = now() + request.lifetime;
+    let sealed = member.secrets.seal(invite_place(&invitation.id).as_place(), &secret)?;
+    let record = InviteRecord { name: request.name, voter: request.voter, expires, secret: sealed };
+    member.propose(Command::Invite { id: invitation.id, invite: record, now: now() }).await?;
+    Ok(Json(Invited { invitation: invitation.to_text()?.to_string(), expires }))
+}
+
+/// The member of this name or number.
+fn find(view: &Snapshot, wanted: &str) -> Result<(u64, MemberRecord), Failure> {
+    let found = view.members()?.into_iter().find(|(number, record)| {
+        !record.removed && (record.name == wanted || wanted.parse::<u64>().is_ok_and(|wanted| wanted == *number))
+    });
+    let wanted = crate::http::clean(wanted, 64);
+    found.ok_or_else(|| {
+        Problem::new(Code::NotFound, format!("there is no member '{wanted}': `moor collective show` lists them")).into()
+    })
+}
+
+async fn change(member: &Member, body: &Bytes, command: impl FnOnce(u64) -> Command) -> Result<StatusCode, Failure> {
+    let request: MemberRequest = parse(body)?;
+    member.store.linearize().await?;
+    let (number, _) = find(&member.view()?, &request.member)?;
+    member.propose(command(number)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(super) async fn promote(State(member): State<Arc<Member>>, body: Bytes) -> Result<StatusCode, Failure> {
+    change(&member, &body, |number| Command::SetVoter { number, voter: true }).await
+}
+
+pub(super) async fn demote(State(member): State<Arc<Member>>, body: Bytes) -> Result<StatusCode, Failure> {
+    change(&member, &body, |number| Command::SetVoter { number, voter: false }).await
+}
+
+pub(super) async fn remove(State(member): State<Arc<Member>>, body: Bytes) -> Result<StatusCode, Failure> {
+    change(&member, &body, |number| Command::RemoveMember { number }).await
+}

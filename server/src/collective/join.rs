@@ -1,0 +1,118 @@
+//! `moord join`: a new member's side of an invitation. What it gets (authorities, data key) comes over the connection that both sides
+//! have proven, and lies in 0600 files before anything says that there is a member.
+
+use super::identity::Identity;
+use super::invite::{Invitation, Side, Subject};
+use crate::authority::{self, KeyFiles};
+use crate::config::Config;
+use crate::store::records::SiteRecord;
+use anyhow::{Context as _, bail, ensure};
+use bytes::Bytes;
+use moor_api::client::ClientError;
+use moor_api::client::member::MemberConnection;
+use moor_api::client::tls::member_tls_config;
+use moor_api::ids::MemberId;
+use moor_api::node::Base64;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// The path of the call.
+pub(super) const PATH: &str = "/member/v1/join";
+/// Longest answer.
+const MAX_ANSWER: usize = 1 << 20;
+/// A member answers within this time.
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// `POST join`.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct JoinRequest {
+    pub(super) invite: Uuid,
+    pub(super) member: MemberId,
+    pub(super) urls: Vec<String>,
+    pub(super) proof: Base64,
+}
+
+/// Its answer. No `Debug`: it holds keys.
+#[derive(Serialize, Deserialize)]
+pub(super) struct JoinReply {
+    pub(super) number: u64,
+    pub(super) name: String,
+    pub(super) site: SiteRecord,
+    /// Files of the key directory by name.
+    pub(super) keys: KeyFiles,
+    pub(super) proof: Base64,
+}
+
+/// Joins the collective of the invitation; the member's state directory must be without one.
+///
+/// # Errors
+/// The directory holds a member; no member of the collective is reached; the invitation is refused.
+pub async fn join(config: &Config, invitation: &Invitation, addresses: Vec<String>) -> anyhow::Result<Identity> {
+    let keys = config.prepare()?;
+    let bundle = &invitation.bundle;
+    let tls = Arc::new(member_tls_config(bundle, None)?);
+    let mut last = None;
+    for url in &bundle.members {
+        let connected = MemberConnection::connect(url, bundle.collective, tls.clone(), ANSWER).await;
+        match connected {
+            Ok(connection) => {
+                let reply = ask(connection, config, invitation).await.with_context(|| format!("asking {url}"))?;
+                return settle(config, &keys, reply, addresses);
+            }
+            Err(error) => {
+                tracing::warn!("{error}");
+                last = Some(error);
+            }
+        }
+    }
+    match last {
+        Some(error) => Err(error).context("no member of the collective is reached"),
+        None => bail!("the invitation names no member: make another with `moor collective invite`"),
+    }
+}
+
+async fn ask(
+    mut connection: MemberConnection,
+    config: &Config,
+    invitation: &Invitation,
+) -> anyhow::Result<(MemberId, JoinReply)> {
+    let (secret, member) = (invitation.secret()?, MemberId::random());
+    let exporter = *connection.exporter();
+    let subject =
+        Subject { collective: invitation.bundle.collective, invite: invitation.id, member, exporter: &exporter };
+    let request = JoinRequest {
+        invite: invitation.id,
+        member,
+        urls: config.urls.clone(),
+        proof: subject.prove(&secret, Side::Guest).into(),
+    };
+    let body = Bytes::from(serde_json::to_vec(&request)?);
+    let answer = match connection.post(PATH, body, MAX_ANSWER).await {
+        Ok(answer) => answer,
+        Err(ClientError::Problem(problem)) => bail!("{problem}"),
+        Err(error) => return Err(error.into()),
+    };
+    let reply: JoinReply = serde_json::from_slice(&answer).context("the answer is not understood")?;
+    ensure!(
+        subject.verify(&secret, Side::Host, &reply.proof.0),
+        "the member does not show that it knows the invitation: nothing was taken from it"
+    );
+    ensure!(reply.site.collective == invitation.bundle.collective, "the answer is of another collective");
+    Ok((member, reply))
+}
+
+fn settle(
+    config: &Config,
+    keys: &std::path::Path,
+    (id, reply): (MemberId, JoinReply),
+    addresses: Vec<String>,
+) -> anyhow::Result<Identity> {
+    authority::import(keys, &reply.keys)?;
+    let JoinReply { number, name, site, .. } = reply;
+    let identity = Identity { number, id, name, addresses, site };
+    // It comes last: where it exists, everything else does.
+    identity.write(&config.identity())?;
+    Ok(identity)
+}

@@ -1,0 +1,207 @@
+//! `/member/v1`: what members ask each other. Both sides show a member's certificate; only who joins has none yet.
+
+use super::invite::{Side, Subject};
+use super::join::{self, JoinReply, JoinRequest};
+use crate::authority;
+use crate::http::{Connection, Failure, Peer, parse};
+use crate::secrets::Place;
+use crate::state::{Member, now};
+use crate::store::raft::{Call, SnapshotFile};
+use crate::store::{Command, Outcome, StoreError};
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::{get, post};
+use axum::{Extension, Json, Router};
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use http::header;
+use moor_api::problem::{Code, Problem};
+use serde::Deserialize;
+use std::sync::Arc;
+use tokio::io::AsyncWriteExt as _;
+
+/// Longest call; a batch of entries, of which one may be large.
+const MAX_BODY: usize = 128 << 20;
+
+/// The routes.
+pub(crate) fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
+    let among_members = Router::new()
+        .route("/member/v1/append", post(append))
+        .route("/member/v1/vote", post(vote))
+        .route("/member/v1/pre-vote", post(pre_vote))
+        .route("/member/v1/snapshot", post(snapshot))
+        .route("/member/v1/propose", post(propose))
+        .route("/member/v1/read-index", post(read_index))
+        .route("/member/v1/blobs/{digest}", get(blob))
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .route_layer(from_fn_with_state(member.clone(), members_only));
+    Router::new().route(join::PATH, post(let_in)).layer(DefaultBodyLimit::max(64 << 10)).merge(among_members)
+}
+
+/// A certificate of the collective's member authority, of a member that was not removed.
+async fn members_only(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let Peer::Tls { member: Some(caller), .. } = connection.peer else {
+        return Failure(Problem::new(Code::Forbidden, "members only: no member's certificate was shown"))
+            .into_response();
+    };
+    let removed = match member.view().and_then(|view| view.members()) {
+        Ok(members) => members.values().any(|record| record.id == caller && record.removed),
+        Err(error) => return Failure(error.into()).into_response(),
+    };
+    if removed {
+        let detail = "this member was removed from the collective: set its state aside and join anew";
+        return Failure(Problem::new(Code::Forbidden, detail)).into_response();
+    }
+    next.run(request).await
+}
+
+fn json(bytes: impl Into<Body>) -> Result<Response, Failure> {
+    let response = Response::builder().header(header::CONTENT_TYPE, "application/json").body(bytes.into());
+    response.map_err(|error| anyhow::Error::from(error).into())
+}
+
+/// What another member said is not a failure of this one's store.
+fn refusal(error: StoreError) -> Failure {
+    match error {
+        StoreError::Message(text) => Problem::new(Code::BadRequest, text).into(),
+        error => error.into(),
+    }
+}
+
+async fn append(State(member): State<Arc<Member>>, body: Bytes) -> Result<Response, Failure> {
+    json(member.store.answer(Call::Append, &body).await.map_err(refusal)?)
+}
+
+async fn vote(State(member): State<Arc<Member>>, body: Bytes) -> Result<Response, Failure> {
+    json(member.store.answer(Call::Vote, &body).await.map_err(refusal)?)
+}
+
+async fn pre_vote(State(member): State<Arc<Member>>, body: Bytes) -> Result<Response, Failure> {
+    json(member.store.answer(Call::PreVote, &body).await.map_err(refusal)?)
+}
+
+#[derive(Deserialize)]
+struct SnapshotQuery {
+    vote: String,
+}
+
+async fn snapshot(
+    State(member): State<Arc<Member>>,
+    Query(query): Query<SnapshotQuery>,
+    body: Body,
+) -> Result<Response, Failure> {
+    let (file, path) = member.store.receiving().map_err(anyhow::Error::from)?;
+    let received = receive(file, body).await;
+    let file = match received {
+        Ok(file) => file,
+        Err(error) => {
+            // The first failure is the one to report.
+            let _ = std::fs::remove_file(&path);
+            return Err(error.context("receiving a snapshot").into());
+        }
+    };
+    let installed = member.store.install(&query.vote, SnapshotFile::received(file, path.clone())).await;
+    if installed.is_err() {
+        let _ = std::fs::remove_file(&path);
+    }
+    json(installed.map_err(refusal)?)
+}
+
+/// Writes a body to a file, from its beginning to its durable end.
+async fn receive(file: std::fs::File, body: Body) -> anyhow::Result<std::fs::File> {
+    let mut file = tokio::fs::File::from_std(file);
+    let mut parts = body.into_data_stream();
+    while let Some(part) = parts.next().await {
+        file.write_all(&part?).await?;
+    }
+    file.sync_all().await?;
+    let file = file.into_std().await;
+    std::io::Seek::rewind(&mut &file)?;
+    Ok(file)
+}
+
+async fn propose(State(member): State<Arc<Member>>, body: Bytes) -> Result<Response, Failure> {
+    let command: Command = parse(&body)?;
+    let outcome = member.store.propose_here(command).await?;
+    json(crate::store::raft::proposed(outcome)?)
+}
+
+async fn read_index(State(member): State<Arc<Member>>) -> Result<Json<u64>, Failure> {
+    Ok(Json(member.store.read_index().await?))
+}
+
+async fn blob(State(member): State<Arc<Member>>, Path(digest): Path<String>) -> Result<Response, Failure> {
+    super::blobs::send(&member, &digest).await
+}
+
+/// Lets a new member in.
+async fn let_in(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    body: Bytes,
+) -> Result<Json<JoinReply>, Failure> {
+    let Peer::Tls { address, exporter: Some(exporter), .. } = &connection.peer else {
+        return Err(Problem::new(Code::Forbidden, "joining wants TLS 1.3").into());
+    };
+    if !member.joins.allow(address.ip()) {
+        return Err(Problem::new(Code::RateLimited, "too many tries from this address: wait a minute").into());
+    }
+    let request: JoinRequest = parse(&body)?;
+    for url in &request.urls {
+        moor_api::client::node::parse_https(url).map_err(|error| Problem::new(Code::BadRequest, error.to_string()))?;
+    }
+    if request.urls.is_empty() || request.urls.len() > 16 {
+        return Err(Problem::new(Code::BadRequest, "a member has 1 to 16 URLs").into());
+    }
+    // The invitation may have been made on another member a moment ago.
+    member.store.linearize().await?;
+    let refused = || {
+        Problem::new(Code::Forbidden, "there is no such invitation, or it was used: `moor collective invite` makes one")
+    };
+    let invite = member.view()?.invite(request.invite)?.ok_or_else(refused)?;
+    let place = invite_place(&request.invite);
+    let secret = member.secrets.open_secret(place.as_place(), &invite.secret)?;
+    let subject =
+        Subject { collective: member.site.collective, invite: request.invite, member: request.member, exporter };
+    if !subject.verify(&secret, Side::Guest, &request.proof.0) {
+        tracing::warn!("{address}: a wrong proof for the invitation of {}", invite.name);
+        return Err(refused().into());
+    }
+    let keys = authority::export(&member.config.keys())?;
+    member
+        .audit("join", serde_json::json!({ "name": invite.name, "member": request.member, "urls": request.urls }))
+        .await?;
+    let command =
+        Command::Join { invite: request.invite, member: request.member, urls: request.urls.clone(), now: now() };
+    let Outcome::Number(number) = member.propose(command).await? else {
+        return Err(anyhow::anyhow!("a join has no number").into());
+    };
+    tracing::info!("member {} ({number}) was let in from {address}", invite.name);
+    Ok(Json(JoinReply {
+        number,
+        name: invite.name,
+        site: member.site.clone(),
+        keys,
+        proof: subject.prove(&secret, Side::Host).into(),
+    }))
+}
+
+/// Where the secret of an invitation belongs.
+pub(crate) struct InvitePlace(String);
+
+pub(crate) fn invite_place(id: &uuid::Uuid) -> InvitePlace {
+    InvitePlace(id.to_string())
+}
+
+impl InvitePlace {
+    pub(crate) fn as_place(&self) -> Place<'_> {
+        Place { table: "invites", id: &self.0, field: "secret" }
+    }
+}

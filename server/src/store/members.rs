@@ -1,0 +1,121 @@
+//! What commands do to the records of members.
+
+use super::StoreError;
+use super::apply::{next, ordered_key, refused};
+use super::command::Outcome;
+use super::records::{InviteRecord, MemberRecord};
+use super::tables::{self, Write};
+use moor_api::ids::MemberId;
+use moor_api::problem::Code;
+use uuid::Uuid;
+
+/// Invitations that may wait at a time.
+const MAX_INVITES: u64 = 64;
+
+fn get(write: &Write<'_>, number: u64) -> Result<Option<MemberRecord>, StoreError> {
+    write.get(tables::MEMBERS, &ordered_key(number))
+}
+
+fn put(write: &Write<'_>, number: u64, member: &MemberRecord) -> Result<(), StoreError> {
+    write.put(tables::MEMBERS, &ordered_key(number), member)
+}
+
+fn none(number: u64) -> Outcome {
+    refused(Code::NotFound, format!("there is no member {number}: `moor collective show` lists them"))
+}
+
+/// Numbers and records of the members that are present.
+fn present(write: &Write<'_>) -> Result<Vec<MemberRecord>, StoreError> {
+    Ok(write.all::<MemberRecord>(tables::MEMBERS)?.into_iter().filter(|member| !member.removed).collect())
+}
+
+pub(super) fn found(write: &Write<'_>, founder: &MemberRecord) -> Result<Outcome, StoreError> {
+    let number = next(write, "member")?;
+    put(write, number, founder)?;
+    Ok(Outcome::Number(number))
+}
+
+pub(super) fn invite(write: &Write<'_>, id: Uuid, invite: &InviteRecord, now: u64) -> Result<Outcome, StoreError> {
+    for (key, old) in write.pairs::<InviteRecord>(tables::INVITES)? {
+        if old.expires <= now {
+            write.remove(tables::INVITES, &key)?;
+        }
+    }
+    if present(write)?.iter().any(|member| member.name == invite.name) {
+        return Ok(refused(
+            Code::Conflict,
+            format!("there is a member '{}' already: choose another name, or remove that one first", invite.name),
+        ));
+    }
+    if write.count(tables::INVITES)? >= MAX_INVITES {
+        return Ok(refused(
+            Code::Conflict,
+            format!("{MAX_INVITES} invitations wait already: wait until some expire, or use them"),
+        ));
+    }
+    write.put(tables::INVITES, &id.to_string(), invite)?;
+    Ok(Outcome::Done)
+}
+
+pub(super) fn join(
+    write: &Write<'_>,
+    invite: Uuid,
+    member: MemberId,
+    urls: Vec<String>,
+    now: u64,
+) -> Result<Outcome, StoreError> {
+    if write.all::<MemberRecord>(tables::MEMBERS)?.iter().any(|record| record.invite == Some(invite)) {
+        return Ok(refused(Code::Forbidden, "the invitation was used already: `moor collective invite` makes another"));
+    }
+    let Some(found) = write.get::<InviteRecord>(tables::INVITES, &invite.to_string())? else {
+        return Ok(refused(Code::Forbidden, "there is no such invitation: `moor collective invite` makes one"));
+    };
+    if found.expires <= now {
+        write.remove(tables::INVITES, &invite.to_string())?;
+        return Ok(refused(Code::Forbidden, "the invitation has expired: `moor collective invite` makes another"));
+    }
+    if present(write)?.iter().any(|other| other.name == found.name) {
+        return Ok(refused(Code::Conflict, format!("there is a member '{}' already", found.name)));
+    }
+    write.remove(tables::INVITES, &invite.to_string())?;
+    let number = next(write, "member")?;
+    let record =
+        MemberRecord { id: member, name: found.name, urls, voter: found.voter, invite: Some(invite), removed: false };
+    put(write, number, &record)?;
+    Ok(Outcome::Number(number))
+}
+
+pub(super) fn change(
+    write: &Write<'_>,
+    number: u64,
+    edit: impl FnOnce(&mut MemberRecord),
+) -> Result<Outcome, StoreError> {
+    match get(write, number)? {
+        Some(mut member) if !member.removed => {
+            edit(&mut member);
+            put(write, number, &member)?;
+            Ok(Outcome::Done)
+        }
+        _ => Ok(none(number)),
+    }
+}
+
+/// Somebody has to vote.
+fn last_voter(write: &Write<'_>, number: u64) -> Result<bool, StoreError> {
+    let voters = present(write)?.iter().filter(|member| member.voter).count();
+    Ok(voters == 1 && get(write, number)?.is_some_and(|member| member.voter && !member.removed))
+}
+
+pub(super) fn set_voter(write: &Write<'_>, number: u64, voter: bool) -> Result<Outcome, StoreError> {
+    if !voter && last_voter(write, number)? {
+        return Ok(refused(Code::Conflict, "it is the only member that votes: promote another one first"));
+    }
+    change(write, number, |member| member.voter = voter)
+}
+
+pub(super) fn remove(write: &Write<'_>, number: u64) -> Result<Outcome, StoreError> {
+    if last_voter(write, number)? {
+        return Ok(refused(Code::Conflict, "it is the only member that votes: promote another one first"));
+    }
+    change(write, number, |member| member.removed = true)
+}

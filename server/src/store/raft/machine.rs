@@ -1,0 +1,240 @@
+//! The state machine: [`apply`](crate::store::apply) over the tables of `member.redb`, and with them which entry was applied last.
+//!
+//! The log is what is durable. A transaction here is synced only now and then: after a crash the tables are those of an earlier moment,
+//! whole and consistent, and what is committed in the log since is applied again before anybody reads.
+
+use super::snapshot::{self, SnapshotFile};
+use super::wire::{WireLogId, WireStored};
+use super::{Entry, LogId, Raft, SnapshotMeta, StoredMembership};
+use crate::store::tables::{self, Snapshot, Write};
+use crate::store::{Event, Outcome, StoreError, apply};
+use futures_util::{Stream, StreamExt as _};
+use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
+use openraft::{EntryPayload, OptionalSend};
+use redb::{Database, Durability};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::broadcast;
+
+/// Entries that one transaction applies at most.
+const BATCH: usize = 256;
+/// After so many entries a transaction is synced: the most that is applied again after a crash.
+const UNSYNCED: usize = 4096;
+/// Events a slow watcher may be behind before it has to begin anew.
+const EVENTS: usize = 4096;
+
+/// What all handles share.
+pub(super) struct State {
+    database: Database,
+    /// Where snapshots are kept.
+    directory: PathBuf,
+    events: broadcast::Sender<Event>,
+    unsynced: AtomicUsize,
+    newest: Mutex<Option<(SnapshotMeta, PathBuf)>>,
+}
+
+/// A handle.
+#[derive(Clone)]
+pub(super) struct Machine(Arc<State>);
+
+impl std::ops::Deref for Machine {
+    type Target = State;
+    fn deref(&self) -> &State {
+        &self.0
+    }
+}
+
+impl Machine {
+    /// Opens or makes the tables; snapshots that an interrupted member left in `directory` are removed.
+    ///
+    /// # Errors
+    /// The database or the directory cannot be opened.
+    pub(super) fn open(path: &Path, directory: PathBuf) -> Result<Self, StoreError> {
+        let database = Database::create(path)?;
+        let transaction = database.begin_write()?;
+        tables::create(&transaction)?;
+        transaction.commit()?;
+        snapshot::clear(&directory).map_err(|error| StoreError::Snapshot(error.to_string()))?;
+        let (events, _) = broadcast::channel(EVENTS);
+        Ok(Self(Arc::new(State {
+            database,
+            directory,
+            events,
+            unsynced: AtomicUsize::new(0),
+            newest: Mutex::new(None),
+        })))
+    }
+}
+
+impl State {
+    pub(super) fn view(&self) -> Result<Snapshot, StoreError> {
+        Snapshot::new(&self.database)
+    }
+
+    pub(super) fn watch(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+
+    /// Where a snapshot that is received may be put.
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Which entry was applied last, and the membership that was.
+    pub(super) fn applied(view: &Snapshot) -> Result<(Option<LogId>, StoredMembership), StoreError> {
+        let applied: Option<WireLogId> = view.get(tables::RAFT, "applied")?;
+        let membership: Option<WireStored> = view.get(tables::RAFT, "membership")?;
+        let membership = membership.map(StoredMembership::try_from).transpose().map_err(|error| {
+            StoreError::Record { table: "raft".into(), key: "membership".into(), cause: error.to_string() }
+        })?;
+        Ok((applied.map(Into::into), membership.unwrap_or_default()))
+    }
+
+    /// Makes all that was applied durable.
+    pub(super) fn sync(&self) -> Result<(), StoreError> {
+        self.unsynced.store(0, Ordering::Relaxed);
+        self.database.begin_write()?.commit()?;
+        Ok(())
+    }
+
+    fn apply(&self, chunk: Vec<EntryResponder<Raft>>) -> Result<(), StoreError> {
+        let mut transaction = self.database.begin_write()?;
+        let waiting = self.unsynced.fetch_add(chunk.len(), Ordering::Relaxed) + chunk.len();
+        if waiting < UNSYNCED {
+            transaction
+                .set_durability(Durability::None)
+                .map_err(|error| StoreError::Database(Box::new(error.into())))?;
+        } else {
+            self.unsynced.store(0, Ordering::Relaxed);
+        }
+        let write = Write::new(&transaction);
+        let mut answers = Vec::with_capacity(chunk.len());
+        let mut last = None;
+        for (entry, responder) in chunk {
+            let Entry { log_id, payload } = entry;
+            last = Some(log_id);
+            let outcome = match payload {
+                EntryPayload::Blank => Outcome::Done,
+                EntryPayload::Normal(command) => apply::apply(&write, command)?,
+                EntryPayload::Membership(membership) => {
+                    let stored = StoredMembership::new(Some(log_id), membership);
+                    write.put(tables::RAFT, "membership", &WireStored::from(&stored))?;
+                    Outcome::Done
+                }
+            };
+            answers.extend(responder.map(|responder| (responder, outcome)));
+        }
+        if let Some(last) = last {
+            write.put(tables::RAFT, "applied", &WireLogId::from(last))?;
+        }
+        let events = write.into_events();
+        transaction.commit()?;
+        for (responder, outcome) in answers {
+            responder.send(outcome);
+        }
+        for event in events {
+            // No watcher is no error.
+            let _ = self.events.send(event);
+        }
+        Ok(())
+    }
+
+    fn build(&self) -> Result<(SnapshotMeta, PathBuf), StoreError> {
+        // The log will be cut up to here: what a crash goes back to must not be older.
+        self.sync()?;
+        let view = self.view()?;
+        let (applied, membership) = Self::applied(&view)?;
+        let meta = SnapshotMeta { last_log_id: applied, last_membership: membership };
+        let path =
+            snapshot::write(&self.directory, &view, &meta).map_err(|error| StoreError::Snapshot(error.to_string()))?;
+        self.keep(meta.clone(), &path);
+        Ok((meta, path))
+    }
+
+    /// The newest snapshot replaces the one before; who still sends that has it open.
+    fn keep(&self, meta: SnapshotMeta, path: &Path) {
+        let before = self.newest.lock().unwrap_or_else(PoisonError::into_inner).replace((meta, path.to_owned()));
+        if let Some((_, old)) = before
+            && old != path
+        {
+            // One that stays is removed at the next start.
+            let _ = std::fs::remove_file(old);
+        }
+    }
+
+    pub(super) fn install(&self, meta: &SnapshotMeta, snapshot: SnapshotFile) -> Result<(), StoreError> {
+        let broken = |error: io::Error| StoreError::Snapshot(error.to_string());
+        let path = snapshot.path().to_owned();
+        let transaction = self.database.begin_write()?;
+        let write = Write::new(&transaction);
+        // Nothing of it is committed if a byte of it is wrong.
+        let read = snapshot::read(snapshot.into_file(), &write).map_err(broken)?;
+        if read.last_log_id != meta.last_log_id {
+            return Err(StoreError::Snapshot("it is of another moment than was said".into()));
+        }
+        write.put(tables::RAFT, "applied", &meta.last_log_id.map(WireLogId::from))?;
+        write.put(tables::RAFT, "membership", &WireStored::from(&meta.last_membership))?;
+        transaction.commit()?;
+        self.unsynced.store(0, Ordering::Relaxed);
+        self.keep(meta.clone(), &path);
+        Ok(())
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    state: &Arc<State>,
+    work: impl FnOnce(&State) -> Result<T, StoreError> + Send + 'static,
+) -> io::Result<T> {
+    let state = state.clone();
+    tokio::task::spawn_blocking(move || work(&state)).await?.map_err(|error| {
+        tracing::error!("the state machine: {error}");
+        io::Error::other(error)
+    })
+}
+
+impl RaftSnapshotBuilder<Raft> for Machine {
+    type SnapshotData = SnapshotFile;
+
+    async fn build_snapshot(&mut self) -> Result<super::RaftSnapshot, io::Error> {
+        let (meta, path) = blocking(&self.0, State::build).await?;
+        Ok(super::RaftSnapshot { meta, snapshot: SnapshotFile::open(&path)? })
+    }
+}
+
+impl RaftStateMachine<Raft> for Machine {
+    type SnapshotData = SnapshotFile;
+    type SnapshotBuilder = Self;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
+        blocking(&self.0, |state| State::applied(&state.view()?)).await
+    }
+
+    async fn apply<Strm>(&mut self, entries: Strm) -> Result<(), io::Error>
+    where
+        Strm: Stream<Item = Result<EntryResponder<Raft>, io::Error>> + Unpin + OptionalSend,
+    {
+        let mut chunks = entries.ready_chunks(BATCH);
+        while let Some(chunk) = chunks.next().await {
+            let chunk = chunk.into_iter().collect::<Result<Vec<_>, _>>()?;
+            blocking(&self.0, move |state| state.apply(chunk)).await?;
+        }
+        Ok(())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotFile) -> Result<(), io::Error> {
+        let meta = meta.clone();
+        blocking(&self.0, move |state| state.install(&meta, snapshot)).await
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<super::RaftSnapshot>, io::Error> {
+        let newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some((meta, path)) = newest else { return Ok(None) };
+        Ok(Some(super::RaftSnapshot { meta, snapshot: SnapshotFile::open(&path)? }))
+    }
+}

@@ -1,0 +1,484 @@
+//! The replicated store: openraft over a [`log`] and a [`machine`] of ours. Nothing outside of this folder knows openraft.
+//!
+//! A change is acknowledged once a majority has it on disk and this member has applied it. Members that are no leader pass changes on to
+//! the leader, and then wait until they have applied them too: who proposes, reads his own writes.
+
+mod log;
+mod machine;
+mod network;
+mod snapshot;
+#[cfg(test)]
+mod tests;
+mod wire;
+
+pub(crate) use network::proposed;
+pub use network::{Call, Calls};
+pub use snapshot::SnapshotFile;
+
+use super::records::MemberRecord;
+use super::tables::Snapshot;
+use super::{Command, Event, Outcome, Store, StoreError};
+use log::Log;
+use machine::Machine;
+use moor_api::ids::MemberId;
+use openraft::async_runtime::WatchReceiver as _;
+use openraft::errors::{ClientWriteError, ForwardToLeader, LinearizableReadError, RaftError};
+use openraft::impls::leader_id_std;
+use openraft::{ChangeMembers, Config, Instant as _, ReadPolicy};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::broadcast;
+
+/// A member, as the membership names it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// Its id, as its certificate says.
+    pub id: MemberId,
+    /// Its name.
+    pub name: String,
+    /// Where it is reached: `https://ADDRESS:PORT`.
+    pub urls: Vec<String>,
+}
+
+openraft::declare_raft_types!(
+    /// What the collective agrees about.
+    pub Raft:
+        D = Command,
+        R = Outcome,
+        Node = Peer,
+        LeaderId = leader_id_std::LeaderId<Self::Term, Self::NodeId>,
+);
+
+type LogId = openraft::type_config::alias::LogIdOf<Raft>;
+type Vote = openraft::type_config::alias::VoteOf<Raft>;
+type Entry = openraft::type_config::alias::EntryOf<Raft>;
+type StoredMembership = openraft::type_config::alias::StoredMembershipOf<Raft>;
+type Membership = openraft::Membership<u64, Peer>;
+type SnapshotMeta = openraft::type_config::alias::SnapshotMetaOf<Raft>;
+type RaftSnapshot = openraft::type_config::alias::SnapshotOf<Raft, SnapshotFile>;
+
+/// The first member of a collective.
+pub const FOUNDER: u64 = 1;
+/// A leader says that it is there this often.
+const HEARTBEAT: Duration = Duration::from_millis(250);
+/// Without a sign of it for so long an election begins; drawn anew each time.
+const ELECTION: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(2));
+/// A leader that has heard of no majority for so long refuses changes at once.
+const UNHEARD: Duration = Duration::from_millis(2500);
+/// A change waits this long for a leader before it is refused.
+const PATIENCE: Duration = Duration::from_secs(8);
+/// Entries after which the log is cut behind a snapshot.
+const SNAPSHOT_EVERY: u64 = 20_000;
+/// Entries that stay in front of a snapshot, for followers that are a little behind.
+const KEPT: u64 = 5_000;
+
+/// Where the parts of a store lie.
+#[derive(Debug, Clone)]
+pub struct Places {
+    /// The tables.
+    pub state: PathBuf,
+    /// The log.
+    pub log: PathBuf,
+    /// Snapshots.
+    pub snapshots: PathBuf,
+}
+
+impl Places {
+    /// In one directory.
+    #[must_use]
+    pub fn in_dir(dir: &Path) -> Self {
+        Self { state: dir.join("member.redb"), log: dir.join("log.redb"), snapshots: dir.join("snapshots") }
+    }
+}
+
+/// How a member stands in the collective.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Standing {
+    /// This member's number.
+    pub number: u64,
+    /// The leader's, if one is known.
+    pub leader: Option<u64>,
+    /// Term of the last vote.
+    pub term: u64,
+    /// Members by number, and whether they vote.
+    pub members: BTreeMap<u64, (Peer, bool)>,
+    /// Newest entry of this member's log.
+    pub last: u64,
+    /// Newest entry it has applied.
+    pub applied: u64,
+    /// For a leader: how far each other member's log is.
+    pub followers: BTreeMap<u64, u64>,
+    /// For a leader: for how long it has not heard of a majority.
+    pub unheard: Option<Duration>,
+}
+
+impl Standing {
+    fn voters(&self) -> usize {
+        self.members.values().filter(|(_, votes)| *votes).count()
+    }
+
+    /// Whether this leader has reason to believe that it is none any more. Who is the only voter is his own majority.
+    #[must_use]
+    pub fn is_cut_off(&self) -> bool {
+        self.voters() > 1 && self.unheard.is_some_and(|time| time > UNHEARD)
+    }
+
+    fn no_majority(&self, then: &str) -> String {
+        format!("no majority of the {} voting members answers: {then} (`moor collective show`)", self.voters())
+    }
+}
+
+/// The store of a member.
+pub struct Replicated {
+    raft: openraft::Raft<Raft, Machine>,
+    machine: Machine,
+    calls: Arc<Calls>,
+    number: u64,
+}
+
+fn config() -> Result<Arc<Config>, StoreError> {
+    let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    let config = Config {
+        cluster_name: "mooring".into(),
+        heartbeat_interval: milliseconds(HEARTBEAT),
+        election_timeout_min: milliseconds(ELECTION.0),
+        election_timeout_max: milliseconds(ELECTION.1),
+        max_payload_entries: 512,
+        snapshot_policy: openraft::SnapshotPolicy::LogsSinceLast(SNAPSHOT_EVERY),
+        max_in_snapshot_log_to_keep: KEPT,
+        // A snapshot of the largest collective over a slow link.
+        install_snapshot_timeout: 600_000,
+        enable_pre_vote: Some(true),
+        ..Config::default()
+    };
+    Ok(Arc::new(config.validate().map_err(|error| StoreError::Consensus(error.to_string()))?))
+}
+
+fn consensus(error: impl std::fmt::Display) -> StoreError {
+    StoreError::Consensus(error.to_string())
+}
+
+impl Replicated {
+    /// Opens or makes the store of member `number`; other members are called by `calls`.
+    ///
+    /// # Errors
+    /// A database cannot be opened, or is damaged.
+    pub async fn open(places: &Places, number: u64, calls: Arc<Calls>) -> Result<Self, StoreError> {
+        let (log, machine) = (
+            Log::open(&places.log).map_err(|error| error.within(&places.log))?,
+            Machine::open(&places.state, places.snapshots.clone()).map_err(|error| error.within(&places.state))?,
+        );
+        let network = network::Network(calls.clone());
+        let raft = openraft::Raft::new(number, config()?, network, log, machine.clone()).await.map_err(consensus)?;
+        let store = Self { raft, machine, calls, number };
+        store.recover().await?;
+        Ok(store)
+    }
+
+    /// What was acknowledged before is read from now on. Who is the only voter needs nobody for that; among several, it takes a majority,
+    /// and a member that is cut off has to start all the same.
+    async fn recover(&self) -> Result<(), StoreError> {
+        let standing = self.standing();
+        let voters: Vec<u64> =
+            standing.members.iter().filter(|(_, (_, votes))| *votes).map(|(number, _)| *number).collect();
+        if voters != [self.number] {
+            return Ok(());
+        }
+        self.raft.trigger().elect(false).await.map_err(consensus)?;
+        self.raft.wait_for_recovery(Some(PATIENCE)).await.map_err(consensus)?;
+        Ok(())
+    }
+
+    /// Makes a new collective of this member alone, and waits until it leads.
+    ///
+    /// # Errors
+    /// There is one already.
+    pub async fn found(&self, peer: Peer) -> Result<(), StoreError> {
+        self.raft.initialize(BTreeMap::from([(self.number, peer)])).await.map_err(consensus)?;
+        self.raft.wait(Some(PATIENCE)).current_leader(self.number, "the founder leads").await.map_err(consensus)?;
+        Ok(())
+    }
+
+    /// Ends its tasks, and makes all that was applied durable.
+    pub async fn close(&self) {
+        if let Err(error) = self.raft.shutdown().await {
+            tracing::error!("ending the store: {error}");
+        }
+        let machine = self.machine.clone();
+        let synced = tokio::task::spawn_blocking(move || machine.sync()).await;
+        if let Ok(Err(error)) = synced {
+            tracing::error!("syncing the store: {error}");
+        }
+    }
+
+    /// Returns once it has failed in a way that only opening it anew mends.
+    pub async fn failed(&self) {
+        let mut metrics = self.raft.server_metrics();
+        let mut running = self.raft.metrics();
+        loop {
+            if running.borrow_watched().running_state.is_err() {
+                return;
+            }
+            tokio::select! {
+                changed = running.changed() => if changed.is_err() { return },
+                changed = metrics.changed() => if changed.is_err() { return },
+            }
+        }
+    }
+
+    /// How this member stands.
+    #[must_use]
+    pub fn standing(&self) -> Standing {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched().clone();
+        let membership = metrics.membership_config.membership().clone();
+        let voters: BTreeSet<u64> = membership.voter_ids().collect();
+        let members =
+            membership.nodes().map(|(number, peer)| (*number, (peer.clone(), voters.contains(number)))).collect();
+        let followers = metrics.replication.unwrap_or_default();
+        let index = |id: Option<LogId>| id.map_or(0, |id| id.index());
+        let leads = metrics.current_leader == Some(self.number);
+        Standing {
+            number: self.number,
+            leader: metrics.current_leader,
+            term: metrics.current_term,
+            members,
+            last: metrics.last_log_index.unwrap_or(0),
+            applied: index(metrics.last_applied),
+            followers: followers.into_iter().map(|(number, id)| (number, index(id))).collect(),
+            unheard: metrics.last_quorum_acked.filter(|_| leads).map(|at| at.elapsed()),
+        }
+    }
+
+    /// Waits until this member knows all that was acknowledged anywhere before the call.
+    ///
+    /// # Errors
+    /// No majority answers.
+    pub async fn linearize(&self) -> Result<(), StoreError> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let asked = tokio::time::timeout(PATIENCE, self.raft.ensure_linearizable(ReadPolicy::ReadIndex)).await;
+            let Ok(asked) = asked else {
+                return Err(StoreError::NoLeader(self.standing().no_majority("what is newest is not known")));
+            };
+            let leader = match asked {
+                Ok(_) => return Ok(()),
+                Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(leader))) => Some(leader),
+                Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_))) => None,
+                Err(RaftError::Fatal(error)) => return Err(consensus(error)),
+            };
+            if let Some(ForwardToLeader { leader_id: Some(leader), leader_node: Some(peer), .. }) = leader
+                && leader != self.number
+                && let Ok(index) = self.calls.read_index(&peer).await
+            {
+                return self.applied(index).await;
+            }
+            self.again(until).await?;
+        }
+    }
+
+    /// Which entry a linearizable read on this leader has to see.
+    ///
+    /// # Errors
+    /// It does not lead, or no majority answers.
+    pub async fn read_index(&self) -> Result<u64, StoreError> {
+        match tokio::time::timeout(PATIENCE, self.raft.ensure_linearizable(ReadPolicy::ReadIndex)).await {
+            Ok(Ok(read)) => Ok(read.index()),
+            Ok(Err(error)) => Err(StoreError::NoLeader(error.to_string())),
+            Err(_) => Err(StoreError::NoLeader(self.standing().no_majority("what is newest is not known"))),
+        }
+    }
+
+    async fn applied(&self, index: u64) -> Result<(), StoreError> {
+        let waited = self
+            .raft
+            .wait(Some(PATIENCE))
+            .applied_index_at_least(Some(index), "what the leader has acknowledged")
+            .await;
+        waited.map(drop).map_err(consensus)
+    }
+
+    /// A pause before the next try, or the end of all patience.
+    async fn again(&self, until: Instant) -> Result<(), StoreError> {
+        if Instant::now() >= until {
+            return Err(StoreError::NoLeader(self.standing().no_majority("changes wait until it does")));
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        Ok(())
+    }
+
+    /// Proposes here, if this member leads: the outcome and the entry's index. `None`: it does not lead.
+    ///
+    /// # Errors
+    /// The store failed, or lost the lead on the way.
+    pub async fn propose_here(&self, command: Command) -> Result<Option<(Outcome, u64)>, StoreError> {
+        let standing = self.standing();
+        if standing.leader == Some(self.number) && standing.is_cut_off() {
+            return Err(StoreError::NoLeader(standing.no_majority("changes wait until it does")));
+        }
+        let Ok(written) = tokio::time::timeout(PATIENCE, self.raft.client_write(command)).await else {
+            let then = "this change is made when it does, unless another leader is elected before";
+            return Err(StoreError::NoLeader(standing.no_majority(then)));
+        };
+        match written {
+            Ok(written) => Ok(Some((written.data, written.log_id.index()))),
+            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => Ok(None),
+            Err(RaftError::APIError(ClientWriteError::LogEntryDiscarded(_))) => Err(StoreError::Unknown),
+            Err(error) => Err(consensus(error)),
+        }
+    }
+
+    fn leader(&self) -> Option<Peer> {
+        let standing = self.standing();
+        let leader = standing.leader.filter(|leader| *leader != self.number)?;
+        standing.members.get(&leader).map(|(peer, _)| peer.clone())
+    }
+
+    /// Brings the membership to what the members' records say; does nothing where this member does not lead. One step at a time: it
+    /// is called again and again.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn reconcile(&self, records: &BTreeMap<u64, MemberRecord>) -> Result<(), StoreError> {
+        let standing = self.standing();
+        if standing.leader != Some(self.number) {
+            return Ok(());
+        }
+        let Some(change) = next_change(&standing, records) else { return Ok(()) };
+        tracing::info!("membership: {change}");
+        match change {
+            Change::Add(number, peer) => self.raft.add_learner(number, peer, false).await.map(drop),
+            Change::Rename(number, peer) => {
+                let nodes = BTreeMap::from([(number, peer)]);
+                self.raft.change_membership(ChangeMembers::SetNodes(nodes), true).await.map(drop)
+            }
+            Change::Promote(number) => {
+                let voters = BTreeSet::from([number]);
+                self.raft.change_membership(ChangeMembers::AddVoterIds(voters), true).await.map(drop)
+            }
+            Change::Demote(number) => {
+                let voters = BTreeSet::from([number]);
+                self.raft.change_membership(ChangeMembers::RemoveVoters(voters), true).await.map(drop)
+            }
+            Change::Remove(number) => {
+                let nodes = BTreeSet::from([number]);
+                self.raft.change_membership(ChangeMembers::RemoveNodes(nodes), false).await.map(drop)
+            }
+        }
+        .or_else(|error| match error {
+            // Another change is under way, or the lead was lost: the next call sees.
+            RaftError::APIError(error) => {
+                tracing::debug!("membership: {error}");
+                Ok(())
+            }
+            RaftError::Fatal(error) => Err(consensus(error)),
+        })
+    }
+
+    /// Answers a call of another member.
+    ///
+    /// # Errors
+    /// It does not parse; the store failed.
+    pub async fn answer(&self, call: Call, body: &[u8]) -> Result<Vec<u8>, StoreError> {
+        network::answer(&self.raft, call, body).await
+    }
+
+    /// Takes a snapshot that the leader sends: `file` lies in [`Self::receiving`].
+    ///
+    /// # Errors
+    /// It is damaged; the store failed.
+    pub async fn install(&self, vote: &str, file: SnapshotFile) -> Result<Vec<u8>, StoreError> {
+        network::install(&self.raft, vote, file).await
+    }
+
+    /// A new file that a snapshot is received into.
+    ///
+    /// # Errors
+    /// The disk is full or not writable.
+    pub fn receiving(&self) -> std::io::Result<(std::fs::File, PathBuf)> {
+        snapshot::create(self.machine.directory())
+    }
+}
+
+impl Store for Replicated {
+    async fn propose(&self, command: Command) -> Result<Outcome, StoreError> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            if let Some((outcome, _)) = self.propose_here(command.clone()).await? {
+                return Ok(outcome);
+            }
+            if let Some(leader) = self.leader() {
+                match self.calls.propose(&leader, &command).await {
+                    Ok(Some((outcome, index))) => {
+                        // Best effort: the change is made; who reads at once should see it.
+                        let _ = self.applied(index).await;
+                        return Ok(outcome);
+                    }
+                    // It leads no more, or was not reached at all: nothing was proposed.
+                    Ok(None) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            self.again(until).await?;
+        }
+    }
+
+    fn snapshot(&self) -> Result<Snapshot, StoreError> {
+        self.machine.view()
+    }
+
+    fn watch(&self) -> broadcast::Receiver<Event> {
+        self.machine.watch()
+    }
+}
+
+/// One step of the membership.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Change {
+    Add(u64, Peer),
+    Rename(u64, Peer),
+    Promote(u64),
+    Demote(u64),
+    Remove(u64),
+}
+
+impl std::fmt::Display for Change {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Add(number, peer) => write!(f, "member {} ({number}) joins as a non-voting one", peer.name),
+            Self::Rename(number, peer) => write!(f, "member {} ({number}) is at {}", peer.name, peer.urls.join(", ")),
+            Self::Promote(number) => write!(f, "member {number} votes from now on"),
+            Self::Demote(number) => write!(f, "member {number} votes no more"),
+            Self::Remove(number) => write!(f, "member {number} is removed"),
+        }
+    }
+}
+
+/// What to do next so that the membership becomes that of the records.
+fn next_change(standing: &Standing, records: &BTreeMap<u64, MemberRecord>) -> Option<Change> {
+    let present = |number: &u64| records.get(number).filter(|record| !record.removed);
+    // A voter that goes votes no more first, so that a step changes either voters or members.
+    for (number, (peer, votes)) in &standing.members {
+        match present(number) {
+            None if *votes => return Some(Change::Demote(*number)),
+            None => return Some(Change::Remove(*number)),
+            Some(record) if record.peer() != *peer => return Some(Change::Rename(*number, record.peer())),
+            Some(record) if *votes && !record.voter => return Some(Change::Demote(*number)),
+            Some(record) if !*votes && record.voter => {
+                // Not before it has nearly all: a voter that is far behind stops every change.
+                let at = standing.followers.get(number).copied().unwrap_or(0);
+                if at > 0 && at + 200 >= standing.last {
+                    return Some(Change::Promote(*number));
+                }
+            }
+            Some(_) => {}
+        }
+    }
+    records
+        .iter()
+        .find(|(number, record)| !record.removed && !standing.members.contains_key(number))
+        .map(|(number, record)| Change::Add(*number, record.peer()))
+}

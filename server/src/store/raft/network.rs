@@ -1,0 +1,336 @@
+//! Calls between members: `/member/v1`, each a POST over TLS on which both sides show a member's certificate.
+
+use super::wire::{WireAppend, WireAppended, WireInstalled, WireVote, WireVoteRequest, WireVoted};
+use super::{Command, Machine, Outcome, Peer, Raft, RaftSnapshot, SnapshotFile, StoreError, Vote, consensus};
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, StreamBody};
+use hyper::body::Frame;
+use moor_api::client::member::MemberConnection;
+use moor_api::client::{Body, ClientError};
+use moor_api::ids::{CollectiveId, MemberId};
+use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
+use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, VoteRequest, VoteResponse};
+use rustls::ClientConfig;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Mutex;
+use tokio_stream::StreamExt as _;
+use tokio_util::io::ReaderStream;
+
+/// A connection comes about in this time, or not at all.
+const CONNECT: Duration = Duration::from_secs(2);
+/// A change is answered within this time.
+const ANSWER: Duration = Duration::from_secs(20);
+/// Longest answer.
+const MAX_ANSWER: usize = 1 << 20;
+
+/// What a member asks another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    /// Take entries of the log.
+    Append,
+    /// Vote.
+    Vote,
+    /// Would you vote?
+    PreVote,
+}
+
+impl Call {
+    /// The path's last part.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Append => "append",
+            Self::Vote => "vote",
+            Self::PreVote => "pre-vote",
+        }
+    }
+
+    fn path(self) -> String {
+        format!("/member/v1/{}", self.name())
+    }
+}
+
+/// A change, as it is passed on to the leader.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Proposed {
+    /// What it did; none: this member does not lead, and nothing was proposed.
+    pub(crate) outcome: Option<(Outcome, u64)>,
+}
+
+/// How other members are reached: idle connections by member.
+pub struct Calls {
+    collective: CollectiveId,
+    tls: Arc<ClientConfig>,
+    idle: Mutex<HashMap<MemberId, Vec<MemberConnection>>>,
+    /// Members that were not reached when they were last called.
+    lost: Mutex<HashSet<MemberId>>,
+}
+
+/// Connections to one member that wait for a call.
+const IDLE: usize = 16;
+
+impl Calls {
+    /// `tls` shows this member's certificate.
+    #[must_use]
+    pub fn new(collective: CollectiveId, tls: Arc<ClientConfig>) -> Self {
+        Self { collective, tls, idle: Mutex::default(), lost: Mutex::default() }
+    }
+
+    /// For a member that is alone: it calls nobody, and believes nobody.
+    ///
+    /// # Errors
+    /// The provider has no TLS 1.3.
+    pub fn to_nobody() -> Result<Arc<Self>, StoreError> {
+        let tls = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(consensus)?
+            .with_root_certificates(rustls::RootCertStore::empty())
+            .with_no_client_auth();
+        Ok(Arc::new(Self::new(CollectiveId::from_bytes([0; 16]), Arc::new(tls))))
+    }
+
+    /// A new connection, at the first of its addresses where it answers and is itself.
+    ///
+    /// # Errors
+    /// It is not reached, or another member answers there.
+    pub async fn connect(&self, peer: &Peer) -> Result<MemberConnection, ClientError> {
+        let mut last = ClientError::Config(format!("member {} has no address", peer.name));
+        for url in &peer.urls {
+            match MemberConnection::connect(url, self.collective, self.tls.clone(), CONNECT).await {
+                Ok(connection) if connection.member() == peer.id => {
+                    if self.lost.lock().await.remove(&peer.id) {
+                        tracing::info!("member {} is reached again", peer.name);
+                    }
+                    return Ok(connection);
+                }
+                Ok(connection) => {
+                    last = ClientError::Config(format!(
+                        "{url} is member {} and not {} ({})",
+                        connection.member(),
+                        peer.id,
+                        peer.name
+                    ));
+                }
+                Err(error) => last = error,
+            }
+        }
+        // Said once, however often it is tried.
+        if self.lost.lock().await.insert(peer.id) {
+            tracing::warn!("member {} is not reached: {last}", peer.name);
+        }
+        Err(last)
+    }
+
+    /// A connection that was used before, if one still stands, or a new one.
+    async fn take(&self, peer: &Peer) -> Result<MemberConnection, ClientError> {
+        while let Some(connection) = self.idle.lock().await.get_mut(&peer.id).and_then(Vec::pop) {
+            if !connection.is_closed() {
+                return Ok(connection);
+            }
+        }
+        self.connect(peer).await
+    }
+
+    async fn put_back(&self, connection: MemberConnection) {
+        let mut idle = self.idle.lock().await;
+        let idle = idle.entry(connection.member()).or_default();
+        if idle.len() < IDLE && !connection.is_closed() {
+            idle.push(connection);
+        }
+    }
+
+    /// A POST with a JSON body, answered within `limit`.
+    ///
+    /// # Errors
+    /// No connection, no answer in time, a refusal.
+    pub async fn post<A: DeserializeOwned>(
+        &self,
+        peer: &Peer,
+        path: &str,
+        body: Vec<u8>,
+        limit: Duration,
+    ) -> Result<A, ClientError> {
+        let call = async {
+            let mut connection = self.take(peer).await?;
+            let answer = connection.post(path, body.into(), MAX_ANSWER).await;
+            if !matches!(answer, Err(ClientError::Broken { .. })) {
+                self.put_back(connection).await;
+            }
+            answer
+        };
+        let answer = tokio::time::timeout(limit, call).await.map_err(|_| ClientError::Broken {
+            call: path.to_owned(),
+            cause: format!("no answer within {} ms", limit.as_millis()),
+        })??;
+        serde_json::from_slice(&answer)
+            .map_err(|error| ClientError::Answer { call: path.to_owned(), cause: error.to_string() })
+    }
+
+    /// Passes a change on to the leader. `None`: nothing was proposed.
+    pub(super) async fn propose(&self, leader: &Peer, command: &Command) -> Result<Option<(Outcome, u64)>, StoreError> {
+        let body = serde_json::to_vec(command).map_err(|error| StoreError::Encode(error.to_string()))?;
+        match self.post::<Proposed>(leader, "/member/v1/propose", body, ANSWER).await {
+            Ok(proposed) => Ok(proposed.outcome),
+            Err(ClientError::Connect { .. } | ClientError::Config(_)) => Ok(None),
+            Err(ClientError::Problem(problem)) => Err(StoreError::Consensus(problem.detail)),
+            // It may have been proposed.
+            Err(_) => Err(StoreError::Unknown),
+        }
+    }
+
+    pub(super) async fn read_index(&self, leader: &Peer) -> Result<u64, ClientError> {
+        self.post(leader, "/member/v1/read-index", Vec::new(), ANSWER).await
+    }
+}
+
+/// Connections for openraft.
+pub(super) struct Network(pub(super) Arc<Calls>);
+
+impl RaftNetworkFactory<Raft> for Network {
+    type Network = Link;
+
+    async fn new_client(&mut self, _: u64, node: &Peer) -> Link {
+        Link { calls: self.0.clone(), peer: node.clone() }
+    }
+}
+
+/// Calls to one member.
+pub(super) struct Link {
+    calls: Arc<Calls>,
+    peer: Peer,
+}
+
+fn failure(error: &ClientError) -> RPCError<Raft> {
+    match error {
+        // A member that cannot be reached is asked again after a pause, the others at once.
+        ClientError::Connect { .. } | ClientError::Config(_) | ClientError::Problem(_) => {
+            RPCError::Unreachable(Unreachable::from_string(error))
+        }
+        _ => RPCError::Network(NetworkError::from_string(error)),
+    }
+}
+
+impl Link {
+    async fn call<Q: Serialize, A: DeserializeOwned>(
+        &self,
+        call: Call,
+        request: &Q,
+        option: &RPCOption,
+    ) -> Result<A, RPCError<Raft>> {
+        let body = serde_json::to_vec(request).map_err(|error| RPCError::Network(NetworkError::new(&error)))?;
+        self.calls.post(&self.peer, &call.path(), body, option.hard_ttl()).await.map_err(|error| failure(&error))
+    }
+}
+
+impl RaftNetworkV2<Raft> for Link {
+    type SnapshotData = SnapshotFile;
+
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<Raft>,
+        option: RPCOption,
+    ) -> Result<AppendEntriesResponse<Raft>, RPCError<Raft>> {
+        self.call::<_, WireAppended>(Call::Append, &WireAppend::from(&rpc), &option).await.map(Into::into)
+    }
+
+    async fn vote(&mut self, rpc: VoteRequest<Raft>, option: RPCOption) -> Result<VoteResponse<Raft>, RPCError<Raft>> {
+        self.call::<_, WireVoted>(Call::Vote, &WireVoteRequest::from(&rpc), &option).await.map(Into::into)
+    }
+
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<Raft>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<Raft>, RPCError<Raft>> {
+        self.call::<_, WireVoted>(Call::PreVote, &WireVoteRequest::from(&rpc), &option).await.map(Into::into)
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: RaftSnapshot,
+        cancel: impl Future<Output = ReplicationClosed> + Send + 'static,
+        option: RPCOption,
+    ) -> Result<SnapshotResponse<Raft>, StreamingError<Raft>> {
+        let lost = |error: &ClientError| StreamingError::Unreachable(Unreachable::from_string(error));
+        let send = async {
+            let vote = serde_json::to_string(&WireVote::from(&vote))
+                .map_err(|error| StreamingError::Network(NetworkError::new(&error)))?;
+            let mut connection = self.calls.connect(&self.peer).await.map_err(|error| lost(&error))?;
+            connection.patience(option.hard_ttl());
+            let file = tokio::fs::File::from_std(snapshot.snapshot.into_file());
+            let frames = ReaderStream::with_capacity(file, 1 << 18).map(|part| {
+                part.map(Frame::data).map_err(|error| -> Box<dyn std::error::Error + Send + Sync> { Box::new(error) })
+            });
+            let body: Body = StreamBody::new(frames).boxed();
+            let path = format!("/member/v1/snapshot?vote={}", hex::encode(vote));
+            let answer = connection.post_body(&path, body, MAX_ANSWER).await.map_err(|error| lost(&error))?;
+            let installed: WireInstalled =
+                serde_json::from_slice(&answer).map_err(|error| StreamingError::Network(NetworkError::new(&error)))?;
+            Ok(installed.into())
+        };
+        tokio::select! {
+            closed = cancel => Err(closed.into()),
+            sent = send => sent,
+        }
+    }
+}
+
+fn parsed<T: DeserializeOwned>(body: &[u8]) -> Result<T, StoreError> {
+    serde_json::from_slice(body).map_err(|error| StoreError::Message(error.to_string()))
+}
+
+fn answered<T: Serialize>(answer: &T) -> Result<Vec<u8>, StoreError> {
+    serde_json::to_vec(answer).map_err(|error| StoreError::Encode(error.to_string()))
+}
+
+/// Answers a call.
+pub(super) async fn answer(
+    raft: &openraft::Raft<Raft, Machine>,
+    call: Call,
+    body: &[u8],
+) -> Result<Vec<u8>, StoreError> {
+    match call {
+        Call::Append => {
+            let request = AppendEntriesRequest::<Raft>::try_from(parsed::<WireAppend>(body)?)
+                .map_err(|error| StoreError::Message(error.to_string()))?;
+            answered(&WireAppended::from(raft.append_entries(request).await.map_err(consensus)?))
+        }
+        Call::Vote | Call::PreVote => {
+            let request = VoteRequest::<Raft>::from(parsed::<WireVoteRequest>(body)?);
+            let response = match call {
+                Call::Vote => raft.vote(request).await,
+                _ => raft.pre_vote(request).await,
+            };
+            answered(&WireVoted::from(response.map_err(consensus)?))
+        }
+    }
+}
+
+/// Takes a snapshot. `vote` is the leader's, as JSON in hexadecimal digits.
+pub(super) async fn install(
+    raft: &openraft::Raft<Raft, Machine>,
+    vote: &str,
+    file: SnapshotFile,
+) -> Result<Vec<u8>, StoreError> {
+    let vote = hex::decode(vote).map_err(|error| StoreError::Message(error.to_string()))?;
+    let vote: Vote = parsed::<WireVote>(&vote)?.into();
+    let path = file.path().to_owned();
+    let meta = tokio::task::spawn_blocking(move || super::snapshot::meta(&std::fs::File::open(path)?))
+        .await
+        .map_err(consensus)?
+        .map_err(|error| StoreError::Snapshot(error.to_string()))?;
+    let snapshot = RaftSnapshot { meta, snapshot: file };
+    let response = raft.install_full_snapshot(vote, snapshot).await.map_err(consensus)?;
+    answered(&WireInstalled::from(response))
+}
+
+/// Answers of a leader are JSON of this.
+pub(crate) fn proposed(outcome: Option<(Outcome, u64)>) -> Result<Bytes, StoreError> {
+    answered(&Proposed { outcome }).map(Into::into)
+}

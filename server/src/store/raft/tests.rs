@@ -1,0 +1,162 @@
+//! The log and the machine under openraft's own suite; what is written reads back; and which step the membership takes next.
+
+use super::log::Log;
+use super::machine::Machine;
+use super::*;
+use crate::store::records::MemberRecord;
+use crate::store::tables;
+use moor_api::ids::NodeId;
+use openraft::StorageError;
+use openraft::testing::log::{StoreBuilder, Suite};
+
+impl Default for Peer {
+    fn default() -> Self {
+        Self { id: MemberId::from_bytes([0; 16]), name: String::new(), urls: Vec::new() }
+    }
+}
+
+struct Builder;
+
+impl StoreBuilder<Raft, Log, Machine, tempfile::TempDir> for Builder {
+    async fn build(&self) -> Result<(tempfile::TempDir, Log, Machine), StorageError<Raft>> {
+        let dir = tempfile::tempdir().unwrap();
+        let places = Places::in_dir(dir.path());
+        Ok((dir, Log::open(&places.log).unwrap(), Machine::open(&places.state, places.snapshots).unwrap()))
+    }
+}
+
+#[tokio::test]
+async fn openraft_s_suite_finds_nothing() {
+    Suite::test_all(Builder).await.unwrap();
+}
+
+fn peer(number: u8) -> Peer {
+    Peer {
+        id: MemberId::from_bytes([number; 16]),
+        name: format!("m{number}"),
+        urls: vec![format!("https://10.0.0.{number}")],
+    }
+}
+
+fn record(number: u8, voter: bool) -> MemberRecord {
+    let Peer { id, name, urls } = peer(number);
+    MemberRecord { id, name, urls, voter, invite: None, removed: false }
+}
+
+/// A leader, number 1, whose log has 1000 entries; members vote or not; followers are as far as is said.
+fn standing(members: &[(u8, bool)], followers: &[(u8, u64)]) -> Standing {
+    Standing {
+        number: 1,
+        leader: Some(1),
+        term: 1,
+        members: members.iter().map(|(number, votes)| (u64::from(*number), (peer(*number), *votes))).collect(),
+        last: 1000,
+        applied: 1000,
+        followers: followers.iter().map(|(number, at)| (u64::from(*number), *at)).collect(),
+        unheard: None,
+    }
+}
+
+fn records(list: &[(u8, bool)]) -> BTreeMap<u64, MemberRecord> {
+    list.iter().map(|(number, voter)| (u64::from(*number), record(*number, *voter))).collect()
+}
+
+#[test]
+fn the_membership_follows_the_records_one_step_at_a_time() {
+    let both = records(&[(1, true), (2, true)]);
+    assert_eq!(next_change(&standing(&[(1, true)], &[]), &records(&[(1, true)])), None);
+    assert_eq!(next_change(&standing(&[(1, true)], &[]), &both), Some(Change::Add(2, peer(2))));
+    // Who is far behind does not vote yet.
+    let behind = standing(&[(1, true), (2, false)], &[(2, 500)]);
+    assert_eq!(next_change(&behind, &both), None);
+    let near = standing(&[(1, true), (2, false)], &[(2, 950)]);
+    assert_eq!(next_change(&near, &both), Some(Change::Promote(2)));
+    assert_eq!(next_change(&near, &records(&[(1, true), (2, false)])), None, "it is not to vote");
+    let voting = standing(&[(1, true), (2, true)], &[(2, 1000)]);
+    assert_eq!(next_change(&voting, &records(&[(1, true), (2, false)])), Some(Change::Demote(2)));
+    let mut moved = both.clone();
+    moved.get_mut(&2).unwrap().urls = vec!["https://10.9.9.9".into()];
+    let there = Peer { urls: vec!["https://10.9.9.9".into()], ..peer(2) };
+    assert_eq!(next_change(&voting, &moved), Some(Change::Rename(2, there)));
+    // Removal: first the vote, then the member; a removed member that was never added stays out.
+    let mut removed = both;
+    removed.get_mut(&2).unwrap().removed = true;
+    assert_eq!(next_change(&voting, &removed), Some(Change::Demote(2)));
+    assert_eq!(next_change(&near, &removed), Some(Change::Remove(2)));
+    assert_eq!(next_change(&standing(&[(1, true)], &[]), &removed), None);
+}
+
+async fn alone(dir: &Path) -> Replicated {
+    Replicated::open(&Places::in_dir(dir), FOUNDER, Calls::to_nobody().unwrap()).await.unwrap()
+}
+
+fn define(number: u64) -> Command {
+    Command::DefineNode {
+        id: NodeId::random(),
+        name: format!("n{number}").parse().unwrap(),
+        attributes: BTreeMap::new(),
+    }
+}
+
+#[tokio::test]
+async fn a_snapshot_has_everything_and_a_damaged_one_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = alone(dir.path()).await;
+    store.found(peer(1)).await.unwrap();
+    for number in 0..50 {
+        assert_eq!(store.propose(define(number)).await.unwrap(), Outcome::Done);
+    }
+    let view = store.snapshot().unwrap();
+    let (applied, membership) = machine::State::applied(&view).unwrap();
+    let meta = SnapshotMeta { last_log_id: applied, last_membership: membership };
+    let path = snapshot::write(dir.path(), &view, &meta).unwrap();
+    assert_eq!(snapshot::meta(&std::fs::File::open(&path).unwrap()).unwrap(), meta);
+
+    let other = tempfile::tempdir().unwrap();
+    let machine = Machine::open(&other.path().join("m.redb"), other.path().join("s")).unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    let damaged = other.path().join("damaged");
+    for at in (0..bytes.len()).step_by(bytes.len() / 40 + 1) {
+        let mut changed = bytes.clone();
+        changed[at] ^= 0x10;
+        std::fs::write(&damaged, if at % 2 == 0 { &changed } else { &bytes[..at] }).unwrap();
+        assert!(machine.install(&meta, SnapshotFile::open(&damaged).unwrap()).is_err(), "byte {at}");
+        assert!(machine.view().unwrap().nodes().unwrap().is_empty());
+    }
+    machine.install(&meta, SnapshotFile::open(&path).unwrap()).unwrap();
+    let (mine, theirs) = (machine.view().unwrap(), store.snapshot().unwrap());
+    for table in tables::REPLICATED {
+        let dump = |view: &Snapshot| {
+            let mut out = Vec::new();
+            view.each(table, |key, value| {
+                out.push((key.to_owned(), value.to_owned()));
+                Ok::<_, std::convert::Infallible>(())
+            })
+            .unwrap()
+            .unwrap();
+            out
+        };
+        assert_eq!(dump(&mine), dump(&theirs));
+    }
+    assert_eq!(mine.nodes().unwrap().len(), 50);
+    store.close().await;
+}
+
+#[tokio::test]
+async fn a_store_that_lost_what_was_not_synced_has_it_again_from_the_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let places = Places::in_dir(dir.path());
+    let store = alone(dir.path()).await;
+    store.found(peer(1)).await.unwrap();
+    let before = std::fs::read(&places.state).unwrap();
+    for number in 0..100 {
+        assert_eq!(store.propose(define(number)).await.unwrap(), Outcome::Done);
+    }
+    store.close().await;
+    drop(store);
+    // As if the machine had lost its power: the tables of long ago, the log of now.
+    std::fs::write(&places.state, before).unwrap();
+    let store = alone(dir.path()).await;
+    assert_eq!(store.snapshot().unwrap().nodes().unwrap().len(), 100);
+    store.close().await;
+}

@@ -1,0 +1,262 @@
+//! Several real members on loopback: joining, replication, the leader's death, no majority, removal.
+
+use crate::support::{Member, refusal};
+use anyhow::{Context as _, ensure};
+use moor_api::admin::{CollectiveView, DefineNodes, InviteRequest, MemberRequest};
+use moor_api::client::ClientError;
+use moor_api::problem::Code;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// For what a quiet machine does in a second or two.
+const PATIENCE: Duration = Duration::from_secs(40);
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+async fn invite(member: &Member, name: &str, voter: bool, lifetime: u64) -> anyhow::Result<String> {
+    let request = InviteRequest { name: name.into(), voter, lifetime };
+    Ok(member.admin().await?.invite(&request).await?.invitation)
+}
+
+/// A further member, which runs.
+async fn joined(host: &Member, name: &str, voter: bool) -> anyhow::Result<Member> {
+    let mut member = Member::prepare()?;
+    let output = member.join(&invite(host, name, voter, 60).await?)?;
+    ensure!(output.status.success(), "moord join: {}", text(&output.stderr));
+    member.run()?;
+    Ok(member)
+}
+
+async fn view(member: &Member) -> anyhow::Result<CollectiveView> {
+    Ok(member.admin().await?.collective().await?)
+}
+
+/// Waits until `member` sees this many members that vote, and a leader.
+async fn voters(member: &Member, count: usize) -> anyhow::Result<CollectiveView> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let seen = view(member).await?;
+        if seen.leader.is_some() && seen.members.iter().filter(|member| member.votes).count() == count {
+            return Ok(seen);
+        }
+        ensure!(Instant::now() < end, "{count} voters do not come: {seen:?}\n{}", member.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+async fn names(member: &Member) -> anyhow::Result<Vec<String>> {
+    Ok(member.admin().await?.nodes(None).await?.into_iter().map(|node| node.name.to_string()).collect())
+}
+
+/// Waits until `member` knows these nodes and no others.
+async fn knows(member: &Member, wanted: &[&str]) -> anyhow::Result<()> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let seen = names(member).await?;
+        if seen == wanted {
+            return Ok(());
+        }
+        ensure!(Instant::now() < end, "{seen:?}, not {wanted:?}\n{}", member.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+async fn define(member: &Member, name: &str) -> Result<(), ClientError> {
+    let request = DefineNodes { range: name.into(), attributes: BTreeMap::new() };
+    let mut admin = member.admin().await.map_err(|error| ClientError::Config(error.to_string()))?;
+    let changed = admin.define(&request).await?;
+    match changed.refused.into_iter().next() {
+        None => Ok(()),
+        Some((_, problem)) => Err(ClientError::Problem(problem)),
+    }
+}
+
+/// Names of the blobs that a member has, with their lengths.
+fn blobs(member: &Member) -> anyhow::Result<BTreeMap<String, u64>> {
+    let mut found = BTreeMap::new();
+    for folder in std::fs::read_dir(member.path("state/blobs"))?.filter_map(Result::ok) {
+        for blob in std::fs::read_dir(folder.path()).into_iter().flatten() {
+            let blob = blob?;
+            found.insert(blob.file_name().to_string_lossy().into_owned(), blob.metadata()?.len());
+        }
+    }
+    Ok(found)
+}
+
+fn member_request(name: &str) -> MemberRequest {
+    MemberRequest { member: name.into() }
+}
+
+async fn three() -> anyhow::Result<[Member; 3]> {
+    let first = Member::start()?;
+    let second = joined(&first, "m2", true).await?;
+    let third = joined(&first, "m3", true).await?;
+    voters(&first, 3).await?;
+    Ok([first, second, third])
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_members_agree_also_when_the_leader_dies() -> anyhow::Result<()> {
+    let mut members = three().await?;
+    members[0].publish().await?;
+    // A change goes in anywhere, and is everywhere.
+    define(&members[1], "a").await?;
+    define(&members[2], "b").await?;
+    for member in &members {
+        knows(member, &["a", "b"]).await?;
+    }
+    // So is content.
+    let end = Instant::now() + PATIENCE;
+    let content = blobs(&members[0])?;
+    assert!(content.len() >= 3, "image, kernel, initramfs: {content:?}");
+    while blobs(&members[1])? != content || blobs(&members[2])? != content {
+        ensure!(Instant::now() < end, "the image did not come:\n{}", members[1].log());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    // The one who reads after a change that somebody else made and acknowledged, sees it.
+    let leader = view(&members[0]).await?.leader.context("a leader")?;
+    let at = usize::try_from(leader - 1)?;
+    members[at].kill();
+    let other = (at + 1) % 3;
+    let died = Instant::now();
+    define(&members[other], "c").await?;
+    println!("a change went in {:.1} s after the leader's death", died.elapsed().as_secs_f32());
+    knows(&members[(at + 2) % 3], &["a", "b", "c"]).await?;
+    // Who was dead comes back, and has it too.
+    members[at].run()?;
+    knows(&members[at], &["a", "b", "c"]).await?;
+    let listed = view(&members[at]).await?;
+    assert_eq!(listed.members.iter().map(|member| member.votes).collect::<Vec<_>>(), [true, true, true]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_majority_changes_are_refused_with_the_reason_and_go_on_when_one_is_back() -> anyhow::Result<()> {
+    let mut members = three().await?;
+    define(&members[0], "a").await?;
+    knows(&members[0], &["a"]).await?;
+    members[1].kill();
+    members[2].kill();
+    // The first finds out, and waits for it; later ones are refused at once.
+    for name in ["b", "c"] {
+        let (code, detail) = refusal(define(&members[0], name).await);
+        assert_eq!(code, Code::NoMajority, "{detail}");
+        assert!(detail.contains("no majority of the 3 voting members answers"), "{detail}");
+    }
+    // What was known is still read.
+    assert_eq!(names(&members[0]).await?, ["a"]);
+    assert!(!view(&members[0]).await?.majority);
+    members[1].run()?;
+    let end = Instant::now() + PATIENCE;
+    while let Err(error) = define(&members[0], "d").await {
+        ensure!(Instant::now() < end, "{error}\n{}", members[0].log());
+    }
+    members[2].run()?;
+    let known = names(&members[0]).await?;
+    // The refused change was not made behind the administrator's back, or it was and everybody has it: the same everywhere.
+    for member in &members[1..] {
+        knows(member, &known.iter().map(String::as_str).collect::<Vec<_>>()).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_invitation_is_good_once_in_its_time_and_for_its_collective() -> anyhow::Result<()> {
+    let (first, stranger) = (Member::start()?, Member::start()?);
+    let good = invite(&first, "m2", true, 60).await?;
+    let refused = |member: &Member, invitation: &str, says: &str| {
+        let output = member.join(invitation)?;
+        let error = text(&output.stderr);
+        ensure!(!output.status.success(), "it was let in");
+        ensure!(error.contains(says), "{says:?} is not in {error}");
+        ensure!(!member.path("state/store/member.json").exists(), "it believes to be a member");
+        anyhow::Ok(())
+    };
+    let second = Member::prepare()?;
+    refused(&second, "nonsense", "this is no invitation")?;
+    refused(&second, &good[..good.len() - 8], "damaged")?;
+    // Its secret changed.
+    let mut altered = good.clone().into_bytes();
+    let at = altered.len() - 20;
+    altered[at] = if altered[at] == b'A' { b'B' } else { b'A' };
+    let output = second.join(&text(&altered))?;
+    ensure!(!output.status.success(), "an altered invitation was taken");
+    // Of a collective whose members do not have it.
+    let foreign = invite(&stranger, "m2", true, 60).await?;
+    let output = first.join(&foreign)?;
+    assert!(text(&output.stderr).contains("holds a member already"), "{}", text(&output.stderr));
+    let short = invite(&first, "m9", true, 1).await?;
+    tokio::time::sleep(Duration::from_millis(2100)).await;
+    refused(&second, &short, "expired")?;
+    let output = second.join(&good)?;
+    ensure!(output.status.success(), "{}", text(&output.stderr));
+    let third = Member::prepare()?;
+    refused(&third, &good, "no such invitation, or it was used")?;
+    // The name is taken now.
+    let again = first.admin().await?.invite(&InviteRequest { name: "m2".into(), voter: true, lifetime: 60 }).await;
+    let (code, detail) = refusal(again.map(drop));
+    assert_eq!(code, Code::Conflict, "{detail}");
+    // Neither the invitation nor its secret is in a log.
+    assert!(!first.log().contains(&good[..40]));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn members_are_promoted_demoted_and_removed_for_good() -> anyhow::Result<()> {
+    let first = Member::start()?;
+    let mut second = joined(&first, "m2", false).await?;
+    define(&first, "a").await?;
+    // A non-voting member has everything, and takes changes.
+    knows(&second, &["a"]).await?;
+    define(&second, "b").await?;
+    knows(&first, &["a", "b"]).await?;
+    assert_eq!(voters(&first, 1).await?.members.len(), 2);
+    let mut admin = first.admin().await?;
+    // Somebody has to vote.
+    let (code, _) = refusal(admin.change_member("demote", &member_request("1")).await);
+    assert_eq!(code, Code::Conflict);
+    admin.change_member("promote", &member_request("m2")).await?;
+    voters(&first, 2).await?;
+    admin.change_member("demote", &member_request("m2")).await?;
+    voters(&first, 1).await?;
+    admin.change_member("remove", &member_request("m2")).await?;
+    let end = Instant::now() + PATIENCE;
+    while view(&first).await?.members.len() > 1 {
+        ensure!(Instant::now() < end, "it is not removed:\n{}", first.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // It comes back, and nobody listens.
+    second.kill();
+    second.run()?;
+    define(&first, "c").await?;
+    let (code, detail) = refusal(define(&second, "d").await);
+    assert!(matches!(code, Code::NoMajority | Code::Internal), "{detail}");
+    assert_eq!(names(&first).await?, ["a", "b", "c"]);
+    // Its name is free again.
+    let _third = joined(&first, "m2", true).await?;
+    voters(&first, 2).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_comes_late_gets_a_snapshot() -> anyhow::Result<()> {
+    let first = Member::start()?;
+    let mut admin = first.admin().await?;
+    // More than the log keeps.
+    for batch in 0..30 {
+        let range = format!("n[{}-{}]", batch * 1000, batch * 1000 + 999);
+        let changed = admin.define(&DefineNodes { range, attributes: BTreeMap::new() }).await?;
+        ensure!(changed.refused.is_empty(), "{:?}", changed.refused);
+    }
+    let second = joined(&first, "m2", true).await?;
+    voters(&first, 2).await?;
+    let end = Instant::now() + PATIENCE;
+    while names(&second).await?.len() < 30_000 {
+        ensure!(Instant::now() < end, "it has {} nodes:\n{}", names(&second).await?.len(), second.log());
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert_eq!(names(&first).await?, names(&second).await?);
+    Ok(())
+}
