@@ -2,8 +2,10 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod build_tree;
+mod deb_archive;
 
 use build_tree::{exec, imgutil, mounts, processes, scratch, shell, text, tied, wait_until};
+use deb_archive::{archive, signing_key};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io::{BufRead as _, BufReader};
@@ -35,40 +37,6 @@ fn error(output: &Output, status: i32) -> String {
     assert_eq!(errors.len(), 1, "{printed}");
     assert_eq!(printed.lines().last(), Some(errors[0]), "{printed}");
     errors[0].to_owned()
-}
-
-/// A key pair of the test's own, in a directory of `gpg`: its armoured public key.
-fn signing_key(home: &Path) -> String {
-    std::fs::create_dir(home).unwrap();
-    std::fs::set_permissions(home, std::fs::Permissions::from_mode(0o700)).unwrap();
-    let gpg = |args: &[&str]| {
-        let output =
-            Command::new("gpg").args(["--batch", "--quiet", "--homedir"]).arg(home).args(args).output().unwrap();
-        assert!(output.status.success(), "{}", text(&output.stderr));
-        text(&output.stdout)
-    };
-    gpg(&["--passphrase", "", "--quick-generate-key", "archive@test", "ed25519", "sign", "never"]);
-    let key = gpg(&["--armor", "--export", "archive@test"]);
-    // The agent that gpg started would outlive the test.
-    drop(Command::new("gpgconf").arg("--homedir").arg(home).args(["--kill", "all"]).status());
-    key
-}
-
-/// An archive of one package, `own-hello`, signed by the key in `home`.
-fn archive(directory: &Path, home: &Path) {
-    std::fs::create_dir_all(directory.join("p/DEBIAN")).unwrap();
-    std::fs::create_dir_all(directory.join("p/usr/share")).unwrap();
-    std::fs::write(directory.join("p/usr/share/own"), "own\n").unwrap();
-    let control = "Package: own-hello\nVersion: 1:2.0\nArchitecture: all\nMaintainer: t <t@t>\nDescription: t\n";
-    std::fs::write(directory.join("p/DEBIAN/control"), control).unwrap();
-    let script = format!(
-        "dpkg-deb --build p own-hello_2.0_all.deb && rm -r p && apt-ftparchive packages . > Packages && \
-         apt-ftparchive -o APT::FTPArchive::Release::Suite=own release . > ../Release && mv ../Release . && \
-         gpg --batch --quiet --homedir {0} --clearsign -o InRelease Release && gpgconf --homedir {0} --kill all",
-        home.display()
-    );
-    let output = Command::new("sh").args(["-ec", &script]).current_dir(directory).output().unwrap();
-    assert!(output.status.success(), "{}", text(&output.stderr));
 }
 
 /// The first text of that name, however deep.
@@ -318,6 +286,10 @@ fn versions_that_are_gone_are_named(kitchen: &Kitchen) {
 
 fn a_damaged_entry_is_not_used(kitchen: &Kitchen) {
     let base = kitchen.path().join("cache/base");
+    let listed = imgutil().args(["list", "--cache"]).arg(kitchen.path().join("cache")).output().unwrap();
+    let packages = kitchen.lock().matches("[[package]]").count();
+    let listed = text(&listed.stdout);
+    assert!(listed.contains(&format!("debian-12 amd64, {packages} packages")), "{listed}");
     let entry = base.join(names(&base).iter().find(|name| name.ends_with(".tar.zst")).unwrap());
     let mut bytes = std::fs::read(&entry).unwrap();
     let middle = bytes.len() / 2;

@@ -185,6 +185,50 @@ fn generations_are_listed_and_old_ones_pruned() {
     let wanted: Vec<String> = before.into_iter().filter(|name| !gone.contains(&name.as_str())).collect();
     assert_eq!(names(&images), wanted, "keys, other images and what is no image stay");
     assert!(run(["prune", directory, "--keep", "2"]).good().stdout.contains("removed 0 of 3 images"));
-    assert_eq!(run(["prune", directory, "--keep", "0"]).status, 2);
+    run(["prune", directory, "--keep", "0"]).one_line_error(1, &["--keep 0 would remove every generation"]);
+    assert_eq!(run(["prune", "--keep", "1"]).status, 2, "a directory or --cache");
     run(["list", work.path().join("none").to_str().unwrap()]).one_line_error(1, &["cannot list", "none"]);
+}
+
+#[test]
+fn base_trees_in_the_cache_of_builds_are_listed_and_pruned() {
+    let work = tempfile::tempdir().unwrap();
+    let base = work.path().join("base");
+    let directory = work.path().to_str().unwrap();
+    assert!(run(["prune", "--cache", directory]).good().stdout.contains("removed 0 of 0 base trees"));
+    fs::create_dir(&base).unwrap();
+    for (name, what, day) in [("a1", "debian-12 amd64, 170 packages", 1), ("b2", "old \u{1b}[31m", 0), ("c3", "new", 2)]
+    {
+        fs::write(base.join(format!("{name}.tar.zst")), vec![0; 3000]).unwrap();
+        let note = base.join(format!("{name}.toml"));
+        fs::write(&note, format!("what = {what:?}\nsha256 = \"\"\n").replace("\\u{1b}", "\\u001b")).unwrap();
+        let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_700_000_000 + day * 86_400);
+        fs::File::open(&note).unwrap().set_modified(time).unwrap();
+    }
+    fs::write(base.join("begun.tar.zst"), "not complete").unwrap();
+    let listed = run(["list", "--cache", directory]).good().stdout;
+    let lines: Vec<&str> = listed.lines().collect();
+    assert_eq!(lines.len(), 4, "{listed}");
+    assert!(lines[0].starts_with("LAST USED") && lines[1].starts_with("2023-11-16T22:13:20Z"), "{listed}");
+    assert!(lines[2].contains("debian-12 amd64, 170 packages") && lines[2].ends_with("a1.tar.zst"), "{listed}");
+    assert!(!listed.contains('\u{1b}'), "{listed}");
+    let json: serde_json::Value =
+        serde_json::from_str(&run(["list", "--cache", directory, "--json"]).good().stdout).unwrap();
+    assert_eq!((&json[0]["what"], &json[0]["bytes"]), (&"new".into(), &3000.into()));
+
+    let before = names(&base);
+    let ran = run(["prune", "--cache", directory, "--keep", "2", "--dry-run"]).good();
+    assert!(
+        ran.stdout.contains("b2.tar.zst") && ran.stdout.contains("would remove 1 of 3 base trees"),
+        "{}",
+        ran.stdout
+    );
+    assert_eq!(names(&base), before);
+    let ran = run(["prune", "--cache", directory, "--keep", "2", "--json"]).good();
+    let json: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!((&json["bytes"], &json["removed"][0]["what"]), (&3000.into(), &"old \u{1b}[31m".into()));
+    assert_eq!(names(&base), ["a1.tar.zst", "a1.toml", "begun.tar.zst", "c3.tar.zst", "c3.toml"]);
+    run(["prune", "--cache", directory, "--keep", "0"]).good();
+    assert_eq!(names(&base), ["begun.tar.zst"], "what a build is making stays");
+    assert_eq!(run(["list", directory, "--cache", directory]).status, 2);
 }

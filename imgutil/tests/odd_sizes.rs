@@ -12,8 +12,11 @@ use rustix::fs::{CWD, FileType, Mode, XattrFlags};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{FileExt as _, PermissionsExt as _, chown, symlink};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _, chown, symlink};
 use std::path::{Path, PathBuf};
+
+/// `cap_net_raw+ep`, as `ping` has it.
+const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
 /// Numbers that are the same for the same seed.
 struct Random(u64);
@@ -135,9 +138,7 @@ impl Grower {
             fs::set_permissions(path, fs::Permissions::from_mode(self.random.below(0o10000) as u32)).unwrap();
         }
         if kind.is_file() && self.random.one_in(20) {
-            // cap_net_raw+ep, as `ping` has it.
-            let capability = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-            rustix::fs::lsetxattr(path, "security.capability", &capability, XattrFlags::empty()).unwrap();
+            rustix::fs::lsetxattr(path, "security.capability", &CAPABILITY, XattrFlags::empty()).unwrap();
         }
         if (kind.is_file() || kind.is_dir()) && self.random.one_in(10) {
             let name = format!("user.{}", self.random.below(40));
@@ -170,6 +171,9 @@ fn comes_back(work: &Path, tree: &Path, name: &str, more: &[&str]) {
     ])
     .good();
     assert_same("source", &snapshot(tree), name, &snapshot(&unpacked));
+    if let Ok(sparse) = unpacked.join("sparse").metadata() {
+        assert!(sparse.blocks() * 512 <= 1 << 20, "holes were filled: {} KiB", sparse.blocks() / 2);
+    }
     fs::remove_dir_all(unpacked).unwrap();
     fs::remove_file(files.image).unwrap();
 }
@@ -211,11 +215,29 @@ fn large(tree: &Path, size: u64, count: u32) {
     sparse.set_len(size + 4097).unwrap();
     sparse.write_all_at(b"in the middle", size / 2).unwrap();
     for index in 0..count {
+        let directory = tree.join(format!("{}", index / 1000));
         if index % 1000 == 0 {
-            fs::create_dir(tree.join(format!("{}", index / 1000))).unwrap();
+            fs::create_dir(&directory).unwrap();
+            odd_company(tree, &directory, index);
         }
-        fs::write(tree.join(format!("{}/small-{index}", index / 1000)), format!("small file {index}\n")).unwrap();
+        fs::write(directory.join(format!("small-{index}")), format!("small file {index}\n")).unwrap();
     }
+}
+
+/// What small files live beside: names of the large ones and of others in other directories, attributes, a capability, a device, a
+/// name that is not UTF-8.
+fn odd_company(tree: &Path, directory: &Path, index: u32) {
+    for name in ["large", "sparse"] {
+        fs::hard_link(tree.join(name), directory.join(format!("{name}-link"))).unwrap();
+    }
+    let odd = directory.join(OsStr::from_bytes(b"\xff\xfe odd \x80"));
+    fs::write(&odd, index.to_le_bytes()).unwrap();
+    rustix::fs::lsetxattr(&odd, "user.index", &index.to_le_bytes(), XattrFlags::empty()).unwrap();
+    rustix::fs::lsetxattr(&odd, "security.capability", &CAPABILITY, XattrFlags::empty()).unwrap();
+    fs::hard_link(&odd, tree.join(format!("odd-{index}"))).unwrap();
+    let device = rustix::fs::makedev(4095, index + 256);
+    rustix::fs::mknodat(CWD, directory.join("device"), FileType::BlockDevice, Mode::from_raw_mode(0o640), device)
+        .unwrap();
 }
 
 #[test]

@@ -25,6 +25,9 @@ fn small_tree(root: &Path) -> PathBuf {
         fs::write(tree.join(format!("boot/vmlinuz-{release}")), format!("kernel {release}")).unwrap();
         fs::write(tree.join(format!("boot/initrd.img-{release}")), format!("initramfs {release}")).unwrap();
     }
+    fs::create_dir_all(tree.join("sbin")).unwrap();
+    fs::write(tree.join("usr/lib/init"), "init").unwrap();
+    symlink("/usr/lib/init", tree.join("sbin/init")).unwrap();
     fs::write(tree.join("usr/lib/os-release"), "ID=debian\nVERSION_ID=\"12\"\n").unwrap();
     // Absolute, as some systems have it: it must be read inside of the tree.
     symlink("/usr/lib/os-release", tree.join("etc/os-release")).unwrap();
@@ -185,6 +188,27 @@ fn a_signature_is_made_and_a_stale_one_does_not_stay() {
     assert!(!signature.exists(), "the old image's signature would only be wrong");
     let ran = run(verify);
     assert_eq!((ran.status, ran.stdout.contains("signature")), (1, true), "{}{}", ran.stdout, ran.stderr);
+}
+
+#[test]
+fn a_tree_that_cannot_boot_gives_no_boot_files() {
+    let work = tempfile::tempdir().unwrap();
+    for (files, reason) in [
+        (&[][..], "the tree has no kernel (boot/vmlinuz-*)"),
+        (&["vmlinuz-1", "initrd.img-1"], "the tree has no init (sbin/init)"),
+    ] {
+        let tree = work.path().join(format!("tree-{}", files.len()));
+        fs::create_dir_all(tree.join("boot")).unwrap();
+        for name in files {
+            fs::write(tree.join("boot").join(name), "x").unwrap();
+        }
+        let before = names(work.path());
+        let place = |name: &str| work.path().join(name).display().to_string();
+        let (image, key, boot) = (place("new.moor"), place("new.key"), place("boot"));
+        run(["pack", tree.to_str().unwrap(), "-o", &image, "--key-file", &key, "--boot-dir", &boot])
+            .one_line_error(1, &[reason, "imgutil exec"]);
+        assert_eq!(names(work.path()), before);
+    }
 }
 
 #[test]

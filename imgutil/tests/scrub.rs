@@ -131,7 +131,7 @@ fn pem() -> String {
 fn a_private_key_that_is_left_is_refused_by_name() {
     let work = tempfile::tempdir().unwrap();
     let tree = work.path().join("tree");
-    fill(&tree, &[("/etc/hostname", "node"), ("/usr/lib/libx.so", "\0-----BEGIN PRIVATE KEY-----\0")]);
+    fill(&tree, &[("/etc/issue", "node"), ("/usr/lib/libx.so", "\0-----BEGIN PRIVATE KEY-----\0")]);
     fill(
         &tree,
         &[
@@ -168,7 +168,7 @@ fn a_private_key_that_is_left_is_refused_by_name() {
 fn a_key_that_a_package_ships_is_public_unless_it_was_changed() {
     let work = tempfile::tempdir().unwrap();
     let tree = work.path().join("tree");
-    fill(&tree, &[("/usr/share/doc/x/test.pem", &pem()), ("/etc/hostname", "node")]);
+    fill(&tree, &[("/usr/share/doc/x/test.pem", &pem()), ("/etc/issue", "node")]);
     let sum = common::mount::run(Command::new("md5sum").arg(tree.join("usr/share/doc/x/test.pem")));
     let line = format!("{}  usr/share/doc/x/test.pem\n", sum.split(' ').next().unwrap());
     fill(&tree, &[("/var/lib/dpkg/info/x.md5sums", &line)]);

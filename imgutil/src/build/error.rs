@@ -50,6 +50,30 @@ pub enum BuildError {
         /// What is wrong, in one line.
         reason: String,
     },
+    /// A container image of a system of which nothing is known.
+    #[error(
+        "the image is of '{0}', of which nothing is known: say with --os which system it is like (imgutil build --list-os), or \
+         describe it in a file, or leave the recipe out"
+    )]
+    UnknownImage(String),
+    /// A container image of another system than the recipe says.
+    #[error("the image is of {image}, the recipe for {recipe}: leave 'os' out of the recipe, or take another image")]
+    OtherSystem {
+        /// What the image says.
+        image: String,
+        /// What the recipe says.
+        recipe: String,
+    },
+    /// A container image without what installs packages.
+    #[error(
+        "the image has no {manager}, which installs the packages of {os}: take an image with it, or ask for no packages"
+    )]
+    NoManager {
+        /// The system.
+        os: String,
+        /// What is missing.
+        manager: &'static str,
+    },
     /// No kernel for it.
     #[error("{os} is not known for architecture '{arch}': known are {}", known.join(", "))]
     UnknownArch {
@@ -217,6 +241,9 @@ pub enum BuildError {
     /// No kernel came with the packages.
     #[error("the packages brought no kernel into /boot")]
     NoKernel,
+    /// Nothing would be started when the kernel is up.
+    #[error("the packages brought no /sbin/init: add one that does, as systemd-sysv")]
+    NoInit,
     /// There is nothing that makes an initramfs.
     #[error(
         "the packages brought neither update-initramfs nor dracut: add one of the packages initramfs-tools, dracut"

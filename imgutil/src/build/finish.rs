@@ -1,36 +1,28 @@
-//! From a tree of packages to an image: repositories, users, files, services, commands and initramfs of the recipe, and then
+//! From a tree of packages to an image: users, files, services, commands and initramfs of the recipe, and then
 //! everything out that must differ from node to node.
 
-use super::backend::{Backend, Context};
-use super::output::NoMeaning;
+use super::backend::Context;
+use super::inside::in_tree;
 use super::tree::Tree;
-use super::{BuildError, accounts, epoch, initramfs, lay, plan};
-use crate::exec::{Options, Outcome};
-use crate::recipe::Base;
+use super::{BuildError, accounts, epoch, initramfs, lay, plan, scrub};
+use crate::recipe::{Base, File};
+use crate::scrub::LeftOut;
 use std::ffi::OsString;
 use std::path::Path;
 
-/// Files that belong to one machine or to the build, not to the image, whatever the family.
-const PER_MACHINE: [&str; 6] = [
-    "/etc/hostname",
-    "/var/lib/dbus/machine-id",
-    "/var/lib/systemd/random-seed",
-    "/var/lib/systemd/credential.secret",
-    "/root/.bash_history",
-    // Keeps inode numbers and times of every library; ldconfig makes it again.
-    "/var/cache/ldconfig/aux-cache",
-];
+/// What finishing a tree gave.
+pub(super) struct Finished {
+    /// Versions of the kernels in the image.
+    pub(super) kernels: Vec<String>,
+    /// What was taken out of it.
+    pub(super) taken_out: LeftOut,
+}
 
-/// Everything after the packages. Gives the versions of the kernels in the image.
-pub(super) fn run(
-    context: &mut Context<'_, '_>,
-    backend: &dyn Backend,
-    units: &[String],
-) -> Result<Vec<String>, BuildError> {
+/// Everything after the packages.
+pub(super) fn run(context: &mut Context<'_, '_>, units: &[String]) -> Result<Finished, BuildError> {
     let plan = context.plan;
     let tree = Tree::open(&context.work.root())?;
     context.tools.stage("applying the recipe")?;
-    backend.write_repositories(plan, &tree)?;
     // A resolver file of the host's is none of the image's; the agent writes it on the node, exec covers it.
     tree.write_text("/etc/resolv.conf", "# Written by the node's agent at boot.\n")?;
     accounts::make(context, &tree)?;
@@ -51,35 +43,15 @@ pub(super) fn run(
     if plan.base == Base::Node && kernels.is_empty() {
         return Err(BuildError::NoKernel);
     }
+    if plan.base == Base::Node && !tree.exists("/sbin/init") {
+        return Err(BuildError::NoInit);
+    }
     context.tools.stage("taking out what must differ from node to node")?;
-    backend.clean(&tree)?;
-    make_impersonal(&tree)?;
+    let taken_out = make_impersonal(&tree, &context.work.root(), &plan.files)?;
     if let Some(seconds) = context.epoch {
         epoch::apply(&tree, &context.work.root(), seconds)?;
     }
-    Ok(kernels)
-}
-
-/// Runs a command in the tree; its failure is the build's.
-pub(super) fn in_tree(context: &mut Context<'_, '_>, doing: &str, command: &[OsString]) -> Result<(), BuildError> {
-    let (work, epoch) = (context.work, context.epoch);
-    let (finished, tail) = context.tools.run(&mut NoMeaning, |streams| {
-        let mut options = Options::in_tree(&work.root(), command.to_vec())?;
-        options.set_name(work.tree());
-        options.stdio = Some(streams);
-        options.environment.extend(epoch.map(|seconds| ("SOURCE_DATE_EPOCH".to_owned(), seconds.to_string())));
-        Ok(options)
-    })?;
-    let finished = finished?;
-    for warning in &finished.warnings {
-        tracing::warn!("{doing}: {warning}");
-    }
-    let reason = match finished.outcome {
-        Outcome::Exited(0) => return Ok(()),
-        Outcome::Exited(code) => format!("exit status {code}: {}", tail.reason()),
-        Outcome::Signaled(number) => format!("ended by signal {number}"),
-    };
-    Err(BuildError::tool(doing, &reason, tail, &work.root()))
+    Ok(Finished { kernels, taken_out })
 }
 
 /// The system's locale, made first where it is none that every system has.
@@ -109,16 +81,12 @@ fn set_timezone(context: &Context<'_, '_>, tree: &Tree) -> Result<(), BuildError
     Ok(())
 }
 
-/// Takes out what belongs to one machine.
-pub(super) fn make_impersonal(tree: &Tree) -> Result<(), BuildError> {
-    for path in PER_MACHINE {
-        tree.remove(path)?;
-    }
+/// Takes out of the tree, whose root is `root`, what must differ from node to node and what tools have left; what the recipe laid in
+/// stays.
+pub(super) fn make_impersonal(tree: &Tree, root: &Path, laid: &[File]) -> Result<LeftOut, BuildError> {
+    let taken_out = scrub::apply(root, laid)?;
     // Empty, not missing: systemd then makes one at boot without treating it as a first boot (machine-id(5)).
     tree.write("/etc/machine-id", 0o444, (0, 0), &mut std::io::empty())?;
-    for name in tree.list("/etc/ssh")?.iter().filter(|name| name.starts_with("ssh_host_")) {
-        tree.remove(Path::new("/etc/ssh").join(name))?;
-    }
     // Debian's root has no usable password from the start ("*"); the agent sets one on the node.
-    Ok(())
+    Ok(taken_out)
 }

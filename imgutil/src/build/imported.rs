@@ -1,51 +1,70 @@
-//! A tree from a container image instead of packages: its layers, and then everything out that must differ from node to node.
+//! A tree from a container image instead of a distribution's packages: its layers, then what a recipe wants besides, and at last
+//! everything out that must differ from node to node.
+//!
+//! An image comes from anywhere: its files are reached through [`Tree`], which nothing leads out of, and its programs run confined
+//! ([`super::inside`]).
 
+use super::backend::{self, Context};
+use super::plan::Plan;
+use super::tools::Tools;
 use super::tree::Tree;
 use super::workdir::WorkDir;
-use super::{BuildError, Event, finish};
+use super::{BuildError, Built, Event, FromImage, Options, finish, lay, os, stage};
 use crate::exec::{Machine, SignalWatch};
-use crate::oci::{Digest, Image, Limits, OciError, Source};
+use crate::oci::{Image, Limits, OciError};
 use nix::sys::signal::Signal;
 use rustix::fs::{Mode, OFlags};
 use std::os::fd::AsFd as _;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-/// Largest os-release that is read.
-const OS_RELEASE_LIMIT: u64 = 1 << 16;
+/// Where packages of Debian ask whether they may start a service. Many images say no for good.
+const NO_SERVICES: &str = "/usr/sbin/policy-rc.d";
 
-/// A finished tree.
-#[derive(Debug)]
-pub struct Imported {
-    /// Where it is.
-    pub tree: PathBuf,
-    /// Its operating system, as `debian-12`; `unknown` if it does not say.
-    pub os: String,
-    /// Its architecture, in Debian's words.
-    pub arch: &'static str,
-    /// What was imported.
-    pub digest: Digest,
-    /// How long it took.
-    pub took: Duration,
-}
-
-/// Makes a tree of a container image. It appears under its name when it is complete; whatever fails or ends the import before,
+/// Makes a tree of a container image. It appears under its name when it is complete; whatever fails or ends the build before,
 /// nothing is left of it.
-pub fn import(
-    tree: &Path,
-    source: &Source,
-    arch: Option<&str>,
+pub(super) fn build(
+    options: &Options,
+    from: &FromImage,
     progress: &mut (dyn FnMut(Event<'_>) + Send),
     signals: Option<&SignalWatch>,
-) -> Result<Imported, BuildError> {
+) -> Result<Built, BuildError> {
     let started = Instant::now();
-    // Owners, devices and attributes of root's own can only be set by root.
-    if !rustix::process::geteuid().is_root() {
-        return Err(BuildError::NotRoot);
-    }
-    let machine = arch.map_or_else(|| Ok(Machine::of_the_host()), Machine::named)?;
-    let image = Image::open(source, machine.name)?;
-    let work = WorkDir::create(tree)?;
+    let machine = options.recipe.arch.as_deref().map_or_else(|| Ok(Machine::of_the_host()), Machine::named)?;
+    let image = Image::open(&from.source, machine.name)?;
+    let work = WorkDir::create(&options.tree)?;
+    unpack(&image, &work, progress, signals)?;
+    let tree = Tree::open(&work.root())?;
+    let release = ["/etc/os-release", "/usr/lib/os-release"].map(|path| tree.read_text(path).unwrap_or_default());
+    let release = release.into_iter().find(|text| !text.is_empty()).unwrap_or_default();
+
+    let (os, finished) = if from.as_it_is {
+        progress(Event::Stage("taking out what must differ from node to node"));
+        let taken_out = finish::make_impersonal(&tree, &work.root(), &[])?;
+        (os::said_by(&release).0, finish::Finished { kernels: Vec::new(), taken_out })
+    } else {
+        let plan = plan(options, machine, &release)?;
+        let finished = apply(options, plan, &work, &tree, progress, signals);
+        match finished {
+            Ok(done) => done,
+            Err(error) => {
+                super::keep_log(&work, &error);
+                return Err(error);
+            }
+        }
+    };
+    let finish::Finished { kernels, taken_out } = finished;
+    let tree = work.publish()?;
+    let (arch, took) = (machine.name.to_owned(), started.elapsed());
+    Ok(Built { tree, os, arch, kernels, locked: None, image: Some(image.digest), taken_out, took })
+}
+
+/// Unpacks all layers into `work.root()`.
+fn unpack(
+    image: &Image,
+    work: &WorkDir,
+    progress: &mut (dyn FnMut(Event<'_>) + Send),
+    signals: Option<&SignalWatch>,
+) -> Result<(), BuildError> {
     let path = work.root();
     let root = rustix::fs::open(&path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|error| BuildError::io("open the tree", &path, error.into()))?;
@@ -63,39 +82,55 @@ pub fn import(
         ended.is_none()
     });
     match (unpacked, ended) {
-        (Ok(()), _) => {}
-        (Err(OciError::Interrupted), Some(signal)) => return Err(BuildError::Interrupted(signal)),
-        (Err(error), _) => return Err(error.into()),
+        (Ok(()), _) => Ok(()),
+        (Err(OciError::Interrupted), Some(signal)) => Err(BuildError::Interrupted(signal)),
+        (Err(error), _) => Err(error.into()),
     }
-    progress(Event::Stage("taking out what must differ from node to node"));
-    finish::make_impersonal(&Tree::open(&path)?)?;
-    let os = crate::in_root::read(root.as_fd(), "etc/os-release", OS_RELEASE_LIMIT)
-        .ok()
-        .flatten()
-        .map_or_else(|| "unknown".to_owned(), |text| os_name(&text));
-    let tree = work.publish()?;
-    Ok(Imported { tree, os, arch: machine.name, digest: image.digest, took: started.elapsed() })
 }
 
-/// `ID-VERSION_ID` of os-release(5).
-fn os_name(text: &str) -> String {
-    let value = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='))?;
-        Some(line.trim_matches(['"', '\'']).to_owned())
+/// What the recipe means for an image with that os-release.
+fn plan(options: &Options, machine: Machine, release: &str) -> Result<Plan, BuildError> {
+    let (said, known) = os::said_by(release);
+    let os = match (options.recipe.os.as_deref(), known) {
+        (None, Some(os)) => os,
+        (None, None) => return Err(BuildError::UnknownImage(said)),
+        (Some(name), Some(image)) if !os::is_path(name) && name != image.name => {
+            return Err(BuildError::OtherSystem { image: image.name, recipe: name.to_owned() });
+        }
+        (Some(name), _) => os::find(name)?,
     };
-    match (value("ID"), value("VERSION_ID")) {
-        (Some(id), Some(version)) => format!("{id}-{version}"),
-        (Some(id), None) => id,
-        (None, _) => "unknown".to_owned(),
-    }
+    let mut options = options.clone();
+    options.recipe.arch = Some(machine.machine().to_owned());
+    Plan::new(&options, os)
 }
 
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn an_image_says_its_name() {
-        assert_eq!(super::os_name("NAME=\"Debian\"\nVERSION_ID=\"12\"\nID=debian\n"), "debian-12");
-        assert_eq!(super::os_name("ID=\"arch\"\n"), "arch");
-        assert_eq!(super::os_name(""), "unknown");
+/// Does what the recipe says to the tree. Gives the name of its system, and what finishing it gave.
+fn apply(
+    options: &Options,
+    mut plan: Plan,
+    work: &WorkDir,
+    tree: &Tree,
+    progress: &mut (dyn FnMut(Event<'_>) + Send),
+    signals: Option<&SignalWatch>,
+) -> Result<(String, finish::Finished), BuildError> {
+    let backend = backend::get(plan.os.backend);
+    for repository in &mut plan.repositories {
+        repository.stage_key(work)?;
     }
+    let mut units = Vec::new();
+    if let Some(node_files) = &plan.node_files {
+        stage::copy(node_files, &work.stage())?;
+        units = stage::units_to_enable(&work.stage())?;
+        // What is installed on a running node later may.
+        tree.remove(NO_SERVICES)?;
+    }
+    let mut tools = Tools::new(&work.log(), progress, signals)?;
+    let mut context = Context { tools: &mut tools, work, plan: &plan, epoch: options.epoch };
+    backend.write_repositories(&plan, tree)?;
+    backend.add(&mut context)?;
+    if plan.node_files.is_some() {
+        lay::plant(tree, &work.stage())?;
+    }
+    let finished = finish::run(&mut context, &units)?;
+    Ok((plan.os.name, finished))
 }

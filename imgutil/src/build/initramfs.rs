@@ -2,7 +2,7 @@
 
 use super::BuildError;
 use super::backend::Context;
-use super::finish::in_tree;
+use super::inside::in_tree;
 use super::os::InitramfsTool;
 use super::tree::Tree;
 use std::ffi::OsString;

@@ -59,6 +59,34 @@ fn copy(tree: &Tree, place: &Path, source: &Path, mode: Option<u32>, owner: (u32
     Ok(())
 }
 
+/// Lays the node's files in `stage` over a tree: after the packages, whose links of a merged `/usr` have to be there, and before the
+/// initramfs is made. Directories that are there stay as they are.
+pub(super) fn plant(tree: &Tree, stage: &Path) -> Result<(), BuildError> {
+    plant_directory(tree, Path::new("/"), stage)
+}
+
+fn plant_directory(tree: &Tree, place: &Path, source: &Path) -> Result<(), BuildError> {
+    let failed = |error| BuildError::io("read", source, error);
+    for entry in std::fs::read_dir(source).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let (from, to) = (entry.path(), place.join(entry.file_name()));
+        let metadata = from.symlink_metadata().map_err(|error| BuildError::io("read", &from, error))?;
+        let mode = metadata.permissions().mode() & 0o7777;
+        if metadata.is_dir() {
+            if !tree.exists(&to) {
+                tree.make_directory(&to, mode, (0, 0))?;
+            }
+            plant_directory(tree, &to, &from)?;
+        } else if metadata.is_symlink() {
+            let target = from.read_link().map_err(|error| BuildError::io("read", &from, error))?;
+            tree.symlink(&to, target, (0, 0))?;
+        } else {
+            copy_file(tree, &to, &from, mode, (0, 0))?;
+        }
+    }
+    Ok(())
+}
+
 /// Copies one file of the host.
 pub(super) fn copy_file(
     tree: &Tree,

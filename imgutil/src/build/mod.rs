@@ -1,6 +1,7 @@
 //! `build`: makes a root tree from repositories of packages. Here are its input and the order of its steps: `plan` puts recipe
 //! and data of the operating system together, `base` gets the packages (chosen and installed by a `backend`, held to a `lock`,
-//! kept in a `cache`), `finish` turns them into an image; `workdir` keeps the unfinished tree apart.
+//! kept in a `cache`), `finish` turns them into an image, by `scrub` at the end; `imported` begins with a container image instead;
+//! `inside` runs the image's own commands; `workdir` keeps the unfinished tree apart.
 
 mod accounts;
 mod backend;
@@ -11,12 +12,14 @@ mod error;
 mod finish;
 mod imported;
 mod initramfs;
+mod inside;
 mod lay;
 mod lock;
 mod near;
 mod os;
 mod output;
 mod plan;
+mod scrub;
 mod sources;
 mod stage;
 mod tools;
@@ -24,13 +27,14 @@ mod tree;
 mod workdir;
 
 pub use error::BuildError;
-pub use imported::{Imported, import};
 pub use os::is_path as is_os_file;
 pub use output::Tail;
 pub(crate) use workdir::empty as empty_directory;
 
 use crate::exec::SignalWatch;
+use crate::oci::{Digest, Source};
 use crate::recipe::Recipe;
+use crate::scrub::LeftOut;
 use backend::Context;
 use std::io;
 use std::path::PathBuf;
@@ -48,6 +52,8 @@ pub struct Options {
     pub tree: PathBuf,
     /// What it is made of.
     pub recipe: Recipe,
+    /// A container image that it begins with, instead of a distribution's packages.
+    pub from: Option<FromImage>,
     /// Directory with the node's files in the layout of the target's root, planted before the kernel is installed. Without
     /// it an image of base `node` cannot boot as a node.
     pub node_files: Option<PathBuf>,
@@ -66,8 +72,17 @@ impl Options {
     #[must_use]
     pub fn new(tree: PathBuf) -> Self {
         let (recipe, lock_mode) = (Recipe::default(), LockMode::default());
-        Self { tree, recipe, node_files: None, lock: None, lock_mode, cache: None, epoch: None }
+        Self { tree, recipe, from: None, node_files: None, lock: None, lock_mode, cache: None, epoch: None }
     }
+}
+
+/// A container image that a tree begins with.
+#[derive(Debug, Clone)]
+pub struct FromImage {
+    /// Where it is.
+    pub source: Source,
+    /// Nothing of the recipe but its architecture counts: the tree has what the image has.
+    pub as_it_is: bool,
 }
 
 /// What a build does with a lock.
@@ -113,6 +128,10 @@ pub struct Built {
     pub kernels: Vec<String>,
     /// Day of the lock whose packages it has; the newest packages otherwise.
     pub locked: Option<String>,
+    /// The container image that it began with.
+    pub image: Option<Digest>,
+    /// What was taken out at the end.
+    pub taken_out: LeftOut,
     /// How long it took.
     pub took: Duration,
 }
@@ -129,6 +148,9 @@ pub fn build(
     let started = Instant::now();
     if !rustix::process::geteuid().is_root() {
         return Err(BuildError::NotRoot);
+    }
+    if let Some(from) = &options.from {
+        return imported::build(options, from, progress, signals);
     }
     let name = options.recipe.os.as_deref().unwrap_or(DEFAULT_OS);
     let os = os::find(name)?;
@@ -156,19 +178,21 @@ pub fn build(
         let epoch = locking.epoch(options.epoch);
         let mut context = Context { tools: &mut tools, work: &work, plan: &plan, epoch };
         let base = base::make(&mut context, backend, &locking, cache.as_ref())?;
-        let kernels = finish::run(&mut context, backend, &units)?;
+        backend.write_repositories(&plan, &tree::Tree::open(&work.root())?)?;
+        let finished = finish::run(&mut context, &units)?;
         locking.end(&plan, base)?;
-        Ok(kernels)
+        Ok(finished)
     })();
-    let kernels = match built {
-        Ok(kernels) => kernels,
+    let finish::Finished { kernels, taken_out } = match built {
+        Ok(finished) => finished,
         Err(error) => {
             keep_log(&work, &error);
             return Err(error);
         }
     };
     let tree = work.publish()?;
-    Ok(Built { tree, os: plan.os.name, arch: plan.arch.name, kernels, locked, took: started.elapsed() })
+    let (os, arch) = (plan.os.name, plan.arch.name);
+    Ok(Built { tree, os, arch, kernels, locked, image: None, taken_out, took: started.elapsed() })
 }
 
 /// A release of an operating system that can be built.

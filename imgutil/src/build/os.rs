@@ -231,6 +231,29 @@ pub(super) fn find(name: &str) -> Result<Os, BuildError> {
     all.into_iter().find(|os| os.name == name).ok_or(BuildError::UnknownOs { name: name.to_owned(), known })
 }
 
+/// What a tree says it is (os-release(5)), and the release of that name if it is a known one: the version as it stands, or its first
+/// number (`9.4` is a `9`).
+pub(super) fn said_by(text: &str) -> (String, Option<Os>) {
+    let value = |name: &str| {
+        let line = text.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix('='))?;
+        Some(line.trim_matches(['"', '\'']))
+    };
+    let (id, version) = (value("ID").unwrap_or("unknown"), value("VERSION_ID").unwrap_or_default());
+    let said = if version.is_empty() { id.to_owned() } else { format!("{id}-{version}") };
+    let id = match id {
+        // Since 9 there is no other.
+        "centos" => "centos-stream",
+        "opensuse-leap" => "leap",
+        "sles_sap" => "sles",
+        other => other,
+    };
+    let major = version.split('.').next().unwrap_or_default();
+    let names = [format!("{id}-{version}"), format!("{id}-{major}")];
+    let all = all();
+    let found = names.iter().find_map(|name| all.iter().find(|os| os.name == *name));
+    (said, found.cloned())
+}
+
 /// Whether a name of a release is that of a file.
 #[must_use]
 pub fn is_path(name: &str) -> bool {
@@ -283,6 +306,23 @@ mod tests {
         }
         let error = find("debian").unwrap_err().to_string();
         assert!(error.contains("known are debian-12, debian-13, ubuntu-22.04"), "{error}");
+    }
+
+    #[test]
+    fn a_tree_says_which_release_it_is() {
+        for (text, said, name) in [
+            ("NAME=\"Debian\"\nVERSION_ID=\"12\"\nID=debian\n", "debian-12", Some("debian-12")),
+            ("ID=ubuntu\nVERSION_ID='24.04'\n", "ubuntu-24.04", Some("ubuntu-24.04")),
+            ("ID=\"almalinux\"\nVERSION_ID=\"9.4\"\n", "almalinux-9.4", Some("almalinux-9")),
+            ("ID=\"centos\"\nVERSION_ID=\"10\"\n", "centos-10", Some("centos-stream-10")),
+            ("ID=\"opensuse-leap\"\nVERSION_ID=\"15.6\"\n", "opensuse-leap-15.6", Some("leap-15")),
+            ("ID=alpine\nVERSION_ID=3.19.1\n", "alpine-3.19.1", None),
+            ("ID=arch\n", "arch", None),
+            ("", "unknown", None),
+        ] {
+            let (seen, os) = said_by(text);
+            assert_eq!((seen.as_str(), os.as_ref().map(|os| os.name.as_str())), (said, name), "{text}");
+        }
     }
 
     #[test]

@@ -15,6 +15,8 @@ pub(super) struct Plan {
     pub(super) node_files: Option<PathBuf>,
     /// The distribution's own first.
     pub(super) repositories: Vec<Repository>,
+    /// The tree has repositories of its own, and `repositories` are added to them.
+    pub(super) keeps_repositories: bool,
     /// Packages to ask for: what they depend on comes with them.
     pub(super) packages: Vec<String>,
     /// Packages that must not come, whoever asks for them.
@@ -68,7 +70,11 @@ impl Plan {
         let (machine, os_arch) = find_arch(&os, recipe.arch.as_deref().unwrap_or(std::env::consts::ARCH))?;
         let target = Target { os: &os.name, machine, arch: &os_arch.name };
         let base = recipe.base.unwrap_or_default();
-        let (packages, remove) = packages(&os, os_arch, &recipe, base, target);
+        let (packages, remove) = packages(&os, os_arch, &recipe, (base, options.from.is_some()), target);
+        // A container image knows where its packages come from, unless the recipe says it.
+        let keeps_repositories = options.from.is_some() && recipe.mirror.is_none();
+        let mut repositories = repositories(&os, os_arch, &recipe, target);
+        repositories.retain(|repository| !keeps_repositories || !repository.is_distribution());
         let mut services = if base == Base::Node { os.services.node.clone() } else { Vec::new() };
         services.extend(counting(&recipe.services, target).map(|name| name.0.clone()));
         let disable: Vec<String> = counting(&recipe.disable, target).map(|name| name.0.clone()).collect();
@@ -76,7 +82,8 @@ impl Plan {
         Ok(Self {
             arch: Arch { machine: machine.to_owned(), name: os_arch.name.clone() },
             base,
-            repositories: repositories(&os, os_arch, &recipe, target),
+            repositories,
+            keeps_repositories,
             node_files: options.node_files.clone(),
             packages,
             remove,
@@ -95,6 +102,11 @@ impl Plan {
 }
 
 impl Repository {
+    /// Whether it is one of the distribution's own.
+    fn is_distribution(&self) -> bool {
+        self.key_in_image.is_some()
+    }
+
     /// Writes the key that the recipe holds itself to a file, for tools that want one.
     pub(super) fn stage_key(&mut self, work: &WorkDir) -> Result<(), BuildError> {
         if let Some(text) = &self.key_text {
@@ -110,9 +122,16 @@ fn counting<'a, T>(items: &'a [Item<T>], target: Target<'a>) -> impl Iterator<It
     items.iter().filter(move |item| item.when.holds(target)).map(|item| &item.value)
 }
 
-/// Packages to ask for and packages to leave out. A later word of the recipe wins over an earlier one.
-fn packages(os: &Os, arch: &OsArch, recipe: &Recipe, base: Base, target: Target<'_>) -> (Vec<String>, Vec<String>) {
-    let mut wanted = os.packages.minimal.clone();
+/// Packages to ask for and packages to leave out. A later word of the recipe wins over an earlier one. A tree that is `there` already
+/// has its package manager.
+fn packages(
+    os: &Os,
+    arch: &OsArch,
+    recipe: &Recipe,
+    (base, there): (Base, bool),
+    target: Target<'_>,
+) -> (Vec<String>, Vec<String>) {
+    let mut wanted = if there { Vec::new() } else { os.packages.minimal.clone() };
     if base == Base::Node {
         wanted.extend(os.packages.node.iter().chain(&arch.kernel).cloned());
     }
@@ -216,7 +235,7 @@ fn key_on_host(repository: &OsRepository) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
-    use super::super::os;
+    use super::super::{FromImage, os};
     use super::*;
 
     fn plan(os_name: &str, recipe: &str) -> Plan {
@@ -237,6 +256,23 @@ mod tests {
         assert_eq!((uris(&changed), changed.arch.name.as_str()), (vec!["http://m/debian"], "amd64"));
         let ports = plan("ubuntu-24.04", "arch = \"arm64\"");
         assert_eq!((uris(&ports)[0], ports.arch.machine.as_str()), ("http://ports.ubuntu.com/ubuntu-ports", "aarch64"));
+    }
+
+    #[test]
+    fn an_image_keeps_its_repositories_unless_the_recipe_names_a_mirror() {
+        let plan = |recipe: &str| {
+            let own = "[[repository]]\nuri = \"http://own\"\nsuites = [\"./\"]\nunsigned = true\n";
+            let recipe = Recipe::parse(&format!("{recipe}\n{own}"), std::path::Path::new("r.toml")).unwrap();
+            let from = Some(FromImage { source: "image.tar".parse().unwrap(), as_it_is: false });
+            let options = Options { recipe, from, ..Options::new(PathBuf::from("tree")) };
+            Plan::new(&options, os::find("debian-12").unwrap()).unwrap()
+        };
+        let kept = plan("base = \"minimal\"\npackages = [\"vim\"]");
+        assert_eq!((uris(&kept), kept.keeps_repositories), (vec!["http://own"], true));
+        assert_eq!(kept.packages, ["vim"]);
+        let replaced = plan("mirror = \"http://m\"\nsecurity-mirror = \"\"\narch = \"amd64\"");
+        assert_eq!((uris(&replaced), replaced.keeps_repositories), (vec!["http://m", "http://own"], false));
+        assert!(replaced.packages.contains(&"linux-image-amd64".to_owned()), "a node boots");
     }
 
     #[test]

@@ -170,6 +170,14 @@ impl Tree {
         write().map_err(|error| BuildError::io("write in the tree", path, error))
     }
 
+    /// Copies the file at `from` to `to`, as root's.
+    pub(super) fn copy(&self, from: &str, to: &str, mode: u32) -> Result<(), BuildError> {
+        let mut file = self
+            .open_file(Path::new(from), OFlags::RDONLY)
+            .map_err(|error| BuildError::io("read in the tree", from, error))?;
+        self.write(to, mode, (0, 0), &mut file)
+    }
+
     /// Replaces the file at `path` by a text.
     pub(super) fn write_text(&self, path: impl AsRef<Path>, text: &str) -> Result<(), BuildError> {
         self.write(path, 0o644, (0, 0), &mut text.as_bytes())
@@ -188,26 +196,6 @@ impl Tree {
             }
             _ => Ok(()),
         }
-    }
-
-    /// Removes all that is in the directory at `path`, if there is such a directory; it stays.
-    pub(super) fn remove_below(&self, path: impl AsRef<Path>) -> Result<(), BuildError> {
-        let path = path.as_ref();
-        for name in self.list(path)? {
-            let place = path.join(&name);
-            // A link to a directory is a link: what is behind it stays.
-            let remove =
-                |flags| -> io::Result<()> { Ok(unlinkat(self.directory(path, false)?, name.as_str(), flags)?) };
-            match remove(AtFlags::empty()) {
-                Err(error) if error.kind() == io::ErrorKind::IsADirectory => {
-                    self.remove_below(&place)?;
-                    remove(AtFlags::REMOVEDIR)
-                }
-                other => other,
-            }
-            .map_err(|error| BuildError::io("remove in the tree", &place, error))?;
-        }
-        Ok(())
     }
 
     /// Names in the directory at `path`; none if there is no such directory.
@@ -269,12 +257,6 @@ mod tests {
         tree.remove("/usr/h").unwrap();
         assert_eq!(tree.list("/usr").unwrap(), ["lib", "up"]);
         assert!(tree.list("/none").unwrap().is_empty());
-        std::fs::create_dir_all(root.join("var/cache/a/b")).unwrap();
-        std::fs::write(root.join("var/cache/a/file"), "x").unwrap();
-        std::os::unix::fs::symlink("../../usr", root.join("var/cache/link")).unwrap();
-        tree.remove_below("/var/cache").unwrap();
-        tree.remove_below("/var/none").unwrap();
-        assert!(tree.list("/var/cache").unwrap().is_empty());
         assert!(tree.exists("/lib/systemd/x") && !tree.exists("/out"));
         tree.make_directory("/srv/a", 0o700, (3, 4)).unwrap();
         tree.symlink("/srv/a/l", "../b", (5, 6)).unwrap();
@@ -288,6 +270,9 @@ mod tests {
         tree.rewrite("/srv/a/f", "22").unwrap();
         assert_eq!((tree.read_text("/srv/a/f").unwrap().as_str(), seen("srv/a/f").1), ("22", 7));
         assert_eq!(tree.read_text("/none").unwrap(), "");
+        tree.copy("/srv/a/f", "/srv/copy", 0o600).unwrap();
+        assert_eq!((tree.read_text("/srv/copy").unwrap().as_str(), seen("srv/copy")), ("22", (0o600, 0, 0)));
+        assert!(tree.copy("/out/y", "/srv/copy", 0o600).is_err());
         assert!(tree.read_text("/srv").unwrap_err().to_string().contains("no regular file"));
     }
 }

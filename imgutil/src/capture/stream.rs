@@ -6,7 +6,7 @@ use super::tree::{self, Names, Tree};
 use crate::inodes::{self, Written};
 use crate::progress::Progress;
 use crate::scrub::{self, Candidate, View, ViewPlace};
-use crate::squashfs::{BLOCK_SIZE, Compression, ContentId, DataWriter, SUPERBLOCK_SIZE, WriterOptions};
+use crate::squashfs::{BLOCK_SIZE, Compression, ContentId, DataWriter, MEMORY, SUPERBLOCK_SIZE, WriterOptions};
 use crate::tar::{Entry, Kind, Piece, Reader, STREAM, TarError};
 use anyhow::{Context as _, Result, bail};
 use aws_lc_rs::digest;
@@ -51,6 +51,7 @@ pub(super) fn squash<W: Write, R: Read>(input: R, out: W, place: &mut Place<'_, 
         compression: Compression::Zstd(place.level),
         block_size: BLOCK_SIZE,
         workers: u32::try_from(workers)?,
+        memory: MEMORY,
         modified: now()?,
     };
     let mount = Path::new(place.mount);

@@ -1,7 +1,7 @@
 //! `imgutil build`.
 
 use crate::build::cache::DEFAULT_CACHE;
-use crate::build::{self, BuildError, Event, LockMode, NODE_FILES, Options};
+use crate::build::{self, BuildError, Built, Event, FromImage, LockMode, NODE_FILES, Options};
 use crate::exec::SignalWatch;
 use crate::oci::Source;
 use crate::recipe::{Base, Item, PackageWord, Recipe, Uri};
@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nix::sys::signal::Signal;
 use std::io::IsTerminal as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ imgutil build makes a root tree from a distribution's packages. Name the tree to
     imgutil build --os debian-13 TREE        another system (imgutil build --list-os)
     imgutil build -p vim,htop TREE           with more packages
     imgutil build --minimal TREE             only essential packages, no kernel
-    imgutil build --from oci:DIR:TAG TREE    a container image instead
+    imgutil build --from oci:DIR:TAG TREE    a container image instead; with -f or -p, and more
     imgutil build -f recipe.toml TREE        everything said in a file (docs/recipes.md)
 
 Then: imgutil exec TREE to change it, imgutil pack TREE to make an image of it. All options: imgutil build --help
@@ -77,8 +77,9 @@ pub struct Args {
     /// Only essential packages and apt: no kernel, no agent
     #[arg(long)]
     minimal: bool,
-    /// Make the tree of a container image: oci:DIR[:TAG], or an archive of podman save or docker save
-    #[arg(long, value_name = "IMAGE", conflicts_with_all = ["file", "os", "packages", "mirror", "security_mirror", "minimal"])]
+    /// Begin with a container image: oci:DIR[:TAG], or an archive of podman save or docker save. With a recipe or packages, its own
+    /// package manager installs what makes a node of it (not with --minimal) and what they say; else it stays as it is
+    #[arg(long, value_name = "IMAGE", conflicts_with_all = ["locked", "update_lock", "lock", "cache", "no_cache"])]
     from: Option<Source>,
     /// Directory with the node's files in the layout of the target's root
     #[arg(long, value_name = "DIR", default_value = NODE_FILES)]
@@ -107,30 +108,6 @@ fn split_rest(mut rest: Vec<PathBuf>, packages: &mut Vec<String>) -> anyhow::Res
     Ok(tree)
 }
 
-/// Makes the tree of a container image.
-fn import(tree: &Path, source: &Source, arch: Option<&str>) -> anyhow::Result<ExitCode> {
-    let signals = SignalWatch::start(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT])?;
-    let display = Display::new();
-    let result = build::import(tree, source, arch, &mut |event| display.show(event), Some(&signals));
-    display.clear();
-    match result {
-        Ok(made) => {
-            let (tree, digest, seconds) = (made.tree.display(), made.digest.as_str(), made.took.as_secs());
-            println!("built '{tree}': {} {}, from {digest}, in {seconds} s", made.os, made.arch);
-            Ok(ExitCode::SUCCESS)
-        }
-        Err(error) => {
-            let code = match &error {
-                BuildError::Interrupted(signal) => u8::try_from(*signal as i32 + 128).unwrap_or(1),
-                _ => 1,
-            };
-            let error = anyhow::Error::new(error).context(format!("build '{}' from '{source}'", tree.display()));
-            eprintln!("imgutil: error: {}", super::error_line(&error));
-            Ok(ExitCode::from(code))
-        }
-    }
-}
-
 /// `SOURCE_DATE_EPOCH`, as reproducible-builds.org defines it.
 fn source_date_epoch() -> anyhow::Result<Option<i64>> {
     let Some(value) = std::env::var_os("SOURCE_DATE_EPOCH").filter(|value| !value.is_empty()) else { return Ok(None) };
@@ -139,7 +116,7 @@ fn source_date_epoch() -> anyhow::Result<Option<i64>> {
 }
 
 /// Runs it.
-pub fn run(mut args: Args) -> anyhow::Result<ExitCode> {
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     if args.list_os {
         return list_os(args.json);
     }
@@ -147,55 +124,14 @@ pub fn run(mut args: Args) -> anyhow::Result<ExitCode> {
         eprint!("{EXPLANATION}");
         return Ok(ExitCode::from(2));
     }
-    let tree = split_rest(args.rest, &mut args.packages)?;
-    if let Some(source) = &args.from {
-        return import(&tree, source, args.arch.as_deref());
-    }
-    let mut recipe = args.file.as_deref().map(Recipe::read).transpose()?.unwrap_or_default();
-    // A path on the command line starts from here, not from the recipe.
-    let os = args.os.map(|os| if build::is_os_file(&os) { absolute(&os) } else { Ok(os) }).transpose()?;
-    recipe.os = os.or(recipe.os);
-    recipe.arch = args.arch.or(recipe.arch);
-    recipe.mirror = args.mirror.or(recipe.mirror);
-    recipe.security_mirror = args.security_mirror.or(recipe.security_mirror);
-    for word in args.packages {
-        recipe.packages.push(Item::always(word.parse::<PackageWord>().map_err(anyhow::Error::msg)?));
-    }
-    if args.minimal {
-        recipe.base = Some(Base::Minimal);
-    }
-    let lock = args.lock.or_else(|| args.file.as_deref().map(|file| file.with_extension("lock")));
-    let lock_mode = match (args.locked, args.update_lock) {
-        (false, false) => LockMode::Use,
-        (_, _) if lock.is_none() => anyhow::bail!("without a recipe there is no lock: name it with --lock"),
-        (true, _) => LockMode::Exact,
-        (false, true) => LockMode::Update,
-    };
-    let options = Options {
-        tree,
-        node_files: (recipe.base.unwrap_or_default() == Base::Node).then_some(args.node_files),
-        recipe,
-        lock,
-        lock_mode,
-        cache: (!args.no_cache).then_some(args.cache),
-        epoch: source_date_epoch()?,
-    };
-
+    let options = options(args)?;
     let signals = SignalWatch::start(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT])?;
     let display = Display::new();
     let result = build::build(&options, &mut |event| display.show(event), Some(&signals));
     display.clear();
     match result {
         Ok(built) => {
-            let kernels = if built.kernels.is_empty() { "none".to_owned() } else { built.kernels.join(", ") };
-            println!(
-                "built '{}': {} {}, kernel {kernels}{}, in {} s",
-                built.tree.display(),
-                built.os,
-                built.arch,
-                built.locked.map(|day| format!(", packages as locked on {day}")).unwrap_or_default(),
-                built.took.as_secs()
-            );
+            say(&built);
             Ok(ExitCode::SUCCESS)
         }
         Err(error) => {
@@ -209,9 +145,67 @@ pub fn run(mut args: Args) -> anyhow::Result<ExitCode> {
                 BuildError::Interrupted(signal) => u8::try_from(*signal as i32 + 128).unwrap_or(1),
                 _ => 1,
             };
-            eprintln!("imgutil: error: build '{}': {error}", options.tree.display());
+            let from = options.from.map(|from| format!(" from '{}'", from.source)).unwrap_or_default();
+            let error = anyhow::Error::new(error).context(format!("build '{}'{from}", options.tree.display()));
+            eprintln!("imgutil: error: {}", super::error_line(&error));
             Ok(ExitCode::from(code))
         }
+    }
+}
+
+/// What the command line and its recipe ask for.
+fn options(mut args: Args) -> anyhow::Result<Options> {
+    let tree = split_rest(args.rest, &mut args.packages)?;
+    let as_it_is = args.file.is_none()
+        && args.packages.is_empty()
+        && (args.os.is_none() && args.mirror.is_none() && args.security_mirror.is_none());
+    let mut recipe = args.file.as_deref().map(Recipe::read).transpose()?.unwrap_or_default();
+    // A path on the command line starts from here, not from the recipe.
+    let os = args.os.map(|os| if build::is_os_file(&os) { absolute(&os) } else { Ok(os) }).transpose()?;
+    recipe.os = os.or(recipe.os);
+    recipe.arch = args.arch.or(recipe.arch);
+    recipe.mirror = args.mirror.or(recipe.mirror);
+    recipe.security_mirror = args.security_mirror.or(recipe.security_mirror);
+    for word in args.packages {
+        recipe.packages.push(Item::always(word.parse::<PackageWord>().map_err(anyhow::Error::msg)?));
+    }
+    if args.minimal {
+        recipe.base = Some(Base::Minimal);
+    }
+    let from = args.from.map(|source| FromImage { source, as_it_is });
+    let lock = args.lock.or_else(|| args.file.as_deref().map(|file| file.with_extension("lock")));
+    let lock_mode = match (args.locked, args.update_lock) {
+        (false, false) => LockMode::Use,
+        (_, _) if lock.is_none() => anyhow::bail!("without a recipe there is no lock: name it with --lock"),
+        (true, _) => LockMode::Exact,
+        (false, true) => LockMode::Update,
+    };
+    Ok(Options {
+        tree,
+        node_files: (recipe.base.unwrap_or_default() == Base::Node).then_some(args.node_files),
+        recipe,
+        // What an image's own package manager installs is in no lock, and its tree in no cache.
+        lock: lock.filter(|_| from.is_none()),
+        lock_mode,
+        cache: (!args.no_cache && from.is_none()).then_some(args.cache),
+        from,
+        epoch: source_date_epoch()?,
+    })
+}
+
+fn say(built: &Built) {
+    let kernels = match (&built.image, built.kernels.is_empty()) {
+        (None, true) => ", kernel none".to_owned(),
+        (Some(_), true) => String::new(),
+        (_, false) => format!(", kernel {}", built.kernels.join(", ")),
+    };
+    let locked = built.locked.as_ref().map(|day| format!(", packages as locked on {day}")).unwrap_or_default();
+    let from = built.image.as_ref().map(|digest| format!(", from {}", digest.as_str())).unwrap_or_default();
+    let (tree, seconds) = (built.tree.display(), built.took.as_secs());
+    println!("built '{tree}': {} {}{kernels}{locked}{from}, in {seconds} s", built.os, built.arch);
+    let taken_out = built.taken_out.summary();
+    if built.image.is_some() && !taken_out.is_empty() {
+        println!("taken out of it: {taken_out}");
     }
 }
 

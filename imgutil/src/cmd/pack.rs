@@ -4,7 +4,7 @@ use crate::cmd::{printable, warn_of_unmatched};
 use crate::pack::{Destination, Labels, PackOptions, Packed, SquashOptions, Warnings, pack_to_files, pack_to_server};
 use crate::progress::{Progress, bytes_text};
 use crate::scrub::{self, LeftOut, ViewOptions};
-use crate::squashfs::Compression;
+use crate::squashfs::{Compression, MEMORY};
 use crate::upload::{ProfileOptions, Server};
 use anyhow::{Context as _, Result, bail};
 use moor_api::ids::ImageName;
@@ -85,9 +85,13 @@ struct Squash {
     /// Bytes in a block, a power of two from 4K to 1M: larger blocks compress better, smaller ones are read faster at random.
     #[arg(long, value_name = "SIZE", default_value = "128K", value_parser = block_size)]
     block_size: u32,
-    /// Threads that compress; all processors by default. Each takes memory, at high levels some 6 MB.
+    /// Threads that compress; all processors by default, but no more than --memory is enough for.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
     processors: Option<u32>,
+    /// Memory that compressing may take, in MiB. At high levels and with large blocks each thread takes up to 20: more memory lets more
+    /// of many processors compress.
+    #[arg(long, value_name = "MIB", default_value_t = MEMORY >> 20, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    memory: u64,
     /// Leave out what the patterns in FILE match, one a line: `*`, `?` and `[...]` stay within a name, `**` crosses directories, a
     /// leading `/` is the tree's root, a trailing `/` means directories only, `#` begins a comment.
     #[arg(long, value_name = "FILE")]
@@ -118,6 +122,7 @@ impl Squash {
             compression: if xz { Compression::Xz } else { Compression::Zstd(self.level) },
             block_size: self.block_size,
             processors: self.processors.unwrap_or(default.processors),
+            memory: self.memory << 20,
             view: ViewOptions {
                 scrub: !self.no_scrub,
                 exclude,

@@ -1,23 +1,32 @@
 //! `imgutil prune`.
 
-use super::list::table;
+use super::list::{cache_table, cached, entries_json, table};
+use crate::build::cache::{self, DEFAULT_CACHE, Entry};
 use crate::generations;
 use crate::progress::bytes_text;
-use anyhow::Result;
-use std::path::PathBuf;
+use anyhow::{Context as _, Result, bail};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+
+/// Generations of an image that are kept when nothing is said.
+const KEPT: u32 = 3;
 
 /// Removes old generations from a directory of images, and their signatures. Keys are never removed.
 ///
 /// Of each image (each lineage) the generations with the highest serials are kept. What cannot be read as an image is left alone.
+/// With --cache it removes base trees that `imgutil build` keeps instead: those that were used longest ago.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example: imgutil prune /srv/images --keep 3 --dry-run")]
+#[command(after_help = "Examples:\n  imgutil prune /srv/images --keep 3 --dry-run\n  imgutil prune --cache --keep 0")]
 pub struct Args {
     /// Where the images are.
-    directory: PathBuf,
-    /// Generations of each image that are kept.
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
-    keep: u32,
+    #[arg(required_unless_present = "cache")]
+    directory: Option<PathBuf>,
+    /// Generations of each image that are kept, at least one [default: 3]; base trees in the cache, 0 for none [default: 3].
+    #[arg(long)]
+    keep: Option<u32>,
+    /// Remove base trees from this cache of builds.
+    #[arg(long, value_name = "DIR", num_args = 0..=1, default_missing_value = DEFAULT_CACHE, conflicts_with = "directory")]
+    cache: Option<PathBuf>,
     /// Say what would be removed, and remove nothing.
     #[arg(long)]
     dry_run: bool,
@@ -28,24 +37,64 @@ pub struct Args {
 
 /// Runs it.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let found = generations::find(&args.directory)?;
+    let keep = args.keep.unwrap_or(KEPT) as usize;
+    match (&args.cache, &args.directory) {
+        (Some(cache), _) => prune_cache(args, cache, keep),
+        (None, Some(directory)) => prune_images(args, directory, keep),
+        (None, None) => bail!("give the directory of the images"),
+    }
+}
+
+fn prune_images(args: &Args, directory: &Path, keep: usize) -> Result<ExitCode> {
+    if keep == 0 {
+        bail!("--keep 0 would remove every generation of every image: keep at least 1, or remove the files themselves");
+    }
+    let found = generations::find(directory)?;
     generations::warn(&found.unreadable);
-    let old = generations::older_than(&found.generations, args.keep as usize);
+    let old = generations::older_than(&found.generations, keep);
     let bytes: u64 = old.iter().map(|generation| generation.size).sum();
     if !args.dry_run {
         for generation in &old {
-            generations::remove(&args.directory, generation)?;
+            generations::remove(directory, generation)?;
         }
     }
     if args.json {
-        let removed = serde_json::json!({ "removed": old, "bytes": bytes, "dry_run": args.dry_run });
-        println!("{}", serde_json::to_string_pretty(&removed)?);
+        print_json(args, &serde_json::to_value(&old)?, bytes)?;
         return Ok(ExitCode::SUCCESS);
     }
     if !old.is_empty() {
         print!("{}", table(&old));
     }
-    let verb = if args.dry_run { "would remove" } else { "removed" };
-    println!("{verb} {} of {} images, {}", old.len(), found.generations.len(), bytes_text(bytes));
+    println!("{} {} of {} images, {}", verb(args), old.len(), found.generations.len(), bytes_text(bytes));
     Ok(ExitCode::SUCCESS)
+}
+
+fn prune_cache(args: &Args, directory: &Path, keep: usize) -> Result<ExitCode> {
+    let entries = cached(directory)?;
+    let old: &[Entry] = entries.get(keep..).unwrap_or_default();
+    let bytes: u64 = old.iter().map(|entry| entry.bytes).sum();
+    if !args.dry_run {
+        for entry in old {
+            cache::remove(entry).with_context(|| format!("cannot remove '{}'", entry.path.display()))?;
+        }
+    }
+    if args.json {
+        print_json(args, &entries_json(old).into(), bytes)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if !old.is_empty() {
+        print!("{}", cache_table(old));
+    }
+    println!("{} {} of {} base trees, {}", verb(args), old.len(), entries.len(), bytes_text(bytes));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_json(args: &Args, removed: &serde_json::Value, bytes: u64) -> Result<()> {
+    let answer = serde_json::json!({ "removed": removed, "bytes": bytes, "dry_run": args.dry_run });
+    println!("{}", serde_json::to_string_pretty(&answer)?);
+    Ok(())
+}
+
+fn verb(args: &Args) -> &'static str {
+    if args.dry_run { "would remove" } else { "removed" }
 }

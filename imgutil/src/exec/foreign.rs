@@ -106,6 +106,15 @@ impl Machine {
             .ok_or_else(|| ForeignError::Unknown(name.to_owned()))
     }
 
+    /// Its name as `uname -m` says it.
+    pub(crate) fn machine(self) -> &'static str {
+        match self.qemu {
+            "arm" => "armv7l",
+            "i386" => "i686",
+            other => other,
+        }
+    }
+
     /// This one.
     pub(crate) fn of_the_host() -> Self {
         let name = match std::env::consts::ARCH {

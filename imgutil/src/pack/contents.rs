@@ -11,8 +11,8 @@ use std::io::Write;
 use std::os::fd::BorrowedFd;
 use std::sync::mpsc;
 
-/// Batches that wait to be compressed, of 1 MiB each.
-const AHEAD: usize = 6;
+/// Batches that wait to be compressed, of 1 MiB each: so much bridges a disk that is slow for a while.
+const AHEAD: usize = 12;
 
 /// Stores the contents of all regular files, in the order of the tree. Fails if `guard` finds a private key.
 pub(super) fn store<W: Write>(

@@ -50,7 +50,7 @@ pub(super) struct BootFiles {
     pub(super) initramfs: File,
 }
 
-/// Opens the newest `/boot/vmlinuz-*` and the initramfs of the same release.
+/// Opens the newest `/boot/vmlinuz-*` and the initramfs of the same release; an error for a tree that could not boot with them.
 pub(super) fn boot_files(root: BorrowedFd<'_>) -> Result<BootFiles> {
     let names = in_root::list(root, "boot")?;
     let Some(release) = newest_kernel(&names) else {
@@ -63,7 +63,7 @@ pub(super) fn boot_files(root: BorrowedFd<'_>) -> Result<BootFiles> {
             initramfs = in_root::open(root, &format!("boot/{name}"))?;
         }
     }
-    Ok(BootFiles {
+    let files = BootFiles {
         kernel: kernel.with_context(|| format!("the tree's boot/vmlinuz-{release} is no regular file"))?,
         initramfs: initramfs.with_context(|| {
             format!(
@@ -71,7 +71,12 @@ pub(super) fn boot_files(root: BorrowedFd<'_>) -> Result<BootFiles> {
             )
         })?,
         release: release.to_owned(),
-    })
+    };
+    // What an initramfs starts when its work is done.
+    if in_root::open(root, "sbin/init")?.is_none() {
+        bail!("the tree has no init (sbin/init): install one, for example systemd-sysv with `imgutil exec`");
+    }
+    Ok(files)
 }
 
 /// The distribution's signed boot loaders, which firmware with Secure Boot takes: file name that they look for each other by, and

@@ -85,7 +85,8 @@ pub fn pack_to_files(
     // A plain image holds what the tree keeps from others, /etc/shadow for one.
     let image = NewFile::create(destination.image, if key.is_some() { 0o644 } else { 0o600 })?;
     let out = image.file().try_clone().context("cannot use the image file twice")?;
-    let (_, mut packed) = seal(tree, Flushing::new(out), key, options, progress)
+    let out = Flushing::new(out).context("cannot start the thread that writes out")?;
+    let (_, mut packed) = seal(tree, out, key, options, progress)
         .with_context(|| format!("cannot pack '{}' into '{}'", tree.display(), destination.image.display()))?;
 
     let signature = sign_key.map(|key| signature(&packed.sealed.digest, &key)).transpose()?;

@@ -6,11 +6,14 @@ use super::selinux::{self, Labels};
 use crate::inodes::{self, InodeIndex, Written};
 use crate::progress::Progress;
 use crate::scrub::{KeyGuard, LeftOut, View, ViewOptions};
-use crate::squashfs::{BLOCK_SIZE, Compression, DataWriter, SUPERBLOCK_SIZE, WriterOptions};
+use crate::squashfs::{BLOCK_SIZE, Compression, DataWriter, MEMORY, SUPERBLOCK_SIZE, WriterOptions};
 use anyhow::{Context as _, Result};
 use std::io::Write;
 use std::os::fd::AsFd as _;
 use std::path::Path;
+
+/// Bytes that are remembered of an inode, names, contents and links counted.
+const INODE: u64 = 500;
 
 /// How a tree is made into a squashfs.
 #[derive(Debug, Clone)]
@@ -19,20 +22,23 @@ pub struct SquashOptions {
     pub compression: Compression,
     /// Bytes in a block, a power of two from 4 KiB to 1 MiB.
     pub block_size: u32,
-    /// Threads that compress.
+    /// Threads that compress, if `memory` is enough for so many.
     pub processors: u32,
+    /// Bytes that compressing may take.
+    pub memory: u64,
     /// What is left out.
     pub view: ViewOptions,
 }
 
 impl Default for SquashOptions {
-    /// zstd 9 in blocks of 128 KiB on all processors; nothing is left out.
+    /// zstd 9 in blocks of 128 KiB on all processors that [`MEMORY`] is enough for; nothing is left out.
     fn default() -> Self {
         let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(64);
         Self {
             compression: Compression::Zstd(9),
             block_size: BLOCK_SIZE,
             processors: u32::try_from(processors).unwrap_or(1),
+            memory: MEMORY,
             view: ViewOptions::default(),
         }
     }
@@ -67,8 +73,10 @@ pub fn squash<W: Write>(path: &Path, out: W, options: &SquashOptions, progress: 
     progress.total(file_bytes);
     // The newest time in the tree: the same tree gives the same bytes.
     let modified = tree.inodes.iter().map(|inode| inode.mtime).max().unwrap_or(0);
-    let SquashOptions { compression, block_size, processors, .. } = *options;
-    let mut data = DataWriter::new(out, WriterOptions { compression, block_size, workers: processors, modified })?;
+    let SquashOptions { compression, block_size, processors: workers, memory, .. } = *options;
+    // What is remembered of a large tree is not there for compressing.
+    let memory = memory.saturating_sub(tree.inodes.len() as u64 * INODE);
+    let mut data = DataWriter::new(out, WriterOptions { compression, block_size, workers, memory, modified })?;
     let contents = contents::store(&tree, root.as_fd(), guard, &mut data, progress)
         .with_context(|| format!("in the tree '{}'", path.display()))?;
     let Written { out, superblock, .. } = inodes::write(&tree.inodes, &tree.xattrs, &contents, data.finish_data()?)?;

@@ -106,6 +106,8 @@ pub const RULES: &[Rule] = &[
     rule(HostKeys, RemoveFile, "/etc/docker/key.json"),
     // Empty, not missing: systemd then makes one at boot without treating it as a first boot (machine-id(5)).
     rule(MachineIdentity, Empty, "/etc/machine-id"),
+    // The agent writes it on the node.
+    rule(MachineIdentity, RemoveFile, "/etc/hostname"),
     rule(MachineIdentity, RemoveFile, "/var/lib/dbus/machine-id"),
     rule(MachineIdentity, RemoveFile, "/var/lib/systemd/random-seed"),
     rule(MachineIdentity, RemoveFile, "/var/lib/systemd/credential.secret"),
@@ -119,6 +121,8 @@ pub const RULES: &[Rule] = &[
     rule(MachineIdentity, RemoveFile, "/etc/nvme/hostid"),
     rule(MachineIdentity, RemoveFile, "/etc/udev/rules.d/70-persistent-*.rules"),
     rule(MachineIdentity, RemoveFile, "/var/lib/NetworkManager/secret_key"),
+    // zypper counts installations by it.
+    rule(MachineIdentity, RemoveFile, "/var/lib/zypp/AnonymousUniqueId"),
     // TPM state: objects of a chip that no other machine has.
     rule(MachineIdentity, RemoveFile, "/var/lib/tpm/**"),
     rule(MachineIdentity, RemoveFile, "/var/lib/tpm2-tss/**"),

@@ -7,6 +7,7 @@ use super::error::SquashfsError;
 use super::ffi;
 use super::sink::{Shared, Sink, SinkBlocks, SinkFile};
 use super::tree::TreeWriter;
+use super::workers::Workers;
 use std::io::Write;
 use std::ptr::{self, NonNull};
 
@@ -20,8 +21,10 @@ pub struct WriterOptions {
     pub compression: Compression,
     /// Bytes in a block, a power of two from 4 KiB to 1 MiB.
     pub block_size: u32,
-    /// Threads that compress.
+    /// Threads that compress, if `memory` is enough for so many.
     pub workers: u32,
+    /// Bytes that compressing may take.
+    pub memory: u64,
     /// Time in the superblock, Unix seconds.
     pub modified: u32,
 }
@@ -106,11 +109,12 @@ impl<W: Write> DataWriter<W> {
 
         let blocks = SinkBlocks::create(parts.sink.clone());
         let fragments = FragTable::new()?;
+        let workers = Workers::within(options.memory, options.workers, options.compression, options.block_size);
         let desc = ffi::BlockProcessorDesc {
             size: DESC_SIZE,
             max_block_size: options.block_size,
-            num_workers: options.workers.max(1),
-            max_backlog: backlog(options),
+            num_workers: workers.count,
+            max_backlog: workers.backlog,
             cmp: parts.compressor.as_ptr(),
             wr: blocks.as_ptr(),
             tbl: fragments.0.as_ptr(),
@@ -172,14 +176,6 @@ impl<W: Write> DataWriter<W> {
         drop(blocks);
         TreeWriter::new(parts, contents, fragments)
     }
-}
-
-/// How many blocks at most wait for a worker or for their turn to be written: a few for each worker, and less of large ones,
-/// because this bounds the memory.
-fn backlog(options: WriterOptions) -> u32 {
-    const MEMORY: u32 = 32 << 20;
-    let workers = options.workers.max(1);
-    (8 * workers).min(MEMORY / options.block_size).max(2 * workers)
 }
 
 /// Owns the block processor and its threads.

@@ -13,6 +13,7 @@ mod metadata;
 mod reader;
 mod sink;
 mod tree;
+mod workers;
 
 pub use data::{Compression, ContentId, DataWriter, WriterOptions};
 pub use error::SquashfsError;
@@ -21,3 +22,4 @@ pub use inode::{FileData, Inode, InodeKind, Listing};
 pub use metadata::Source;
 pub use reader::{DirectoryEntry, Entries, InodePlace, Piece, Reader};
 pub use tree::{Attributes, Entry, InodeRef, Special, TreeWriter, XattrId};
+pub use workers::MEMORY;

@@ -51,6 +51,15 @@ pub fn minimal_tree() -> PathBuf {
     })
 }
 
+/// A Debian tree with RPM, dnf and zypper, as a stand-in for images of the distributions that have them. No test may change it.
+pub fn rpm_tree() -> PathBuf {
+    cached("rpm", |tree| {
+        let packages = "rpm,dnf,zypper";
+        let output = imgutil().args(["build", "--no-cache", "--minimal", "-p", packages]).arg(tree).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    })
+}
+
 /// Programs of the small tree.
 const PROGRAMS: &str = "bash cat chmod chown chroot date dmesg dpkg env false grep head hostname id ln ls mkdir mknod mount mv \
     nohup nsenter readlink rm setsid sh sleep touch true umount unshare";

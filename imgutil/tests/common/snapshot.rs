@@ -31,6 +31,7 @@ pub type Snapshot = BTreeMap<PathBuf, Object>;
 pub fn snapshot(root: &Path) -> Snapshot {
     let mut result = Snapshot::new();
     let mut groups = BTreeMap::new();
+    let mut hashes: BTreeMap<u64, Vec<u8>> = BTreeMap::new();
     let mut waiting = vec![PathBuf::new()];
     while let Some(relative) = waiting.pop() {
         let path = root.join(&relative);
@@ -55,7 +56,8 @@ pub fn snapshot(root: &Path) -> Snapshot {
             rdev: (stat.stx_rdev_major, stat.stx_rdev_minor),
             size: if is_directory { 0 } else { stat.stx_size },
             target: (kind == 0o120_000).then(|| std::fs::read_link(&path).unwrap()),
-            hash: (kind == 0o100_000).then(|| hash_file(&path)),
+            // A large file with many names is read once.
+            hash: (kind == 0o100_000).then(|| hashes.entry(stat.stx_ino).or_insert_with(|| hash_file(&path)).clone()),
             xattrs: xattrs(&path),
             first_name: PathBuf::from(stat.stx_ino.to_string()),
         };

@@ -5,6 +5,7 @@
 
 pub mod bench;
 pub mod bins;
+pub mod container;
 pub mod delay;
 pub mod member;
 pub mod process;

@@ -1,37 +1,75 @@
-//! `imgutil test`, as a user runs it: a good image passes, one with a unit that fails is bad and the unit's log is shown, and nothing
-//! is left behind.
+//! `imgutil test`, as a user runs it: a good image passes, one with a unit that fails is bad and the unit's log is shown, a
+//! signature by a trusted key is asked for, and nothing is left behind, also of a test that is interrupted.
 
 use anyhow::{Context as _, ensure};
 use moor_lab::Bins;
 use moor_lab::process::{run, run_shown, tied};
 use moor_lab::tree::{self, Initramfs};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Output, Stdio};
+use std::time::{Duration, Instant};
 
 /// A unit that fails and says so, in the way of an administrator who mistyped a path.
 const FAILING_UNIT: &str = "[Unit]\nDescription=A unit that fails\n[Service]\nType=oneshot\nExecStart=/bin/sh -c 'echo no licence \
                             server for $HOSTNAME; exit 3'\n[Install]\nWantedBy=multi-user.target\n";
 
-fn pack(bins: &Bins, tree: &Path, image: &Path) -> anyhow::Result<PathBuf> {
+fn pack(bins: &Bins, tree: &Path, image: &Path, signer: Option<&Path>) -> anyhow::Result<PathBuf> {
     let key = image.with_extension("key");
-    run_shown(
-        tied(bins.path("imgutil"))
-            .arg("pack")
-            .arg(tree)
-            .arg("-o")
-            .arg(image)
-            .arg("--key-file")
-            .arg(&key)
-            .args(["--level", "1"]),
-    )?;
+    let mut command = tied(bins.path("imgutil"));
+    command.arg("pack").arg(tree).arg("-o").arg(image).arg("--key-file").arg(&key).args(["--level", "1"]);
+    if let Some(signer) = signer {
+        command.arg("--sign-key").arg(signer);
+    }
+    run_shown(&mut command)?;
     Ok(key)
 }
 
-fn test(bins: &Bins, image: &Path, key: &Path, scratch: &Path) -> anyhow::Result<Output> {
+/// `imgutil test`, with its own folders in `scratch`.
+fn command(bins: &Bins, image: &Path, key: &Path, scratch: &Path) -> std::process::Command {
     let mut command = tied(bins.path("imgutil"));
     command.arg("test").arg(image).arg("--key-file").arg(key).args(["--json", "--keep"]).env("TMPDIR", scratch);
-    command.output().context("starting imgutil")
+    command
+}
+
+fn test(bins: &Bins, image: &Path, key: &Path, scratch: &Path) -> anyhow::Result<Output> {
+    command(bins, image, key, scratch).output().context("starting imgutil")
+}
+
+/// A key pair for signatures; the public one is beside it.
+fn signing_key(path: PathBuf) -> anyhow::Result<PathBuf> {
+    run(tied("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", "signer", "-f"]).arg(&path))?;
+    Ok(path)
+}
+
+/// Starts a test, and ends it by a signal some time after it has said `stage`.
+fn interrupted(
+    mut test: std::process::Command,
+    stage: &str,
+    after: Duration,
+    signal: Signal,
+) -> anyhow::Result<Option<i32>> {
+    let mut child = test.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    let mut lines = BufReader::new(child.stderr.take().context("no standard error")?).lines();
+    loop {
+        let line = lines.next().with_context(|| format!("it ended before '{stage}'"))??;
+        if line.contains(stage) {
+            break;
+        }
+    }
+    // Whoever reads the lines goes on to read them.
+    let reader = std::thread::spawn(move || lines.count());
+    std::thread::sleep(after);
+    kill(Pid::from_raw(i32::try_from(child.id())?), signal)?;
+    let begin = Instant::now();
+    let status = child.wait()?;
+    ensure!(begin.elapsed() < Duration::from_secs(20), "it took {:?} to end", begin.elapsed());
+    // The other end of its standard error is closed: nobody is left who holds it.
+    ensure!(reader.join().is_ok(), "its standard error could not be read");
+    Ok(status.code())
 }
 
 fn check<'a>(verdict: &'a Value, name: &str) -> anyhow::Result<&'a Value> {
@@ -45,6 +83,8 @@ fn left(scratch: &Path) -> anyhow::Result<Vec<String>> {
         .map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned()))
         .collect::<Result<_, _>>()?;
     let name = scratch.display().to_string();
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    left.extend(mounts.lines().filter(|line| line.contains(&name)).map(str::to_owned));
     for process in std::fs::read_dir("/proc")?.flatten() {
         let words = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
         let words = String::from_utf8_lossy(&words).replace('\0', " ");
@@ -67,9 +107,27 @@ fn a_good_image_passes_and_a_failing_unit_is_named_with_its_log() -> anyhow::Res
     }
     let good = tree::debian(&bins, Initramfs::InitramfsTools, &mut |what| println!("{what}"))?;
     let image = work.path().join("good.moor");
-    let key = pack(&bins, &good, &image)?;
+    let signer = signing_key(work.path().join("signer"))?;
+    let key = pack(&bins, &good, &image, Some(&signer))?;
 
-    let output = test(&bins, &image, &key, &scratch)?;
+    // Interrupted while servers are made, and while the machine boots.
+    for (stage, after, signal, code) in [
+        ("making a collective", Duration::ZERO, Signal::SIGTERM, 143),
+        ("switching a machine on", Duration::from_secs(8), Signal::SIGINT, 130),
+    ] {
+        let ended = interrupted(command(&bins, &image, &key, &scratch), stage, after, signal)?;
+        let logs = left(&scratch)?;
+        assert!(logs.iter().all(|name| name.starts_with("imgutil-test-logs-")), "{signal}: {logs:?}");
+        for name in logs {
+            std::fs::remove_dir_all(scratch.join(name))?;
+        }
+        assert_eq!(ended, Some(code), "{signal}");
+    }
+
+    // The node asks for a signature by the key that is trusted, and gets it.
+    let mut trusting = command(&bins, &image, &key, &scratch);
+    trusting.arg("--trust").arg(signer.with_extension("pub"));
+    let output = trusting.output().context("starting imgutil")?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.code() == Some(0), "{}\n{said}", String::from_utf8_lossy(&output.stdout));
     let verdict: Value = serde_json::from_slice(&output.stdout)?;
@@ -93,7 +151,7 @@ fn a_good_image_passes_and_a_failing_unit_is_named_with_its_log() -> anyhow::Res
     std::fs::write(bad.join("etc/systemd/system/licence.service"), FAILING_UNIT)?;
     run_shown(tied(bins.path("imgutil")).arg("exec").arg(&bad).args(["--", "systemctl", "enable", "licence.service"]))?;
     let image = work.path().join("bad.moor");
-    let key = pack(&bins, &bad, &image)?;
+    let key = pack(&bins, &bad, &image, None)?;
     let output = test(&bins, &image, &key, &scratch)?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.code() == Some(1), "{}\n{said}", String::from_utf8_lossy(&output.stdout));
@@ -116,18 +174,30 @@ fn what_cannot_be_tested_says_why_and_leaves_nothing() -> anyhow::Result<()> {
     std::fs::create_dir(&scratch)?;
     let (tree, image) = (work.path().join("tree"), work.path().join("empty.moor"));
     std::fs::create_dir_all(tree.join("etc"))?;
-    let key = pack(&bins, &tree, &image)?;
+    let key = pack(&bins, &tree, &image, None)?;
+    // Enough for a look at the boot files.
+    let (tree_with_kernel, bootable) = (work.path().join("bootable"), work.path().join("bootable.moor"));
+    std::fs::create_dir_all(tree_with_kernel.join("boot"))?;
+    for name in ["vmlinuz-1", "initrd.img-1"] {
+        std::fs::write(tree_with_kernel.join("boot").join(name), "x")?;
+    }
+    let bootable_key = pack(&bins, &tree_with_kernel, &bootable, None)?;
     let plain = work.path().join("plain.moor");
     run_shown(tied(bins.path("imgutil")).arg("pack").arg(&tree).arg("-o").arg(&plain).arg("--plain"))?;
     let wrong = work.path().join("wrong.key");
     std::fs::write(&wrong, format!("{}\n", "ab".repeat(32)))?;
-    for (image, key, reason) in [
-        (&image, &key, "the image has no directory /boot"),
-        (&image, &wrong, "key"),
-        (&plain, &key, "the image is not encrypted"),
-        (&work.path().join("none.moor"), &key, "cannot open image"),
+    let trusted = signing_key(work.path().join("signer"))?.with_extension("pub").display().to_string();
+    for (image, key, trust, reason) in [
+        (&image, &key, None, "the image has no directory /boot"),
+        (&image, &wrong, None, "key"),
+        (&plain, &key, None, "the image is not encrypted"),
+        (&work.path().join("none.moor"), &key, None, "cannot open image"),
+        (&bootable, &bootable_key, Some("/no/such.pub"), "cannot read the trusted keys '/no/such.pub'"),
+        (&bootable, &bootable_key, Some("/etc/passwd"), "holds no line 'ssh-ed25519 KEY'"),
+        (&bootable, &bootable_key, Some(trusted.as_str()), "cannot read the signatures"),
     ] {
-        let output = test(&bins, image, key, &scratch)?;
+        let mut test = command(&bins, image, key, &scratch);
+        let output = test.args(trust.map(|key| ["--trust", key]).into_iter().flatten()).output()?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(2), "{said}");
         let error = said.lines().find(|line| line.starts_with("imgutil: error: ")).unwrap_or_default();

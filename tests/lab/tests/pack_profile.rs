@@ -9,11 +9,12 @@ use std::path::Path;
 use std::process::Command;
 
 fn tree(root: &Path) {
-    for directory in ["boot", "etc", "srv"] {
+    for directory in ["boot", "etc", "sbin", "srv"] {
         fs::create_dir_all(root.join(directory)).unwrap();
     }
     fs::write(root.join("boot/vmlinuz-6.1.0-1-amd64"), "the kernel").unwrap();
     fs::write(root.join("boot/initrd.img-6.1.0-1-amd64"), "the initramfs").unwrap();
+    fs::write(root.join("sbin/init"), "the init").unwrap();
     fs::write(root.join("etc/os-release"), "ID=debian\nVERSION_ID=12\n").unwrap();
 }
 
@@ -76,6 +77,15 @@ fn a_profile_is_made_from_another_with_its_scripts_and_gets_each_new_image() {
 
     refused(&["web", "-b", "debian-diskless"], "exists already");
     refused(&["new", "--publish"], "there is no profile 'new'");
+    for (path, reason) in [
+        ("boot/vmlinuz-6.1.0-1-amd64", "the tree has no kernel (boot/vmlinuz-*)"),
+        ("sbin/init", "has no init (sbin/init)"),
+    ] {
+        let (path, aside) = (root.join(path), work.path().join("aside"));
+        fs::rename(&path, &aside).unwrap();
+        refused(&["web"], reason);
+        fs::rename(aside, path).unwrap();
+    }
     let output = pack(&["other", "-b", "no-such"]).output().unwrap();
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(error.contains("no profile 'no-such'") && error.contains("the image is there"), "{error}");

@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 const TOOL: &str = "/usr/bin/dnf";
 /// Beside the fourth, or alone.
 const TOOL_5: &str = "/usr/bin/dnf5";
+/// In an image: the first that it has. Small images of EL have the third alone.
+const TOOLS_INSIDE: [&str; 4] = ["dnf", "dnf5", "microdnf", "yum"];
 /// Where nothing is.
 const NOWHERE: &str = "/nonexistent";
 
@@ -72,29 +74,61 @@ impl Backend for Dnf {
         rpm::installed(context)
     }
 
+    fn add(&self, context: &mut Context<'_, '_>) -> Result<(), BuildError> {
+        let plan = context.plan;
+        if plan.packages.is_empty() && plan.remove.is_empty() {
+            return Ok(());
+        }
+        rpm::refuse_unsigned(plan)?;
+        let tree = Tree::open(&context.work.root())?;
+        let program = TOOLS_INSIDE.into_iter().find(|name| tree.exists(format!("/usr/bin/{name}")));
+        let program = program.ok_or_else(|| BuildError::NoManager { os: plan.os.name.clone(), manager: "dnf" })?;
+        rpm::inside::take_keys(context)?;
+        let unwanted = rpm::inside::unwanted(context)?;
+        if !unwanted.is_empty() {
+            context.tools.stage("removing packages")?;
+            let command: Vec<&str> =
+                [program, "-y", "remove"].into_iter().chain(unwanted.iter().map(String::as_str)).collect();
+            if let Err(tail) = rpm::inside::manage_quietly(context, &command)? {
+                return Err(reason(context, "removing packages", tail));
+            }
+        }
+        context.tools.stage("installing the packages")?;
+        let weak = format!("--setopt=install_weak_deps={}", u8::from(plan.os.rpm.weak_dependencies));
+        let never = format!("--exclude={}", plan.remove.join(","));
+        // A repository that cannot be read or checked is an error, and not passed over.
+        let mut command = vec![program, "-y", "--setopt=skip_if_unavailable=0", weak.as_str()];
+        command.extend((!plan.remove.is_empty()).then_some(never.as_str()));
+        command.push("install");
+        command.extend(plan.packages.iter().map(String::as_str));
+        if let Err(tail) = rpm::inside::manage(context, &mut Counter::installing(), &command)? {
+            let error = reason(context, "installing the packages", tail);
+            let BuildError::UnknownPackage { name, others, .. } = error else { return Err(error) };
+            let known = rpm::inside::names(context, &[program, "repoquery", "--quiet", "--qf", "%{name}\\n"]);
+            let near = near(&name, known.lines());
+            return Err(BuildError::UnknownPackage { name, near, others });
+        }
+        rpm::inside::settle(context)
+    }
+
     fn write_repositories(&self, plan: &Plan, tree: &Tree) -> Result<(), BuildError> {
         const DIRECTORY: &str = "/etc/yum.repos.d";
-        for name in tree.list(DIRECTORY)? {
-            tree.remove(Path::new(DIRECTORY).join(name))?;
+        if plan.keeps_repositories {
+            if plan.repositories.is_empty() {
+                return Ok(());
+            }
+        } else {
+            for name in tree.list(DIRECTORY)? {
+                tree.remove(Path::new(DIRECTORY).join(name))?;
+            }
         }
         let mut text = String::new();
         for repository in &plan.repositories {
             let key = format!("file://{}", rpm::key_in_image(tree, repository)?);
             text.push_str(&section(repository, &key));
         }
-        tree.write_text(format!("{DIRECTORY}/image.repo"), text.trim_start_matches('\n'))
-    }
-
-    fn clean(&self, tree: &Tree) -> Result<(), BuildError> {
-        for name in tree.list("/var/log")? {
-            if name.starts_with("dnf.") || name.starts_with("dnf5.") || name.starts_with("hawkey.") {
-                tree.remove(Path::new("/var/log").join(name))?;
-            }
-        }
-        for directory in ["/var/cache/dnf", "/var/cache/yum", "/var/cache/libdnf5"] {
-            tree.remove_below(directory)?;
-        }
-        Ok(())
+        let name = if plan.keeps_repositories { "recipe" } else { "image" };
+        tree.write_text(format!("{DIRECTORY}/{name}.repo"), text.trim_start_matches('\n'))
     }
 }
 

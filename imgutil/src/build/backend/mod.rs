@@ -96,11 +96,12 @@ pub(super) trait Backend: Send + Sync {
     /// The packages in `work.root()`, sorted.
     fn installed(&self, context: &mut Context<'_, '_>) -> Result<Vec<Installed>, BuildError>;
 
-    /// Writes the image's own list of repositories, each tied to its key, in place of any other.
-    fn write_repositories(&self, plan: &Plan, tree: &Tree) -> Result<(), BuildError>;
+    /// Installs `plan.packages`, and what they make necessary, in a tree that is there already, with the tree's own package manager:
+    /// from the repositories that the tree has. What it has of `plan.remove` is removed. No initramfs is made.
+    fn add(&self, context: &mut Context<'_, '_>) -> Result<(), BuildError>;
 
-    /// Takes out of the tree what the package manager keeps of this build: lists, caches, logs.
-    fn clean(&self, tree: &Tree) -> Result<(), BuildError>;
+    /// Writes the image's own list of repositories, each tied to its key; in place of any other, unless the plan says that those stay.
+    fn write_repositories(&self, plan: &Plan, tree: &Tree) -> Result<(), BuildError>;
 }
 
 /// The back end of that name.

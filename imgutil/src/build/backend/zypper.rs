@@ -24,10 +24,7 @@ impl Backend for Zypper {
         rpm::check_tool("zypper", TOOL, "zypper")?;
         rpm::check_tool("rpmkeys", "/usr/bin/rpmkeys", "rpm")?;
         rpm::refuse_unsigned(plan)?;
-        if let Some(name) = plan.remove.first() {
-            let message = format!("zypper cannot be told never to choose '{name}': leave the removal out");
-            return Err(BuildError::Setting(message));
-        }
+        refuse_removals(plan)?;
         check_keys_and_machine(plan)
     }
 
@@ -76,10 +73,50 @@ impl Backend for Zypper {
         rpm::installed(context)
     }
 
+    fn add(&self, context: &mut Context<'_, '_>) -> Result<(), BuildError> {
+        let plan = context.plan;
+        refuse_removals(plan)?;
+        if plan.packages.is_empty() {
+            return Ok(());
+        }
+        rpm::refuse_unsigned(plan)?;
+        if !Tree::open(&context.work.root())?.exists(TOOL) {
+            return Err(BuildError::NoManager { os: plan.os.name.clone(), manager: "zypper" });
+        }
+        rpm::inside::take_keys(context)?;
+        context.tools.stage("fetching the lists of packages")?;
+        if let Err(tail) = rpm::inside::manage_quietly(context, &["zypper", "--non-interactive", "refresh"])? {
+            return Err(reason(context, "fetching the lists of packages", tail));
+        }
+        context.tools.stage("installing the packages")?;
+        let mut command = vec!["zypper", "--non-interactive"];
+        for argument in install_arguments() {
+            command.push(argument);
+        }
+        command.push(if plan.os.rpm.weak_dependencies { "--recommends" } else { "--no-recommends" });
+        command.extend(plan.packages.iter().map(String::as_str));
+        if let Err(tail) = rpm::inside::manage(context, &mut Summary::default(), &command)? {
+            let error = reason(context, "installing the packages", tail);
+            let BuildError::UnknownPackage { name, others, .. } = error else { return Err(error) };
+            let mut search = vec!["zypper", "--non-interactive"];
+            let arguments = search_arguments();
+            search.extend(arguments.iter().map(String::as_str));
+            let known = rpm::inside::names(context, &search);
+            let near = near(
+                &name,
+                known.lines().filter_map(solvable).map(|one| one.name).collect::<Vec<_>>().iter().map(String::as_str),
+            );
+            return Err(BuildError::UnknownPackage { name, near, others });
+        }
+        rpm::inside::settle(context)
+    }
+
     fn write_repositories(&self, plan: &Plan, tree: &Tree) -> Result<(), BuildError> {
         const DIRECTORY: &str = "/etc/zypp/repos.d";
-        for name in tree.list(DIRECTORY)? {
-            tree.remove(Path::new(DIRECTORY).join(name))?;
+        if !plan.keeps_repositories {
+            for name in tree.list(DIRECTORY)? {
+                tree.remove(Path::new(DIRECTORY).join(name))?;
+            }
         }
         for repository in &plan.repositories {
             let key = format!("file://{}", rpm::key_in_image(tree, repository)?);
@@ -87,14 +124,15 @@ impl Backend for Zypper {
         }
         Ok(())
     }
+}
 
-    fn clean(&self, tree: &Tree) -> Result<(), BuildError> {
-        tree.remove("/var/log/zypper.log")?;
-        for directory in ["/var/log/zypp", "/var/cache/zypp"] {
-            tree.remove_below(directory)?;
+/// It has no option for that, neither for one installation nor for a root of one's own.
+fn refuse_removals(plan: &Plan) -> Result<(), BuildError> {
+    match plan.remove.first() {
+        Some(name) => {
+            Err(BuildError::Setting(format!("zypper cannot be told never to choose '{name}': leave the removal out")))
         }
-        // Counts installations over the network; each node makes its own.
-        tree.remove("/var/lib/zypp/AnonymousUniqueId")
+        None => Ok(()),
     }
 }
 

@@ -44,5 +44,11 @@ impl Lab<'_> {
 pub type Maker = fn(&Lab<'_>) -> anyhow::Result<Table>;
 
 /// All tables by name, in the order in which they run.
-pub const TABLES: [(&str, Maker); 4] =
-    [("pack", pack::table), ("build", build::table), ("root", root::table), ("faults", faults::table)];
+pub const TABLES: [(&str, Maker); 6] = [
+    ("pack", pack::table),
+    ("pack-15", pack::releases),
+    ("memory", pack::memory),
+    ("build", build::table),
+    ("root", root::table),
+    ("faults", faults::table),
+];

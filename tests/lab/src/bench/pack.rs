@@ -1,5 +1,6 @@
-//! Table *pack*: `imgutil pack` beside `mksquashfs`, the same tree, level, block size and processors. Ours also encrypts, hashes,
-//! syncs, and reads back what it wrote.
+//! Tables *pack* and *pack-15*: `imgutil pack` beside `mksquashfs`, the same tree, level, block size and processors. Ours also encrypts,
+//! hashes, syncs, and reads back what it wrote. Table *memory*: what `imgutil pack` takes at the levels, block sizes and numbers of
+//! processors that take the most.
 
 use super::{Bar, Lab, PAIRS, Paired, Row, Table, Usage, measure, pairs};
 use crate::process::{run, text, tied};
@@ -7,40 +8,75 @@ use anyhow::Context as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// zstd levels that are compared: the default, and that of releases.
-const LEVELS: [u32; 2] = [9, 15];
-/// The level that takes the most memory; measured once, and ours alone: the bar is of memory.
-const HIGHEST: u32 = 22;
+/// Most memory, in MB.
+const MEMORY: f64 = 150.0;
+/// How often a slow level is compared.
+const SLOW_PAIRS: usize = 3;
 /// Bytes of files the tree has at least.
 const TREE: u64 = 1 << 30;
+/// The same of a tree for what is slow: enough to fill every queue.
+const PART: u64 = 128 << 20;
 /// Where the tree's files come from, in this order, until there are enough.
-const SOURCES: [&str; 4] = ["/usr/lib", "/usr/bin", "/usr/share", "/usr/include"];
+const SOURCES: [&str; 5] = ["/usr/share", "/usr/bin", "/usr/lib/x86_64-linux-gnu", "/usr/include", "/usr/lib"];
 
 const MIB: f64 = 1_048_576.0;
 
+/// The default level.
 pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
-    let (tree, size, entries) = tree(lab)?;
-    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let mut table = Table::new("pack");
-    let version = text(tied("mksquashfs").arg("-version")).unwrap_or_default();
-    table.facts.push(format!("tree: {:.2} GiB of files, {entries} entries", size / MIB / 1024.0));
-    table.facts.push(format!("peer: {}", version.lines().next().unwrap_or("mksquashfs of an unknown version")));
-    table.facts.push(format!("zstd, blocks of 128 KiB, {processors} processors; ours is sealed, synced and read back"));
+    compared(lab, "pack", 9, PAIRS)
+}
 
-    for level in LEVELS {
-        lab.say(&format!("pack: level {level}, {PAIRS} pairs"));
-        let both = pairs(PAIRS, || ours(lab, &tree, level), || peer(lab, &tree, level, processors))?;
-        let name = |what: &str| format!("level {level}: {what}");
-        let figures = |figure: fn(&Usage) -> f64| Paired::of(&both, figure);
-        table.rows.push(Row::paired(&name("wall"), "s", "mksquashfs", &figures(|u| u.wall), Bar::AtMost(1.05)));
-        table.rows.push(Row::paired(&name("CPU"), "s", "mksquashfs", &figures(|u| u.cpu), Bar::None));
-        table.rows.push(Row::paired(&name("peak memory"), "MB", "mksquashfs", &figures(megabytes), Bar::None));
-        let peak = both.0.iter().map(megabytes).fold(0.0, f64::max);
-        table.rows.push(Row::alone(&name("peak memory, largest"), "MB", peak, Bar::AtMost(150.0)));
+/// The level of releases.
+pub(super) fn releases(lab: &Lab<'_>) -> anyhow::Result<Table> {
+    compared(lab, "pack-15", 15, SLOW_PAIRS)
+}
+
+fn compared(lab: &Lab<'_>, name: &str, level: u32, count: usize) -> anyhow::Result<Table> {
+    let tree = Tree::made(lab, "pack-tree", TREE)?;
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let mut table = Table::new(name);
+    let version = text(tied("mksquashfs").arg("-version")).unwrap_or_default();
+    table.facts.push(tree.fact());
+    table.facts.push(format!("peer: {}", version.lines().next().unwrap_or("mksquashfs of an unknown version")));
+    table.facts.push(format!(
+        "zstd level {level}, blocks of 128 KiB, {processors} processors, {count} pairs; ours is sealed, synced and read back"
+    ));
+    lab.say(&format!("{name}: level {level}, {count} pairs"));
+    let options = ["--level".to_owned(), level.to_string()];
+    let both = pairs(count, || ours(lab, &tree.path, &options), || peer(lab, &tree.path, level, processors))?;
+    let figures = |figure: fn(&Usage) -> f64| Paired::of(&both, figure);
+    table.rows.push(Row::paired("wall", "s", "mksquashfs", &figures(|u| u.wall), Bar::AtMost(1.05)));
+    table.rows.push(Row::paired("CPU", "s", "mksquashfs", &figures(|u| u.cpu), Bar::None));
+    table.rows.push(Row::paired("peak memory", "MB", "mksquashfs", &figures(megabytes), Bar::None));
+    let peak = both.0.iter().map(megabytes).fold(0.0, f64::max);
+    table.rows.push(Row::alone("peak memory, largest", "MB", peak, Bar::AtMost(MEMORY)));
+    Ok(table)
+}
+
+/// What takes the most memory, ours alone: the bar is of memory, not of time.
+pub(super) fn memory(lab: &Lab<'_>) -> anyhow::Result<Table> {
+    let mut table = Table::new("memory");
+    let (whole, part) = (Tree::made(lab, "pack-tree", TREE)?, Tree::made(lab, "memory-tree", PART)?);
+    table.facts.push(format!("whole {}; part: {}", whole.fact(), part.fact()));
+    // As many threads as `imgutil pack` takes at most, and more than any machine's memory bandwidth is good for.
+    for (tree, name, words) in [
+        (&whole, "whole", "--level 1"),
+        (&whole, "whole", "--level 9 --processors 256"),
+        (&part, "part", "--level 1 --processors 256 --block-size 1M"),
+        (&part, "part", "--level 9 --processors 256 --block-size 1M"),
+        (&part, "part", "--level 9 --processors 256 --block-size 4K"),
+        (&part, "part", "--level 22"),
+        (&part, "part", "--level 22 --processors 1"),
+        (&part, "part", "--level 22 --processors 64"),
+        (&part, "part", "--level 22 --processors 256 --block-size 1M"),
+        (&part, "part", "--xz --processors 64"),
+        (&part, "part", "--xz --processors 256 --block-size 1M"),
+    ] {
+        lab.say(&format!("memory: {name}, {words}"));
+        let options: Vec<String> = words.split(' ').map(str::to_owned).collect();
+        let peak = megabytes(&ours(lab, &tree.path, &options)?);
+        table.rows.push(Row::alone(&format!("{name}: {words}"), "MB", peak, Bar::AtMost(MEMORY)));
     }
-    lab.say(&format!("pack: level {HIGHEST} once, for its memory"));
-    let peak = megabytes(&ours(lab, &tree, HIGHEST)?);
-    table.rows.push(Row::alone(&format!("level {HIGHEST}: peak memory"), "MB", peak, Bar::AtMost(150.0)));
     Ok(table)
 }
 
@@ -49,13 +85,13 @@ fn megabytes(usage: &Usage) -> f64 {
     usage.peak as f64 / 1e6
 }
 
-fn ours(lab: &Lab<'_>, tree: &Path, level: u32) -> anyhow::Result<Usage> {
+fn ours(lab: &Lab<'_>, tree: &Path, options: &[String]) -> anyhow::Result<Usage> {
     let (image, key) = (lab.dir.join("ours.moor"), lab.dir.join("ours.key"));
     let mut command = Command::new(lab.bins.path("imgutil"));
     command.arg("pack").arg(tree).arg("-o").arg(&image).arg("--key-file").arg(&key);
     // The files come from this machine without the lists of its packages, so that a test's key in them counts as a private one.
     // It is still looked for, and that is in the time.
-    command.args(["--level", &level.to_string(), "--allow-key", "**"]);
+    command.args(options).args(["--allow-key", "**"]);
     let usage = measure(&command)?;
     std::fs::remove_file(&image).and_then(|()| std::fs::remove_file(&key)).context("removing the image")?;
     Ok(usage)
@@ -71,28 +107,54 @@ fn peer(lab: &Lab<'_>, tree: &Path, level: u32, processors: usize) -> anyhow::Re
     Ok(usage)
 }
 
-/// A tree of real programs, libraries and texts, copied once from this machine.
-fn tree(lab: &Lab<'_>) -> anyhow::Result<(PathBuf, f64, usize)> {
-    let tree = lab.cache.join("pack-tree");
-    if !tree.exists() {
-        lab.say("pack: copying files of this machine for the tree");
-        let new = lab.cache.join("pack-tree.new");
-        if new.exists() {
-            std::fs::remove_dir_all(&new).context("removing a half-made tree")?;
-        }
-        std::fs::create_dir_all(&new).with_context(|| format!("making '{}'", new.display()))?;
-        for source in SOURCES {
-            if size_of(&new)?.0 >= TREE {
-                break;
+/// A tree of real programs, libraries and texts.
+struct Tree {
+    path: PathBuf,
+    bytes: u64,
+    entries: usize,
+}
+
+impl Tree {
+    /// Copied once from this machine: folders of the sources, until there are `least` bytes of files.
+    fn made(lab: &Lab<'_>, name: &str, least: u64) -> anyhow::Result<Self> {
+        let path = lab.cache.join(name);
+        if !path.exists() {
+            lab.say(&format!("{name}: copying files of this machine"));
+            let new = path.with_extension("new");
+            if new.exists() {
+                std::fs::remove_dir_all(&new).context("removing a half-made tree")?;
             }
-            run(tied("cp").args(["-a", "--parents", source]).arg(&new)).context("copying the tree's files")?;
+            std::fs::create_dir_all(&new).with_context(|| format!("making '{}'", new.display()))?;
+            copy(&new, least)?;
+            std::fs::rename(&new, &path).context("naming the tree")?;
         }
-        std::fs::rename(&new, &tree).context("naming the tree")?;
+        let (bytes, entries) = size_of(&path)?;
+        anyhow::ensure!(bytes >= least, "this machine's {} hold less than {least} bytes", SOURCES.join(", "));
+        Ok(Self { path, bytes, entries })
     }
-    let (bytes, entries) = size_of(&tree)?;
-    anyhow::ensure!(bytes >= TREE, "this machine's {} hold less than 1 GiB of files", SOURCES.join(", "));
+
     #[allow(clippy::cast_precision_loss)] // far below 2^52 bytes
-    Ok((tree, bytes as f64, entries))
+    fn fact(&self) -> String {
+        format!("tree: {:.2} GiB of files, {} entries", self.bytes as f64 / MIB / 1024.0, self.entries)
+    }
+}
+
+fn copy(to: &Path, least: u64) -> anyhow::Result<()> {
+    for source in SOURCES.into_iter().filter(|source| Path::new(source).is_dir()) {
+        let mut names: Vec<PathBuf> = std::fs::read_dir(source)
+            .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
+            .with_context(|| format!("listing '{source}'"))?;
+        names.sort();
+        let place = to.join(source.trim_start_matches('/'));
+        std::fs::create_dir_all(&place).with_context(|| format!("making '{}'", place.display()))?;
+        for name in names {
+            if size_of(to)?.0 >= least {
+                return Ok(());
+            }
+            run(tied("cp").arg("-a").arg(name).arg(&place)).context("copying the tree's files")?;
+        }
+    }
+    Ok(())
 }
 
 /// Bytes of regular files, and entries.

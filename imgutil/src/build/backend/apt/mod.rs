@@ -2,6 +2,7 @@
 //! switch that off, except for a repository of which the recipe says that it has none.
 
 mod index;
+mod inside;
 mod mmdebstrap;
 mod output;
 mod resolve;
@@ -33,10 +34,7 @@ impl Backend for Apt {
                 return refuse(repository, "an archive of apt has suites: name them in 'suites'");
             }
         }
-        let names = plan.packages.iter().chain(&plan.remove);
-        if let Some(name) = names.into_iter().find(|name| !is_debian_name(name)) {
-            return Err(BuildError::PackageName(name.clone()));
-        }
+        check_names(plan)?;
         check_keys_and_machine(plan)
     }
 
@@ -59,10 +57,21 @@ impl Backend for Apt {
         index::installed(&context.work.root().join("var/lib/dpkg/status"))
     }
 
+    fn add(&self, context: &mut Context<'_, '_>) -> Result<(), BuildError> {
+        check_names(context.plan)?;
+        inside::add(context)
+    }
+
     fn write_repositories(&self, plan: &Plan, tree: &Tree) -> Result<(), BuildError> {
-        tree.remove("/etc/apt/sources.list")?;
-        for name in tree.list("/etc/apt/sources.list.d")? {
-            tree.remove(Path::new("/etc/apt/sources.list.d").join(name))?;
+        if plan.keeps_repositories {
+            if plan.repositories.is_empty() {
+                return Ok(());
+            }
+        } else {
+            tree.remove("/etc/apt/sources.list")?;
+            for name in tree.list("/etc/apt/sources.list.d")? {
+                tree.remove(Path::new("/etc/apt/sources.list.d").join(name))?;
+            }
         }
         let mut text = String::new();
         for repository in &plan.repositories {
@@ -80,26 +89,17 @@ impl Backend for Apt {
                 repository.suites.join(" ")
             );
         }
-        tree.write_text("/etc/apt/sources.list.d/image.sources", text.trim_end_matches('\n'))
+        let name = if plan.keeps_repositories { "recipe" } else { "image" };
+        tree.write_text(format!("/etc/apt/sources.list.d/{name}.sources"), text.trim_end_matches('\n'))
     }
+}
 
-    fn clean(&self, tree: &Tree) -> Result<(), BuildError> {
-        for path in [
-            "/var/log/alternatives.log",
-            "/var/log/apt/eipp.log.xz",
-            "/var/log/apt/history.log",
-            "/var/log/apt/term.log",
-            "/var/log/bootstrap.log",
-            "/var/log/dpkg.log",
-        ] {
-            tree.remove(path)?;
-        }
-        for directory in ["/var/lib/apt/lists", "/var/cache/apt", "/var/cache/apt/archives"] {
-            for name in tree.list(directory)?.iter().filter(|name| !matches!(name.as_str(), "partial" | "archives")) {
-                tree.remove(Path::new(directory).join(name))?;
-            }
-        }
-        Ok(())
+/// Fails if a package has a name that apt would take for something else.
+fn check_names(plan: &Plan) -> Result<(), BuildError> {
+    let names = plan.packages.iter().chain(&plan.remove);
+    match names.into_iter().find(|name| !is_debian_name(name)) {
+        Some(name) => Err(BuildError::PackageName(name.clone())),
+        None => Ok(()),
     }
 }
 

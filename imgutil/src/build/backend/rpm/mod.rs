@@ -6,6 +6,7 @@
 //! that recipe or data name, before anything is fetched; no tool may take one from anywhere else.
 
 mod fetched;
+pub(super) mod inside;
 mod root;
 
 pub(super) use fetched::{Fetched, sha256_of};
@@ -13,8 +14,8 @@ pub(super) use root::{make_places, run};
 
 use super::{Context, Installed, Package, Snapshot};
 use crate::build::BuildError;
-use crate::build::finish::in_tree;
-use crate::build::lay::copy_file;
+use crate::build::inside::{Inside, in_tree};
+use crate::build::lay::{copy_file, plant};
 use crate::build::output::{Meaning, NoMeaning, Tail};
 use crate::build::plan::{Plan, Repository};
 use crate::build::sources::of_path;
@@ -191,7 +192,8 @@ pub(super) fn installed(context: &mut Context<'_, '_>) -> Result<Vec<Installed>,
     let path = Places::of(context.work).answer();
     let file = File::create(&path).map_err(|error| BuildError::io("make", &path, error))?;
     let command = ["rpm", "-qa", "--qf", QUERY].map(OsString::from);
-    root::in_tree_with(context, "listing the packages", &command, None, Some(file))?;
+    let inside = Inside { output: Some(file), ..Inside::default() };
+    inside.succeed(context, "listing the packages", &command)?;
     parse_query(&std::fs::read_to_string(&path).map_err(|error| BuildError::io("read", &path, error))?)
 }
 
@@ -268,8 +270,11 @@ pub(super) fn snapshots(
 pub(super) fn settle(context: &mut Context<'_, '_>) -> Result<(), BuildError> {
     let tree = Tree::open(&context.work.root())?;
     own_database(context, &tree)?;
-    kernels_to_boot(context, &tree)?;
-    root::plant(context)
+    kernels_to_boot(&tree)?;
+    if context.plan.node_files.is_some() {
+        plant(&tree, &context.work.stage())?;
+    }
+    Ok(())
 }
 
 fn has_rpm(tree: &Tree) -> bool {
@@ -300,16 +305,17 @@ fn own_database(context: &mut Context<'_, '_>, tree: &Tree) -> Result<(), BuildE
     in_tree(context, "making the package database", &["rpmdb", "--initdb"].map(OsString::from))?;
     let file = File::open(&headers).map_err(|error| BuildError::io("read", &headers, error))?;
     let command = ["rpmdb", "--importdb"].map(OsString::from);
-    root::in_tree_with(context, "filling the package database", &command, Some(file), None)
+    let inside = Inside { input: Some(file), ..Inside::default() };
+    inside.succeed(context, "filling the package database", &command)
 }
 
 /// Copies kernels from beside their modules to `/boot`, where they are looked for: in a running system a script of the kernel's
 /// does it, together with an initramfs for that machine and boot loader entries, and so it was told to stay out.
-fn kernels_to_boot(context: &Context<'_, '_>, tree: &Tree) -> Result<(), BuildError> {
+fn kernels_to_boot(tree: &Tree) -> Result<(), BuildError> {
     for version in tree.list("/usr/lib/modules")? {
         let (kernel, place) = (format!("/usr/lib/modules/{version}/vmlinuz"), format!("/boot/vmlinuz-{version}"));
         if tree.exists(&kernel) && !tree.exists(&place) {
-            copy_file(tree, Path::new(&place), &context.work.root().join(&kernel[1..]), 0o755, (0, 0))?;
+            tree.copy(&kernel, &place, 0o755)?;
         }
     }
     Ok(())

@@ -3,7 +3,7 @@
 use super::Places;
 use crate::build::BuildError;
 use crate::build::backend::Context;
-use crate::build::output::{Meaning, NoMeaning, Tail};
+use crate::build::output::{Meaning, Tail};
 use crate::build::plan::Plan;
 use crate::exec::{Options, Outcome};
 use std::ffi::OsString;
@@ -86,43 +86,4 @@ pub(in super::super) fn run(
         Ok(options)
     })?;
     Ok((finished?.outcome == Outcome::Exited(0), tail))
-}
-
-/// Runs a command of the image with files as its standard streams; its failure is the build's.
-pub(super) fn in_tree_with(
-    context: &mut Context<'_, '_>,
-    doing: &str,
-    command: &[OsString],
-    input: Option<File>,
-    output: Option<File>,
-) -> Result<(), BuildError> {
-    let work = context.work;
-    let (input, output) = (input.map(OwnedFd::from), output.map(OwnedFd::from));
-    let (finished, tail) = context.tools.run(&mut NoMeaning, |[nothing, usual, errors]| {
-        let mut options = Options::in_tree(&work.root(), command.to_vec())?;
-        options.stdio = Some([input.unwrap_or(nothing), output.unwrap_or(usual), errors]);
-        Ok(options)
-    })?;
-    match finished?.outcome {
-        Outcome::Exited(0) => Ok(()),
-        _ => Err(BuildError::Tool { doing: doing.to_owned(), reason: tail.reason(), tail }),
-    }
-}
-
-/// Lays the node's files over the tree, if there are any: after the packages, whose links of a merged `/usr` have to be there, and
-/// before the initramfs is made.
-pub(super) fn plant(context: &mut Context<'_, '_>) -> Result<(), BuildError> {
-    if context.plan.node_files.is_none() {
-        return Ok(());
-    }
-    let script = "tar -C \"$1\" --numeric-owner -cf - . | tar -C \"$2\" --numeric-owner --keep-directory-symlink \
-                  --no-overwrite-dir -xpf -";
-    let mut command: Vec<OsString> = ["bash", "-o", "pipefail", "-ec", script, "bash"].map(OsString::from).to_vec();
-    let (stage, root) = (context.work.stage(), context.work.root());
-    command.extend([stage.into_os_string(), root.clone().into_os_string()]);
-    let (succeeded, tail) = run(context, &root, &mut NoMeaning, command, None)?;
-    if succeeded {
-        return Ok(());
-    }
-    Err(BuildError::Tool { doing: "laying in the node's files".to_owned(), reason: tail.reason(), tail })
 }
