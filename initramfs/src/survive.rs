@@ -41,8 +41,8 @@ pub fn prepare() -> Vec<String> {
     note("exemption from the out-of-memory killer", std::fs::write("/proc/self/oom_score_adj", "-1000"));
     // Allocations of a process that I/O depends on must not wait for that I/O (PR_SET_IO_FLUSHER).
     note("the rights of an I/O flusher", rustix::process::configure_io_flusher_behavior(true).map_err(io::Error::from));
-    // What there is now, code above all, becomes resident. What comes later stays once it was touched: FUSE's request buffers are
-    // 16 MiB each, of which a page or two are ever used.
+    // What there is now, code above all, becomes resident. What comes later stays once it was touched: of stacks and of the allocator's
+    // reserves a few pages are ever used.
     note("locking its memory", mlockall(MlockAllFlags::MCL_CURRENT).map_err(io::Error::from));
     let later = MlockAllFlags::MCL_FUTURE | MlockAllFlags::from_bits_retain(nix::libc::MCL_ONFAULT);
     note("locking its later memory", mlockall(later).map_err(io::Error::from));

@@ -5,7 +5,8 @@ use crate::clock::OwnClock;
 use moor_api::client::tls::member_tls_config_at;
 use moor_api::tether;
 use moor_api::trust::SiteBundle;
-use rustls::{ClientConfig, RootCertStore};
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::{CipherSuite, ClientConfig, RootCertStore};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject as _;
 use std::path::{Path, PathBuf};
@@ -40,6 +41,15 @@ pub enum TlsError {
 
 fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
     std::fs::read(path).map_err(|source| TlsError::Read { path: path.to_owned(), source })
+}
+
+/// AES with 128 bits comes first: it is as strong as the handshake's curves, sealed images are encrypted with 256 bits as well, and
+/// it saves both ends a quarter of the cipher's time.
+fn provider() -> CryptoProvider {
+    let mut provider = aws_lc_rs::default_provider();
+    // The others stay in their order.
+    provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
+    provider
 }
 
 /// Who vouches for servers.
@@ -118,7 +128,7 @@ impl Trust {
 }
 
 fn members_of(bundle: &SiteBundle, clock: &Arc<OwnClock>) -> Result<Arc<ClientConfig>, String> {
-    member_tls_config_at(bundle, None, clock.clone()).map(Arc::new).map_err(|error| error.to_string())
+    member_tls_config_at(bundle, None, clock.clone(), provider()).map(Arc::new).map_err(|error| error.to_string())
 }
 
 fn issued_under(pem: &[u8], clock: &Arc<OwnClock>) -> Result<Arc<ClientConfig>, String> {
@@ -130,8 +140,7 @@ fn issued_under(pem: &[u8], clock: &Arc<OwnClock>) -> Result<Arc<ClientConfig>, 
     if roots.is_empty() {
         return Err("it holds no certificate: it has to be a PEM file with BEGIN CERTIFICATE".into());
     }
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut config = ClientConfig::builder_with_details(provider, clock.clone())
+    let mut config = ClientConfig::builder_with_details(Arc::new(provider()), clock.clone())
         .with_safe_default_protocol_versions()
         .map_err(|error| TlsError::Library(error).to_string())?
         .with_root_certificates(roots)

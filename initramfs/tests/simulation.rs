@@ -106,20 +106,59 @@ fn a_seed_gives_the_same_run_again() {
     assert_ne!(runs[0].requests, runs[2].requests);
 }
 
-/// Two servers, 5 ms away each, and a reader of both with a small cache.
-async fn pair(sim: &Sim, prefetch: Vec<u64>) -> ([Arc<Server>; 2], Reader) {
+/// Two servers, 5 ms away each.
+fn two(sim: &Sim) -> [Arc<Server>; 2] {
     let files = FILES.clone();
-    let server =
-        |name| Server::new(sim, name, (&files.sample.file, &files.other), Duration::from_millis(5), 100_000_000);
-    let servers = [server(0), server(1)];
-    let paths = servers.iter().map(|server| Box::new(Way(server.clone())) as Box<dyn Path>).collect();
-    let options = OpenOptions { key: Some(files.sample.key.clone()), ..OpenOptions::default() };
-    let settings = Settings { cache: 600_000, prefetch, ..Settings::default() };
-    let reader = Reader::open(paths, Arc::new(sim.clone()), &options, settings).await.unwrap();
+    [0, 1].map(|name| Server::new(sim, name, (&files.sample.file, &files.other), Duration::from_millis(5), 100_000_000))
+}
+
+/// The same, and a reader of both with a small cache.
+async fn pair(sim: &Sim, prefetch: Vec<u64>) -> ([Arc<Server>; 2], Reader) {
+    let servers = two(sim);
+    let reader = open(sim, &servers, prefetch).await;
     (servers, reader)
 }
 
+async fn open(sim: &Sim, servers: &[Arc<Server>; 2], prefetch: Vec<u64>) -> Reader {
+    let files = FILES.clone();
+    let paths = servers.iter().map(|server| Box::new(Way(server.clone())) as Box<dyn Path>).collect();
+    let options = OpenOptions { key: Some(files.sample.key.clone()), ..OpenOptions::default() };
+    let settings = Settings { cache: 600_000, prefetch, ..Settings::default() };
+    Reader::open(paths, Arc::new(sim.clone()), &options, settings).await.unwrap()
+}
+
 const HOUR: Duration = Duration::from_hours(1);
+
+#[test]
+fn a_member_that_is_dead_or_lies_from_the_beginning_does_not_keep_from_opening() {
+    let conducts = [
+        Conduct::Refused,
+        Conduct::Blackholed,
+        Conduct::Silent,
+        Conduct::Stalls(100),
+        Conduct::Slow,
+        Conduct::Late(5000),
+        Conduct::Corrupt,
+        Conduct::OtherImage,
+        Conduct::NoRanges,
+        Conduct::Expired,
+        Conduct::Status(503),
+    ];
+    for (seed, conduct) in (0..).zip(conducts) {
+        for bad in 0..2 {
+            let sim = Sim::new(seed);
+            let world = sim.clone();
+            let took = sim.run(HOUR, async move {
+                let servers = two(&world);
+                servers[bad].behave(conduct);
+                open(&world, &servers, Vec::new()).await;
+                world.now()
+            });
+            // Five ways over the network, twice where the bad one comes first.
+            assert!(took.unwrap() < Duration::from_millis(200), "{conduct:?} of {bad}: {took:?}");
+        }
+    }
+}
 
 #[test]
 fn the_first_read_of_all_is_taken_over_from_a_member_that_does_not_answer_it() {
@@ -218,6 +257,67 @@ fn an_outage_lasts_as_long_as_it_lasts_unless_the_machine_shuts_down() {
         waited
     });
     assert_eq!(waited, Some(Duration::from_secs(30)));
+}
+
+/// What is logged, as the kernel's log gets it: a letter for the level, and the text.
+#[derive(Clone, Default)]
+struct Said(Arc<Mutex<String>>);
+
+impl std::io::Write for Said {
+    fn write(&mut self, part: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().push_str(std::str::from_utf8(part).unwrap());
+        Ok(part.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_minute_without_any_server_is_one_line_on_the_console_and_no_error() {
+    let said = Said::default();
+    let writer = said.clone();
+    let log = tracing_subscriber::fmt().with_ansi(false).without_time().with_writer(move || writer.clone()).finish();
+    let late = tracing::subscriber::with_default(log, || {
+        let sim = Sim::new(5);
+        let world = sim.clone();
+        sim.run(HOUR, async move {
+            let (servers, reader) = pair(&world, Vec::new()).await;
+            reader.read(0, 4096).await.unwrap();
+            for server in &servers {
+                server.behave(Conduct::Refused);
+            }
+            let gone = world.now();
+            let reads = (1..9_u64).map(|program| {
+                let (reader, world, at) = (reader.clone(), world.clone(), program * 150_000);
+                let (sender, receiver) = tokio::sync::oneshot::channel();
+                let start = usize::try_from(at).unwrap();
+                let task = world.clone();
+                world.spawn(Box::pin(async move {
+                    let good = reader.read(at, 4096).await.unwrap() == FILES.sample.plaintext[start..start + 4096];
+                    _ = sender.send((good, task.since(gone)));
+                }));
+                receiver
+            });
+            let reads: Vec<_> = reads.collect();
+            world.sleep(Duration::from_mins(1)).await;
+            for server in &servers {
+                server.behave(Conduct::Good);
+            }
+            let mut late = Duration::ZERO;
+            for read in reads {
+                let (good, took) = read.await.unwrap();
+                assert!(good);
+                late = late.max(took.checked_sub(Duration::from_mins(1)).expect("nobody served it"));
+            }
+            late
+        })
+    });
+    assert!(late.unwrap() < Duration::from_secs(8), "{late:?}");
+    let said = said.0.lock().unwrap();
+    let on_console: Vec<_> = said.lines().filter(|line| line.contains("ERROR")).collect();
+    assert_eq!(on_console.len(), 1, "{said}");
+    assert!(on_console[0].contains("no server of the image answers"), "{said}");
 }
 
 #[test]

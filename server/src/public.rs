@@ -17,15 +17,16 @@ use http::{HeaderMap, Method, StatusCode, header};
 use moor_api::ids::Sha256Digest;
 use moor_api::problem::{Code, Problem};
 use moor_api::trust::SITE_FILE;
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
-/// Bytes per write: rustls is fastest at 64 KiB.
+/// Bytes per write: rustls is fastest at 64 KiB. Of what is read at once no more is in memory than this.
 const PIECE: usize = 64 << 10;
-/// Bytes per read of the file.
+/// Bytes per read of what is not in memory yet.
 const READ: usize = 4 * PIECE;
 
 /// The routes.
@@ -102,22 +103,42 @@ pub(crate) fn ranges(file: File, size: u64, etag: &str, method: &Method, headers
     builder.body(body).unwrap_or_else(|_| Response::new(Body::empty()))
 }
 
-/// Reads on blocking threads, one read at a time: a slow peer holds a buffer, never a thread.
+/// What the kernel has in memory is read at once; the rest on blocking threads, one read at a time: a slow peer holds a buffer, never a
+/// thread.
 fn stream(file: File, range: Range<u64>) -> Body {
     let reads = stream::try_unfold((Arc::new(file), range), |(file, range)| async move {
-        let length = usize::try_from(range.end - range.start).map_or(READ, |left| left.min(READ));
-        if length == 0 {
+        let left = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+        if left == 0 {
             return Ok::<_, io::Error>(None);
         }
-        let (reader, start) = (file.clone(), range.start);
-        let read = tokio::task::spawn_blocking(move || {
-            let mut bytes = vec![0; length];
-            reader.read_exact_at(&mut bytes, start).map(|()| Bytes::from(bytes))
-        });
-        let bytes = read.await.map_err(io::Error::other)??;
-        Ok(Some((bytes, (file, start + length as u64..range.end))))
+        let start = range.start;
+        let bytes = if let Some(bytes) = read_now(&file, start, left.min(PIECE))? {
+            bytes
+        } else {
+            let reader = file.clone();
+            let read = move || {
+                let mut bytes = vec![0; left.min(READ)];
+                reader.read_exact_at(&mut bytes, start).map(|()| Bytes::from(bytes))
+            };
+            tokio::task::spawn_blocking(read).await.map_err(io::Error::other)??
+        };
+        let next = start + bytes.len() as u64..range.end;
+        Ok(Some((bytes, (file, next))))
     });
     Body::from_stream(reads.map_ok(|bytes| stream::iter(pieces(bytes).map(Ok::<_, io::Error>))).try_flatten())
+}
+
+/// What can be read without waiting for a disk; `None` if nothing can, or where the file system does not tell.
+fn read_now(file: &File, start: u64, length: usize) -> io::Result<Option<Bytes>> {
+    let mut bytes = vec![0; length];
+    match preadv2(file, &mut [IoSliceMut::new(&mut bytes)], start, ReadWriteFlags::NOWAIT) {
+        Ok(0) | Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => Ok(None),
+        Ok(length) => {
+            bytes.truncate(length);
+            Ok(Some(bytes.into()))
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn pieces(mut bytes: Bytes) -> impl Iterator<Item = Bytes> {

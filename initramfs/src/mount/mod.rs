@@ -5,6 +5,7 @@ mod fuse;
 
 use crate::apart::Outside;
 use crate::reader::Reader;
+use bytes::Bytes;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -22,8 +23,10 @@ pub const KIND: &str = "fuse.moor-tether";
 /// The kernel offers 128 KiB of read-ahead at most; only the bdi raises it, by 45 % of throughput (../shared/TRAPS.md).
 const READ_AHEAD_KIB: u32 = 1024;
 
+/// Bytes of a file in a row, in parts that nobody had to copy.
+pub type Pieces = Vec<Bytes>;
 /// What to do with the result of a read.
-pub type Reply = Box<dyn FnOnce(io::Result<Vec<u8>>) + Send>;
+pub type Reply = Box<dyn FnOnce(io::Result<Pieces>) + Send>;
 
 /// A file that can be read at random. Its reads may take for ever; they must not block the caller.
 pub trait ReadOnlyFile: Send + Sync + 'static {
@@ -35,7 +38,7 @@ pub trait ReadOnlyFile: Send + Sync + 'static {
     fn read(&self, offset: u64, length: usize, reply: Reply);
 }
 
-/// The reader as a file: reads become tasks of its runtime.
+/// The reader as a file: reads that have to wait become tasks of its runtime.
 pub struct ImageFile {
     reader: Reader,
     runtime: Handle,
@@ -59,10 +62,15 @@ impl ReadOnlyFile for ImageFile {
     }
 
     fn read(&self, offset: u64, length: usize, reply: Reply) {
-        let reader = self.reader.clone();
-        self.runtime.spawn(async move {
-            reply(reader.read(offset, length).await.map_err(io::Error::other));
-        });
+        let read = self.reader.start(offset, length);
+        match read.now() {
+            Some(pieces) => reply(Ok(pieces)),
+            None => {
+                self.runtime.spawn(async move {
+                    reply(read.wait().await.map_err(io::Error::other));
+                });
+            }
+        }
     }
 }
 

@@ -8,8 +8,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::Notify;
 
-/// How often an outage is named on the console.
-const SAY_EVERY: Duration = Duration::from_mins(1);
+/// How often an outage is named on the console. An outage of a minute, until the last server is tried again after it, is named once.
+const SAY_EVERY: Duration = Duration::from_secs(90);
 /// How long an outage is waited out while the machine shuts down.
 const GIVES_UP: Duration = Duration::from_secs(30);
 /// Another member has to be so many times better before requests go there: connections are warm where they are.
@@ -163,6 +163,14 @@ impl Fleet {
         ready.min_by_key(|member| member.pace().expected().unwrap_or_default()).cloned()
     }
 
+    /// The best member but `not` that answers at all: also one that is slow, or keeps others waiting.
+    pub(super) fn any_other(&self, not: &Arc<Member>) -> Option<Arc<Member>> {
+        let members = self.members();
+        let others = members.iter().filter(|member| !Arc::ptr_eq(member, not));
+        let answer = others.filter(|member| matches!(member.standing(), Standing::Good | Standing::Slow));
+        answer.min_by_key(|member| member.pace().expected().unwrap_or_default()).cloned()
+    }
+
     /// The time in which the quickest other good member answers.
     pub(super) fn others_expected(&self, not: &Arc<Member>) -> Option<Duration> {
         let members = self.members();
@@ -170,7 +178,7 @@ impl Fleet {
         others.filter(|member| member.standing() == Standing::Good).filter_map(|member| member.pace().expected()).min()
     }
 
-    /// Says on the log that no member answers, once a minute, and when one does again. Runs as long as the reader.
+    /// Says on the log that no member answers, every 90 s, and when one does again. Runs as long as the reader.
     pub(super) async fn watch_outages(self: Arc<Self>) {
         loop {
             self.until(Self::is_down).await;

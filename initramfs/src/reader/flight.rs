@@ -7,7 +7,6 @@ use super::link::Answer;
 use super::member::{Counted, Member, Standing};
 use super::world::Boxed;
 use super::{Inner, Landed, lock};
-use bytes::Bytes;
 use moor_image::{ImageError, LeafPage};
 use std::future::poll_fn;
 use std::ops::Range;
@@ -23,10 +22,14 @@ const HEDGE_AFTER: Duration = Duration::from_millis(10);
 const HEDGE_UNKNOWN_AFTER: Duration = Duration::from_millis(100);
 /// A request that somebody waits for moves to another member after so long, if that one is clearly quicker.
 const MOVE_AFTER: Duration = Duration::from_millis(400);
+/// After so long also to one that counts as slow, keeps others waiting, or is not as much quicker: a move is no request more, and a slow
+/// server is better than one that is about to be found dead.
+const MOVE_ANYWAY_AFTER: Duration = Duration::from_millis(600);
 /// The same where nobody waits.
 const MOVE_UNWANTED_AFTER: Duration = Duration::from_secs(1);
 /// So many times quicker.
 const QUICKER: u32 = 4;
+const QUICKER_ANYWAY: u32 = 2;
 /// How often a request that is overdue is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_millis(25);
 
@@ -217,11 +220,21 @@ impl Flight {
                 second.late = Some(second.member.late());
             }
         }
-        let Some(other) = self.inner.fleet.other(&lead.member) else { return };
+        let anyway = is_wanted && waited >= MOVE_ANYWAY_AFTER;
+        let fleet = &self.inner.fleet;
+        let best = fleet.other(&lead.member);
+        // Only from a good one: between slow ones a request that goes back and forth never ends.
+        let other = if anyway && lead.member.standing() == Standing::Good {
+            best.or_else(|| fleet.any_other(&lead.member))
+        } else {
+            best
+        };
+        let Some(other) = other else { return };
         let limit = if is_wanted { MOVE_AFTER } else { MOVE_UNWANTED_AFTER };
+        let quicker = if anyway { QUICKER_ANYWAY } else { QUICKER };
         let is_resting = lead.member.standing() != Standing::Good;
         let expected = other.pace().expected().unwrap_or_default();
-        if is_resting || (waited >= limit && waited > expected * QUICKER) {
+        if is_resting || (waited >= limit && waited > expected * quicker) {
             let member = lead.member.clone();
             member.pace().gave_up(waited, now);
             self.lead = match self.second.take() {
@@ -231,7 +244,7 @@ impl Flight {
             if !is_resting {
                 self.inner.failed(&member, &Fault::Slow(waited));
             }
-        } else if is_wanted && self.second.is_none() && expected <= waited && self.inner.hedges.spend() {
+        } else if is_wanted && self.second.is_none() && !anyway && expected <= waited && self.inner.hedges.spend() {
             self.inner.counts.hedges.fetch_add(1, Ordering::Relaxed);
             self.second = Some(self.start(other, need));
         }
@@ -262,7 +275,8 @@ impl Attempt {
             let total = self.inner.verifier.header().file_length();
             self.member.get(start, length, Some(total)).await?
         };
-        let bytes = self.member.take(&mut answer, size).await?;
+        let buffer = self.inner.buffers.get(size);
+        let bytes = self.member.take_into(&mut answer, size, buffer).await?;
         let (item, is_last) = self.verify(bytes)?;
         if is_last {
             self.member.keep(answer);
@@ -307,7 +321,7 @@ impl Attempt {
                         if let Some((store, sealed)) = sealed {
                             store.keep(chunk, sealed);
                         }
-                        Ok(Bytes::from(bytes))
+                        Ok(self.inner.buffers.share(bytes))
                     }
                     // The bytes are those of the image: nobody has better ones.
                     Err(error @ ImageError::Forged { .. }) => {

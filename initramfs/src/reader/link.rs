@@ -2,7 +2,7 @@
 
 use super::fault::Fault;
 use super::world::{Head, Path, Wire, World, within};
-use bytes::{Buf as _, Bytes};
+use bytes::Bytes;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -61,7 +61,6 @@ pub(super) struct Answer {
     pub(super) etag: Option<Bytes>,
     wire: Box<dyn Wire>,
     world: Arc<dyn World>,
-    pending: Bytes,
     left: u64,
     patience: u32,
     slowness: Slowness,
@@ -110,7 +109,6 @@ impl Link {
                         etag: head.etag,
                         wire,
                         world: self.world.clone(),
-                        pending: Bytes::new(),
                         left: length,
                         patience,
                         slowness,
@@ -137,7 +135,7 @@ impl Link {
 
     /// Takes an answer back whose body was read to its end, so that its connection serves the next request.
     pub(super) fn keep(&self, answer: Answer) {
-        if answer.left > 0 || !answer.pending.is_empty() || !answer.wire.is_usable() {
+        if answer.left > 0 || !answer.wire.is_usable() {
             return;
         }
         let now = self.world.now();
@@ -158,25 +156,24 @@ impl Answer {
         self.slowness
     }
 
-    /// The next `length` bytes of the body. `count` is told how many bytes came, also when they are not enough.
-    pub(super) async fn take(&mut self, length: usize, mut count: impl FnMut(u64)) -> Result<Vec<u8>, Fault> {
-        let mut out = Vec::with_capacity(length);
+    /// The next `length` bytes of the body, in `out`, which is empty. `count` is told how many bytes came, also when they are not enough.
+    pub(super) async fn take(
+        &mut self,
+        length: usize,
+        mut out: Vec<u8>,
+        mut count: impl FnMut(u64),
+    ) -> Result<Vec<u8>, Fault> {
         while out.len() < length {
-            if self.pending.is_empty() {
-                let (begun, limit) = (self.world.now(), SILENCE * self.patience);
-                let data = within(&*self.world, limit, self.wire.next()).await.unwrap_or(Err(Fault::Silent(limit)))?;
-                self.slowness.note(self.world.since(begun), SILENCE);
-                let data = data.ok_or_else(|| Fault::Broken("the answer ended early".into()))?;
-                count(data.len() as u64);
-                self.left = self
-                    .left
-                    .checked_sub(data.len() as u64)
-                    .ok_or_else(|| Fault::OtherRange("more bytes than its Content-Range says".into()))?;
-                self.pending = data;
+            let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(length - out.len());
+            let (begun, limit) = (self.world.now(), SILENCE * self.patience);
+            let got = within(&*self.world, limit, self.wire.next(&mut out, most)).await;
+            let got = got.unwrap_or(Err(Fault::Silent(limit)))? as u64;
+            self.slowness.note(self.world.since(begun), SILENCE);
+            if got == 0 {
+                return Err(Fault::Broken("the answer ended early".into()));
             }
-            let part = self.pending.len().min(length - out.len());
-            out.extend_from_slice(&self.pending[..part]);
-            self.pending.advance(part);
+            count(got);
+            self.left = self.left.saturating_sub(got);
         }
         Ok(out)
     }

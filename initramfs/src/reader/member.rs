@@ -206,7 +206,17 @@ impl Member {
 
     /// The next bytes of an answer, counted.
     pub(super) async fn take(&self, answer: &mut Answer, length: usize) -> Result<Vec<u8>, Fault> {
-        answer.take(length, |count| _ = self.bytes.fetch_add(count, Ordering::Relaxed)).await
+        self.take_into(answer, length, Vec::with_capacity(length)).await
+    }
+
+    /// The same in a buffer that is there.
+    pub(super) async fn take_into(
+        &self,
+        answer: &mut Answer,
+        length: usize,
+        buffer: Vec<u8>,
+    ) -> Result<Vec<u8>, Fault> {
+        answer.take(length, buffer, |count| _ = self.bytes.fetch_add(count, Ordering::Relaxed)).await
     }
 
     /// Takes a finished answer back. Everything in it was verified.

@@ -4,14 +4,15 @@
 //! An outage is not an error: a read waits until some member serves the chunk. The one error is a chunk that is bad in the image
 //! itself, whoever serves it ([`ReadError`]).
 //!
-//! What it needs of the world is in [`world`]; [`https`] and [`real`] are the world there is, and tests bring another. [`open`] finds a
+//! What it needs of the world is in [`world`]; [`https`] over [`secure`] and [`real`] are the world there is, and tests bring another. [`open`] finds a
 //! good header. [`fleet`] chooses a [`member`] by its [`pace`], [`link`] asks it, [`fault`] says what it did wrong, and [`recovery`] takes
 //! it back. [`change`] takes up another list of members. [`flight`] fetches one thing from whoever brings it first, [`hedges`] bounds how often two are asked. [`table`] holds the
-//! hashes to verify against, [`cache`] what was verified, [`store`] what somebody keeps over restarts. [`ahead`] and [`prefetch`] guess what comes next, [`class`] makes guesses wait
+//! hashes to verify against, [`cache`] what was verified, in memory from [`buffers`], [`store`] what somebody keeps over restarts. [`ahead`] and [`prefetch`] guess what comes next, [`class`] makes guesses wait
 //! for what is wanted, and [`trace`] notes what was.
 
 mod address;
 mod ahead;
+mod buffers;
 mod cache;
 mod change;
 mod class;
@@ -27,6 +28,7 @@ mod pace;
 mod prefetch;
 mod real;
 mod recovery;
+mod secure;
 mod store;
 mod table;
 mod trace;
@@ -43,13 +45,14 @@ pub use store::{Find, FindStore, Store};
 pub use trace::Trace;
 
 use ahead::Ahead;
+use buffers::Buffers;
 use bytes::Bytes;
 use cache::{Cache, Landed, Lookup};
 use class::{Class, DEMAND_RANGE, Lines, Ticket};
 use fleet::Fleet;
 use flight::{Flight, Item, Need, Run};
 use hedges::Hedges;
-use moor_image::{Header, ImageError, LEAVES_PER_PAGE, LeafPage, OpenOptions, Verifier};
+use moor_image::{Header, ImageError, LEAVES_PER_PAGE, LeafPage, OpenOptions, TAG_LENGTH, Verifier};
 use prefetch::Prefetch;
 use std::future::poll_fn;
 use std::ops::Range;
@@ -124,6 +127,7 @@ struct Inner {
     world: Arc<dyn World>,
     verifier: Verifier,
     fleet: Arc<Fleet>,
+    buffers: Buffers,
     cache: Mutex<Cache>,
     store: Option<Arc<dyn Store>>,
     table: Mutex<Table>,
@@ -175,6 +179,7 @@ impl Reader {
             world,
             verifier,
             fleet: fleet.clone(),
+            buffers: Buffers::new(usize::try_from(chunk_size + TAG_LENGTH).unwrap_or(usize::MAX)),
             cache: Mutex::new(Cache::new(settings.cache)),
             store,
             table: Mutex::new(Table::new()),
@@ -229,17 +234,26 @@ impl Reader {
         lock(&self.0.trace).trace(&self.0.verifier, self.0.world.now())
     }
 
-    /// Reads verified plaintext; less than `length` only at the end of the image. Waits as long as no member serves it.
+    /// Begins to read verified plaintext; less than `length` only at the end of the image. What is missing is on its way from here on.
+    #[must_use]
+    pub fn start(&self, offset: u64, length: usize) -> Read {
+        let end = offset.saturating_add(length as u64).min(self.size());
+        let mut read = Read { reader: self.clone(), offset, end, chunks: Vec::new() };
+        if offset < end {
+            let size = self.header().chunk_size();
+            let (first, last) = (offset / size, (end - 1) / size);
+            self.0.counts.recent.store(first, Ordering::Relaxed);
+            read.chunks = self.0.order(first, last);
+        }
+        read
+    }
+
+    /// Reads to the end. Waits as long as no member serves it.
     ///
     /// # Errors
-    /// The image itself is bad there; or [`Self::end`] was called, and no member answers.
+    /// As [`Read::wait`].
     pub async fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>, ReadError> {
-        let (mut read, mut end) = (pin!(self.wait_and_read(offset, length)), pin!(self.0.fleet.given_up()));
-        poll_fn(|context| match read.as_mut().poll(context) {
-            Poll::Ready(result) => Poll::Ready(result),
-            Poll::Pending => end.as_mut().poll(context).map(|()| Err(ReadError::GaveUp)),
-        })
-        .await
+        Ok(self.start(offset, length).wait().await?.concat())
     }
 
     /// From now on an outage of all members ends reads with an error after half a minute: the machine shuts down, and what waits for a
@@ -247,24 +261,58 @@ impl Reader {
     pub fn end(&self) {
         self.0.fleet.end();
     }
+}
 
-    async fn wait_and_read(&self, offset: u64, length: usize) -> Result<Vec<u8>, ReadError> {
-        let end = offset.saturating_add(length as u64).min(self.size());
-        if offset >= end {
-            return Ok(Vec::new());
+/// A read that has begun.
+pub struct Read {
+    reader: Reader,
+    offset: u64,
+    end: u64,
+    /// What was found, from the chunk of the offset on.
+    chunks: Vec<Lookup>,
+}
+
+impl Read {
+    /// What is read, in parts, if all of it is there already.
+    #[must_use]
+    pub fn now(&self) -> Option<Vec<Bytes>> {
+        let cached = |lookup: &Lookup| if let Lookup::Cached(bytes) = lookup { Some(bytes.clone()) } else { None };
+        let chunks: Vec<_> = self.chunks.iter().map(cached).collect::<Option<_>>()?;
+        Some((self.first()..).zip(chunks).map(|(chunk, bytes)| self.part(chunk, &bytes)).collect())
+    }
+
+    /// What is read, in parts. Waits as long as no member serves it.
+    ///
+    /// # Errors
+    /// The image itself is bad there; or [`Reader::end`] was called, and no member answers.
+    pub async fn wait(self) -> Result<Vec<Bytes>, ReadError> {
+        let fleet = self.reader.0.fleet.clone();
+        let (mut all, mut end) = (pin!(self.all()), pin!(fleet.given_up()));
+        poll_fn(|context| match all.as_mut().poll(context) {
+            Poll::Ready(result) => Poll::Ready(result),
+            Poll::Pending => end.as_mut().poll(context).map(|()| Err(ReadError::GaveUp)),
+        })
+        .await
+    }
+
+    async fn all(mut self) -> Result<Vec<Bytes>, ReadError> {
+        let chunks = std::mem::take(&mut self.chunks);
+        let mut parts = Vec::with_capacity(chunks.len());
+        for (chunk, lookup) in (self.first()..).zip(chunks) {
+            let bytes = self.reader.0.arrive(chunk, lookup).await?;
+            parts.push(self.part(chunk, &bytes));
         }
-        let size = self.header().chunk_size();
-        let (first, last) = (offset / size, (end - 1) / size);
-        self.0.counts.recent.store(first, Ordering::Relaxed);
-        let waiting = self.0.order(first, last);
-        let mut out = Vec::with_capacity(length);
-        for (chunk, lookup) in (first..).zip(waiting) {
-            let bytes = self.0.arrive(chunk, lookup).await?;
-            let from = within(offset.saturating_sub(chunk * size), &bytes);
-            let to = within(end - chunk * size, &bytes);
-            out.extend_from_slice(&bytes[from..to]);
-        }
-        Ok(out)
+        Ok(parts)
+    }
+
+    fn first(&self) -> u64 {
+        self.offset / self.reader.header().chunk_size()
+    }
+
+    /// The part of a chunk that is read.
+    fn part(&self, chunk: u64, bytes: &Bytes) -> Bytes {
+        let start = chunk * self.reader.header().chunk_size();
+        bytes.slice(within(self.offset.saturating_sub(start), bytes)..within(self.end - start, bytes))
     }
 }
 

@@ -1,15 +1,22 @@
-//! Opening: header and page hashes from the first member that has them and passes every check.
+//! Opening: header and page hashes from the first member that has them and passes every check. Members are asked one beside the other:
+//! one that is dead must not cost its time limits before anything runs.
 
 use super::fault::Fault;
 use super::member::Member;
-use super::world::{Path, World};
+use super::world::{Boxed, Path, World};
 use moor_image::{HEADER_LENGTH, Header, ImageError, OpenOptions, Verifier};
+use std::collections::VecDeque;
 use std::fmt;
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 /// Pauses between rounds over all members, when nothing but passing faults was met.
 const ROUNDS: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(1)];
+/// A member that has not answered after so long is not waited for alone. All at once would cost every member a handshake for every node
+/// that boots, and most of them for nothing.
+const NEXT_AFTER: Duration = Duration::from_millis(100);
 
 /// No member gave an image that passes.
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +51,7 @@ impl fmt::Display for Reasons<'_> {
     }
 }
 
-/// Asks the members in order. Returns what the first good one gave, and all members with what was learnt about them.
+/// Asks the members, beginning with any. Returns what the first good one gave, and all members with what was learnt about them.
 pub(super) async fn open(
     paths: Vec<Box<dyn Path>>,
     world: &Arc<dyn World>,
@@ -56,34 +63,84 @@ pub(super) async fn open(
     let members: Vec<_> = paths.into_iter().map(|path| Arc::new(Member::new(path, world.clone()))).collect();
     let mut pauses = ROUNDS.iter();
     loop {
-        let mut faults = Vec::new();
-        for member in &members {
-            match from_member(member, options).await {
-                Ok(verifier) => {
+        match round(&members, &**world, options).await? {
+            Ok(verifier) => return Ok((verifier, members)),
+            Err(faults) => match pauses.next() {
+                Some(pause) if faults.iter().all(|(_, fault)| fault.is_passing()) => world.sleep(*pause).await,
+                _ => return Err(OpenError::Members(faults)),
+            },
+        }
+    }
+}
+
+type Asked<'a> = (&'a Member, Boxed<'a, Result<Verifier, Fault>>);
+
+/// Asks each member once, the next one when one fails or takes long. The first that passes counts, and the others are given up; if none
+/// does, what each did wrong.
+async fn round(
+    members: &[Arc<Member>],
+    world: &dyn World,
+    options: &OpenOptions,
+) -> Result<Result<Verifier, Vec<(String, Fault)>>, OpenError> {
+    let first = usize::try_from(world.random() % members.len() as u64).unwrap_or(0);
+    let mut rest: VecDeque<_> = members[first..].iter().chain(&members[..first]).collect();
+    let (mut asked, mut faults) = (Vec::<Asked<'_>>::new(), Vec::new());
+    loop {
+        if let Some(member) = rest.pop_front() {
+            asked.push((member, Box::pin(from_member(member, options))));
+        } else if asked.is_empty() {
+            return Ok(Err(faults));
+        }
+        // Until there is reason to ask the next one.
+        loop {
+            match event(&mut asked, (!rest.is_empty()).then(|| world.sleep(NEXT_AFTER))).await {
+                None => break,
+                Some((member, Ok(verifier))) => {
                     member.passed();
-                    return Ok((verifier, members));
+                    return Ok(Ok(verifier));
                 }
                 // No other member can mend these: the image is the right one, the key or the trust is not.
-                Err(Fault::Wrong(
-                    source @ (ImageError::WrongKey { .. }
-                    | ImageError::KeyNeeded(_)
-                    | ImageError::HeaderMac
-                    | ImageError::NotEncrypted
-                    | ImageError::SignatureFile(_)),
+                Some((
+                    member,
+                    Err(Fault::Wrong(
+                        source @ (ImageError::WrongKey { .. }
+                        | ImageError::KeyNeeded(_)
+                        | ImageError::HeaderMac
+                        | ImageError::NotEncrypted
+                        | ImageError::SignatureFile(_)),
+                    )),
                 )) if options.pinned.is_some() || members.len() == 1 => {
                     return Err(OpenError::Image { url: member.url().to_owned(), source });
                 }
-                Err(fault) => {
+                Some((member, Err(fault))) => {
                     member.failed(&fault, true);
                     faults.push((member.url().to_owned(), fault));
+                    if !rest.is_empty() || asked.is_empty() {
+                        break;
+                    }
                 }
             }
         }
-        match pauses.next() {
-            Some(pause) if faults.iter().all(|(_, fault)| fault.is_passing()) => world.sleep(*pause).await,
-            _ => return Err(OpenError::Members(faults)),
-        }
     }
+}
+
+/// The next answer, of whom is taken out; `None`: the next member is due.
+async fn event<'a>(
+    asked: &mut Vec<Asked<'a>>,
+    mut due: Option<Boxed<'static, ()>>,
+) -> Option<(&'a Member, Result<Verifier, Fault>)> {
+    poll_fn(|context| {
+        for at in 0..asked.len() {
+            if let Poll::Ready(result) = asked[at].1.as_mut().poll(context) {
+                return Poll::Ready(Some((asked.swap_remove(at).0, result)));
+            }
+        }
+        match &mut due {
+            Some(due) => due.as_mut().poll(context).map(|()| None),
+            None => Poll::Pending,
+        }
+    })
+    .await
 }
 
 async fn from_member(member: &Member, options: &OpenOptions) -> Result<Verifier, Fault> {

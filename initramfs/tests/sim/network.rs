@@ -181,6 +181,8 @@ struct Line {
 struct Body {
     bytes: Bytes,
     sent: u64,
+    /// What has arrived and was not taken.
+    arrived: Bytes,
 }
 
 impl Line {
@@ -222,32 +224,36 @@ impl Line {
             Conduct::Status(status) => (status, None),
             _ => (206, Some(format!("bytes {start}-{}/{total}", to - 1))),
         };
-        self.body = Some(Body { bytes: bytes.into(), sent: 0 });
+        self.body = Some(Body { bytes: bytes.into(), sent: 0, arrived: Bytes::new() });
         Ok(Head { status, content_range, etag: Some(etag.into_bytes().into()) })
     }
 
-    async fn more(&mut self) -> Result<Option<Bytes>, Fault> {
+    async fn more(&mut self, out: &mut Vec<u8>, most: usize) -> Result<usize, Fault> {
         self.server.settle(|conduct| conduct != Conduct::Blackholed).await;
         self.alive()?;
-        let Some(body) = &mut self.body else { return Ok(None) };
-        if body.bytes.is_empty() {
-            return Ok(None);
-        }
-        let conduct = self.server.state().conduct;
-        match conduct {
-            Conduct::Stalls(after) if body.sent >= after => {
-                self.server.settle(|conduct| !matches!(conduct, Conduct::Stalls(_))).await;
+        let Some(body) = &mut self.body else { return Ok(0) };
+        if body.arrived.is_empty() && !body.bytes.is_empty() {
+            let conduct = self.server.state().conduct;
+            match conduct {
+                Conduct::Stalls(after) if body.sent >= after => {
+                    self.server.settle(|conduct| !matches!(conduct, Conduct::Stalls(_))).await;
+                }
+                Conduct::Cuts(after) if body.sent >= after => return Err(Fault::Broken("cut".into())),
+                _ => {}
             }
-            Conduct::Cuts(after) if body.sent >= after => return Err(Fault::Broken("cut".into())),
-            _ => {}
+            let size = if conduct == Conduct::Slow { SLOW / 10 } else { PIECE };
+            let piece = body.bytes.split_to(body.bytes.len().min(usize::try_from(size).unwrap()));
+            body.sent += piece.len() as u64;
+            self.server.send(piece.len() as u64).await;
+            body.arrived = piece;
+            self.server.settle(|conduct| conduct != Conduct::Blackholed).await;
+            if self.server.state().life != self.life {
+                return Err(Fault::Broken("reset".into()));
+            }
         }
-        let size = if conduct == Conduct::Slow { SLOW / 10 } else { PIECE };
-        let piece = body.bytes.split_to(body.bytes.len().min(usize::try_from(size).unwrap()));
-        body.sent += piece.len() as u64;
-        self.server.send(piece.len() as u64).await;
-        self.server.settle(|conduct| conduct != Conduct::Blackholed).await;
-        self.alive()?;
-        Ok(Some(piece))
+        let part = body.arrived.split_to(body.arrived.len().min(most));
+        out.extend_from_slice(&part);
+        Ok(part.len())
     }
 }
 
@@ -260,8 +266,8 @@ impl Wire for Line {
         Box::pin(self.request(start, length))
     }
 
-    fn next(&mut self) -> Boxed<'_, Result<Option<Bytes>, Fault>> {
-        Box::pin(self.more())
+    fn next<'a>(&'a mut self, out: &'a mut Vec<u8>, most: usize) -> Boxed<'a, Result<usize, Fault>> {
+        Box::pin(self.more(out, most))
     }
 
     fn is_usable(&self) -> bool {

@@ -27,14 +27,14 @@ pub fn cpu(pid: u32) -> anyhow::Result<f64> {
     Ok(f64::from(ticks) / 100.0)
 }
 
-/// Resident memory of a running process, in bytes.
+/// The largest resident memory of a running process so far, in bytes.
 ///
 /// # Errors
 /// It is gone.
-pub fn resident(pid: u32) -> anyhow::Result<u64> {
+pub fn peak(pid: u32) -> anyhow::Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"));
     let status = status.with_context(|| format!("looking at process {pid}"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("a process without memory")?;
-    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().context("reading VmRSS")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("a process without memory")?;
+    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().context("reading VmHWM")?;
     Ok(kib * 1024)
 }

@@ -38,10 +38,15 @@ impl TimeProvider for ClockFloor {
 /// # Errors
 /// A root that is not a certificate; no root at all.
 pub fn member_tls_config(bundle: &SiteBundle, session: Option<&SessionKey>) -> Result<ClientConfig, ClientError> {
-    member_tls_config_at(bundle, session, Arc::new(ClockFloor { earliest: bundle.built }))
+    member_tls_config_at(
+        bundle,
+        session,
+        Arc::new(ClockFloor { earliest: bundle.built }),
+        aws_lc_rs::default_provider(),
+    )
 }
 
-/// The same with a clock of the caller's, which must show no time before the bundle was built.
+/// The same with a clock of the caller's, which must show no time before the bundle was built, and with ciphers in the caller's order.
 ///
 /// # Errors
 /// As [`member_tls_config`].
@@ -49,8 +54,9 @@ pub fn member_tls_config_at(
     bundle: &SiteBundle,
     session: Option<&SessionKey>,
     clock: Arc<dyn TimeProvider>,
+    provider: CryptoProvider,
 ) -> Result<ClientConfig, ClientError> {
-    let builder = config_builder(bundle, clock)?;
+    let builder = config_builder(bundle, clock, provider)?;
     let config = match session {
         Some(session) => builder
             .with_client_auth_cert(vec![session.certificate()], session.private_key())
@@ -66,14 +72,15 @@ pub fn member_tls_config_at(
 /// A root that is not a certificate; no root at all.
 pub fn peer_tls_config(bundle: &SiteBundle, own: Arc<dyn ResolvesClientCert>) -> Result<ClientConfig, ClientError> {
     let clock = Arc::new(ClockFloor { earliest: bundle.built });
-    Ok(finished(config_builder(bundle, clock)?.with_client_cert_resolver(own)))
+    Ok(finished(config_builder(bundle, clock, aws_lc_rs::default_provider())?.with_client_cert_resolver(own)))
 }
 
 fn config_builder(
     bundle: &SiteBundle,
     clock: Arc<dyn TimeProvider>,
+    provider: CryptoProvider,
 ) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>, ClientError> {
-    let provider = Arc::new(aws_lc_rs::default_provider());
+    let provider = Arc::new(provider);
     let verifier = MemberVerifier::new(bundle, provider.clone())?;
     let builder = ClientConfig::builder_with_details(provider, clock)
         .with_protocol_versions(&[&rustls::version::TLS13])

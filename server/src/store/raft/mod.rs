@@ -181,9 +181,11 @@ impl Replicated {
     /// What was acknowledged before is read from now on. Who is the only voter needs nobody for that; among several, it takes a majority,
     /// and a member that is cut off has to start all the same.
     async fn recover(&self) -> Result<(), StoreError> {
-        let standing = self.standing();
-        let voters: Vec<u64> =
-            standing.members.iter().filter(|(_, (_, votes))| *votes).map(|(number, _)| *number).collect();
+        // Not from the metrics: they may not have been made yet.
+        let voters = self.raft.with_raft_state(|state| {
+            state.membership_state.effective().voter_ids().collect::<Vec<u64>>()
+        });
+        let voters = voters.await.map_err(consensus)?;
         if voters != [self.number] {
             return Ok(());
         }

@@ -1,9 +1,11 @@
-//! Table *faults*: two servers, of which one begins to fail while programs read: the longest read, and reads in error. The same faults on
-//! the simulated network, in thousands of orders, are in `make test`.
+//! Table *faults*: two servers, of which one begins to fail while programs read: the longest read, and reads in error; and both gone for a
+//! minute. The same faults on the simulated network, in thousands of orders, are in `make test`.
 
-use super::mounts::{Kind, Source, drop_caches};
+use super::mounts::{Kind, Remote, Source, drop_caches};
 use super::web::{Authority, Conduct, Web};
 use super::{Bar, Lab, Row, Table, reads};
+use crate::Namespace;
+use crate::process::{run, tied};
 use anyhow::Context as _;
 use std::path::Path;
 use std::time::Duration;
@@ -12,12 +14,23 @@ use std::time::Duration;
 const READERS: usize = 4;
 const SECONDS: u64 = 6;
 
+/// How long all servers are gone.
+const OUTAGE: Duration = Duration::from_mins(1);
+/// Seconds in which reads have to go on once they are back: the longest rest of a server while none answers, with its jitter.
+const BACK: f64 = 8.0;
+/// Ports of the two servers.
+const PORTS: [u16; 2] = [8473, 8474];
+
 /// What the first server does.
 #[derive(Clone, Copy)]
 enum Fault {
     Is(fn(&Files) -> Conduct<'_>),
     /// It stops in the middle of whatever it does, as a machine that hangs.
     Freezes,
+    /// Packets to it vanish.
+    Blackholed,
+    /// It is not there from the beginning.
+    Absent,
 }
 
 struct Files {
@@ -26,9 +39,11 @@ struct Files {
     other: std::path::PathBuf,
 }
 
-const FAULTS: [(&str, Fault); 8] = [
-    ("killed, then refused", Fault::Is(|_| Conduct::Refused)),
+const FAULTS: [(&str, Fault); 10] = [
+    ("killed in the middle of answers, then refused", Fault::Is(|_| Conduct::Refused)),
+    ("refused from the beginning", Fault::Absent),
     ("stalled in the middle of answers, then no answer to connections", Fault::Freezes),
+    ("blackholed: packets vanish", Fault::Blackholed),
     ("slow (10 KB/s)", Fault::Is(|files| Conduct::Slow(&files.good))),
     ("corrupted bytes", Fault::Is(|files| Conduct::Good(&files.corrupt))),
     ("another image", Fault::Is(|files| Conduct::Good(&files.other))),
@@ -46,24 +61,87 @@ pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
     ));
     for (name, fault) in FAULTS {
         lab.say(&format!("faults: {name}"));
-        let start =
-            |server: &str, port| Web::start((lab.dir, server), ("127.0.0.1", port), None, Conduct::Good(&files.good));
-        let (mut first, second) = (start("first", 8473)?, start("second", 8474)?);
-        let source = Source { lab, authority: &authority, namespace: None, key: &key };
-        let remote = source.mount(Kind::Ours, &[first.url(""), second.url("")])?;
-        reads::random(remote.file(), READERS, 2, 1)?;
+        let place = Namespace::new()?;
+        let mut site = Site::new(lab, &files, &place)?;
+        if matches!(fault, Fault::Absent) {
+            site.servers[0].become_(lab.dir, Some(&place), Conduct::Refused)?;
+        }
+        let remote = site.mount(&authority, &key)?;
+        reads::random((remote.file(), Some(&remote)), READERS, 2, 1)?;
         match fault {
-            Fault::Is(conduct) => first.become_(lab.dir, None, conduct(&files))?,
-            Fault::Freezes => first.freeze()?,
+            Fault::Is(conduct) => site.servers[0].become_(lab.dir, Some(&place), conduct(&files))?,
+            Fault::Freezes => site.servers[0].freeze()?,
+            Fault::Blackholed => blackhole(&place, PORTS[0])?,
+            Fault::Absent => {}
         }
         drop_caches()?;
-        let found = reads::random(remote.file(), READERS, SECONDS, 2)?;
+        let found = reads::random((remote.file(), Some(&remote)), READERS, SECONDS, 2)?;
         let errors = format!("{name}: reads in error, of {}", found.good + found.errors);
         table.rows.push(Row::alone(&errors, "", f64::from(found.errors), Bar::AtMost(0.0)));
         table.rows.push(Row::alone(&format!("{name}: longest read"), "s", found.longest, Bar::AtMost(1.0)));
         std::thread::sleep(Duration::from_millis(100));
     }
+    outage(lab, &mut table, &files, &authority, &key)?;
     Ok(table)
+}
+
+/// Two servers, good at first.
+struct Site<'a> {
+    lab: &'a Lab<'a>,
+    place: &'a Namespace,
+    servers: [Web; 2],
+}
+
+impl<'a> Site<'a> {
+    fn new(lab: &'a Lab<'a>, files: &Files, place: &'a Namespace) -> anyhow::Result<Self> {
+        let start = |name: &str, port| {
+            Web::start((lab.dir, name), ("127.0.0.1", port), Some(place), Conduct::Good(&files.good))
+        };
+        Ok(Self { lab, place, servers: [start("first", PORTS[0])?, start("second", PORTS[1])?] })
+    }
+
+    fn mount(&self, authority: &Authority, key: &Path) -> anyhow::Result<Remote> {
+        let source = Source { lab: self.lab, authority, namespace: Some(self.place), key };
+        source.mount(Kind::Ours, &self.servers.each_ref().map(|server| server.url("")))
+    }
+}
+
+fn blackhole(place: &Namespace, port: u16) -> anyhow::Result<()> {
+    let rules = format!(
+        "add table inet bench; add chain inet bench in {{ type filter hook input priority 0; }}; \
+         add rule inet bench in tcp dport {port} drop"
+    );
+    run(&mut place.enter(tied("nft").arg(rules))).context("dropping packets")?;
+    Ok(())
+}
+
+/// All servers are gone for a minute, and come back, while programs read.
+fn outage(lab: &Lab<'_>, table: &mut Table, files: &Files, authority: &Authority, key: &Path) -> anyhow::Result<()> {
+    let name = format!("all servers gone for {} s", OUTAGE.as_secs());
+    lab.say(&format!("faults: {name}"));
+    let place = Namespace::new()?;
+    let mut site = Site::new(lab, files, &place)?;
+    let remote = site.mount(authority, key)?;
+    let whole = OUTAGE.as_secs() + 14;
+    let found = std::thread::scope(|scope| -> anyhow::Result<reads::Reads> {
+        let reader = scope.spawn(|| reads::random((remote.file(), Some(&remote)), READERS, whole, 3));
+        std::thread::sleep(Duration::from_secs(2));
+        for server in &mut site.servers {
+            server.become_(lab.dir, Some(&place), Conduct::Refused)?;
+        }
+        std::thread::sleep(OUTAGE);
+        for server in &mut site.servers {
+            server.become_(lab.dir, Some(&place), Conduct::Good(&files.good))?;
+        }
+        reader.join().unwrap_or_else(|_| anyhow::bail!("the readers panicked"))
+    })?;
+    table.rows.push(Row::alone(&format!("{name}: reads in error"), "", f64::from(found.errors), Bar::AtMost(0.0)));
+    let late = found.longest - OUTAGE.as_secs_f64();
+    table.rows.push(Row::alone(&format!("{name}: reads go on after"), "s", late, Bar::AtMost(BACK)));
+    let lines = remote.log()?.lines().filter(|line| line.contains("ERROR")).count();
+    let lines = f64::from(u32::try_from(lines).unwrap_or(u32::MAX));
+    table.rows.push(Row::alone(&format!("{name}: lines on the console"), "", lines, Bar::AtMost(1.0)));
+    Ok(())
 }
 
 /// The good image, the same with one wrong bit in each chunk, and another one of the same length.
@@ -91,7 +169,7 @@ fn pack(lab: &Lab<'_>, dir: &Path, key: &Path) -> anyhow::Result<()> {
     let mut noise = vec![0; 96 << 20];
     std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut noise).context("reading noise")?;
     std::fs::write(tree.path().join("noise"), noise)?;
-    let mut command = crate::process::tied(lab.bins.path("imgutil"));
+    let mut command = tied(lab.bins.path("imgutil"));
     command
         .arg("pack")
         .arg(tree.path())
@@ -100,6 +178,6 @@ fn pack(lab: &Lab<'_>, dir: &Path, key: &Path) -> anyhow::Result<()> {
         .arg("--key-file")
         .arg(key)
         .args(["--level", "1"]);
-    crate::process::run(&mut command)?;
+    run(&mut command)?;
     Ok(())
 }

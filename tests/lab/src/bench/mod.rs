@@ -4,6 +4,7 @@
 //! A table is a function from [`Lab`] to [`Table`]. A row whose peer could not run says so and is not ok; only a table that
 //! cannot be set up at all is an error.
 
+mod boots;
 mod build;
 mod faults;
 mod measure;
@@ -12,12 +13,17 @@ mod pack;
 mod pairs;
 mod reads;
 mod root;
+mod storm;
+mod sweep;
 mod table;
 mod web;
 
+pub use boots::{RECORD, REPLAY, record, replay};
 pub use measure::{Usage, WRAPPER, measure, run_wrapped};
 pub use pairs::{PAIRS, Paired, pairs};
-pub use reads::{READS, read};
+pub use reads::{ALL, READS, read, read_all};
+pub use storm::{NODES, nodes};
+pub use sweep::Place;
 pub use table::{Bar, Row, Table};
 
 use crate::Bins;
@@ -44,11 +50,13 @@ impl Lab<'_> {
 pub type Maker = fn(&Lab<'_>) -> anyhow::Result<Table>;
 
 /// All tables by name, in the order in which they run.
-pub const TABLES: [(&str, Maker); 6] = [
+pub const TABLES: [(&str, Maker); 8] = [
     ("pack", pack::table),
     ("pack-15", pack::releases),
     ("memory", pack::memory),
     ("build", build::table),
     ("root", root::table),
     ("faults", faults::table),
+    ("prefetch", boots::table),
+    ("storm", storm::table),
 ];

@@ -16,8 +16,10 @@ pub(super) enum Kind {
     Ours,
     /// With all caching off.
     Rclone,
-    /// With what serves this use best: whole chunks kept on disk.
+    /// With what it has read kept on disk, and much read ahead.
     RcloneCache,
+    /// With what it has read kept on disk, and little read ahead.
+    RcloneSmall,
     Httpdirfs,
 }
 
@@ -27,6 +29,7 @@ impl Kind {
             Self::Ours => "moor-tether",
             Self::Rclone => "rclone",
             Self::RcloneCache => "rclone with cache",
+            Self::RcloneSmall => "rclone with cache, small reads",
             Self::Httpdirfs => "httpdirfs",
         }
     }
@@ -58,7 +61,7 @@ impl Source<'_> {
         let first = urls.first().context("no server")?;
         let mut command = match kind {
             Kind::Ours => {
-                let mut command = tied(self.lab.bins.path("moor-tether"));
+                let mut command = tied(self.lab.bins.static_tether());
                 command.args(["mount", "--foreground", "--key-file"]).arg(self.key);
                 command.arg("--ca").arg(self.authority.file()).arg("--state").arg(dir.join("state.json"));
                 for url in urls {
@@ -66,16 +69,20 @@ impl Source<'_> {
                 }
                 command
             }
-            Kind::Rclone | Kind::RcloneCache => {
+            Kind::Rclone | Kind::RcloneCache | Kind::RcloneSmall => {
                 let mut command = tied("rclone");
                 command.args(["mount", ":http:", "--read-only", "--dir-cache-time", "1h", "--http-url", first]);
                 command.arg("--ca-cert").arg(self.authority.file()).arg("--cache-dir").arg(&cache);
                 command.arg("--config").arg(dir.join("rclone.conf"));
-                if kind == Kind::RcloneCache {
-                    command.args(["--vfs-cache-mode", "full", "--buffer-size", "16M", "--vfs-read-ahead", "128M"]);
-                } else {
-                    command.args(["--vfs-cache-mode", "off"]);
-                }
+                command.args(match kind {
+                    Kind::RcloneCache => {
+                        &["--vfs-cache-mode", "full", "--buffer-size", "16M", "--vfs-read-ahead", "128M"][..]
+                    }
+                    Kind::RcloneSmall => {
+                        &["--vfs-cache-mode", "full", "--buffer-size", "0", "--vfs-read-chunk-size", "256k"]
+                    }
+                    _ => &["--vfs-cache-mode", "off"],
+                });
                 command
             }
             Kind::Httpdirfs => {
@@ -115,6 +122,19 @@ impl Remote {
     pub(super) fn pid(&self) -> anyhow::Result<u32> {
         self.guard.id().context("it is gone")
     }
+
+    /// What it said so far.
+    pub(super) fn log(&self) -> anyhow::Result<String> {
+        std::fs::read_to_string(self.dir.join("log")).context("reading what a mount said")
+    }
+
+    /// Ends who serves it, whatever he waits for: who waits for him gets an error.
+    pub(super) fn kill(&self) {
+        if let Some(pid) = self.guard.id().and_then(|pid| i32::try_from(pid).ok()) {
+            // Not there any more is as good.
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        }
+    }
 }
 
 impl Drop for Remote {
@@ -122,6 +142,8 @@ impl Drop for Remote {
         // Not mounted any more is as good.
         let _ = umount2(&self.dir.join("at"), MntFlags::MNT_DETACH);
         self.guard.kill();
+        // Caches of peers are as large as what they have read.
+        let _ = std::fs::remove_dir_all(&self.dir);
     }
 }
 

@@ -1,269 +1,400 @@
 //! Table *root*: a root file system over the network, beside `rclone mount`, `httpdirfs` and the local file. The same squashfs everywhere,
-//! ours sealed, theirs plain; the same HTTPS server; the same loop device and squashfs above it.
+//! ours sealed, theirs plain; the same HTTPS server; the same loop device and squashfs above it. What is served lies in memory, so that
+//! caches can be dropped and no disk is measured; each cold figure begins with new processes and a new mount.
 
 use super::mounts::{Kind, Remote, Source, Tree, drop_caches};
 use super::web::{Authority, Conduct, Web};
-use super::{Bar, Lab, PAIRS, Paired, Row, Table, measure, pairs, reads};
+use super::{Bar, Lab, PAIRS, Paired, Row, Table, pairs, reads};
 use crate::Namespace;
 use crate::delay::{Delay, FAR, NEAR};
-use crate::process::{cpu, resident, run, text, tied};
+use crate::process::{cpu, peak, run, text, tied};
 use anyhow::Context as _;
+use nix::mount::{MntFlags, MsFlags, umount2};
+use std::cell::{Cell, RefCell};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Files of the tree, of sizes as in /usr.
-const FILES: usize = 4000;
+const FILES: u32 = 4000;
+/// Bytes of the file in the large image: more than any cache here holds in the time of a measurement.
+const LARGE: u64 = 3 << 30;
+/// Bytes of its pages, and how many of them are noise: it compresses as a system does.
+const PAGE: usize = 4096;
+const NOISE: usize = 1600;
 /// Links: name, and the delay of one way.
 const LINKS: [(&str, Duration); 3] =
     [("loopback", Duration::ZERO), ("1 ms", Duration::from_micros(500)), ("5 ms", Duration::from_micros(2500))];
 /// Readers side by side.
 const READERS: [usize; 3] = [1, 8, 32];
 /// Seconds of one measurement of random reads.
-const SECONDS: u64 = 3;
+const SECONDS: u64 = 2;
+/// Seconds after which a peer need not read more files.
+const ENOUGH: u64 = 15;
+/// Pairs where no bar is.
+const FEW: usize = 3;
 /// A link that costs more than this share of a core distorts what is measured over it.
 const CARRIER_LIMIT: f64 = 0.5;
-const PEERS: [Kind; 3] = [Kind::Rclone, Kind::RcloneCache, Kind::Httpdirfs];
-
-struct Input {
-    /// Holds `image.moor` and `plain.squashfs`.
-    web: PathBuf,
-    key: PathBuf,
-    size: f64,
-}
+/// Bytes that the tether may take, and its cache.
+const MEMORY: f64 = 40e6 + 8.4e6;
+const PEERS: [Kind; 4] = [Kind::Rclone, Kind::RcloneCache, Kind::RcloneSmall, Kind::Httpdirfs];
+/// Makes the links that are named in it, by commas; else all.
+const CHOICE: &str = "MOOR_LINKS";
 
 pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
     let mut table = Table::new("root");
-    let input = input(lab)?;
     let authority = Authority::new(lab.dir)?;
-    table.facts.push(format!("squashfs of {FILES} files, {:.0} MB; ours is sealed", input.size / 1e6));
+    let input = input(lab, &authority)?;
+    table.facts.push(format!(
+        "squashfs of {FILES} files, {:.0} MB, and of one large file, {:.0} MB (read in a row and at random); ours are sealed; served \
+         from memory by nginx",
+        input.size("files/plain.squashfs")? / 1e6,
+        input.size("large/plain.squashfs")? / 1e6
+    ));
     let version = |program: &str| {
         text(tied(program).arg("--version")).unwrap_or_default().lines().next().unwrap_or_default().to_owned()
     };
     table.facts.push(format!("peers: {}, httpdirfs of the distribution, both from the plain file", version("rclone")));
+    table
+        .facts
+        .push("cold: new processes, new mounts, caches dropped; random reads are of 4 KiB, through squashfs".into());
+    let wanted = std::env::var(CHOICE).unwrap_or_default();
     for (name, one_way) in LINKS {
-        link(lab, &mut table, &input, &authority, name, one_way)?;
+        if wanted.is_empty() || wanted.split(',').any(|wanted| wanted == name) {
+            Link::new(lab, &input, &authority, name, one_way)?.measure(&mut table)?;
+        }
     }
     Ok(table)
 }
 
-/// The tree is taken from this machine, packed once, and read back for its squashfs.
-fn input(lab: &Lab<'_>) -> anyhow::Result<Input> {
-    let web = lab.cache.join("root-web");
-    let key = lab.cache.join("root.key");
-    let plain = web.join("plain.squashfs");
-    if !plain.exists() {
-        lab.say("root: packing a tree of this machine's files");
-        let (tree, made) = (lab.dir.join("root-tree"), lab.dir.join("web"));
+/// What is served: `image.moor` and the same plain, `plain.squashfs`, in `files` and in `large`. In memory; gone on drop.
+pub(super) struct Input {
+    dir: PathBuf,
+    cache: PathBuf,
+}
+
+impl Input {
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "far below 2^52 bytes")]
+    fn size(&self, file: &str) -> anyhow::Result<f64> {
+        Ok(self.dir.join(file).metadata().with_context(|| format!("looking at {file}"))?.len() as f64)
+    }
+}
+
+impl Drop for Input {
+    fn drop(&mut self) {
+        let _ = umount2(&self.dir, MntFlags::MNT_DETACH);
+    }
+}
+
+/// Trees are taken from this machine and from noise, packed once, and the first is read back for its squashfs.
+pub(super) fn input(lab: &Lab<'_>, authority: &Authority) -> anyhow::Result<Input> {
+    let cache = lab.cache.join("root");
+    if !cache.exists() {
+        lab.say("root: packing a tree of this machine's files, and noise");
+        let (made, tree, noise) = (lab.dir.join("made"), lab.dir.join("tree"), lab.dir.join("noise"));
+        for dir in ["files", "large"] {
+            std::fs::create_dir_all(made.join(dir))?;
+        }
         std::fs::create_dir_all(&tree)?;
-        std::fs::create_dir_all(&made)?;
-        // Shuffled by a fixed key, so that large and small files come as in a system.
+        std::fs::create_dir_all(&noise)?;
+        // Shuffled by a fixed key, so that large and small files come as in a system. Private keys (of somebody's tests) cannot be packed.
         let choose = format!(
             "find /usr/lib /usr/share /usr/bin -xdev -type f -size -4096k | LC_ALL=C sort | \
-             shuf --random-source=/usr/bin/find -n {FILES} | cpio -pdm --quiet '{}'",
+             shuf --random-source=/usr/bin/find | head -n {} | xargs -d '\\n' grep -L -a 'PRIVATE KEY' | \
+             head -n {FILES} | cpio -pdm --quiet '{}'",
+            FILES + FILES / 10,
             tree.display()
         );
         run(tied("sh").args(["-c", &choose])).context("choosing files")?;
-        // An interrupted run leaves a key that no image has.
-        let _ = std::fs::remove_file(&key);
-        run(tied(lab.bins.path("imgutil"))
-            .arg("pack")
-            .arg(&tree)
-            .arg("-o")
-            .arg(made.join("image.moor"))
-            .arg("--key-file")
-            .arg(&key))?;
-        let authority = Authority::new(lab.dir)?;
+        large_file(&noise.join("noise")).context("writing noise")?;
+        for (tree, name, level) in [(&tree, "files", "9"), (&noise, "large", "1")] {
+            let mut pack = tied(lab.bins.path("imgutil"));
+            pack.arg("pack").arg(tree).args(["--level", level]).arg("-o").arg(made.join(name).join("image.moor"));
+            run(pack.arg("--key-file").arg(made.join(name).join("key")))?;
+        }
         let server = Web::start((lab.dir, "packing"), ("127.0.0.1", 8470), None, Conduct::Good(&made))?;
-        let remote =
-            Source { lab, authority: &authority, namespace: None, key: &key }.mount(Kind::Ours, &[server.url("")])?;
-        std::fs::copy(remote.file(), made.join("plain.squashfs")).context("reading the squashfs")?;
-        drop(remote);
-        run(tied("mv").arg(&made).arg(&web))?;
+        for dir in ["files", "large"] {
+            let key = made.join(dir).join("key");
+            let source = Source { lab, authority, namespace: None, key: &key };
+            let remote = source.mount(Kind::Ours, &[server.url(&format!("{dir}/"))])?;
+            std::fs::copy(remote.file(), made.join(dir).join("plain.squashfs")).context("reading the squashfs")?;
+        }
+        run(tied("mv").arg(&made).arg(&cache))?;
     }
-    #[expect(clippy::cast_precision_loss, reason = "far below 2^52 bytes")]
-    let size = plain.metadata()?.len() as f64;
-    Ok(Input { web, key, size })
+    let dir = lab.dir.join("web");
+    std::fs::create_dir(&dir)?;
+    let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+    nix::mount::mount(Some("bench"), &dir, Some("tmpfs"), flags, Some("mode=0755,size=6g"))
+        .context("mounting a tmpfs")?;
+    let input = Input { dir, cache };
+    run(tied("cp").args(["-r", "--"]).arg(input.cache.join(".")).arg(&input.dir))?;
+    Ok(input)
 }
 
-fn link(
-    lab: &Lab<'_>,
-    table: &mut Table,
-    input: &Input,
-    authority: &Authority,
-    name: &str,
+/// Pages that are part noise, part nothing.
+fn large_file(path: &Path) -> std::io::Result<()> {
+    let mut file = std::io::BufWriter::with_capacity(1 << 20, std::fs::File::create(path)?);
+    let (mut state, mut page) = (0x9E37_79B9_7F4A_7C15_u64, [0; PAGE]);
+    for _ in 0..LARGE / PAGE as u64 {
+        for word in page[..NOISE].chunks_exact_mut(8) {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            word.copy_from_slice(&state.to_le_bytes());
+        }
+        file.write_all(&page)?;
+    }
+    file.flush()
+}
+
+/// A mounted squashfs, and who serves it; the local file is served by nobody.
+struct Mounted {
+    tree: Tree,
+    remote: Option<Remote>,
+}
+
+/// One link, and what is measured over it.
+struct Link<'a> {
+    lab: &'a Lab<'a>,
+    input: &'a Input,
+    authority: &'a Authority,
+    name: &'static str,
+    near: Namespace,
+    _far: Namespace,
+    delay: Option<RefCell<Delay>>,
+    server: Web,
     one_way: Duration,
-) -> anyhow::Result<()> {
-    lab.say(&format!("root: {name}"));
-    let (near, far) = (Namespace::new()?, Namespace::new()?);
-    let is_far = !one_way.is_zero();
-    let mut delay = if is_far { Some(Delay::between(&near, &far, one_way)?) } else { None };
-    let (server_place, address) = if is_far { (Some(&far), FAR) } else { (Some(&near), "127.0.0.1") };
-    let server = Web::start(
-        (lab.dir, &format!("web-{}", one_way.as_micros())),
-        (address, 8471),
-        server_place,
-        Conduct::Good(&input.web),
-    )?;
-    let urls = [server.url("")];
-    let source = Source { lab, authority, namespace: Some(&near), key: &input.key };
-    let carried = delay.as_mut().map(Delay::cpu).transpose()?;
-    let begun = Instant::now();
+    /// Largest memory of a tether so far, in bytes.
+    memory: Cell<f64>,
+    seed: Cell<u64>,
+}
 
-    if is_far {
-        let ping = text(&mut near.enter(tied("ping").args(["-q", "-c", "20", "-i", "0.05", FAR])))?;
-        table.facts.push(format!("{name}: {} (from {NEAR})", ping.lines().last().unwrap_or_default().trim()));
+impl<'a> Link<'a> {
+    fn new(
+        lab: &'a Lab<'a>,
+        input: &'a Input,
+        authority: &'a Authority,
+        name: &'static str,
+        one_way: Duration,
+    ) -> anyhow::Result<Self> {
+        lab.say(&format!("root: {name}"));
+        let (near, far) = (Namespace::new()?, Namespace::new()?);
+        let is_far = !one_way.is_zero();
+        let delay = if is_far { Some(RefCell::new(Delay::between(&near, &far, one_way)?)) } else { None };
+        let (place, address) = if is_far { (&far, FAR) } else { (&near, "127.0.0.1") };
+        let home = format!("web-{}", one_way.as_micros());
+        let server = Web::start((lab.dir, &home), (address, 8471), Some(place), Conduct::Good(&input.dir))?;
+        let memory = Cell::new(0.0);
+        Ok(Self { lab, input, authority, name, near, _far: far, delay, server, one_way, memory, seed: Cell::new(1) })
     }
-    let curl = || -> anyhow::Result<f64> {
-        let mut command = near.enter(
-            tied("curl")
-                .args(["-sS", "-o", "/dev/null", "--cacert"])
-                .arg(authority.file())
-                .arg(server.url("plain.squashfs")),
-        );
-        let begun = Instant::now();
-        run(&mut command)?;
-        Ok(input.size / 1e6 / begun.elapsed().as_secs_f64())
-    };
-    let ours = source.mount(Kind::Ours, &urls)?;
-    let both = pairs(PAIRS, || sequential(input, &ours), curl)?;
-    let bar = if is_far { Bar::None } else { Bar::AtLeast(0.7) };
-    table.rows.push(Row::paired(&format!("{name}: sequential"), "MB/s", "curl", &Paired::of(&both, |rate| *rate), bar));
-    let before = cpu(ours.pid()?)?;
-    let _ = sequential(input, &ours)?;
-    let seconds = (cpu(ours.pid()?)? - before) * 1e9 / input.size;
-    table.rows.push(Row::alone(&format!("{name}: CPU per GB, sequential"), "s", seconds, Bar::None));
 
-    let mut peers = Vec::new();
-    for kind in PEERS {
-        match source.mount(kind, &urls).and_then(|remote| Ok((Tree::mount(lab, remote.file())?, remote))) {
-            Ok((tree, remote)) => peers.push((kind, tree, remote)),
-            Err(error) => {
-                let row = format!("{name}: {}", kind.name());
-                table.rows.push(Row::without_peer(&row, "", kind.name(), None, Bar::None, &format!("{error:#}")));
-            }
+    fn row(&self, what: &str) -> String {
+        format!("{}: {what}", self.name)
+    }
+
+    fn is_far(&self) -> bool {
+        self.delay.is_some()
+    }
+
+    /// Whether it is the link of the bar against the peers.
+    fn is_judged(&self) -> bool {
+        self.one_way == LINKS[2].1
+    }
+
+    fn measure(&self, table: &mut Table) -> anyhow::Result<()> {
+        if self.is_far() {
+            let ping = text(&mut self.near.enter(tied("ping").args(["-q", "-c", "40", "-i", "0.02", FAR])))?;
+            table.facts.push(format!(
+                "{}: {} (from {NEAR})",
+                self.name,
+                ping.lines().last().unwrap_or_default().trim()
+            ));
         }
-    }
-    let tree = Tree::mount(lab, ours.file())?;
-    let local = Tree::mount(lab, &input.web.join("plain.squashfs"))?;
-    random(table, name, &tree, &peers, &local, is_far && one_way == LINKS[2].1)?;
-    all_files(table, name, &tree, &peers, &local)?;
-    #[expect(clippy::cast_precision_loss, reason = "far below 2^52 bytes")]
-    let memory = resident(ours.pid()?)? as f64 / 1e6;
-    table.rows.push(Row::alone(
-        &format!("{name}: resident memory (cache 8.4 MB)"),
-        "MB",
-        memory,
-        Bar::AtMost(40.0 + 8.4),
-    ));
-    if let (Some(delay), Some(before)) = (&mut delay, carried) {
-        let share = (delay.cpu()? - before) / begun.elapsed().as_secs_f64();
+        self.sequential(table)?;
+        for readers in READERS {
+            self.random(table, readers)?;
+        }
+        self.all_files(table)?;
         table.rows.push(Row::alone(
-            &format!("{name}: the delayer's share of a core"),
-            "",
-            share,
-            Bar::AtMost(CARRIER_LIMIT),
+            &self.row("peak resident memory (cache 8.4 MB)"),
+            "MB",
+            self.memory.get() / 1e6,
+            Bar::AtMost(MEMORY / 1e6),
         ));
+        Ok(())
     }
-    // Trees before what they stand on.
-    drop(tree);
-    for (_, tree, remote) in peers {
-        drop(tree);
-        drop(remote);
+
+    fn remote(&self, kind: Kind, dir: &str) -> anyhow::Result<Remote> {
+        let key = self.input.cache.join(dir).join("key");
+        let source = Source { lab: self.lab, authority: self.authority, namespace: Some(&self.near), key: &key };
+        source.mount(kind, &[self.server.url(&format!("{dir}/"))])
     }
-    Ok(())
-}
 
-/// MB/s of one reader of the whole file.
-fn sequential(input: &Input, remote: &Remote) -> anyhow::Result<f64> {
-    drop_caches()?;
-    let begun = Instant::now();
-    let mut command = tied("dd");
-    command.arg(format!("if={}", remote.file().display())).args(["of=/dev/null", "bs=1M", "status=none"]);
-    run(&mut command)?;
-    Ok(input.size / 1e6 / begun.elapsed().as_secs_f64())
-}
+    /// The tree, served anew; `None`: the local file.
+    fn fresh(&self, kind: Option<Kind>, dir: &str) -> anyhow::Result<Mounted> {
+        let remote = kind.map(|kind| self.remote(kind, dir)).transpose()?;
+        let local = self.input.dir.join(dir).join("plain.squashfs");
+        let tree = Tree::mount(self.lab, remote.as_ref().map_or(local.as_path(), Remote::file))?;
+        drop_caches()?;
+        Ok(Mounted { tree, remote })
+    }
 
-type Peer = (Kind, Tree, Remote);
+    fn note_memory(&self, remote: &Remote) -> anyhow::Result<()> {
+        #[expect(clippy::cast_precision_loss, reason = "far below 2^52 bytes")]
+        let memory = peak(remote.pid()?)? as f64;
+        self.memory.set(self.memory.get().max(memory));
+        Ok(())
+    }
 
-fn random(
-    table: &mut Table,
-    name: &str,
-    tree: &Tree,
-    peers: &[Peer],
-    local: &Tree,
-    is_judged: bool,
-) -> anyhow::Result<()> {
-    for readers in READERS {
-        // Other places each time.
-        let seed = std::cell::Cell::new(0);
-        let rate = |tree: &Path| -> anyhow::Result<f64> {
-            seed.set(seed.get() + 1);
-            drop_caches()?;
-            Ok(reads::random(tree, readers, SECONDS, seed.get())?.per_second())
+    /// One reader of the whole file, beside one download of the same bytes.
+    fn sequential(&self, table: &mut Table) -> anyhow::Result<()> {
+        let size = self.input.size("large/image.moor")?;
+        let (seconds, carried) = (Cell::new(0.0), Cell::new(Vec::new()));
+        let ours = || -> anyhow::Result<f64> {
+            let remote = self.remote(Kind::Ours, "large")?;
+            let before = cpu(remote.pid()?)?;
+            let mut command = tied("dd");
+            command.arg(format!("if={}", remote.file().display())).args(["of=/dev/null", "bs=1M", "status=none"]);
+            let begun = Instant::now();
+            run(&mut command)?;
+            let took = begun.elapsed().as_secs_f64();
+            seconds.set(cpu(remote.pid()?)? - before);
+            self.note_memory(&remote)?;
+            Ok(size / 1e6 / took)
         };
-        let row = format!("{name}: random 4 KiB reads, {readers} readers");
+        let curl = || -> anyhow::Result<f64> {
+            let before = self.carried()?;
+            let mut command = tied("curl");
+            command.args(["-sS", "-o", "/dev/null", "--cacert"]).arg(self.authority.file());
+            let begun = Instant::now();
+            run(&mut self.near.enter(command.arg(self.server.url("large/image.moor"))))?;
+            let took = begun.elapsed().as_secs_f64();
+            let mut shares = carried.take();
+            shares.push((self.carried()? - before) / took);
+            carried.set(shares);
+            Ok(size / 1e6 / took)
+        };
+        let both = pairs(PAIRS, ours, curl)?;
+        let bar = if self.is_far() { Bar::None } else { Bar::AtLeast(0.7) };
+        table.rows.push(Row::paired(
+            &self.row("in a row"),
+            "MB/s",
+            "curl, one connection",
+            &Paired::of(&both, |rate| *rate),
+            bar,
+        ));
+        let per_gigabyte = seconds.get() * 1e9 / size;
+        table.rows.push(Row::alone(&self.row("CPU of the tether per GB, in a row"), "s", per_gigabyte, Bar::None));
+        if self.is_far() {
+            let share = super::pairs::median(&carried.take());
+            let row = self.row("the delayer's share of a core while curl downloads");
+            table.rows.push(Row::alone(&row, "", share, Bar::None));
+        }
+        Ok(())
+    }
+
+    /// Seconds of processor time of the delayer so far.
+    fn carried(&self) -> anyhow::Result<f64> {
+        self.delay.as_ref().map_or(Ok(0.0), |delay| delay.borrow_mut().cpu())
+    }
+
+    /// Random reads in a second, cold.
+    fn rate(&self, kind: Option<Kind>, readers: usize) -> anyhow::Result<f64> {
+        self.seed.set(self.seed.get() + 1);
+        let mounted = self.fresh(kind, "large")?;
+        let found = reads::random((mounted.tree.path(), mounted.remote.as_ref()), readers, SECONDS, self.seed.get())?;
+        anyhow::ensure!(found.errors == 0, "{} of {} reads were in error", found.errors, found.errors + found.good);
+        if let (Some(Kind::Ours), Some(remote)) = (kind, &mounted.remote) {
+            self.note_memory(remote)?;
+        }
+        Ok(found.per_second())
+    }
+
+    fn random(&self, table: &mut Table, readers: usize) -> anyhow::Result<()> {
+        let row = self.row(&format!("random reads, {readers} readers"));
         // In turn with the quickest of the peers, which one look tells.
-        let mut best: Option<(&Peer, f64)> = None;
-        for peer in peers {
-            if let Ok(found) = rate(peer.1.path())
-                && best.as_ref().is_none_or(|(_, best)| found > *best)
-            {
-                best = Some((peer, found));
-            }
+        let looks: Vec<_> = PEERS.iter().map(|kind| (*kind, self.rate(Some(*kind), readers))).collect();
+        let said: Vec<_> = looks
+            .iter()
+            .map(|(kind, found)| match found {
+                Ok(rate) => format!("{} {rate:.0}/s", kind.name()),
+                Err(error) => format!("{} failed: {error:#}", kind.name()),
+            })
+            .collect();
+        let said = format!("one look: {}", said.join(", "));
+        let best = looks.iter().filter_map(|(kind, found)| Some((*kind, *found.as_ref().ok()?)));
+        let best = best.max_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(kind, _)| kind);
+        let is_judged = self.is_judged() && readers == 8;
+        let (bar, count) = if is_judged { (Bar::AtLeast(8.0), PAIRS) } else { (Bar::None, FEW) };
+        let before = (self.carried()?, Instant::now());
+        if let Some(kind) = best {
+            let both = pairs(count, || self.rate(Some(Kind::Ours), readers), || self.rate(Some(kind), readers))?;
+            let row = Row::paired(&row, "1/s", kind.name(), &Paired::of(&both, |rate| *rate), bar);
+            table.rows.push(row.noted(&said));
+        } else {
+            let ours = Some(self.rate(Some(Kind::Ours), readers)?);
+            table.rows.push(Row::without_peer(&row, "1/s", "every peer", ours, bar, &said));
         }
-        let bar = if is_judged && readers == 8 { Bar::AtLeast(8.0) } else { Bar::None };
-        let count = if is_judged && readers == 8 { PAIRS } else { 3 };
-        match best {
-            Some((peer, _)) => {
-                let both = pairs(count, || rate(tree.path()), || rate(peer.1.path()))?;
-                table.rows.push(Row::paired(&row, "1/s", peer.0.name(), &Paired::of(&both, |rate| *rate), bar));
-            }
-            None => table.rows.push(Row::without_peer(
-                &row,
-                "1/s",
-                "every peer",
-                Some(rate(tree.path())?),
-                bar,
-                "none could be read",
-            )),
+        if is_judged {
+            let share = (self.carried()? - before.0) / before.1.elapsed().as_secs_f64();
+            let row = self.row("the delayer's share of a core under 8 readers");
+            table.rows.push(Row::alone(&row, "", share, Bar::AtMost(CARRIER_LIMIT)));
         }
-        if name == LINKS[0].0 {
-            let both = pairs(3, || rate(tree.path()), || rate(local.path()))?;
+        if !self.is_far() {
+            let both = pairs(FEW, || self.rate(Some(Kind::Ours), readers), || self.rate(None, readers))?;
             table.rows.push(Row::paired(&row, "1/s", "the local file", &Paired::of(&both, |rate| *rate), Bar::None));
         }
+        Ok(())
     }
-    Ok(())
-}
 
-/// `find | xargs cat` of everything: cold beside the peers, warm beside the local file.
-fn all_files(table: &mut Table, name: &str, tree: &Tree, peers: &[Peer], local: &Tree) -> anyhow::Result<()> {
-    let cat = |tree: &Tree, is_cold: bool| -> anyhow::Result<f64> {
-        if is_cold {
-            drop_caches()?;
-        }
-        let mut command = Command::new("sh");
-        command.args(["-c", "find . -type f -print0 | xargs -0 cat"]).current_dir(tree.path());
-        Ok(measure(&command)?.wall)
-    };
-    let row = format!("{name}: find | xargs cat of {FILES} files");
-    for (kind, peer, _) in peers {
-        let found = match pairs(1, || cat(tree, true), || cat(peer, true)) {
-            Ok(both) => Row::paired(&row, "s", kind.name(), &Paired::of(&both, |wall| *wall), Bar::None),
-            Err(error) => Row::without_peer(&row, "s", kind.name(), None, Bar::None, &format!("{error:#}")),
+    /// Seconds for all files, from what was read in the time that there is.
+    fn seconds(mounted: &Mounted) -> anyhow::Result<(f64, String)> {
+        let found = reads::all((mounted.tree.path(), mounted.remote.as_ref()), ENOUGH)?;
+        anyhow::ensure!(found.errors == 0, "{} of {} files were in error", found.errors, found.errors + found.files);
+        anyhow::ensure!(found.files > 0, "no file was read");
+        let note = if found.files < FILES {
+            format!("from {} files in {:.0} s", found.files, found.seconds)
+        } else {
+            String::new()
         };
-        table.rows.push(found);
+        Ok((found.seconds * f64::from(FILES) / f64::from(found.files), note))
     }
-    cat(tree, false)?;
-    cat(local, false)?;
-    let both = pairs(PAIRS, || cat(tree, false), || cat(local, false))?;
-    // Time, not rate: 0.9 of the rate is 1 / 0.9 of the time.
-    table.rows.push(Row::paired(
-        &format!("{row}, warm"),
-        "s",
-        "the local file",
-        &Paired::of(&both, |wall| *wall),
-        Bar::AtMost(1.0 / 0.9),
-    ));
-    Ok(())
+
+    /// `find | xargs cat` of everything: cold beside the peers, warm beside the local file.
+    fn all_files(&self, table: &mut Table) -> anyhow::Result<()> {
+        let row = self.row(&format!("find | xargs cat of {FILES} files"));
+        for kind in PEERS {
+            let ours = Self::seconds(&self.fresh(Some(Kind::Ours), "files")?)?.0;
+            match self.fresh(Some(kind), "files").and_then(|mounted| Self::seconds(&mounted)) {
+                Ok((peer, note)) => {
+                    let figures = Paired { ours: vec![ours], peer: vec![peer] };
+                    table.rows.push(Row::paired(&row, "s", kind.name(), &figures, Bar::None).noted(&note));
+                }
+                Err(error) => {
+                    let why = format!("{error:#}");
+                    table.rows.push(Row::without_peer(&row, "s", kind.name(), Some(ours), Bar::None, &why));
+                }
+            }
+        }
+        let (tree, local) = (self.fresh(Some(Kind::Ours), "files")?, self.fresh(None, "files")?);
+        for mounted in [&tree, &local] {
+            Self::seconds(mounted)?;
+        }
+        let both = pairs(PAIRS, || Ok(1.0 / Self::seconds(&tree)?.0), || Ok(1.0 / Self::seconds(&local)?.0))?;
+        if let Some(remote) = &tree.remote {
+            self.note_memory(remote)?;
+        }
+        table.rows.push(Row::paired(
+            &self.row("the same once more, in memory: how often in a second"),
+            "1/s",
+            "the local file",
+            &Paired::of(&both, |rate| *rate),
+            Bar::AtLeast(0.9),
+        ));
+        Ok(())
+    }
 }

@@ -56,6 +56,8 @@ pub(super) enum Conduct<'a> {
     NoRanges(&'a Path),
     /// The same, with 10 KB/s.
     Slow(&'a Path),
+    /// The same, beside others at the same address: they share what comes as the workers of one do, and none outlives this program.
+    Crowd(&'a Path),
     /// Nothing listens.
     Refused,
 }
@@ -86,7 +88,7 @@ impl Web {
         self.guard = None;
         let (root, extra) = match conduct {
             Conduct::Refused => return Ok(()),
-            Conduct::Good(root) | Conduct::Expired(root) => (root, ""),
+            Conduct::Good(root) | Conduct::Expired(root) | Conduct::Crowd(root) => (root, ""),
             Conduct::NoRanges(root) => (root, "max_ranges 0;"),
             Conduct::Slow(root) => (root, "limit_rate 10k; sendfile_max_chunk 1k;"),
         };
@@ -95,10 +97,12 @@ impl Web {
         let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
             .map(|kind| format!("{kind}_temp_path {at}/{kind};\n"))
             .concat();
+        let shared = if matches!(conduct, Conduct::Crowd(_)) { "reuseport" } else { "" };
         let text = format!(
-            "daemon off; master_process off; pid {at}/pid; error_log {at}/error.log; events {{ worker_connections 1024; }}\n\
+            "daemon off; master_process off; pid {at}/pid; error_log {at}/error.log;\n\
+             events {{ worker_connections 20000; }}\n\
              http {{ access_log off; {temporary} sendfile on; ssl_buffer_size 64k; keepalive_requests 1000000;\n\
-             server {{ listen {}:{} ssl; root {}; autoindex on; {extra}\n\
+             server {{ listen {}:{} ssl {shared}; root {}; autoindex on; {extra}\n\
              # httpdirfs ends at its first read of a 206 that has none.\n\
              add_header Accept-Ranges bytes;\n\
              ssl_certificate {keys}/{certificate}; ssl_certificate_key {keys}/key.pem; }} }}\n",
@@ -137,6 +141,11 @@ impl Web {
             .context("nginx is not running")?;
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGSTOP)?;
         Ok(())
+    }
+
+    /// Its process.
+    pub(super) fn pid(&self) -> anyhow::Result<u32> {
+        self.guard.as_ref().and_then(Guard::id).context("nginx is not running")
     }
 
     pub(super) fn url(&self, file: &str) -> String {

@@ -3,7 +3,9 @@
 
 use anyhow::{Context as _, bail};
 use moor_lab::Bins;
-use moor_lab::bench::{Lab, READS, TABLES, WRAPPER, read, run_wrapped};
+use moor_lab::bench::{
+    ALL, Lab, NODES, Place, READS, RECORD, REPLAY, TABLES, WRAPPER, nodes, read, read_all, record, replay, run_wrapped,
+};
 use moor_lab::delay::{CARRIER, carry};
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -14,6 +16,10 @@ fn main() -> ExitCode {
         Some((word, command)) if word == WRAPPER => run_wrapped(command).map(|()| true),
         Some((word, arguments)) if word == CARRIER => carry(arguments).map(|()| true),
         Some((word, arguments)) if word == READS => read(arguments).map(|()| true),
+        Some((word, arguments)) if word == ALL => read_all(arguments).map(|()| true),
+        Some((word, arguments)) if word == NODES => nodes(arguments).map(|()| true),
+        Some((word, arguments)) if word == REPLAY => replay(arguments).map(|()| true),
+        Some((word, arguments)) if word == RECORD => record(arguments).map(|()| true),
         _ => tables(&arguments),
     };
     match result {
@@ -33,17 +39,18 @@ fn tables(wanted: &[OsString]) -> anyhow::Result<bool> {
         bail!("there is no table '{}': there are {}", unknown.display(), known.join(", "));
     }
     let bins = Bins::find()?;
-    let bench = bins.dir.parent().context("the programs have no folder above")?.join("bench");
+    let place = Place::take(&bins.dir.parent().context("the programs have no folder above")?.join("bench"))?;
+    let bench = &place.dir;
     let mut all_made = true;
     for (name, make) in TABLES.iter().filter(|(name, _)| wanted.is_empty() || wanted.iter().any(|w| w == name)) {
         let cache = bench.join("cache");
         std::fs::create_dir_all(&cache).with_context(|| format!("making '{}'", cache.display()))?;
         // On the same file system as the cache: not in memory, where writing costs nothing.
-        let dir = tempfile::Builder::new().prefix(&format!("{name}-")).tempdir_in(&bench).context("making a folder")?;
+        let dir = tempfile::Builder::new().prefix(&format!("{name}-")).tempdir_in(bench).context("making a folder")?;
         let lab = Lab { bins: bins.clone(), dir: dir.path(), cache };
         match make(&lab) {
             Ok(table) => {
-                table.write(&bench)?;
+                table.write(bench)?;
                 println!("{}", table.markdown());
                 if !table.is_ok() {
                     eprintln!("bench: table {name}: a bar was not reached");

@@ -1,0 +1,100 @@
+//! Buffers of one chunk, used again and again: memory that goes back to the kernel after each chunk comes from it once more, page by page,
+//! and each page is cleared first.
+
+use bytes::Bytes;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Buffers that are kept: 2 MiB at the default chunk size.
+const KEPT: usize = 32;
+
+/// The buffers that nobody uses.
+#[derive(Clone)]
+pub(super) struct Buffers(Arc<Shared>);
+
+struct Shared {
+    size: usize,
+    spare: Mutex<Vec<Vec<u8>>>,
+}
+
+/// A buffer that is part of [`Bytes`]; it comes back with the last of them.
+struct Used {
+    buffer: Vec<u8>,
+    shared: Arc<Shared>,
+}
+
+impl AsRef<[u8]> for Used {
+    fn as_ref(&self) -> &[u8] {
+        &self.buffer
+    }
+}
+
+impl Drop for Used {
+    fn drop(&mut self) {
+        self.shared.give(std::mem::take(&mut self.buffer));
+    }
+}
+
+impl Shared {
+    fn give(&self, mut buffer: Vec<u8>) {
+        if buffer.capacity() != self.size {
+            return;
+        }
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        if spare.len() < KEPT {
+            buffer.clear();
+            spare.push(buffer);
+        }
+    }
+}
+
+impl Buffers {
+    /// Of `size` bytes.
+    pub(super) fn new(size: usize) -> Self {
+        Self(Arc::new(Shared { size, spare: Mutex::new(Vec::with_capacity(KEPT)) }))
+    }
+
+    /// An empty one with room for `length` bytes.
+    pub(super) fn get(&self, length: usize) -> Vec<u8> {
+        if length > self.0.size {
+            return Vec::with_capacity(length);
+        }
+        let spare = self.0.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        spare.unwrap_or_else(|| Vec::with_capacity(self.0.size))
+    }
+
+    /// Its bytes, which many may share.
+    pub(super) fn share(&self, buffer: Vec<u8>) -> Bytes {
+        Bytes::from_owner(Used { buffer, shared: self.0.clone() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_comes_back_with_its_last_user_and_empty() {
+        let buffers = Buffers::new(100);
+        let mut first = buffers.get(100);
+        first.extend_from_slice(b"secret");
+        let at = first.as_ptr();
+        let bytes = buffers.share(first);
+        let part = bytes.slice(1..3);
+        drop(bytes);
+        let other = buffers.get(10);
+        assert_ne!(other.as_ptr(), at, "it is still read");
+        assert_eq!(&part[..], b"ec");
+        drop(part);
+        let again = buffers.get(50);
+        assert_eq!((again.as_ptr(), again.len()), (at, 0));
+        assert!(buffers.get(200).capacity() >= 200);
+    }
+
+    #[test]
+    fn few_are_kept() {
+        let buffers = Buffers::new(10);
+        let many: Vec<_> = (0..100).map(|_| buffers.share(buffers.get(10))).collect();
+        drop(many);
+        assert_eq!(buffers.0.spare.lock().unwrap().len(), KEPT);
+    }
+}
