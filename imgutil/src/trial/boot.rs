@@ -1,8 +1,9 @@
 //! From power on to `booted`, with one of the servers killed on the way.
 
 use super::collective::{MAC, NODE, Site, UUID};
+use super::standstill::Standstill;
 use anyhow::{Context as _, Result};
-use moor_api::admin::StatusEvent;
+use moor_api::admin::{Refusal, StatusEvent};
 use moor_api::client::admin::AdminClient;
 use moor_vm::{Member, Namespace, Swtpm, Vm, VmOptions};
 use std::path::Path;
@@ -66,9 +67,11 @@ pub(super) fn boot(machine: &Machine<'_>, site: &mut Site, say: &dyn Fn(&str)) -
     // It ends with the machine, which has its socket.
     vm.keep(tpm);
     let mut outcome = Outcome { failure: None, took: Duration::ZERO, killed_after: None, states: Vec::new() };
+    let mut standstill = Standstill::default();
     loop {
         std::thread::sleep(POLL);
-        let states = site.runtime.block_on(states(&site.first)).context("the test's own server does not answer")?;
+        let known = site.runtime.block_on(known(&site.first)).context("the test's own server does not answer")?;
+        let Known { states, refusals } = known;
         for event in states.iter().skip(outcome.states.len()) {
             say(&format!("  {}: {}", event.state, event.detail));
         }
@@ -93,6 +96,10 @@ pub(super) fn boot(machine: &Machine<'_>, site: &mut Site, say: &dyn Fn(&str)) -
                 Some(format!("the machine went off: {}", error.to_string().lines().next().unwrap_or_default()));
             break;
         }
+        if let Some(reason) = standstill.look(&outcome.states, &refusals, Instant::now()) {
+            outcome.failure = Some(format!("the node was refused, and waits for somebody to mend it: {reason}"));
+            break;
+        }
         if begin.elapsed() > machine.limit {
             let last = outcome.states.last().map_or("nothing", |event| event.state.as_str());
             outcome.failure = Some(format!("it is not up after {} s; its last state: {last}", machine.limit.as_secs()));
@@ -102,7 +109,13 @@ pub(super) fn boot(machine: &Machine<'_>, site: &mut Site, say: &dyn Fn(&str)) -
     Ok((vm, outcome))
 }
 
-async fn states(member: &Member) -> Result<Vec<StatusEvent>> {
+/// What a server knows of the node.
+struct Known {
+    states: Vec<StatusEvent>,
+    refusals: Vec<Refusal>,
+}
+
+async fn known(member: &Member) -> Result<Known> {
     let mut client = AdminClient::unix(&member.socket()).await?;
     let mut lines = client.status(Some(NODE), true, false).await?;
     let mut states = Vec::new();
@@ -112,7 +125,7 @@ async fn states(member: &Member) -> Result<Vec<StatusEvent>> {
             states.push(event);
         }
     }
-    Ok(states)
+    Ok(Known { states, refusals: client.why(NODE).await?.refusals })
 }
 
 /// Bytes that a server has written so far, to sockets above all (`wchar`, proc(5)).

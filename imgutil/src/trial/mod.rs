@@ -14,6 +14,7 @@ mod boot;
 mod cage;
 mod checks;
 mod collective;
+mod standstill;
 mod verdict;
 
 pub use cage::{Caged, enclosed};

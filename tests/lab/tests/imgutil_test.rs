@@ -145,6 +145,24 @@ fn a_good_image_passes_and_a_failing_unit_is_named_with_its_log() -> anyhow::Res
     assert!(std::fs::read_to_string(logs.join("console.log"))?.contains("moor-agent: done"));
     std::fs::remove_dir_all(&logs)?;
 
+    // Signed, and not by the one who is trusted: the node waits for somebody to mend that, and the test does not wait with it.
+    let stranger = signing_key(work.path().join("stranger"))?;
+    let mut trusting = command(&bins, &image, &key, &scratch);
+    let output = trusting.arg("--trust").arg(stranger.with_extension("pub")).output().context("starting imgutil")?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.code() == Some(1), "{}\n{said}", String::from_utf8_lossy(&output.stdout));
+    let verdict: Value = serde_json::from_slice(&output.stdout)?;
+    let boot = check(&verdict, "boot")?;
+    let why = boot["detail"].as_str().unwrap_or_default();
+    ensure!(why.contains("the node was refused, and waits") && why.contains("sign"), "{verdict:#}");
+    assert_eq!((&verdict["good"], &boot["logs"][0]["of"]), (&false.into(), &"console".into()));
+    // The root was never there.
+    assert!(verdict["states"].as_array().is_some_and(|states| states.iter().all(|state| state[0] != "root")));
+    for logs in left(&scratch)? {
+        assert!(logs.starts_with("imgutil-test-logs-"), "{logs}");
+        std::fs::remove_dir_all(scratch.join(logs))?;
+    }
+
     // A copy of the same tree with a unit that fails.
     let bad = work.path().join("bad");
     run(tied("cp").args(["-a", "--reflink=auto"]).arg(&good).arg(&bad))?;
