@@ -12,6 +12,7 @@ use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::thread::JoinHandle;
 
 fn names(directory: &Path) -> Vec<String> {
     let mut names: Vec<String> =
@@ -255,6 +256,14 @@ fn another_command_keeps_the_packages(kitchen: &Kitchen) {
     assert!(built.status.success(), "{}", text(&built.stderr));
     assert_eq!(std::fs::read_to_string(kitchen.path().join("tree/etc/ran")).unwrap(), "ran again\n");
     std::fs::remove_dir_all(kitchen.path().join("tree")).unwrap();
+    // Stopped in a command, it leaves no tree; the packages are not installed again.
+    kitchen.write("recipe.toml", &kitchen.recipe.replace("echo ran", "sleep 98765; echo ran again"));
+    let args = ["--cache", "cache", "-f", "recipe.toml", "tree"];
+    let (ended, said) = Begun::new(kitchen.path(), &args, "running the recipe's commands").end(Signal::SIGTERM);
+    let expected = "interrupted by SIGTERM: nothing is left but the installed packages in the cache, and the next build goes on from there";
+    assert!(ended == Some(143) && said.last().is_some_and(|line| line.ends_with(expected)), "{said:?}");
+    assert!(!kitchen.path().join("tree").exists());
+    kitchen.write("recipe.toml", &kitchen.recipe.replace("echo ran", "echo ran again"));
     let packages = |lock: &str| lock[lock.find("[[package]]").unwrap()..].to_owned();
     let after = kitchen.lock();
     assert!(after != lock && packages(&after) == packages(&lock), "only the sources' digests are new");
@@ -389,19 +398,36 @@ fn mistakes_are_answered_in_one_line_and_leave_nothing() {
     }
 }
 
-/// A build that has begun to unpack.
-fn begun(work: &Path) -> Child {
-    let mut child = imgutil()
-        .args(["build", "--no-cache", "--minimal", "tree"])
-        .current_dir(work)
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    while !lines.next().expect("it ended before it began").unwrap().contains("unpacking essential packages") {}
-    // Whoever reads the lines goes on to read them.
-    std::thread::spawn(move || lines.count());
-    child
+/// A build that has come to a certain stage, and what it says until its end.
+struct Begun {
+    child: Child,
+    said: JoinHandle<Vec<String>>,
+}
+
+impl Begun {
+    fn new(work: &Path, args: &[&str], stage: &str) -> Self {
+        let mut command = imgutil();
+        command.arg("build").args(args).current_dir(work).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+        let mut seen = Vec::new();
+        while !seen.last().is_some_and(|line: &String| line.contains(stage)) {
+            seen.push(lines.next().expect("it ended before it began"));
+        }
+        // Whoever reads the lines goes on to read them.
+        Self { child, said: std::thread::spawn(move || seen.into_iter().chain(lines).collect()) }
+    }
+
+    /// One that unpacks packages.
+    fn unpacking(work: &Path) -> Self {
+        Self::new(work, &["--no-cache", "--minimal", "tree"], "unpacking essential packages")
+    }
+
+    /// Ends it by a signal: its status and all that it said.
+    fn end(mut self, signal: Signal) -> (Option<i32>, Vec<String>) {
+        kill(Pid::from_raw(i32::try_from(self.child.id()).unwrap()), signal).unwrap();
+        (self.child.wait().unwrap().code(), self.said.join().unwrap())
+    }
 }
 
 #[test]
@@ -409,23 +435,23 @@ fn a_build_that_is_stopped_leaves_nothing_and_one_that_is_killed_is_cleaned_up_b
     let work = scratch();
     let mark = work.path().to_str().unwrap();
     for (signal, status) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
-        let mut child = begun(work.path());
-        kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), signal).unwrap();
-        assert_eq!(child.wait().unwrap().code(), Some(status));
+        let (ended, said) = Begun::unpacking(work.path()).end(signal);
+        assert_eq!(ended, Some(status));
+        let expected = format!("interrupted by {signal}: nothing is left of it, and the next build begins anew");
+        assert!(said.last().is_some_and(|line| line.ends_with(&expected)), "{said:?}");
         assert_eq!(names(work.path()), Vec::<String>::new(), "{signal}");
         assert_eq!((processes(mark), mounts(work.path())), (Vec::new(), Vec::new()), "{signal}");
     }
-    let mut child = begun(work.path());
-    child.kill().unwrap();
-    child.wait().unwrap();
+    assert_eq!(Begun::unpacking(work.path()).end(Signal::SIGKILL).0, None);
     wait_until("the end of all processes", || processes(mark).is_empty());
     wait_until("the end of all mounts", || mounts(work.path()).is_empty());
     assert_eq!(names(work.path()), [".tree.imgutil-build"], "hidden, and nothing under the tree's name");
     // The next one removes what is left, and two at once do not meet.
-    let mut child = begun(work.path());
+    let begun = Begun::unpacking(work.path());
     let output = build(work.path(), &["--minimal", "tree"]);
     assert!(error(&output, 1).contains("another build of"), "{}", text(&output.stderr));
-    kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), Signal::SIGTERM).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(143));
+    let (ended, said) = begun.end(Signal::SIGTERM);
+    assert_eq!(ended, Some(143));
+    assert!(said[0].contains("a build of this tree was killed: what it left in '"), "{said:?}");
     assert_eq!(names(work.path()), Vec::<String>::new());
 }

@@ -88,6 +88,8 @@ fn unlocked(path: &Path, difference: String) -> BuildError {
 pub(super) struct Base {
     packages: Vec<Package>,
     snapshots: Vec<Snapshot>,
+    /// Whether it is in the cache.
+    pub(super) is_kept: bool,
 }
 
 /// Fills `work.root()` with the packages.
@@ -98,10 +100,10 @@ pub(super) fn make(
     cache: Option<&Cache>,
 ) -> Result<Base, BuildError> {
     let mut base = if let Some(lock) = &locking.old {
-        Base { packages: lock.packages.clone(), snapshots: Vec::new() }
+        Base { packages: lock.packages.clone(), snapshots: Vec::new(), is_kept: false }
     } else {
         let resolved = backend.resolve(context)?;
-        Base { packages: resolved.packages, snapshots: resolved.snapshots }
+        Base { packages: resolved.packages, snapshots: resolved.snapshots, is_kept: false }
     };
     let key = key(context.plan, backend, &base.packages, locking.wanted.node_files.as_deref())?;
     let restored = match cache {
@@ -116,8 +118,9 @@ pub(super) fn make(
     if let Some(cache) = cache.filter(|_| !restored) {
         let plan = context.plan;
         let what = format!("{} {}, {} packages", plan.os.name, plan.arch.name, installed.len());
-        cache.store(context, &key, &what)?;
+        base.is_kept = cache.store(context, &key, &what)?;
     }
+    base.is_kept |= restored;
     base.packages.retain(|package| installed.iter().any(|there| is_same(package, there)));
     Ok(base)
 }

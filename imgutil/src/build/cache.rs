@@ -2,7 +2,8 @@
 //! gets a copy of his own, unpacked from here; nothing is shared with it.
 //!
 //! An entry is `base/KEY.tar.zst` beside `base/KEY.toml`, which holds its digest and is written last. An entry is checked before
-//! it is used; one that is damaged is removed.
+//! it is used; one that is damaged is removed. Whoever writes an entry holds a shared lock on `base`; whoever has the exclusive one
+//! knows that what is not finished never will be.
 
 use super::BuildError;
 use super::backend::Context;
@@ -68,6 +69,48 @@ pub fn entries(directory: &Path) -> io::Result<Vec<Entry>> {
     }
     all.sort_by_key(|entry| std::cmp::Reverse(entry.last_used));
     Ok(all)
+}
+
+/// What builds that were killed have left in a cache: trees without a note, which nothing uses, and files that never got their name.
+/// Nobody begins to write another while this is held.
+#[derive(Debug, Default)]
+pub struct Unfinished {
+    /// The files.
+    pub entries: Vec<Entry>,
+    /// The exclusive lock; none where a build is writing, or where there is no cache.
+    lock: Option<OwnedFd>,
+}
+
+/// Finds them in the cache in `directory`; none while a build is writing into it, because they may be that one's.
+pub fn unfinished(directory: &Path) -> io::Result<Unfinished> {
+    let base = directory.join("base");
+    let lock = match lock(&base, FlockOperation::NonBlockingLockExclusive) {
+        Ok(lock) => lock,
+        Err(error) if [io::ErrorKind::NotFound, io::ErrorKind::WouldBlock].contains(&error.kind()) => {
+            return Ok(Unfinished::default());
+        }
+        Err(error) => return Err(error),
+    };
+    let mut entries = Vec::new();
+    for name in std::fs::read_dir(&base)? {
+        let name = name?;
+        let (path, text) = (name.path(), name.file_name().to_string_lossy().into_owned());
+        let is_nameless = text.starts_with('.') && (text.contains(".tar.zst.") || text.contains(".toml."));
+        if is_nameless || (text.ends_with(".tar.zst") && read_note(&note_of(&path)).is_err()) {
+            let metadata = name.metadata()?;
+            let what = "not finished, by a build that was killed".to_owned();
+            entries.push(Entry { path, what, bytes: metadata.len(), last_used: metadata.modified()? });
+        }
+    }
+    entries.sort_by_key(|entry| std::cmp::Reverse(entry.last_used));
+    Ok(Unfinished { entries, lock: Some(lock) })
+}
+
+fn lock(base: &Path, operation: FlockOperation) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let lock = rustix::fs::open(base, flags, Mode::empty())?;
+    rustix::fs::flock(&lock, operation)?;
+    Ok(lock)
 }
 
 /// Removes an entry. A build that reads it meanwhile goes on with what it has opened.
@@ -152,15 +195,16 @@ impl Cache {
         Ok(true)
     }
 
-    /// Keeps `work.root()` under that key. `what` is for people. A cache that cannot be written is no failure of a build.
-    pub(super) fn store(&self, context: &mut Context<'_, '_>, key: &str, what: &str) -> Result<(), BuildError> {
+    /// Keeps `work.root()` under that key. `what` is for people. A cache that cannot be written is no failure of a build: `false`.
+    pub(super) fn store(&self, context: &mut Context<'_, '_>, key: &str, what: &str) -> Result<bool, BuildError> {
         context.tools.stage("keeping the base tree in the cache")?;
         let path = self.path(key);
-        let new = match NewFile::create(&path, 0o600) {
-            Ok(new) => new,
+        let begun = || anyhow::Ok((lock(&self.base, FlockOperation::LockShared)?, NewFile::create(&path, 0o600)?));
+        let (lock, new) = match begun() {
+            Ok(begun) => begun,
             Err(error) => {
                 tracing::warn!("the base tree is not kept: {error:#}");
-                return Ok(());
+                return Ok(false);
             }
         };
         let clone = || -> io::Result<OwnedFd> { Ok(rustix::io::fcntl_dupfd_cloexec(new.file(), 3)?) };
@@ -169,31 +213,38 @@ impl Cache {
         let command = tar(&context.work.root(), "/usr/bin/zstd -q -1 -T0", &more);
         match run(context, "keeping the base tree", command, |[input, _, errors]| [input, output, errors]) {
             Ok(()) => {}
-            Err(error @ (BuildError::Interrupted(_) | BuildError::Exec(_))) => return Err(error),
+            Err(error @ (BuildError::Interrupted { .. } | BuildError::Exec(_))) => return Err(error),
             Err(error) => {
                 tracing::warn!("the base tree is not kept: {error}");
-                return Ok(());
+                return Ok(false);
             }
         }
         let kept = || -> anyhow::Result<()> {
             new.appear(Existing::Replace)?;
             let note = Note { what: what.to_owned(), sha256: of_path(&path)? };
             write_whole(&note_of(&path), 0o600, toml::to_string(&note)?.as_bytes())?;
+            drop(lock);
             self.make_room(&path)?;
             Ok(())
         };
-        if let Err(error) = kept() {
+        let kept = kept();
+        if let Err(error) = &kept {
             tracing::warn!("the base tree is not kept: {error:#}");
         }
-        Ok(())
+        Ok(kept.is_ok())
     }
 
-    /// Removes entries used longest ago until what is left is not too much; never `but`.
+    /// Removes what is not finished, and entries used longest ago until what is left is not too much; never `but`. While another build
+    /// keeps a tree this is left to that one.
     fn make_room(&self, but: &Path) -> io::Result<()> {
         let directory = self.base.parent().unwrap_or(&self.base);
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let lock = rustix::fs::open(&self.base, flags, Mode::empty())?;
-        rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
+        let unfinished = unfinished(directory)?;
+        if unfinished.lock.is_none() {
+            return Ok(());
+        }
+        for entry in &unfinished.entries {
+            remove(entry)?;
+        }
         let mut total = 0;
         for entry in entries(directory)? {
             total += entry.bytes;
@@ -246,7 +297,6 @@ mod tests {
         keep("old", 5 << 30, 1000);
         keep("new", 4 << 30, 3000);
         keep("middle", 3 << 30, 2000);
-        std::fs::write(cache.path("begun"), "x").unwrap();
         let whats = || entries(scratch.path()).unwrap().into_iter().map(|entry| entry.what).collect::<Vec<_>>();
         assert_eq!(whats(), ["new", "middle", "old"]);
         cache.make_room(&cache.path("new")).unwrap();
@@ -258,6 +308,42 @@ mod tests {
         }
         assert!(whats().is_empty());
         assert!(entries(Path::new("/no/such")).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_a_killed_build_left_is_removed_and_not_what_is_being_written() {
+        let scratch = tempfile::tempdir().unwrap();
+        let cache = Cache::open(scratch.path()).unwrap();
+        let finished = Note { what: "finished".to_owned(), sha256: String::new() };
+        for (name, bytes) in [
+            ("finished.tar.zst", "x".to_owned()),
+            ("finished.toml", toml::to_string(&finished).unwrap()),
+            ("begun.tar.zst", "x".to_owned()),
+            ("half.tar.zst", "x".to_owned()),
+            ("half.toml", "what = ".to_owned()),
+            (".other.tar.zst.0123456789abcdef", "x".to_owned()),
+            ("somebody's file", "x".to_owned()),
+        ] {
+            std::fs::write(cache.base.join(name), bytes).unwrap();
+        }
+        let names = || -> Vec<String> {
+            let mut names: Vec<String> = std::fs::read_dir(&cache.base)
+                .unwrap()
+                .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+                .collect();
+            names.sort();
+            names
+        };
+        let all = names();
+        let writing = lock(&cache.base, FlockOperation::LockShared).unwrap();
+        assert!(unfinished(scratch.path()).unwrap().entries.is_empty());
+        cache.make_room(&cache.path("finished")).unwrap();
+        assert_eq!(names(), all);
+        drop(writing);
+        assert_eq!(unfinished(scratch.path()).unwrap().entries.len(), 3);
+        cache.make_room(&cache.path("finished")).unwrap();
+        assert_eq!(names(), ["finished.tar.zst", "finished.toml", "somebody's file"]);
+        assert!(unfinished(Path::new("/no/such")).unwrap().entries.is_empty());
     }
 
     #[test]

@@ -258,14 +258,31 @@ pub enum BuildError {
         kernel: String,
     },
     /// Somebody asked it to end.
-    #[error("interrupted by {0}")]
-    Interrupted(Signal),
+    #[error("interrupted by {signal}: {}", if *base_kept { BASE_KEPT } else { NOTHING_LEFT })]
+    Interrupted {
+        /// What ended it.
+        signal: Signal,
+        /// Whether the tree with its packages is in the cache.
+        base_kept: bool,
+    },
     /// A command could not be run.
     #[error(transparent)]
     Exec(#[from] ExecError),
 }
 
+const NOTHING_LEFT: &str = "nothing is left of it, and the next build begins anew";
+const BASE_KEPT: &str =
+    "nothing is left but the installed packages in the cache, and the next build goes on from there";
+
 impl BuildError {
+    /// The same, once the installed packages are in the cache.
+    pub(super) fn with_base_kept(self) -> Self {
+        match self {
+            Self::Interrupted { signal, .. } => Self::Interrupted { signal, base_kept: true },
+            other => other,
+        }
+    }
+
     /// A tool's failure; a full disk is said to be one. `place` is where it wrote.
     pub(super) fn tool(doing: &str, reason: &str, tail: Tail, place: &Path) -> Self {
         // The kernel's words, and RPM's.

@@ -83,7 +83,7 @@ fn unpack(
     });
     match (unpacked, ended) {
         (Ok(()), _) => Ok(()),
-        (Err(OciError::Interrupted), Some(signal)) => Err(BuildError::Interrupted(signal)),
+        (Err(OciError::Interrupted), Some(signal)) => Err(BuildError::Interrupted { signal, base_kept: false }),
         (Err(error), _) => Err(error.into()),
     }
 }

@@ -179,7 +179,8 @@ pub fn build(
         let mut context = Context { tools: &mut tools, work: &work, plan: &plan, epoch };
         let base = base::make(&mut context, backend, &locking, cache.as_ref())?;
         backend.write_repositories(&plan, &tree::Tree::open(&work.root())?)?;
-        let finished = finish::run(&mut context, &units)?;
+        let finished = finish::run(&mut context, &units);
+        let finished = if base.is_kept { finished.map_err(BuildError::with_base_kept) } else { finished }?;
         locking.end(&plan, base)?;
         Ok(finished)
     })();

@@ -38,7 +38,7 @@ impl<'a> Tools<'a> {
             |signal: &Signal| matches!(signal, Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP | Signal::SIGQUIT);
         let waiting = self.signals.map(SignalWatch::take).unwrap_or_default();
         match passed_on.iter().chain(&waiting).find(|signal| ends(signal)) {
-            Some(signal) => Err(BuildError::Interrupted(*signal)),
+            Some(signal) => Err(BuildError::Interrupted { signal: *signal, base_kept: false }),
             None => Ok(()),
         }
     }

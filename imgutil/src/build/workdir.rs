@@ -44,6 +44,7 @@ impl WorkDir {
         rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
             .map_err(|_| BuildError::Busy { tree: tree.clone(), work: path.clone() })?;
         if left_over {
+            tracing::warn!("a build of this tree was killed: what it left in '{}' is removed", path.display());
             empty(&path)?;
         }
         let work = Self { path, tree, _lock: lock };

@@ -142,7 +142,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
                 }
             }
             let code = match &error {
-                BuildError::Interrupted(signal) => u8::try_from(*signal as i32 + 128).unwrap_or(1),
+                BuildError::Interrupted { signal, .. } => u8::try_from(*signal as i32 + 128).unwrap_or(1),
                 _ => 1,
             };
             let from = options.from.map(|from| format!(" from '{}'", from.source)).unwrap_or_default();

@@ -14,7 +14,8 @@ const KEPT: u32 = 3;
 /// Removes old generations from a directory of images, and their signatures. Keys are never removed.
 ///
 /// Of each image (each lineage) the generations with the highest serials are kept. What cannot be read as an image is left alone.
-/// With --cache it removes base trees that `imgutil build` keeps instead: those that were used longest ago.
+/// With --cache it removes base trees that `imgutil build` keeps instead: those that were used longest ago, and what builds that were
+/// killed have left.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  imgutil prune /srv/images --keep 3 --dry-run\n  imgutil prune --cache --keep 0")]
 pub struct Args {
@@ -71,21 +72,25 @@ fn prune_images(args: &Args, directory: &Path, keep: usize) -> Result<ExitCode> 
 
 fn prune_cache(args: &Args, directory: &Path, keep: usize) -> Result<ExitCode> {
     let entries = cached(directory)?;
-    let old: &[Entry] = entries.get(keep..).unwrap_or_default();
+    // Held to the end: nobody begins to write what counts as not finished here.
+    let unfinished = cache::unfinished(directory)
+        .with_context(|| format!("cannot look for unfinished base trees in '{}'", directory.display()))?;
+    let old: Vec<Entry> = entries.iter().skip(keep).chain(&unfinished.entries).cloned().collect();
     let bytes: u64 = old.iter().map(|entry| entry.bytes).sum();
     if !args.dry_run {
-        for entry in old {
+        for entry in &old {
             cache::remove(entry).with_context(|| format!("cannot remove '{}'", entry.path.display()))?;
         }
     }
     if args.json {
-        print_json(args, &entries_json(old).into(), bytes)?;
+        print_json(args, &entries_json(&old).into(), bytes)?;
         return Ok(ExitCode::SUCCESS);
     }
     if !old.is_empty() {
-        print!("{}", cache_table(old));
+        print!("{}", cache_table(&old));
     }
-    println!("{} {} of {} base trees, {}", verb(args), old.len(), entries.len(), bytes_text(bytes));
+    let count = entries.len() + unfinished.entries.len();
+    println!("{} {} of {count} base trees, {}", verb(args), old.len(), bytes_text(bytes));
     Ok(ExitCode::SUCCESS)
 }
 

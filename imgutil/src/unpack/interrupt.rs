@@ -26,7 +26,7 @@ impl Interrupts {
         if let Some(signal) = self.pending.read_signal().context("cannot watch for signals")? {
             let number = i32::try_from(signal.ssi_signo).unwrap_or_default();
             let name = Signal::try_from(number).map_or("a signal", Signal::as_str);
-            bail!("interrupted by {name}");
+            bail!("interrupted by {name}: nothing is left of it");
         }
         Ok(())
     }
