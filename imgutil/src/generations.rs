@@ -3,11 +3,10 @@
 use crate::cmd::printable;
 use crate::pack::signature_path;
 use anyhow::{Context as _, Result};
-use moor_image::{HEADER_LENGTH, Header};
+use moor_image::read_header;
 use serde::Serialize;
 use std::collections::HashMap;
 use std::fs::File;
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -76,9 +75,7 @@ pub(crate) fn find(directory: &Path) -> Result<Found> {
 
 fn look(path: &Path) -> Result<Generation> {
     let file = File::open(path)?;
-    let mut bytes = [0; HEADER_LENGTH];
-    file.read_exact_at(&mut bytes, 0).context("it is shorter than a header")?;
-    let header = Header::parse(&bytes)?;
+    let header = read_header(&file)?;
     let signatures = signature_path(path).metadata().ok();
     let created = i64::try_from(header.created).ok().and_then(|time| OffsetDateTime::from_unix_timestamp(time).ok());
     Ok(Generation {

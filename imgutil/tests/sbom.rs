@@ -208,6 +208,9 @@ fn a_damaged_database_is_an_error_that_names_it() {
     ran("rpmdb.sqlite", b"no database").one_line_error(1, &["/var/lib/rpm/rpmdb.sqlite", "no SQLite database"]);
     ran("Packages.db", b"RpmP\0\0\0\0\0\0\0\0\xff\xff\xff\xff").one_line_error(1, &["Packages.db", "damaged"]);
     ran("Packages", b"").one_line_error(1, &["Berkeley DB", "rpmdb --rebuilddb"]);
+    // None at all: an empty list is no list.
+    let empty = run(["sbom", tree.to_str().unwrap()]).good();
+    assert!(empty.stderr.contains("tree' has no packages that dpkg or rpm knows of"), "{}", empty.stderr);
     // Every byte that can be changed in a header page: an answer, never a panic or a wait.
     fs::write(work.path().join("key.pem"), "k").unwrap();
     let good = rpm_tree(work.path(), "sqlite", "var/lib/rpm");

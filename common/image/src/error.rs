@@ -9,7 +9,7 @@ pub enum ImageError {
     #[error(transparent)]
     Format(#[from] FormatError),
     /// The file is shorter or longer than its header says.
-    #[error("the file has {actual} bytes, its header says {expected}: it is {}; fetch it again", if actual < expected { "truncated" } else { "extended" })]
+    #[error("the file has {actual} bytes, {}; fetch it again", length_text(*expected, *actual))]
     Length {
         /// By the header.
         expected: u64,
@@ -186,4 +186,11 @@ pub enum FormatError {
         /// Bound.
         maximum: u64,
     },
+}
+
+fn length_text(expected: u64, actual: u64) -> String {
+    if expected == crate::HEADER_LENGTH as u64 {
+        return "fewer than a sealed image's header: it is none, or it is truncated".to_owned();
+    }
+    format!("its header says {expected}: it is {}", if actual < expected { "truncated" } else { "extended" })
 }

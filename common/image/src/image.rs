@@ -67,7 +67,11 @@ pub struct Image<R> {
     last: Mutex<LastChunk>,
 }
 
-pub(crate) fn read_header<R: ReadAt>(source: &R) -> Result<Header, ImageError> {
+/// Reads an image's header alone.
+///
+/// # Errors
+/// The file cannot be read, is too short, or is no image.
+pub fn read_header<R: ReadAt>(source: &R) -> Result<Header, ImageError> {
     let actual = source.size().map_err(ImageError::io("reading the image's size"))?;
     if actual < HEADER_LENGTH as u64 {
         return Err(ImageError::Length { expected: HEADER_LENGTH as u64, actual });

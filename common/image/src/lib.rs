@@ -22,7 +22,7 @@ mod verify;
 
 pub use error::{FormatError, ImageError};
 pub use header::{HEADER_LENGTH, Header, LEAVES_PER_PAGE, MAX_PLAINTEXT, Payload, TAG_LENGTH};
-pub use image::{Image, ReadAt};
+pub use image::{Image, ReadAt, read_header};
 pub use keys::Dek;
 pub use metadata::{Filesystem, Metadata, Package};
 pub use report::{MAX_PROBLEMS, Problem, Region, Report, verify_file};

@@ -4,9 +4,8 @@ use crate::inspect::Inspection;
 use crate::key_file;
 use crate::pack::signature_path;
 use anyhow::{Context as _, Result};
-use moor_image::{HEADER_LENGTH, Header, Image, OpenOptions, SignatureFile};
+use moor_image::{Image, OpenOptions, SignatureFile, read_header};
 use std::fs::File;
-use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -30,11 +29,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let context = || format!("cannot read image '{}'", args.image.display());
     let key = args.key_file.as_deref().map(key_file::read).transpose()?;
     let file = File::open(&args.image).with_context(context)?;
-    let mut bytes = [0; HEADER_LENGTH];
-    file.read_exact_at(&mut bytes, 0).with_context(|| {
-        format!("cannot read image '{}': it is shorter than a header, or not readable", args.image.display())
-    })?;
-    let header = Header::parse(&bytes).with_context(context)?;
+    let header = read_header(&file).with_context(context)?;
     let metadata = if key.is_some() || !header.encrypted {
         let image = Image::open(file, &OpenOptions { key, ..OpenOptions::default() }).with_context(context)?;
         Some(image.metadata().with_context(context)?)

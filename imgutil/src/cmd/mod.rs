@@ -18,8 +18,7 @@ pub use cli::Cli;
 
 use crate::scrub::LeftOut;
 
-/// An error and its causes as one line that a terminal can take: a cause that the message before it ends with is not said
-/// twice, and control characters (a file name may have any) are escaped.
+/// An error and its causes as one line that a terminal can take: a cause that a message before it has named is not said twice, and control characters (a file name may have any) are escaped.
 #[must_use]
 pub fn error_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
@@ -27,7 +26,7 @@ pub fn error_line(error: &anyhow::Error) -> String {
         let text = cause.to_string();
         if line.is_empty() {
             line = text;
-        } else if !line.ends_with(&text) {
+        } else if !line.contains(&text) {
             line.push_str(": ");
             line.push_str(&text);
         }
@@ -79,6 +78,8 @@ mod tests {
     fn errors_are_one_line_without_repetition() {
         let error = anyhow!("No space left").context("writing: No space left").context("cannot pack 'a\nb\u{1b}[31m'");
         assert_eq!(super::error_line(&error), "cannot pack 'a\\nb\\u{1b}[31m': writing: No space left");
+        let error = anyhow!("no header").context("cannot read 'a': no header; decompress it first");
+        assert_eq!(super::error_line(&error), "cannot read 'a': no header; decompress it first");
     }
 
     #[test]

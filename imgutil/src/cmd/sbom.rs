@@ -1,5 +1,6 @@
 //! `imgutil sbom`.
 
+use super::printable;
 use crate::files::write_whole;
 use crate::sbom;
 use anyhow::Result;
@@ -30,6 +31,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     } else {
         sbom::of_image(&args.what, args.key_file.as_slice())?
     };
+    // The first is the image itself.
+    if document["packages"].as_array().is_none_or(|packages| packages.len() < 2) {
+        eprintln!(
+            "imgutil: warning: '{}' has no packages that dpkg or rpm knows of: what is in it is not in the list",
+            printable(&args.what.display().to_string())
+        );
+    }
     let text = serde_json::to_string_pretty(&document)? + "\n";
     match &args.output {
         Some(path) => write_whole(path, 0o644, text.as_bytes())?,

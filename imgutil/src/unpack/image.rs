@@ -3,10 +3,9 @@
 use crate::key_file;
 use crate::squashfs::Source;
 use anyhow::{Context as _, Result, bail};
-use moor_image::{Dek, HEADER_LENGTH, Header, Image, OpenOptions, Payload};
+use moor_image::{Dek, Image, OpenOptions, Payload, read_header};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt as _;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -26,10 +25,7 @@ pub(crate) fn open_with(path: &Path, key: Option<Dek>) -> Result<Image<File>> {
 pub(crate) fn open_with_any(path: &Path, key_files: &[PathBuf]) -> Result<Image<File>> {
     let context = || format!("cannot open image '{}'", path.display());
     let file = File::open(path).with_context(context)?;
-    let mut bytes = [0; HEADER_LENGTH];
-    file.read_exact_at(&mut bytes, 0)
-        .with_context(|| format!("'{}' is shorter than an image's header", path.display()))?;
-    let header = Header::parse(&bytes).with_context(context)?;
+    let header = read_header(&file).with_context(context)?;
     let mut key = None;
     if header.encrypted {
         for key_file in key_files {
