@@ -208,6 +208,13 @@ fn a_tree_that_cannot_boot_gives_no_boot_files() {
         run(["pack", tree.to_str().unwrap(), "-o", &image, "--key-file", &key, "--boot-dir", &boot])
             .one_line_error(1, &[reason, "imgutil exec"]);
         assert_eq!(names(work.path()), before);
+        // An image need not be a node's, and is told from one.
+        let ran = run(["pack", tree.to_str().unwrap(), "-o", &image, "--key-file", &key]).good();
+        let line = ran.stderr.lines().find(|line| line.starts_with("imgutil: no node can boot this image: "));
+        assert!(line.is_some_and(|line| line.contains(reason)), "{}", ran.stderr);
+        for file in [&image, &key] {
+            fs::remove_file(file).unwrap();
+        }
     }
 }
 
@@ -289,7 +296,34 @@ fn mistakes_are_answered_in_one_line_and_leave_nothing() {
             ["inspect", &path("other.moor")].map(str::to_owned).to_vec(),
             &["not a sealed image"],
         ),
-        ("inspect: too short", ["inspect", key].map(str::to_owned).to_vec(), &["shorter than a header"]),
+        (
+            "inspect: too short",
+            ["inspect", key].map(str::to_owned).to_vec(),
+            &["65 bytes, fewer than a sealed image's header"],
+        ),
+        (
+            "sbom: too short",
+            ["sbom", key].map(str::to_owned).to_vec(),
+            &["65 bytes, fewer than a sealed image's header"],
+        ),
+        ("too short", unpack(key, key), &["65 bytes, fewer than a sealed image's header"]),
+        (
+            "image in the tree",
+            ["pack", tree_text, "-o", &format!("{tree_text}/a.moor"), "--key-file", &new_key]
+                .map(str::to_owned)
+                .to_vec(),
+            &["tree/a.moor", "is in the tree that is packed", "name a place outside"],
+        ),
+        (
+            "key in the tree",
+            pack(tree_text, &["--key-file", &format!("{tree_text}/../tree/a.key")]),
+            &["a.key", "is in the tree that is packed"],
+        ),
+        (
+            "image is a directory",
+            ["pack", tree_text, "-o", bare, "--key-file", &new_key].map(str::to_owned).to_vec(),
+            &["bare", "is a directory: name a file"],
+        ),
     ];
     for (name, args, parts) in cases {
         println!("{name}");

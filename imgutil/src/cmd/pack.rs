@@ -206,6 +206,7 @@ struct Output<'a> {
     inodes: u64,
     file_bytes: u64,
     labels: Option<&'a Labels>,
+    cannot_boot: Option<&'a str>,
     #[serde(flatten)]
     left_out: &'a LeftOut,
 }
@@ -219,6 +220,7 @@ impl<'a> Output<'a> {
             inodes: packed.inodes,
             file_bytes: packed.file_bytes,
             labels: packed.labels.as_ref(),
+            cannot_boot: packed.cannot_boot.as_deref(),
             left_out: &packed.left_out,
         }
     }
@@ -226,6 +228,9 @@ impl<'a> Output<'a> {
 
 /// Says on standard error what was left out and set on purpose.
 fn left_out(packed: &Packed) {
+    if let Some(why) = &packed.cannot_boot {
+        eprintln!("imgutil: no node can boot this image: {}", printable(why));
+    }
     if packed.boot_loaders == Some(false) {
         eprintln!(
             "imgutil: the tree has no signed shim and GRUB (Debian: shim-signed, grub-efi-amd64-signed): only kernel and initramfs were copied"

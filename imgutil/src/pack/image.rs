@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 use uuid::Uuid;
@@ -62,6 +62,8 @@ pub struct Packed {
     pub file_bytes: u64,
     /// Whether signed boot loaders were copied beside the kernel, if that was asked for.
     pub boot_loaders: Option<bool>,
+    /// Why no node can boot the image.
+    pub cannot_boot: Option<String>,
 }
 
 /// Packs `tree` into files. On failure none of them is there (boot files may be).
@@ -74,8 +76,14 @@ pub fn pack_to_files(
     let root = scan::open_root(tree)?;
     // Everything that can be wrong without packing is looked at first.
     check_names(destination)?;
+    check_places(root.as_fd(), tree, destination)?;
     let sign_key = destination.sign_key.map(read_sign_key).transpose()?;
-    let boot_files = destination.boot_dir.map(|_| describe::boot_files(root.as_fd())).transpose()?;
+    let (boot_files, cannot_boot) = match (describe::boot_files(root.as_fd()), destination.boot_dir) {
+        (Ok(files), Some(_)) => (Some(files), None),
+        (Err(error), Some(_)) => return Err(error),
+        // An image need not be one that boots; whoever made it may think that it does.
+        (files, None) => (None, files.err().map(|error| format!("{error:#}"))),
+    };
     let boot_loaders = destination.boot_dir.map(|_| describe::boot_loaders(root.as_fd())).transpose()?;
     let key = destination.key_file.map(|_| Dek::generate()).transpose()?;
     let key_file = match (destination.key_file, &key) {
@@ -88,6 +96,7 @@ pub fn pack_to_files(
     let out = Flushing::new(out).context("cannot start the thread that writes out")?;
     let (_, mut packed) = seal(tree, out, key, options, progress)
         .with_context(|| format!("cannot pack '{}' into '{}'", tree.display(), destination.image.display()))?;
+    packed.cannot_boot = cannot_boot;
 
     let signature = sign_key.map(|key| signature(&packed.sealed.digest, &key)).transpose()?;
     if let (Some(directory), Some(files)) = (destination.boot_dir, boot_files) {
@@ -151,6 +160,25 @@ fn check_names(destination: &Destination<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Refuses places that cannot be written to, or that are in the tree: the next image of it would hold this one, or its key.
+fn check_places(root: BorrowedFd<'_>, tree: &Path, destination: &Destination<'_>) -> Result<()> {
+    let whole = tree.canonicalize().with_context(|| format!("cannot open the tree '{}'", tree.display()))?;
+    for path in [Some(destination.image), destination.key_file].into_iter().flatten() {
+        if path.is_dir() {
+            bail!("'{}' is a directory: name a file", path.display());
+        }
+        // What is not there is found when the file is made.
+        let Ok(directory) = parent_of(path).canonicalize() else { continue };
+        if directory.starts_with(&whole) && scan::is_on_mount_of(root, &directory)? {
+            bail!(
+                "'{}' is in the tree that is packed, so the next image of it would hold it: name a place outside",
+                path.display()
+            );
+        }
+    }
+    Ok(())
+}
+
 /// Packs `tree` into `out`, encrypted if there is a key.
 pub(crate) fn seal<W: Read + Write + Seek>(
     tree: &Path,
@@ -175,7 +203,9 @@ pub(crate) fn seal<W: Read + Write + Seek>(
         squash(tree, sealer, &options.squash, progress)?;
     sealer.patch_start(0, &superblock)?;
     let (out, sealed) = sealer.finish(|payload| metadata(description, options, payload), None)?;
-    Ok((out, Packed { sealed, warnings, left_out, labels, inodes, file_bytes, boot_loaders: None }))
+    let packed =
+        Packed { sealed, warnings, left_out, labels, inodes, file_bytes, boot_loaders: None, cannot_boot: None };
+    Ok((out, packed))
 }
 
 fn metadata(description: Description, options: &PackOptions, payload: moor_image::PayloadSummary) -> Metadata {

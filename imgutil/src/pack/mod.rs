@@ -1,5 +1,6 @@
 //! Packs a tree: scan, squashfs, seal, and the files beside the image; or all of it to a server.
 
+mod attributes;
 mod contents;
 mod describe;
 mod flushing;

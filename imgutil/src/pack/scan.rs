@@ -2,18 +2,24 @@
 //!
 //! The tree is not trusted: every step goes through the handle of a directory with `O_NOFOLLOW`, never through a path.
 
+use super::attributes::{self, Attributes, Batch};
 use crate::inodes::{self, Inode, InodeIndex, Kind, MAX_DEPTH, XattrSet, XattrSets};
 use crate::scrub::{Candidate, Verdict, View, ViewPlace};
 use anyhow::{Context as _, Result, bail};
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, Statx, StatxFlags};
-use rustix::io::Errno;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
 use std::io::Read as _;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, SyncSender};
+
+/// So many inodes of a directory have their attributes read in a row.
+const BATCH: usize = 512;
+/// So many batches wait: each holds a directory open.
+const AHEAD: usize = 32;
 
 /// How a path is named in warnings and errors: from the root of the image.
 pub(super) type ImagePath = PathBuf;
@@ -34,6 +40,22 @@ impl Tree {
     /// Bytes in an inode's file; 0 for what is none.
     pub(super) fn size(&self, index: InodeIndex) -> u64 {
         if let Kind::File(size) = self.inodes[index.0 as usize].kind { size } else { 0 }
+    }
+
+    /// Gives its inodes the attributes that a squashfs can hold; the others become warnings.
+    fn take_attributes(&mut self, all: Vec<Attributes>) -> Result<()> {
+        let mut sets = XattrSets::default();
+        for Attributes { index, path, set, others } in all {
+            self.inodes[index.0 as usize].xattrs = sets.add(set)?;
+            let (acls, others): (Vec<_>, Vec<_>) =
+                others.into_iter().partition(|name| name.to_bytes().starts_with(b"system.posix_acl_"));
+            self.warnings.xattrs.extend(others.iter().map(|name| (path.clone(), name.to_string_lossy().into_owned())));
+            if !acls.is_empty() {
+                self.warnings.acls.push(path);
+            }
+        }
+        self.xattrs = sets.into_sets();
+        Ok(())
     }
 }
 
@@ -71,19 +93,30 @@ pub(super) fn join(path: &Path, name: &CStr) -> ImagePath {
 /// Scans the tree below `root`, as `view` shows it.
 pub(super) fn scan(root: BorrowedFd<'_>, view: &mut View) -> Result<Tree> {
     let stat = stat(root, c"")?;
+    let (batches, incoming) = mpsc::sync_channel(AHEAD);
     let mut scanner = Scanner {
         tree: Tree { inodes: Vec::new(), identities: Vec::new(), xattrs: Vec::new(), warnings: Warnings::default() },
         mount: stat.stx_mnt_id,
         device: (stat.stx_dev_major, stat.stx_dev_minor),
         links: HashMap::new(),
-        xattrs: XattrSets::default(),
+        batches,
         view,
     };
-    let place = scanner.view.root();
-    scanner.directory(root, &stat, Path::new("/"), 0, &place)?;
-    let Scanner { mut tree, xattrs, .. } = scanner;
-    tree.xattrs = xattrs.into_sets();
-    Ok(tree)
+    std::thread::scope(|scope| {
+        let reader = std::thread::Builder::new()
+            .name("attributes".into())
+            .spawn_scoped(scope, || attributes::read(incoming))
+            .context("cannot start the thread that reads attributes")?;
+        let place = scanner.view.root();
+        let scanned = scanner.directory(root, &stat, Path::new("/"), 0, &place);
+        let Scanner { mut tree, batches, .. } = scanner;
+        drop(batches);
+        let read = reader.join().map_err(|_| anyhow::anyhow!("the thread that reads attributes failed"))?;
+        // If that one has failed, the scan has merely noticed.
+        tree.take_attributes(read?)?;
+        scanned?;
+        Ok(tree)
+    })
 }
 
 struct Scanner<'v> {
@@ -92,7 +125,8 @@ struct Scanner<'v> {
     mount: u64,
     device: (u32, u32),
     links: HashMap<(u64, u64), InodeIndex>,
-    xattrs: XattrSets,
+    /// What the thread that reads attributes gets.
+    batches: SyncSender<Batch>,
 }
 
 impl Scanner<'_> {
@@ -117,9 +151,6 @@ impl Scanner<'_> {
             let path = path.to_owned();
             move || format!("cannot {operation} '{}'", path.display())
         };
-        let mut read = XattrReader::of_file(fd);
-        let xattrs = self.xattrs(&mut read, path)?;
-        self.tree.inodes[index.0 as usize].xattrs = xattrs;
 
         let mut names = Vec::new();
         for entry in Dir::read_from(fd).with_context(listing("list"))? {
@@ -132,6 +163,7 @@ impl Scanner<'_> {
 
         let mut entries = Vec::with_capacity(names.len());
         let mut subdirectories = 0;
+        let (mut own, mut leaves) = (Some(index), Vec::new());
         for name in names {
             let child_path = join(path, &name);
             let stat = self::stat(fd, &name).with_context(|| format!("cannot look at '{}'", child_path.display()))?;
@@ -146,10 +178,18 @@ impl Scanner<'_> {
                 let stat = self::stat(child_fd.as_fd(), c"")?;
                 self.directory(child_fd.as_fd(), &stat, &child_path, depth + 1, &below)?
             } else {
-                self.leaf(fd, &name, &stat, &child_path, verdict == Verdict::Empty)?
+                let (child, is_new) = self.leaf(fd, &name, &stat, &child_path, verdict == Verdict::Empty)?;
+                if is_new {
+                    leaves.push((name.clone(), child));
+                }
+                child
             };
             entries.push((name, child));
+            if leaves.len() >= BATCH {
+                self.send(fd, path, own.take(), std::mem::take(&mut leaves))?;
+            }
         }
+        self.send(fd, path, own, leaves)?;
         let inode = &mut self.tree.inodes[index.0 as usize];
         inode.links = 2 + subdirectories;
         inode.kind = Kind::Directory(entries);
@@ -183,7 +223,21 @@ impl Scanner<'_> {
         })
     }
 
-    /// Adds what is not a directory, or another name of what was added before.
+    /// Has the attributes read of a directory's inode, and of what lies in it.
+    fn send(
+        &self,
+        directory: BorrowedFd<'_>,
+        path: &Path,
+        own: Option<InodeIndex>,
+        entries: Vec<(CString, InodeIndex)>,
+    ) -> Result<()> {
+        let directory = rustix::io::fcntl_dupfd_cloexec(directory, 0)
+            .with_context(|| format!("cannot open the directory '{}' once more", path.display()))?;
+        let sent = self.batches.send(Batch { directory, path: path.to_owned(), own, entries });
+        sent.map_err(|_| anyhow::anyhow!("the thread that reads attributes has ended"))
+    }
+
+    /// Adds what is not a directory, or another name of what was added before; and whether its attributes are to be read.
     fn leaf(
         &mut self,
         parent: BorrowedFd<'_>,
@@ -191,13 +245,13 @@ impl Scanner<'_> {
         stat: &Statx,
         path: &Path,
         empty: bool,
-    ) -> Result<InodeIndex> {
+    ) -> Result<(InodeIndex, bool)> {
         let identity = identity(stat);
         if stat.stx_nlink > 1
             && let Some(index) = self.links.get(&identity)
         {
             self.tree.inodes[index.0 as usize].links += 1;
-            return Ok(*index);
+            return Ok((*index, false));
         }
         let elsewhere = self.is_elsewhere(stat);
         let device = (stat.stx_rdev_major, stat.stx_rdev_minor);
@@ -221,12 +275,8 @@ impl Scanner<'_> {
         }
         if elsewhere {
             self.tree.warnings.mounts.push(path.to_owned());
-            return Ok(index);
         }
-        let mut read = XattrReader::of_entry(parent, name)?;
-        let xattrs = self.xattrs(&mut read, path)?;
-        self.tree.inodes[index.0 as usize].xattrs = xattrs;
-        Ok(index)
+        Ok((index, !elsewhere))
     }
 
     fn add(&mut self, stat: &Statx, kind: Kind, path: &Path) -> Result<InodeIndex> {
@@ -256,28 +306,6 @@ impl Scanner<'_> {
         }
         (stat.stx_dev_major, stat.stx_dev_minor) != self.device
     }
-
-    /// Reads the xattrs a squashfs can hold; the others become warnings.
-    fn xattrs(&mut self, reader: &mut XattrReader<'_>, path: &Path) -> Result<Option<u32>> {
-        let context = || format!("cannot read the extended attributes of '{}'", path.display());
-        let mut set = XattrSet::new();
-        for name in reader.names().with_context(context)? {
-            let text = name.to_bytes();
-            if XattrSets::hold(text) {
-                // An attribute that was removed meanwhile is as if it had not been listed.
-                if let Some(value) = reader.value(&name).with_context(context)? {
-                    set.push((name, value));
-                }
-            } else if text.starts_with(b"system.posix_acl_") {
-                if self.tree.warnings.acls.last().is_none_or(|last| last != path) {
-                    self.tree.warnings.acls.push(path.to_owned());
-                }
-            } else {
-                self.tree.warnings.xattrs.push((path.to_owned(), name.to_string_lossy().into_owned()));
-            }
-        }
-        self.xattrs.add(set)
-    }
 }
 
 fn identity(stat: &Statx) -> (u64, u64) {
@@ -290,71 +318,20 @@ pub(super) fn stat(fd: BorrowedFd<'_>, name: &CStr) -> Result<Statx> {
     Ok(rustix::fs::statx(fd, name, flags, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID)?)
 }
 
+/// Whether a directory is on the same mount as an open one; a scan of that one goes no further.
+pub(super) fn is_on_mount_of(root: BorrowedFd<'_>, directory: &Path) -> Result<bool> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let other = rustix::fs::openat(CWD, directory, flags, Mode::empty())
+        .with_context(|| format!("cannot open '{}'", directory.display()))?;
+    let (root, other) = (stat(root, c"")?, stat(other.as_fd(), c"")?);
+    if root.stx_mask & other.stx_mask & StatxFlags::MNT_ID.bits() != 0 {
+        return Ok(root.stx_mnt_id == other.stx_mnt_id);
+    }
+    Ok((root.stx_dev_major, root.stx_dev_minor) == (other.stx_dev_major, other.stx_dev_minor))
+}
+
 /// Identity of an open file, comparable with those of [`Tree::identities`].
 pub(super) fn identity_of(fd: impl AsFd) -> Result<((u64, u64), Statx)> {
     let stat = stat(fd.as_fd(), c"")?;
     Ok((identity(&stat), stat))
-}
-
-/// Reads xattrs of a handle, or of a directory's entry without opening it (a device must not be opened).
-enum XattrReader<'a> {
-    File(BorrowedFd<'a>),
-    /// A path below `/proc/self/fd/N`: the handle of the directory, then one name that is not followed.
-    Entry(CString),
-}
-
-impl<'a> XattrReader<'a> {
-    fn of_file(fd: BorrowedFd<'a>) -> Self {
-        Self::File(fd)
-    }
-
-    fn of_entry(parent: BorrowedFd<'_>, name: &CStr) -> Result<Self> {
-        let mut path = format!("/proc/self/fd/{}/", parent.as_raw_fd()).into_bytes();
-        path.extend_from_slice(name.to_bytes());
-        Ok(Self::Entry(CString::new(path)?))
-    }
-
-    fn names(&self) -> rustix::io::Result<Vec<CString>> {
-        let list = grow(|buffer| match self {
-            Self::File(fd) => rustix::fs::flistxattr(fd, buffer),
-            Self::Entry(path) => rustix::fs::llistxattr(path, buffer),
-        });
-        match list {
-            Ok(list) => Ok(list
-                .split_inclusive(|byte| *byte == 0)
-                .filter_map(|name| CStr::from_bytes_with_nul(name).ok())
-                .map(CStr::to_owned)
-                .collect()),
-            Err(Errno::NOTSUP) => Ok(Vec::new()),
-            Err(error) => Err(error),
-        }
-    }
-
-    fn value(&self, name: &CStr) -> rustix::io::Result<Option<Vec<u8>>> {
-        let value = grow(|buffer| match self {
-            Self::File(fd) => rustix::fs::fgetxattr(fd, name, buffer),
-            Self::Entry(path) => rustix::fs::lgetxattr(path, name, buffer),
-        });
-        match value {
-            Ok(value) => Ok(Some(value)),
-            Err(Errno::NODATA) => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-}
-
-/// Calls with a small buffer, then with the largest that the kernel allows (64 KiB, `XATTR_SIZE_MAX`).
-fn grow(mut call: impl FnMut(&mut [u8]) -> rustix::io::Result<usize>) -> rustix::io::Result<Vec<u8>> {
-    for size in [256, 65_536] {
-        let mut buffer = vec![0; size];
-        match call(&mut buffer) {
-            Ok(length) => {
-                buffer.truncate(length);
-                return Ok(buffer);
-            }
-            Err(Errno::RANGE) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Err(Errno::RANGE)
 }
