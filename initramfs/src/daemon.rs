@@ -16,8 +16,8 @@ pub fn is_background() -> bool {
     std::env::args_os().next().is_some_and(|name| name == NAME)
 }
 
-/// Starts the background process with the same arguments and standard input. Returns once it serves (success), or has ended (its
-/// own message is on standard error).
+/// Starts the background process with the same arguments and standard input. Returns once it serves (success), or has ended (with its
+/// own status; its message is on standard error).
 ///
 /// # Errors
 /// It cannot be started.
@@ -32,8 +32,9 @@ pub fn start() -> io::Result<ExitCode> {
     if line.trim_end() == READY {
         return Ok(ExitCode::SUCCESS);
     }
-    child.wait()?;
-    Ok(ExitCode::FAILURE)
+    // Whoever called makes something of the status. One that says success without having served has not succeeded.
+    let status = child.wait()?.code().and_then(|code| u8::try_from(code).ok()).filter(|code| *code != 0);
+    Ok(status.map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
 /// Tells whoever started this background process that it serves.

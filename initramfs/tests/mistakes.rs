@@ -191,10 +191,11 @@ fn signatures_by_nobody_who_is_trusted() {
     let trust = place.path("signer.pub").display().to_string();
     std::fs::write(place.path("sig"), moor_image::SignatureFile::default().to_bytes().unwrap()).unwrap();
     let signatures = place.path("sig").display().to_string();
-    place.refused(
-        &["--url", &server.url(), "--trust", &trust, "--signatures", &signatures],
-        &["is not signed by any of the 1 trusted keys"],
-    );
+    let url = server.url();
+    let arguments = ["--url", &url, "--trust", &trust, "--signatures", &signatures];
+    place.refused(&arguments, &["is not signed by any of the 1 trusted keys"]);
+    // By this the agent knows that somebody may mend it, and waits for that.
+    assert_eq!(place.mount(&arguments).status.code(), Some(4));
 }
 
 #[test]

@@ -107,6 +107,7 @@ async fn round(
                         | ImageError::KeyNeeded(_)
                         | ImageError::HeaderMac
                         | ImageError::NotEncrypted
+                        | ImageError::Untrusted { .. }
                         | ImageError::SignatureFile(_)),
                     )),
                 )) if options.pinned.is_some() || members.len() == 1 => {
