@@ -306,7 +306,9 @@ fn a_damaged_entry_is_not_used(kitchen: &Kitchen) {
     std::fs::write(&entry, bytes).unwrap();
     // It has to be built again, and that takes the archives.
     let output = kitchen.build_alone(&["tree"]);
-    assert!(error(&output, 1).contains("cannot fetch http"), "{}", text(&output.stderr));
+    let said = text(&output.stderr);
+    assert!(error(&output, 1).contains("cannot fetch http"), "{said}");
+    assert!(said.contains("\nimgutil: warning: the base tree in '") && said.contains("' is damaged: "), "{said}");
     assert_eq!(names(&base), Vec::<String>::new());
 }
 

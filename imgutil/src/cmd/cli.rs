@@ -30,6 +30,7 @@ enum Command {
 impl Cli {
     /// Does what it says. The error is for the user.
     pub fn run(self) -> anyhow::Result<ExitCode> {
+        super::warnings::show();
         match self.command {
             Command::Build(args) => super::build::run(args),
             Command::Exec(args) => super::exec::run(args),

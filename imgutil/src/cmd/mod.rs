@@ -13,6 +13,7 @@ pub mod sbom;
 pub mod test;
 pub mod unpack;
 pub mod verify;
+mod warnings;
 
 pub use cli::Cli;
 
