@@ -8,12 +8,14 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
-/// Which events are shown, in the words of `RUST_LOG`; warnings if it is not set.
+/// Which events are shown, in the words of `RUST_LOG`.
 const FILTER: &str = "IMGUTIL_LOG";
+/// If it is not set: warnings of ours. What other libraries warn of is rarely for people.
+const USUAL: &str = "imgutil=warn,moor_api=warn,moor_image=warn,moor_vm=warn";
 
 /// Shows them from now on.
 pub(super) fn show() {
-    let filter = EnvFilter::try_from_env(FILTER).unwrap_or_else(|_| EnvFilter::new("warn"));
+    let filter = EnvFilter::try_from_env(FILTER).unwrap_or_else(|_| EnvFilter::new(USUAL));
     let shown = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).event_format(Line);
     // Refused where somebody listens already.
     let _ = shown.try_init();
