@@ -165,7 +165,7 @@ async fn cut_so_often(cuts: u64) {
         while lives.len() < 4
             && let Some(seed) = next.next()
         {
-            lives.spawn(async move { live(seed, LIFE, true).await.map_err(|why| (seed, why)) });
+            lives.spawn(async move { Box::pin(live(seed, LIFE, true)).await.map_err(|why| (seed, why)) });
         }
         let Some(ended) = lives.join_next().await else { break };
         if let Err((seed, why)) = ended.unwrap() {
@@ -190,7 +190,7 @@ async fn what_was_acknowledged_is_there_after_ten_thousand_power_cuts() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_lies_is_found_out() {
     for seed in 0..10 {
-        if live(seed, LIFE, false).await.is_err() {
+        if Box::pin(live(seed, LIFE, false)).await.is_err() {
             return;
         }
     }
