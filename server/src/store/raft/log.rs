@@ -128,7 +128,14 @@ impl Log {
     /// # Errors
     /// It cannot be opened, or is damaged.
     pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
-        let database = Database::create(path)?;
+        Self::over(Database::create(path)?, path.parent().unwrap_or(path).to_owned())
+    }
+
+    /// The same over a database that is open; whether space is left is asked of the file system of `disk`.
+    ///
+    /// # Errors
+    /// It is damaged.
+    pub(super) fn over(database: Database, disk: PathBuf) -> Result<Self, StoreError> {
         let transaction = database.begin_write()?;
         let memory = {
             let entries = transaction.open_table(ENTRIES)?;
@@ -154,7 +161,7 @@ impl Log {
         transaction.commit()?;
         let shared = Arc::new(Shared { database, memory: Mutex::new(memory) });
         let (jobs, queue) = mpsc::channel();
-        let writer = Writer { shared: shared.clone(), disk: path.parent().unwrap_or(path).to_owned() };
+        let writer = Writer { shared: shared.clone(), disk };
         std::thread::Builder::new()
             .name("log".into())
             .spawn(move || writer.run(&queue))

@@ -52,7 +52,14 @@ impl Machine {
     /// # Errors
     /// The database or the directory cannot be opened.
     pub(super) fn open(path: &Path, directory: PathBuf) -> Result<Self, StoreError> {
-        let database = Database::create(path)?;
+        Self::over(Database::create(path)?, directory)
+    }
+
+    /// The same over a database that is open.
+    ///
+    /// # Errors
+    /// The directory cannot be opened.
+    pub(super) fn over(database: Database, directory: PathBuf) -> Result<Self, StoreError> {
         let transaction = database.begin_write()?;
         tables::create(&transaction)?;
         transaction.commit()?;

@@ -3,6 +3,8 @@
 //! A change is acknowledged once a majority has it on disk and this member has applied it. Members that are no leader pass changes on to
 //! the leader, and then wait until they have applied them too: who proposes, reads his own writes.
 
+#[cfg(test)]
+mod cuts;
 mod log;
 mod machine;
 mod network;
@@ -139,9 +141,9 @@ pub struct Replicated {
     number: u64,
 }
 
-fn config() -> Result<Arc<Config>, StoreError> {
+fn config() -> Config {
     let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-    let config = Config {
+    Config {
         cluster_name: "mooring".into(),
         heartbeat_interval: milliseconds(HEARTBEAT),
         election_timeout_min: milliseconds(ELECTION.0),
@@ -153,8 +155,7 @@ fn config() -> Result<Arc<Config>, StoreError> {
         install_snapshot_timeout: 600_000,
         enable_pre_vote: Some(true),
         ..Config::default()
-    };
-    Ok(Arc::new(config.validate().map_err(|error| StoreError::Consensus(error.to_string()))?))
+    }
 }
 
 fn consensus(error: impl std::fmt::Display) -> StoreError {
@@ -171,8 +172,19 @@ impl Replicated {
             Log::open(&places.log).map_err(|error| error.within(&places.log))?,
             Machine::open(&places.state, places.snapshots.clone()).map_err(|error| error.within(&places.state))?,
         );
+        Self::over(log, machine, number, calls, config()).await
+    }
+
+    async fn over(
+        log: Log,
+        machine: Machine,
+        number: u64,
+        calls: Arc<Calls>,
+        config: Config,
+    ) -> Result<Self, StoreError> {
+        let config = Arc::new(config.validate().map_err(consensus)?);
         let network = network::Network(calls.clone());
-        let raft = openraft::Raft::new(number, config()?, network, log, machine.clone()).await.map_err(consensus)?;
+        let raft = openraft::Raft::new(number, config, network, log, machine.clone()).await.map_err(consensus)?;
         let store = Self { raft, machine, calls, number };
         store.recover().await?;
         Ok(store)
@@ -182,9 +194,8 @@ impl Replicated {
     /// and a member that is cut off has to start all the same.
     async fn recover(&self) -> Result<(), StoreError> {
         // Not from the metrics: they may not have been made yet.
-        let voters = self.raft.with_raft_state(|state| {
-            state.membership_state.effective().voter_ids().collect::<Vec<u64>>()
-        });
+        let voters =
+            self.raft.with_raft_state(|state| state.membership_state.effective().voter_ids().collect::<Vec<u64>>());
         let voters = voters.await.map_err(consensus)?;
         if voters != [self.number] {
             return Ok(());
