@@ -102,7 +102,7 @@ impl Connection {
         let mut text = Vec::with_capacity(1024);
         loop {
             let room = HEAD - text.len();
-            if tls.receive(&mut text, room, 0).await? == 0 {
+            if tls.receive(&mut text, room).await? == 0 {
                 return Err(Fault::Broken("the server closed it before it answered".into()));
             }
             if let Some((head, left, end)) = parse(&text)? {
@@ -122,7 +122,7 @@ impl Connection {
         if most == 0 {
             return Ok(0);
         }
-        let length = tls.receive(out, most, answer.bytes).await?;
+        let length = tls.receive(out, most).await?;
         answer.bytes -= length as u64;
         Ok(length)
     }

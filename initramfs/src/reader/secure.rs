@@ -2,7 +2,6 @@
 //! to where it is wanted. (rustls' own buffers take 4 KiB from the kernel at a time, and an HTTP library behind them copies twice more.)
 
 use super::fault::Fault;
-use super::socket::wake_at;
 use rustls::client::UnbufferedClientConnection;
 use rustls::unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedStatus};
 use rustls::{CertificateError, ClientConfig};
@@ -16,9 +15,6 @@ use tokio::net::TcpStream;
 
 /// Bytes that are taken from the kernel at a time: several records, of at most 16 KiB and a little.
 const TAKEN: usize = 128 << 10;
-/// From so many bytes on this side is woken, when more than that are still to come: servers send record by record, and each wake-up costs
-/// both ends as much as a record's decryption.
-const WOKEN_AT: usize = 64 << 10;
 /// Room for what is sent, at first: a request or a flight of the handshake.
 const SENT: usize = 4 << 10;
 
@@ -35,8 +31,6 @@ pub(super) struct Secure {
     /// What was decrypted and is not wanted yet; from `spare_at` on.
     spare: Vec<u8>,
     spare_at: usize,
-    /// With how many bytes the kernel wakes this side.
-    woken_at: usize,
 }
 
 /// What has to be done before anything more can come of the connection.
@@ -69,7 +63,6 @@ impl Secure {
             outgoing: Vec::with_capacity(SENT),
             spare: Vec::new(),
             spare_at: 0,
-            woken_at: 1,
         };
         loop {
             let step = secure.process(None, &mut |_| false)?;
@@ -78,7 +71,7 @@ impl Secure {
                 Step::Ready => return Ok(secure),
                 // Data before any request are nobody's.
                 Step::Enough | Step::Closed => return Err(ended()),
-                Step::Read => secure.fill(0).await?,
+                Step::Read => secure.fill().await?,
             }
         }
     }
@@ -92,8 +85,8 @@ impl Secure {
         }
     }
 
-    /// Appends up to `most` bytes to `out`, and returns how many; 0 at the end. `sure` bytes at least are to come, if nothing fails.
-    pub(super) async fn receive(&mut self, out: &mut Vec<u8>, most: usize, sure: u64) -> Result<usize, Fault> {
+    /// Appends up to `most` bytes to `out`, and returns how many; 0 at the end.
+    pub(super) async fn receive(&mut self, out: &mut Vec<u8>, most: usize) -> Result<usize, Fault> {
         if self.spare_at < self.spare.len() {
             let part = &self.spare[self.spare_at..];
             let part = &part[..part.len().min(most)];
@@ -122,7 +115,7 @@ impl Secure {
             }
             match step {
                 Step::Closed => return Ok(0),
-                Step::Read | Step::Ready | Step::Enough => self.fill(sure).await?,
+                Step::Read | Step::Ready | Step::Enough => self.fill().await?,
             }
         }
     }
@@ -193,19 +186,13 @@ impl Secure {
         Ok(())
     }
 
-    /// Takes more from the kernel. `sure`: so many bytes are still to come, if nothing fails; what is encrypted is longer than what it holds.
-    async fn fill(&mut self, sure: u64) -> Result<(), Fault> {
+    /// Takes more from the kernel.
+    async fn fill(&mut self) -> Result<(), Fault> {
         // At most a part of one record is moved.
         self.incoming.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);
         if self.end == self.incoming.len() {
             return Err(Fault::Tls("a record is longer than any can be".into()));
-        }
-        let sure = usize::try_from(sure).unwrap_or(usize::MAX).saturating_sub(self.end);
-        let woken_at = sure.clamp(1, WOKEN_AT);
-        // The end of a connection wakes it as well. Without this it works, and costs more.
-        if woken_at != self.woken_at && wake_at(&self.tcp, woken_at).is_ok() {
-            self.woken_at = woken_at;
         }
         let length = self.tcp.read(&mut self.incoming[self.end..]).await.map_err(|error| broken(&error))?;
         if length == 0 {

@@ -1,4 +1,4 @@
-//! The two ioctls of loop devices that no crate wraps. Beside it `reader::socket` alone has `unsafe`.
+//! The two ioctls of loop devices that no crate wraps. This is the only module of the crate with `unsafe`.
 #![expect(unsafe_code, reason = "ioctl(2) takes pointers and numbers that the compiler cannot check")]
 
 use std::fs::File;
