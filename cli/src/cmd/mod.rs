@@ -27,6 +27,12 @@ pub(crate) async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         _ => {}
     }
     let mut client = connect(&cli.connection).await?;
+    let mut is_told = false;
+    client.when_stale(move |why| {
+        if !std::mem::replace(&mut is_told, true) {
+            eprintln!("moor: warning: {why}: what is shown is what this member knows, and may be out of date");
+        }
+    });
     let client = &mut client;
     match cli.command {
         Command::Init(_) => Ok(ExitCode::SUCCESS),

@@ -37,6 +37,9 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use uuid::Uuid;
 
+/// Header of an answer that may be out of date, because no majority of the members answers: why, in a few words.
+pub const STALE: &str = "mooring-stale";
+
 /// The collective as an administrator sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SiteInfo {

@@ -16,13 +16,17 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post, put};
 use axum::{Extension, Json, Router};
 use bytes::Bytes;
-use http::{Method, header};
-use moor_api::admin::{SiteInfo, TokenCreated, TokenRequest};
+use http::{HeaderValue, Method, header};
+use moor_api::admin::{STALE, SiteInfo, TokenCreated, TokenRequest};
 use moor_api::problem::{Code, Problem};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Longest lifetime of a token: a week.
 const MAX_TOKEN_LIFETIME: u64 = 7 * 86_400;
+
+/// A read waits this long for a majority to say what is newest.
+const SOON: Duration = Duration::from_secs(2);
 
 /// The routes, behind the check who asks.
 pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
@@ -74,8 +78,25 @@ async fn authorize(
         if let Err(problem) = member.audit("admin", serde_json::json!({ "by": who, "call": call })).await {
             return Failure(problem).into_response();
         }
+        return next.run(request).await;
     }
-    next.run(request).await
+    let stale = may_be_stale(&member).await;
+    let mut response = next.run(request).await;
+    if let Some(why) = stale {
+        response.headers_mut().insert(STALE, why);
+    }
+    response
+}
+
+/// What is read is at least as new as all that was acknowledged anywhere before. Without a majority it is what this member knows, and
+/// this says why.
+async fn may_be_stale(member: &Member) -> Option<HeaderValue> {
+    let why = match tokio::time::timeout(SOON, member.store.linearize()).await {
+        Ok(Ok(())) => return None,
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "no majority of the voting members answers (`moor collective show`)".into(),
+    };
+    Some(HeaderValue::from_str(&why).unwrap_or(HeaderValue::from_static("no majority answers")))
 }
 
 /// The name of an administrator, for the audit log.

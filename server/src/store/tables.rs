@@ -1,6 +1,7 @@
 //! The tables, and JSON records in them. A thin layer over redb, so that only this module and `mod.rs` know it.
 
 use super::{Event, StoreError};
+use aws_lc_rs::digest::{Context, SHA256};
 use redb::{
     ReadTransaction, ReadableDatabase as _, ReadableTable as _, ReadableTableMetadata as _, TableDefinition,
     WriteTransaction,
@@ -8,6 +9,7 @@ use redb::{
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 
 /// A table: text to JSON.
 pub type Table = TableDefinition<'static, &'static str, &'static [u8]>;
@@ -206,6 +208,30 @@ impl Snapshot {
             }
         }
         Ok(Ok(()))
+    }
+
+    /// SHA-256 over the records of each table that is replicated, by its name: members that have applied the same entries agree in them.
+    ///
+    /// # Errors
+    /// The database is damaged.
+    pub fn digests(&self) -> Result<BTreeMap<String, [u8; 32]>, StoreError> {
+        let mut out = BTreeMap::new();
+        for table in REPLICATED {
+            let mut digest = Context::new(&SHA256);
+            let mut put = |bytes: &[u8]| {
+                digest.update(&(bytes.len() as u64).to_le_bytes());
+                digest.update(bytes);
+            };
+            let Ok(()) = self.each(table, |key, value| {
+                put(key.as_bytes());
+                put(value);
+                Ok::<(), std::convert::Infallible>(())
+            })?;
+            let mut bytes = [0; 32];
+            bytes.copy_from_slice(digest.finish().as_ref());
+            out.insert(redb::TableHandle::name(&table).to_owned(), bytes);
+        }
+        Ok(out)
     }
 
     /// All keys of a table, in order.

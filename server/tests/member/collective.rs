@@ -6,6 +6,7 @@ use moor_api::admin::{CollectiveView, DefineNodes, InviteRequest, MemberRequest}
 use moor_api::client::ClientError;
 use moor_api::problem::Code;
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// For what a quiet machine does in a second or two.
@@ -145,7 +146,12 @@ async fn without_a_majority_changes_are_refused_with_the_reason_and_go_on_when_o
         assert_eq!(code, Code::NoMajority, "{detail}");
         assert!(detail.contains("no majority of the 3 voting members answers"), "{detail}");
     }
-    // What was known is still read.
+    // What was known is still read, and it is said that it may be old.
+    let told = Arc::new(Mutex::new(String::new()));
+    let (mut admin, hears) = (members[0].admin().await?, told.clone());
+    admin.when_stale(move |why| hears.lock().unwrap().push_str(why));
+    assert_eq!(admin.nodes(None).await?.len(), 1);
+    assert!(told.lock().unwrap().starts_with("no majority of the "), "{told:?}");
     assert_eq!(names(&members[0]).await?, ["a"]);
     assert!(!view(&members[0]).await?.majority);
     members[1].run()?;

@@ -94,6 +94,11 @@ impl AdminClient {
         Ok(Self { http })
     }
 
+    /// Calls `tell` with the reason before an answer that may be out of date is given back: no majority of the members answers.
+    pub fn when_stale(&mut self, tell: impl FnMut(&str) + Send + Sync + 'static) {
+        self.http.stale = Some(Box::new(tell));
+    }
+
     /// `GET site`.
     pub async fn site(&mut self) -> Result<SiteInfo, ClientError> {
         self.http.json::<(), _>(Method::GET, "/admin/v1/site", None).await

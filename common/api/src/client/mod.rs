@@ -104,12 +104,16 @@ pub fn full(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).map_err(|never: Infallible| match never {}).boxed()
 }
 
+/// Is told why an answer may be out of date.
+type Listener = Box<dyn FnMut(&str) + Send + Sync>;
+
 /// One HTTP/1.1 connection. Calls run one after the other.
 pub struct Http {
     sender: http1::SendRequest<Body>,
     host: HeaderValue,
     token: Option<HeaderValue>,
     timeout: Duration,
+    stale: Option<Listener>,
 }
 
 impl Http {
@@ -128,7 +132,7 @@ impl Http {
             // An error of the connection reaches the call that waits on it.
             let _ = connection.await;
         });
-        Ok(Self { sender, host, token: None, timeout })
+        Ok(Self { sender, host, token: None, timeout, stale: None })
     }
 
     /// Sends this token with each call from now on.
@@ -173,6 +177,10 @@ impl Http {
             .map_err(|_| broken(format!("no answer within {} s", self.timeout.as_secs())))?
             .map_err(|error| broken(chain(&error)))?;
         if response.status().is_success() {
+            let why = response.headers().get(crate::admin::STALE).and_then(|why| why.to_str().ok());
+            if let (Some(why), Some(tell)) = (why, &mut self.stale) {
+                tell(why);
+            }
             return Ok(response);
         }
         Err(self.refusal(&call, response).await)

@@ -65,9 +65,9 @@ type RaftSnapshot = openraft::type_config::alias::SnapshotOf<Raft, SnapshotFile>
 /// The first member of a collective.
 pub const FOUNDER: u64 = 1;
 /// A leader says that it is there this often.
-const HEARTBEAT: Duration = Duration::from_millis(250);
+const HEARTBEAT: Duration = Duration::from_millis(200);
 /// Without a sign of it for so long an election begins; drawn anew each time.
-const ELECTION: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(2));
+const ELECTION: (Duration, Duration) = (Duration::from_millis(700), Duration::from_secs(1));
 /// A leader that has heard of no majority for so long refuses changes at once.
 const UNHEARD: Duration = Duration::from_millis(2500);
 /// A change waits this long for a leader before it is refused.
@@ -154,6 +154,9 @@ fn config() -> Config {
         // A snapshot of the largest collective over a slow link.
         install_snapshot_timeout: 600_000,
         enable_pre_vote: Some(true),
+        // A leader sends entries on before they are on its own disk. If it came back as the leader of the same term, it would give the
+        // places of those that were lost to others, and who has the old ones would never know.
+        enable_leader_restore: Some(false),
         ..Config::default()
     }
 }
