@@ -163,12 +163,14 @@ impl Fleet {
         ready.min_by_key(|member| member.pace().expected().unwrap_or_default()).cloned()
     }
 
-    /// The best member but `not` that answers at all: also one that is slow, or keeps others waiting.
+    /// The best member but `not` that answers at all: also one that keeps others waiting, or else one that is slow.
     pub(super) fn any_other(&self, not: &Arc<Member>) -> Option<Arc<Member>> {
         let members = self.members();
         let others = members.iter().filter(|member| !Arc::ptr_eq(member, not));
         let answer = others.filter(|member| matches!(member.standing(), Standing::Good | Standing::Slow));
-        answer.min_by_key(|member| member.pace().expected().unwrap_or_default()).cloned()
+        answer
+            .min_by_key(|member| (member.standing() == Standing::Slow, member.pace().expected().unwrap_or_default()))
+            .cloned()
     }
 
     /// The time in which the quickest other good member answers.

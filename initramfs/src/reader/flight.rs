@@ -223,11 +223,12 @@ impl Flight {
         let anyway = is_wanted && waited >= MOVE_ANYWAY_AFTER;
         let fleet = &self.inner.fleet;
         let best = fleet.other(&lead.member);
-        // Only from a good one: between slow ones a request that goes back and forth never ends.
-        let other = if anyway && lead.member.standing() == Standing::Good {
-            best.or_else(|| fleet.any_other(&lead.member))
-        } else {
-            best
+        // A slow one is better than one that rests, or is about to be found dead. Not from slow to slow: a request that goes back and forth
+        // never ends.
+        let other = match lead.member.standing() {
+            Standing::Slow => best,
+            Standing::Good if !anyway => best,
+            _ => best.or_else(|| fleet.any_other(&lead.member)),
         };
         let Some(other) = other else { return };
         let limit = if is_wanted { MOVE_AFTER } else { MOVE_UNWANTED_AFTER };

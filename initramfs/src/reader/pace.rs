@@ -20,6 +20,8 @@ pub(super) struct Pace {
     samples: Vec<u32>,
     at: usize,
     percentile: Option<Duration>,
+    /// The longest time after which a request was given up since the last answer.
+    silent: Duration,
     /// When something was measured last.
     measured: Duration,
 }
@@ -34,6 +36,11 @@ fn smooth(old: &mut Option<Duration>, new: Duration) {
 impl Pace {
     /// The first chunk of an answer took so long.
     pub(super) fn first(&mut self, took: Duration, now: Duration) {
+        self.silent = Duration::ZERO;
+        self.count(took, now);
+    }
+
+    fn count(&mut self, took: Duration, now: Duration) {
         smooth(&mut self.first, took);
         let sample = u32::try_from(took.as_micros()).unwrap_or(u32::MAX);
         if self.samples.len() < SAMPLES {
@@ -60,13 +67,15 @@ impl Pace {
     /// The first chunk was given up after so long: it would have taken longer.
     pub(super) fn gave_up(&mut self, after: Duration, now: Duration) {
         if self.first.is_none_or(|first| after > first) {
-            self.first(after, now);
+            self.silent = self.silent.max(after);
+            self.count(after, now);
         }
     }
 
-    /// The time in which the first chunk is to be expected.
+    /// The time in which the first chunk is to be expected. Of a member that was given up and has not answered since, it is known that it
+    /// took longer than that, whatever it took before: else the dead one of two slow members would seem to be the quicker.
     pub(super) fn expected(&self) -> Option<Duration> {
-        self.first
+        self.first.map(|first| first.max(self.silent))
     }
 
     /// The time in which an answer of so many chunks is to be expected.
@@ -117,6 +126,8 @@ mod tests {
         pace.gave_up(ms(10), ms(0));
         assert_eq!(pace.expected(), Some(ms(80)));
         pace.gave_up(ms(400), ms(0));
+        assert_eq!(pace.expected(), Some(ms(400)), "it has not answered since");
+        pace.first(ms(120), ms(0));
         assert_eq!(pace.expected(), Some(ms(120)));
     }
 }
