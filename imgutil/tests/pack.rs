@@ -318,12 +318,12 @@ fn mistakes_are_answered_in_one_line_and_leave_nothing() {
 #[test]
 fn a_file_too_short_for_an_image_is_called_that() {
     let work = tempfile::tempdir().unwrap();
-    fs::write(work.path().join("short"), "x").unwrap();
+    fs::write(work.path().join("short"), "xyz").unwrap();
     let path = |name: &str| work.path().join(name).to_str().unwrap().to_owned();
     for args in
         [vec!["inspect", &path("short")], vec!["sbom", &path("short")], vec!["unpack", &path("short"), &path("new")]]
     {
-        run(args).one_line_error(1, &["short", "1 bytes, fewer than a sealed image's header"]);
+        run(args).one_line_error(1, &["short", "3 bytes, fewer than a sealed image's header"]);
         assert_eq!(names(work.path()), ["short"]);
     }
 }
