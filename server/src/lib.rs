@@ -16,6 +16,7 @@ pub mod http;
 pub mod listener;
 pub mod model;
 pub mod node;
+pub mod observe;
 pub mod profile;
 pub mod public;
 pub mod run;
@@ -25,7 +26,8 @@ pub mod store;
 pub mod traces;
 
 use axum::Router;
-use axum::middleware::from_fn;
+use axum::middleware::{from_fn, from_fn_with_state};
+use axum::routing::get;
 use state::Member;
 use std::sync::Arc;
 
@@ -36,6 +38,8 @@ pub fn router(member: &Arc<Member>) -> Router {
         .merge(node::router(member))
         .merge(admin::router(member))
         .merge(collective::router(member))
+        .route("/healthz", get(observe::health))
         .layer(from_fn(http::problems))
+        .layer(from_fn_with_state(member.clone(), observe::count))
         .with_state(member.clone())
 }

@@ -10,6 +10,7 @@ use crate::node::nonce::Nonces;
 use crate::node::rate::RateLimit;
 use crate::node::refusals::Throttle;
 use crate::node::report::Heartbeats;
+use crate::observe::Requests;
 use crate::secrets::DataKey;
 use crate::store::raft::{Calls, FOUNDER, Peer};
 use crate::store::records::{MemberRecord, ProfileRecord, SiteRecord};
@@ -61,6 +62,8 @@ pub struct Member {
     pub heartbeats: Heartbeats,
     /// What boots read.
     pub traces: Traces,
+    /// What it was asked.
+    pub requests: Requests,
 }
 
 /// Unix seconds.
@@ -234,6 +237,7 @@ impl Member {
             enrollments: Enrollments::default(),
             refusals: Throttle::default(),
             heartbeats: Heartbeats::default(),
+            requests: Requests::default(),
             traces,
         }))
     }

@@ -21,7 +21,6 @@ const MAX_LIFETIME: u64 = 86_400;
 
 pub(super) async fn show(State(member): State<Arc<Member>>) -> Result<Json<CollectiveView>, Failure> {
     let (standing, view) = (member.store.standing(), member.view()?);
-    let leads = standing.leader == Some(standing.number);
     let now = now();
     let members = view.members()?.into_iter().filter(|(_, record)| !record.removed).map(|(number, record)| {
         let last = if number == standing.number { Some(standing.last) } else { None };
@@ -42,7 +41,7 @@ pub(super) async fn show(State(member): State<Arc<Member>>) -> Result<Json<Colle
         term: standing.term,
         last: standing.last,
         applied: standing.applied,
-        majority: if leads { !standing.is_cut_off() } else { standing.leader.is_some() },
+        majority: standing.has_majority(),
         members: members.collect(),
         invitations: invitations.map(|invite| (invite.name, invite.expires)).collect(),
     }))

@@ -6,6 +6,7 @@ pub(crate) mod nodes;
 mod view;
 
 use crate::http::{Connection, Failure, Peer, parse};
+use crate::observe;
 use crate::state::{Member, now};
 use crate::store::Command;
 use crate::store::records::TokenRecord;
@@ -28,6 +29,9 @@ const MAX_TOKEN_LIFETIME: u64 = 7 * 86_400;
 /// A read waits this long for a majority to say what is newest.
 const SOON: Duration = Duration::from_secs(2);
 
+/// Says itself who answers.
+const COLLECTIVE: &str = "/admin/v1/collective";
+
 /// The routes, behind the check who asks.
 pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
     Router::new()
@@ -47,7 +51,8 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/admin/v1/profiles/{name}/publish", post(content::publish))
         .route("/admin/v1/profiles/{name}/boot", get(content::boot_files))
         .route("/admin/v1/tokens", post(create_token))
-        .route("/admin/v1/collective", get(collective::show))
+        .route("/metrics", get(observe::metrics))
+        .route(COLLECTIVE, get(collective::show))
         .route("/admin/v1/collective/invite", post(collective::invite))
         .route("/admin/v1/collective/promote", post(collective::promote))
         .route("/admin/v1/collective/demote", post(collective::demote))
@@ -78,6 +83,10 @@ async fn authorize(
         if let Err(problem) = member.audit("admin", serde_json::json!({ "by": who, "call": call })).await {
             return Failure(problem).into_response();
         }
+        return next.run(request).await;
+    }
+    // What is about this member needs no majority.
+    if [COLLECTIVE, "/metrics"].contains(&request.uri().path()) {
         return next.run(request).await;
     }
     let stale = may_be_stale(&member).await;

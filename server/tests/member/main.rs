@@ -6,6 +6,7 @@ mod cli;
 mod collective;
 mod durability;
 mod node_api;
+mod observe;
 mod strangers;
 mod support;
 mod tls;

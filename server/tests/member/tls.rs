@@ -63,6 +63,11 @@ async fn tls_1_2_is_for_public_files_only() -> anyhow::Result<()> {
     assert!(answer.starts_with("HTTP/1.1 403") && answer.contains("wants TLS 1.3"), "{answer}");
     let answer = text(&member, &rustls::version::TLS13, "GET /admin/v1/site HTTP/1.1\r\n").await?;
     assert!(answer.starts_with("HTTP/1.1 401") && answer.contains("problem+json"), "{answer}");
+    // Anybody may ask how it is, and administrators how it is in detail.
+    let answer = text(&member, &rustls::version::TLS12, "GET /healthz HTTP/1.1\r\n").await?;
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("ok\n"), "{answer}");
+    let answer = text(&member, &rustls::version::TLS13, "GET /metrics HTTP/1.1\r\n").await?;
+    assert!(answer.starts_with("HTTP/1.1 401") && answer.contains("problem+json"), "{answer}");
     let answer = text(&member, &rustls::version::TLS13, "GET /nothing HTTP/1.1\r\n").await?;
     assert!(answer.starts_with("HTTP/1.1 404") && answer.contains("problem+json"), "{answer}");
     Ok(())

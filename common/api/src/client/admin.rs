@@ -99,6 +99,12 @@ impl AdminClient {
         self.http.stale = Some(Box::new(tell));
     }
 
+    /// `GET /metrics`: the member's metrics as Prometheus reads them.
+    pub async fn metrics(&mut self) -> Result<String, ClientError> {
+        let bytes = self.http.bytes("/metrics", 1 << 20).await?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
     /// `GET site`.
     pub async fn site(&mut self) -> Result<SiteInfo, ClientError> {
         self.http.json::<(), _>(Method::GET, "/admin/v1/site", None).await

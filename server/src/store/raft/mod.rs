@@ -128,6 +128,12 @@ impl Standing {
         self.voters() > 1 && self.unheard.is_some_and(|time| time > UNHEARD)
     }
 
+    /// Whether a majority answers, as far as this member can tell.
+    #[must_use]
+    pub fn has_majority(&self) -> bool {
+        if self.leader == Some(self.number) { !self.is_cut_off() } else { self.leader.is_some() }
+    }
+
     fn no_majority(&self, then: &str) -> String {
         format!("no majority of the {} voting members answers: {then} (`moor collective show`)", self.voters())
     }
