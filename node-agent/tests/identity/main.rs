@@ -1,8 +1,12 @@
 //! The identity against real TPMs (swtpm), with tpm2-tools and openssl as independent judges.
 #![allow(clippy::unwrap_used)] // tests and their helpers
 
+mod attempt;
 mod bus;
+mod enrolments;
 mod member;
+mod raw;
+mod sessions;
 mod swtpm;
 
 use bus::Bus;

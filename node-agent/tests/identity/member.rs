@@ -26,14 +26,14 @@ use uuid::Uuid;
 const UID: u32 = 61_236;
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-struct Member {
+pub(crate) struct Member {
     dir: tempfile::TempDir,
     port: u16,
     child: Option<Child>,
 }
 
 impl Member {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let dir = tempfile::Builder::new().prefix("moor-identity-").tempdir().unwrap();
         std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -86,17 +86,17 @@ impl Member {
         self.dir.path().join(name)
     }
 
-    async fn admin(&self) -> AdminClient {
+    pub(crate) async fn admin(&self) -> AdminClient {
         AdminClient::unix(&self.path("api.sock")).await.unwrap()
     }
 
-    async fn define(&self, name: &str, uuid: Uuid) {
+    pub(crate) async fn define(&self, name: &str, uuid: Uuid) {
         let attributes = [("id.uuid".to_owned(), uuid.to_string())].into();
         let changed = self.admin().await.define(&DefineNodes { range: name.into(), attributes }).await.unwrap();
         assert!(changed.refused.is_empty(), "{changed:?}");
     }
 
-    async fn arm(&self, name: &str) {
+    pub(crate) async fn arm(&self, name: &str) {
         self.admin().await.arm(&ArmRequest { range: name.into(), until: "once".into() }).await.unwrap();
     }
 
@@ -115,16 +115,16 @@ impl Drop for Member {
 }
 
 /// One stage of a boot: a session key and a connection.
-struct Visit {
-    bundle: SiteBundle,
+pub(crate) struct Visit {
+    pub(crate) bundle: SiteBundle,
     uuid: Uuid,
-    boot: BootId,
-    key: SessionKey,
-    connection: NodeConnection,
+    pub(crate) boot: BootId,
+    pub(crate) key: SessionKey,
+    pub(crate) connection: NodeConnection,
 }
 
 impl Visit {
-    async fn to(member: &Member, uuid: Uuid, boot: BootId) -> Self {
+    pub(crate) async fn to(member: &Member, uuid: Uuid, boot: BootId) -> Self {
         let bundle = member.bundle().await;
         let key = SessionKey::generate().unwrap();
         let config = Arc::new(member_tls_config(&bundle, Some(&key)).unwrap());
@@ -139,19 +139,19 @@ impl Visit {
         self.connection.hello(&hello).await.unwrap()
     }
 
-    async fn known(&mut self, identity: &Identity) -> KnownNode {
+    pub(crate) async fn known(&mut self, identity: &Identity) -> KnownNode {
         let reply = self.hello(identity).await;
         reply.node.clone().unwrap_or_else(|| panic!("{reply:?}"))
     }
 
-    async fn enroll(&mut self, identity: &mut Identity, known: &KnownNode) -> Result<Base64, IdentityError> {
+    pub(crate) async fn enroll(&mut self, identity: &mut Identity, known: &KnownNode) -> Result<Base64, IdentityError> {
         let enrolled =
             identity::enroll(&mut self.connection, identity, self.bundle.collective, known, self.boot, &self.key)
                 .await?;
         Ok(enrolled.nonce)
     }
 
-    async fn session(
+    pub(crate) async fn session(
         &mut self,
         identity: &mut Identity,
         known: &KnownNode,
@@ -167,13 +167,13 @@ impl Visit {
     }
 
     /// Hello and session in a row.
-    async fn log_in(&mut self, identity: &mut Identity, stage: Stage) -> Result<(), IdentityError> {
+    pub(crate) async fn log_in(&mut self, identity: &mut Identity, stage: Stage) -> Result<(), IdentityError> {
         let known = self.known(identity).await;
         self.session(identity, &known, &known.nonce.clone(), stage).await
     }
 }
 
-fn tpm(tpm: &Swtpm) -> Identity {
+pub(crate) fn tpm(tpm: &Swtpm) -> Identity {
     Identity::Tpm(TpmIdentity::open(tpm.transport()).unwrap())
 }
 
