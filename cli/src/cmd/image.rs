@@ -45,7 +45,8 @@ pub(crate) async fn run(client: &mut AdminClient, command: Image, json: bool) ->
             let kernel = upload(client, &boot_dir.join("vmlinuz")).await?;
             let initramfs = upload(client, &boot_dir.join("initrd.img")).await?;
             let image = upload(client, &file).await?;
-            let view = client.import_image(&ImportImage { name, image, key, signatures, kernel, initramfs }).await?;
+            let view = client.import_image(&ImportImage { name, image, key, signatures, kernel, initramfs }).await;
+            let view = view.with_context(|| format!("importing '{}'", file.display()))?;
             if json {
                 output::json(&view)?;
             } else {

@@ -28,7 +28,7 @@ const MAX_BLOB: u64 = (1 << 40) + (1 << 34);
 
 pub(super) async fn add_blob(State(member): State<Arc<Member>>, body: Body) -> Result<Json<BlobAdded>, Failure> {
     let (sender, mut receiver) = mpsc::channel::<Bytes>(8);
-    let blobs = member.config.blobs();
+    let (blobs, place) = (member.config.blobs(), member.config.blobs());
     let writer = tokio::task::spawn_blocking(move || -> io::Result<(Sha256Digest, u64)> {
         let mut incoming = Incoming::new(&blobs)?;
         let mut size = 0_u64;
@@ -61,8 +61,15 @@ pub(super) async fn add_blob(State(member): State<Arc<Member>>, body: Body) -> R
     let (blob, size) = writer
         .await
         .map_err(|error| anyhow::anyhow!("keeping a blob: {error}"))?
-        .map_err(|error| Problem::new(Code::Internal, format!("the member cannot keep the upload: {error}")))?;
+        .map_err(|error| cannot_keep(&place, &error))?;
     Ok(Json(BlobAdded { blob, size }))
+}
+
+/// What becomes of an upload that the member's disk does not take.
+fn cannot_keep(blobs: &std::path::Path, error: &io::Error) -> Problem {
+    let advice = if error.kind() == io::ErrorKind::StorageFull { ": make room there, and send it again" } else { "" };
+    let detail = format!("the member cannot keep the upload in '{}': {error}{advice}", blobs.display());
+    Problem::new(Code::Internal, detail)
 }
 
 pub(super) async fn images(State(member): State<Arc<Member>>) -> Result<Json<Vec<ImageView>>, Failure> {

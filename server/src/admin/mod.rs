@@ -121,11 +121,7 @@ fn administrator(member: &Member, peer: &Peer, token: Option<&str>) -> Result<St
             Err(Problem::new(Code::Forbidden, detail).into())
         }
         Peer::Tls { exporter: None, .. } => Err(Problem::new(Code::Forbidden, "the admin API wants TLS 1.3").into()),
-        Peer::Tls { .. } => {
-            let holder = token.map(|token| token_holder(member, token)).transpose()?.flatten();
-            let detail = "no valid administrator's token: `moor token create` on a member makes one";
-            holder.ok_or_else(|| Problem::new(Code::TokenInvalid, detail).into())
-        }
+        Peer::Tls { .. } => token_holder(member, token),
     }
 }
 
@@ -133,10 +129,22 @@ fn hash_of(token: &str) -> String {
     hex::encode(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, token.as_bytes()))
 }
 
-/// Looked up by hash: an attacker learns nothing of other tokens from the time it takes.
-fn token_holder(member: &Member, token: &str) -> Result<Option<String>, Failure> {
-    let record: Option<TokenRecord> = member.view()?.get(tables::TOKENS, &hash_of(token))?;
-    Ok(record.filter(|record| record.expires > now()).map(|record| record.name))
+/// The name of a token's holder. Looked up by hash: an attacker learns nothing of other tokens from the time it takes. Who shows one that
+/// has expired has held it, so that its name is no secret from him.
+fn token_holder(member: &Member, token: Option<&str>) -> Result<String, Failure> {
+    let invalid = |what: String| {
+        let detail = format!("{what}: `moor token create` on a member makes one");
+        Failure(Problem::new(Code::TokenInvalid, detail))
+    };
+    let record = match token {
+        Some(token) => member.view()?.get::<TokenRecord>(tables::TOKENS, &hash_of(token))?,
+        None => None,
+    };
+    let record = record.ok_or_else(|| invalid("no valid administrator's token".into()))?;
+    if record.expires <= now() {
+        return Err(invalid(format!("the administrator's token '{}' has expired", record.name)));
+    }
+    Ok(record.name)
 }
 
 async fn site(State(member): State<Arc<Member>>) -> Result<Json<SiteInfo>, Failure> {

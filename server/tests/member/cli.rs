@@ -3,18 +3,34 @@
 use crate::support::{Machine, Member};
 use anyhow::ensure;
 use moor_api::node::{Stage, StatusReport};
+use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 /// `moor` lies beside the folder of the tests: cargo builds the workspace's programs with them.
-fn moor(member: &Member, arguments: &[&str]) -> anyhow::Result<Command> {
+pub(crate) fn program() -> anyhow::Result<PathBuf> {
     let program = std::env::current_exe()?.parent().unwrap().with_file_name("moor");
     ensure!(program.exists(), "'{}' is not built: run `make build`", program.display());
-    let mut command = Command::new(program);
+    Ok(program)
+}
+
+/// `moor` on the member's socket.
+pub(crate) fn moor(member: &Member, arguments: &[&str]) -> anyhow::Result<Command> {
+    let mut command = Command::new(program()?);
     command.arg("--socket").arg(member.path("api.sock")).args(arguments).stdin(Stdio::null());
     Ok(command)
 }
 
-fn shown(output: &Output) -> (Option<i32>, String, String) {
+/// It says no: in one line on standard error that has all of these in it, with status 1, and without an answer.
+pub(crate) fn said_no(what: &str, output: &Output, says: &[&str]) {
+    let (status, out, err) = shown(output);
+    assert!(
+        status == Some(1) && out.is_empty() && err.lines().count() == 1 && says.iter().all(|word| err.contains(word)),
+        "{what}: status {status:?}, wanted {says:?}: {out}{err}"
+    );
+}
+
+/// Status, answer and complaint.
+pub(crate) fn shown(output: &Output) -> (Option<i32>, String, String) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code(), text(&output.stdout), text(&output.stderr))
 }
@@ -50,12 +66,10 @@ async fn answers_go_out_by_line_and_errors_are_one_line() -> anyhow::Result<()> 
         (&["deploy", "n1", "-n", "nothing"], "never published"),
         (&["why", "n9"], "not been heard of"),
         (&["arm", "n1", "--until", "soon"], "soon"),
+        (&["arm", "n9"], "no node or group 'n9'"),
+        (&["deploy", "n9", "-n", "p"], "no node or group 'n9'"),
     ] {
-        let (status, out, err) = shown(&moor(&member, arguments)?.output()?);
-        ensure!(
-            status == Some(1) && out.is_empty() && err.lines().count() == 1 && err.contains(says),
-            "{arguments:?}: {out}{err}"
-        );
+        said_no(&format!("{arguments:?}"), &moor(&member, arguments)?.output()?, &[says]);
     }
     Ok(())
 }

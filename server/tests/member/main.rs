@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)] // tests and their helpers
 
 mod admin_api;
+mod bad_input;
 mod cli;
 mod collective;
 mod durability;

@@ -40,7 +40,8 @@ pub(crate) struct Member {
     child: Option<Child>,
 }
 
-fn as_user(arguments: &[&str]) -> Command {
+/// `moord` as the user that it runs as.
+pub(crate) fn as_user(arguments: &[&str]) -> Command {
     let id = UID.to_string();
     let mut command = Command::new("setpriv");
     command.args(["--reuid", &id, "--regid", &id, "--clear-groups", "--inh-caps=-all", "--pdeathsig", "KILL", "--"]);
@@ -100,7 +101,7 @@ impl Member {
         format!("https://127.0.0.1:{}", self.port)
     }
 
-    fn config(&self) -> String {
+    pub(crate) fn config(&self) -> String {
         self.path("moord.toml").display().to_string()
     }
 
@@ -127,9 +128,13 @@ impl Member {
 
     /// Starts `moord run` and waits until it answers.
     pub(crate) fn run(&mut self) -> anyhow::Result<()> {
+        self.run_by(as_user(&["run", "--config", &self.config()]))
+    }
+
+    /// The same by a command that becomes `moord run`.
+    pub(crate) fn run_by(&mut self, mut command: Command) -> anyhow::Result<()> {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.path("log"))?;
-        let config = self.config();
-        let mut child = as_user(&["run", "--config", &config]).stdout(log.try_clone()?).stderr(log).spawn()?;
+        let mut child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
         let end = Instant::now() + TIMEOUT;
         while std::os::unix::net::UnixStream::connect(self.path("api.sock")).is_err() {
             ensure!(child.try_wait()?.is_none(), "moord ended:\n{}", self.log());
@@ -256,14 +261,8 @@ impl Drop for Member {
     }
 }
 
-/// Seals 200,000 bytes and imports them.
-pub(crate) async fn import(
-    admin: &mut AdminClient,
-    name: &str,
-    lineage: [u8; 16],
-    serial: u64,
-    dek: Option<&Dek>,
-) -> anyhow::Result<ImageView> {
+/// A sealed image of 200,000 bytes.
+pub(crate) fn sealed(name: &str, lineage: [u8; 16], serial: u64, dek: Option<&Dek>) -> anyhow::Result<Vec<u8>> {
     let options = SealOptions {
         lineage,
         serial,
@@ -281,7 +280,19 @@ pub(crate) async fn import(
         ..Metadata::default()
     };
     let (file, _) = sealer.finish(metadata, None)?;
-    let image = admin.add_blob(Cursor::new(file.into_inner()), |_| {}).await?.blob;
+    Ok(file.into_inner())
+}
+
+/// Seals an image and imports it.
+pub(crate) async fn import(
+    admin: &mut AdminClient,
+    name: &str,
+    lineage: [u8; 16],
+    serial: u64,
+    dek: Option<&Dek>,
+) -> anyhow::Result<ImageView> {
+    let file = sealed(name, lineage, serial, dek)?;
+    let image = admin.add_blob(Cursor::new(file), |_| {}).await?.blob;
     let kernel = admin.add_blob(Cursor::new(b"kernel".to_vec()), |_| {}).await?.blob;
     let initramfs = admin.add_blob(Cursor::new(b"initramfs".to_vec()), |_| {}).await?.blob;
     let key = dek.map(|dek| dek.to_hex().to_string());
