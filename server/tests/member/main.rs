@@ -12,3 +12,4 @@ mod strangers;
 mod support;
 mod tls;
 mod tokens;
+mod user;
