@@ -45,6 +45,11 @@ async fn keys_that_are_not_those_of_one_tpm_get_no_challenge() {
             "the endorsement key has not the attributes of one",
         ),
         (
+            "a storage key that may leave its TPM in place of the endorsement key",
+            Keys { ek_public: raw::duplicable_key(&chip), ek_certificate: None, ..good.clone() },
+            "the endorsement key has not the attributes of one",
+        ),
+        (
             "an attestation key that signs foreign data",
             Keys { ak_public: raw::unrestricted_key(&chip), ..good.clone() },
             "the attestation key signs foreign data",

@@ -32,10 +32,10 @@ fn init(member: &Member, more: &[&str]) -> anyhow::Result<Output> {
     Ok(moor(member, &[&["init", "--config", &config], more].concat())?.output()?)
 }
 
-/// `moord` as root.
+/// `moord` as root, which ends at once; one that does not is stopped.
 fn as_root(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_moord"));
-    command.args(arguments).stdin(Stdio::null());
+    let mut command = Command::new("timeout");
+    command.args(["--signal", "KILL", "20", env!("CARGO_BIN_EXE_moord")]).args(arguments).stdin(Stdio::null());
     command
 }
 
