@@ -11,6 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -121,6 +122,20 @@ fn signals_reach_the_command_and_its_children() {
     let mut child = start(&tree, "echo ready; exec sleep 1000");
     send(&child, Signal::SIGTERM);
     assert_eq!(child.wait().unwrap().code(), Some(143));
+}
+
+/// Whenever it comes: before anything is set up, while the command is about to start, and when it runs.
+#[test]
+fn a_signal_is_never_lost() {
+    let tree = minimal_tree();
+    for step in 0..120 {
+        let mut child = imgutil().arg("exec").arg(&tree).args(["--", "sleep", "1000"]).spawn().unwrap();
+        std::thread::sleep(std::time::Duration::from_micros(step * 500));
+        send(&child, Signal::SIGTERM);
+        wait_until(&format!("the end after {} us", step * 500), || child.try_wait().unwrap().is_some());
+        let status = child.wait().unwrap();
+        assert!(status.code() == Some(143) || status.signal() == Some(15), "{status} after {} us", step * 500);
+    }
 }
 
 #[test]

@@ -101,10 +101,21 @@ pub(super) fn bring_up_loopback() -> io::Result<()> {
     Ok(())
 }
 
-/// Gives SIGPIPE its default action back, which the Rust runtime had set to "ignore", and unblocks every signal.
+/// Gives SIGPIPE its default action back, which the Rust runtime had set to "ignore", and the signals that are passed on theirs, and
+/// unblocks every signal. One that came meanwhile does then what it does to the command: with this program's handler in place, which
+/// only an exec takes away, it would be lost. What was ignored when the program started stays so.
 pub(super) fn default_signals() -> io::Result<()> {
     // SAFETY: SIG_DFL is no handler function: nothing of ours runs in signal context.
     unsafe { nix::sys::signal::signal(Signal::SIGPIPE, SigHandler::SigDfl) }?;
+    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    for signal in super::signals::PASSED_ON {
+        // SAFETY: as above.
+        let old = unsafe { nix::sys::signal::sigaction(signal, &default) }?;
+        if matches!(old.handler(), SigHandler::SigIgn) {
+            // SAFETY: restores what was there.
+            unsafe { nix::sys::signal::sigaction(signal, &old) }?;
+        }
+    }
     SigSet::empty().thread_set_mask()?;
     Ok(())
 }
