@@ -5,16 +5,18 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
+#[path = "../../tests/seed.rs"]
+mod seed;
 mod sim;
 
 use common::{noise, seal};
 use moor_image::OpenOptions;
 use moor_tether::reader::world::{Path, World as _};
 use moor_tether::reader::{Figures, ReadError, Reader, Settings, Standing};
+use seed::{first_seed, number};
 use sim::network::{Conduct, Server, Way};
 use sim::schedule::{Files, Outcome, run};
 use sim::world::Sim;
-use std::process::Command;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
@@ -28,19 +30,6 @@ static FILES: LazyLock<Arc<Files>> = LazyLock::new(|| {
     let other = seal(noise(1_500_000, 2), 14).file;
     Arc::new(Files { sample, other })
 });
-
-fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok().map(|text| text.parse().unwrap())
-}
-
-/// From the environment, else from the commit.
-fn first_seed() -> u64 {
-    number("MOOR_SEED").unwrap_or_else(|| {
-        let head = Command::new("git").args(["rev-parse", "HEAD"]).output().unwrap();
-        let text = String::from_utf8_lossy(&head.stdout).into_owned();
-        text.bytes().fold(0, |seed: u64, byte| seed.wrapping_mul(31).wrapping_add(byte.into())) % 1_000_000_000
-    })
-}
 
 /// Runs schedules on all cores, and says which seeds failed, and how.
 fn all(is_guarded: bool, judge: impl Fn(&Outcome) -> Result<(), String> + Sync) {

@@ -29,11 +29,11 @@ const MAX_TOKEN_LIFETIME: u64 = 7 * 86_400;
 /// A read waits this long for a majority to say what is newest.
 const SOON: Duration = Duration::from_secs(2);
 
-/// Says itself who answers.
-const COLLECTIVE: &str = "/admin/v1/collective";
-
 /// The routes, behind the check who asks.
 pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
+    // What is about this member needs no majority, and says itself how it is.
+    let of_this_member =
+        Router::new().route("/metrics", get(observe::metrics)).route("/admin/v1/collective", get(collective::show));
     Router::new()
         .route("/admin/v1/site", get(site))
         .route("/admin/v1/nodes", get(nodes::list).post(nodes::define))
@@ -51,12 +51,12 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/admin/v1/profiles/{name}/publish", post(content::publish))
         .route("/admin/v1/profiles/{name}/boot", get(content::boot_files))
         .route("/admin/v1/tokens", post(create_token))
-        .route("/metrics", get(observe::metrics))
-        .route(COLLECTIVE, get(collective::show))
         .route("/admin/v1/collective/invite", post(collective::invite))
         .route("/admin/v1/collective/promote", post(collective::promote))
         .route("/admin/v1/collective/demote", post(collective::demote))
         .route("/admin/v1/collective/remove", post(collective::remove))
+        .route_layer(axum::middleware::from_fn_with_state(member.clone(), up_to_date))
+        .merge(of_this_member)
         .route_layer(axum::middleware::from_fn_with_state(member.clone(), authorize))
 }
 
@@ -83,13 +83,14 @@ async fn authorize(
         if let Err(problem) = member.audit("admin", serde_json::json!({ "by": who, "call": call })).await {
             return Failure(problem).into_response();
         }
-        return next.run(request).await;
     }
-    // What is about this member needs no majority.
-    if [COLLECTIVE, "/metrics"].contains(&request.uri().path()) {
-        return next.run(request).await;
-    }
-    let stale = may_be_stale(&member).await;
+    next.run(request).await
+}
+
+/// What is read is at least as new as all that was acknowledged anywhere before. Without a majority it is what this member knows, and the
+/// answer says why.
+async fn up_to_date(State(member): State<Arc<Member>>, request: Request, next: Next) -> Response {
+    let stale = if request.method() == Method::GET { may_be_stale(&member).await } else { None };
     let mut response = next.run(request).await;
     if let Some(why) = stale {
         response.headers_mut().insert(STALE, why);
@@ -97,8 +98,7 @@ async fn authorize(
     response
 }
 
-/// What is read is at least as new as all that was acknowledged anywhere before. Without a majority it is what this member knows, and
-/// this says why.
+/// Why what this member knows may not be the newest.
 async fn may_be_stale(member: &Member) -> Option<HeaderValue> {
     let why = match tokio::time::timeout(SOON, member.store.linearize()).await {
         Ok(Ok(())) => return None,

@@ -5,11 +5,14 @@
 //! commit, so that every commit tries others.
 
 mod disk;
+#[path = "../../../../../tests/seed.rs"]
+mod seed;
 
 use super::*;
 use disk::Disk;
 use moor_api::ids::NodeId;
 use redb::Database;
+use seed::{first_seed, number};
 
 /// Cuts in `make test`, and in `make test-full`.
 const CUTS: u64 = 500;
@@ -146,18 +149,6 @@ async fn live(seed: u64, cuts: u64, honest: bool) -> Result<(), String> {
         }
     }
     Ok(())
-}
-
-fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok().and_then(|value| value.parse().ok())
-}
-
-fn first_seed() -> u64 {
-    number("MOOR_SEED").unwrap_or_else(|| {
-        let head = std::process::Command::new("git").args(["rev-parse", "HEAD"]).output().unwrap();
-        let text = String::from_utf8_lossy(&head.stdout).into_owned();
-        text.bytes().fold(0, |seed: u64, byte| seed.wrapping_mul(31).wrapping_add(byte.into())) % 1_000_000_000
-    })
 }
 
 async fn cut_so_often(cuts: u64) {
