@@ -13,7 +13,7 @@ mod net;
 mod seed;
 
 use anyhow::{Context as _, ensure};
-use clients::{Line, Shared, client, define};
+use clients::{KEYS, Line, Shared, client, define};
 use cluster::Cluster;
 use fault::Fault;
 use history::{Act, Call};
