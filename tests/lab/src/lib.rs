@@ -7,6 +7,7 @@ pub mod bench;
 pub mod bins;
 pub mod container;
 pub mod delay;
+pub mod figures;
 pub mod member;
 pub mod process;
 pub mod scenario;

@@ -2,6 +2,7 @@
 //! Ctrl-C; without one it logs in by ssh itself, shows that, and ends. What it made is removed at the end.
 
 use anyhow::Context as _;
+use moor_lab::figures::Figures;
 use moor_lab::process::{tied, wait_for};
 use moor_lab::scenario::{BOOT_LIMIT, NODE, Scenario, Step};
 use moor_lab::{Swtpm, Vm, vm};
@@ -142,28 +143,15 @@ fn report(scenario: &Scenario, vm: &Vm, dir: &Path) -> anyhow::Result<()> {
     for step in &scenario.steps {
         println!("  {:<34} {:7.1} s", step.name, step.took.as_secs_f64());
     }
-    let states = scenario.states()?;
+    let figures = Figures::of(&scenario.states()?, scenario.image_size)?;
     println!("\nThe node's own stages (seconds since its kernel started; emulated)");
-    for event in &states {
-        if event.uptime_ms > 0 {
-            let uptime = Duration::from_millis(event.uptime_ms).as_secs_f64();
-            println!("  {:<14} {uptime:7.1}  {}", event.state, event.detail);
-        }
+    for stage in &figures.stages {
+        println!("  {:<14} {:7.1}  {}", stage.state, stage.uptime.as_secs_f64(), stage.detail);
     }
-    let booted = states.iter().rev().find(|event| event.state == "booted").context("no state 'booted'")?;
-    let figure = |name: &str| booted.figures.get(name).copied();
+    let (fetched, size) = (mib(figures.fetched), mib(scenario.image_size));
     println!("\nFigures");
-    if let Some(fetched) = figure("image.bytes_fetched") {
-        println!(
-            "  fetched {:.1} MiB of an image of {:.1} MiB ({:.1} %)",
-            mib(fetched),
-            mib(scenario.image_size),
-            mib(fetched) * 100.0 / mib(scenario.image_size)
-        );
-    }
-    if let (Some(total), Some(available)) = (figure("memory.total"), figure("memory.available")) {
-        println!("  memory: {:.0} MiB of {:.0} MiB in use", mib(total - available.min(total)), mib(total));
-    }
+    println!("  fetched {fetched:.1} MiB of an image of {size:.1} MiB ({:.1} %)", fetched * 100.0 / size);
+    println!("  memory: {:.0} MiB of {:.0} MiB in use", mib(figures.in_use), mib(figures.memory));
 
     println!("\nLog in (no password, no host key question: the SSH authority vouches for the node)");
     let ssh = vm.ssh(&scenario.namespace, NODE, &dir.join("known_hosts"), &dir.join("login"), &[]);
@@ -176,7 +164,9 @@ fn report(scenario: &Scenario, vm: &Vm, dir: &Path) -> anyhow::Result<()> {
     );
     println!("\nLogged in as root by ssh:");
     for command in ["hostname", "systemctl is-system-running", "findmnt -n -o SOURCE,FSTYPE,SIZE,USED /"] {
-        println!("  root@{NODE}# {command}\n    {}", scenario.on_node(vm, command)?.replace('\n', "\n    "));
+        let said = scenario.on_node(vm, command).with_context(|| format!("logging in by ssh to run '{command}'"))?;
+        anyhow::ensure!(!said.trim().is_empty(), "'{command}' on the node has said nothing");
+        println!("  root@{NODE}# {command}\n    {}", said.replace('\n', "\n    "));
     }
     Ok(())
 }
