@@ -141,7 +141,7 @@ impl ImageError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum FormatError {
     /// Not our file.
-    #[error("not a sealed image: the magic at offset 0 is another")]
+    #[error("not a sealed image: the magic at offset 0 is another; give a file that `imgutil pack` wrote")]
     Magic,
     /// A later, incompatible format.
     #[error("the image has format version {0}, this program reads version 1: update it")]

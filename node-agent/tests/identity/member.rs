@@ -4,6 +4,7 @@ use crate::swtpm::{Made, Swtpm};
 use moor_agent::identity::soft::SoftKey;
 use moor_agent::identity::tpm::TpmIdentity;
 use moor_agent::identity::{self, Identity, IdentityError};
+use moor_agent::members::Members;
 use moor_api::admin::{ArmRequest, DefineNodes};
 use moor_api::client::admin::AdminClient;
 use moor_api::client::node::NodeConnection;
@@ -310,4 +311,27 @@ async fn a_nonce_is_good_once() {
     // It is enrolled and not armed any more: the next step is a session.
     let known = visit.known(&identity).await;
     assert_eq!(known.next, NextStep::SessionTpm);
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn the_agent_takes_no_member_of_another_authority_and_goes_on_to_its_own() {
+    let (own, other) = (Member::start(), Member::start());
+    let bundle = own.bundle().await;
+    let url = |member: &Member| format!("https://127.0.0.1:{}", member.port);
+    let session = SessionKey::generate().unwrap();
+    let disguised = SiteBundle { collective: bundle.collective, ..other.bundle().await };
+    for (what, bundle, member) in [
+        ("a server of another authority", &bundle, &other),
+        ("roots of another authority under this collective's name", &disguised, &own),
+    ] {
+        let mut members = Members::new(bundle, &session, vec![url(member)]).unwrap();
+        let error = members.connection().await.map(drop).unwrap_err();
+        let said = error.to_string();
+        assert!(said.contains(&url(member)) && said.contains("is of another authority"), "{what}: {said}");
+        assert!(!said.contains('\n'), "{what}: {said}");
+        // It tries again and elsewhere: another member may be right.
+        assert!(error.is_transient(), "{what}");
+    }
+    let mut members = Members::new(&bundle, &session, vec![url(&other), url(&own)]).unwrap();
+    assert_eq!(members.connection().await.unwrap().url(), url(&own));
 }

@@ -1,6 +1,6 @@
 //! An administrator's connection to a member and the calls of `/admin/v1` on it.
 
-use super::tls::member_tls_config;
+use super::tls::{handshake_failure, member_tls_config};
 use super::{Body, ClientError, Http, chain, full};
 use crate::admin::{
     ArmRequest, BlobAdded, BootFiles, Changed, CollectiveView, CreateProfile, DefineNodes, DeployRequest, ImageView,
@@ -84,7 +84,7 @@ impl AdminClient {
         };
         let connect = async {
             let tcp = TcpStream::connect((host.as_str(), port)).await.map_err(|error| failed(error.to_string()))?;
-            TlsConnector::from(config).connect(name, tcp).await.map_err(|error| failed(chain(&error)))
+            TlsConnector::from(config).connect(name, tcp).await.map_err(|error| failed(handshake_failure(&error)))
         };
         let tls = tokio::time::timeout(Duration::from_secs(10), connect)
             .await

@@ -1,8 +1,8 @@
 //! A TLS connection to a member, with what it proves: which member it is, and the exporter that proofs are bound to.
 
 use super::node::parse_https;
-use super::tls::member_of;
-use super::{ClientError, Http, chain};
+use super::tls::{handshake_failure, member_of};
+use super::{ClientError, Http};
 use crate::ids::{CollectiveId, MemberId};
 use crate::proof::{EXPORTER_LABEL, EXPORTER_LENGTH};
 use rustls::ClientConfig;
@@ -40,8 +40,10 @@ impl Secured {
             let tcp = TcpStream::connect((host.as_str(), port)).await.map_err(|error| failed(error.to_string()))?;
             tcp.set_nodelay(true).map_err(|error| failed(error.to_string()))?;
             let local = tcp.local_addr().map_err(|error| failed(error.to_string()))?;
-            let tls =
-                TlsConnector::from(config).connect(server_name, tcp).await.map_err(|error| failed(chain(&error)))?;
+            let tls = TlsConnector::from(config)
+                .connect(server_name, tcp)
+                .await
+                .map_err(|error| failed(handshake_failure(&error)))?;
             Ok::<_, ClientError>((tls, local))
         };
         let (tls, local) = tokio::time::timeout(timeout, connect)

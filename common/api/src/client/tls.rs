@@ -1,7 +1,7 @@
 //! Who is a member: chain, role and collective decide, never the address (DESIGN.md §4, "Certificates").
 
-use super::ClientError;
 use super::session::SessionKey;
+use super::{ClientError, chain};
 use crate::ids::{CollectiveId, MemberId};
 use crate::trust::{SiteBundle, authority_uri, parse_member_uri};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -95,6 +95,19 @@ fn finished(mut config: ClientConfig) -> ClientConfig {
     config.resumption = rustls::client::Resumption::disabled();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     config
+}
+
+/// Why a handshake with what should be a member failed, in one line. That its certificate is of another authority says what to do.
+pub(super) fn handshake_failure(error: &std::io::Error) -> String {
+    let cause = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
+    match cause {
+        Some(Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature)) => {
+            "its certificate is of another authority than the site bundle's: it is no member of this collective, or the bundle is an older \
+             one (`moor site --bundle` on a member prints it, `moor profile boot-files` makes boot files with it)"
+                .into()
+        }
+        _ => chain(error),
+    }
 }
 
 /// The member that a certificate of `collective` names.
