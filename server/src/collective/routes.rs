@@ -40,7 +40,8 @@ pub(crate) fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
     Router::new().route(join::PATH, post(let_in)).layer(DefaultBodyLimit::max(64 << 10)).merge(among_members)
 }
 
-/// A certificate of the collective's member authority, of a member that was not removed.
+/// A certificate of the collective's member authority, of a member that was not removed, or whose removal is not through: its vote may
+/// be needed for that. As long as this member has no record of itself it knows nobody, and believes the certificate.
 async fn members_only(
     State(member): State<Arc<Member>>,
     Extension(connection): Extension<Connection>,
@@ -51,12 +52,15 @@ async fn members_only(
         return Failure(Problem::new(Code::Forbidden, "members only: no member's certificate was shown"))
             .into_response();
     };
-    let removed = match member.view().and_then(|view| view.members()) {
-        Ok(members) => members.values().any(|record| record.id == caller && record.removed),
+    let records = match member.view().and_then(|view| view.members()) {
+        Ok(records) => records,
         Err(error) => return Failure(error.into()).into_response(),
     };
-    if removed {
-        let detail = "this member was removed from the collective: set its state aside and join anew";
+    let is_present = |id| records.values().any(|record| record.id == id && !record.removed);
+    let is_named = || member.store.standing().members.values().any(|(peer, _)| peer.id == caller);
+    let knows_nobody = !records.values().any(|record| record.id == member.identity.id);
+    if !(is_present(caller) || is_named() || knows_nobody) {
+        let detail = "this member is none of the collective, or was removed: set its state aside and join anew";
         return Failure(Problem::new(Code::Forbidden, detail)).into_response();
     }
     next.run(request).await

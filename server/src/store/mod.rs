@@ -57,6 +57,9 @@ pub enum StoreError {
     /// openraft said so.
     #[error("consensus: {0}")]
     Consensus(String),
+    /// The leader refused.
+    #[error("{}", .0.detail)]
+    Leader(Problem),
     /// No member leads.
     #[error("{0}")]
     NoLeader(String),
@@ -278,6 +281,7 @@ impl From<StoreError> for Problem {
         match error {
             StoreError::Full(_) | StoreError::Unknown => Self::new(Code::Internal, error.to_string()),
             StoreError::NoLeader(_) => Self::new(Code::NoMajority, error.to_string()),
+            StoreError::Leader(problem) => problem,
             _ => Self::new(Code::Internal, "the member's store failed: its log says more"),
         }
     }

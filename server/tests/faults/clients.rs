@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Registers: a node each.
-const KEYS: usize = 4;
+pub(crate) const KEYS: usize = 4;
 /// The value is in this attribute.
 const ATTRIBUTE: &str = "info.note";
 /// A client gives a call up after this; whether it takes effect is then unknown.

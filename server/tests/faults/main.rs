@@ -13,7 +13,7 @@ mod net;
 mod seed;
 
 use anyhow::{Context as _, ensure};
-use clients::{Line, Shared, client, define};
+use clients::{KEYS, Line, Shared, client, define};
 use cluster::Cluster;
 use fault::Fault;
 use history::{Act, Call};
@@ -83,6 +83,15 @@ async fn suffer(seed: u64, seconds: u64) -> anyhow::Result<()> {
     for client in clients {
         calls.extend(client.await?);
     }
+    // What is there in the end is judged as well: all could have lost the same.
+    for key in 0..KEYS {
+        let sent = shared.now();
+        let (value, is_stale) = Line::new(&sockets[0]).await?.read(key).await?;
+        ensure!(!is_stale, "all are well again, and no majority answers");
+        calls.push(Call { key, act: Act::Read(value), sent, answered: shared.now() });
+    }
+    let reads = calls.iter().filter(|call| matches!(call.act, Act::Read(_))).count() as u64;
+    ensure!(reads > 2 * seconds, "only {reads} reads were up to date: there is little to judge");
     let unknown = calls.iter().filter(|call| call.answered == u64::MAX).count();
     println!(
         "{} calls, {unknown} writes of unknown outcome, {faults} faults; changes go on {longest:.1?} after a leader's death at the latest",

@@ -9,6 +9,7 @@ use moor_api::admin::StatusEvent;
 use moor_vm::{Namespace, Swtpm, Vm, VmOptions};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// The profile, the image and the node of the scenario.
@@ -50,6 +51,8 @@ pub struct Scenario {
     pub image: PathBuf,
     /// The key file.
     pub key: PathBuf,
+    /// Memory of VMs in MiB.
+    pub memory: u32,
     /// Whether VMs run on KVM; off until somebody proved that it works here.
     pub kvm: bool,
 }
@@ -147,7 +150,18 @@ impl Scenario {
         std::fs::write(dir.join("known_hosts"), member.moor_ok(&["site", "--known-hosts"])?)?;
         member.moor_ok(&["profile", "boot-files", PROFILE, "--out", &path(&dir.join("netboot"))])?;
         done("catalogue, profile, node (moor)", &mut steps);
-        Ok(Self { bins, dir: dir.to_owned(), member, namespace, steps, image_size, image, key, kvm: false })
+        Ok(Self {
+            bins,
+            dir: dir.to_owned(),
+            member,
+            namespace,
+            steps,
+            image_size,
+            image,
+            key,
+            memory: 2048,
+            kvm: false,
+        })
     }
 
     /// The kernel as the member gives it out.
@@ -177,7 +191,7 @@ impl Scenario {
             command_line: format!("{} console=ttyS0 panic=-1", command_line.trim()),
             uuid: UUID.into(),
             mac: MAC.into(),
-            memory: 2048,
+            memory: self.memory,
             ssh_port,
             disks: disks.to_vec(),
             kvm: self.kvm,
@@ -226,8 +240,14 @@ impl Scenario {
     /// # Errors
     /// ssh failed, or the command did.
     pub fn on_node(&self, vm: &Vm, command: &str) -> anyhow::Result<String> {
+        Ok(text(&mut self.shell_on_node(vm, command))?)
+    }
+
+    /// The same as a command that was not started yet.
+    #[must_use]
+    pub fn shell_on_node(&self, vm: &Vm, command: &str) -> Command {
         let (known_hosts, login) = (self.dir.join("known_hosts"), self.dir.join("login"));
-        Ok(text(&mut vm.ssh(&self.namespace, NODE, &known_hosts, &login, &[command]))?)
+        vm.ssh(&self.namespace, NODE, &known_hosts, &login, &[command])
     }
 
     /// Checks that PCR 15 is closed: in the run stage no node may prove itself as one that boots.

@@ -40,7 +40,7 @@ pub fn debian(bins: &Bins, initramfs: Initramfs, say: &mut dyn FnMut(&str)) -> a
     let lock = std::fs::File::create(cache.join("tree.lock"))?;
     lock.lock().context("locking the tree")?;
 
-    let (stage, planted) = stage(bins)?;
+    let (stage, planted) = stage(bins, &cache)?;
     let base = cache.join(format!("{OS}-{:016x}", hash_of(&[bins.workspace.join("imgutil/os")])?));
     let make = |tree: &Path| -> anyhow::Result<()> {
         run_shown(
@@ -82,7 +82,7 @@ pub fn rpm(bins: &Bins, say: &mut dyn FnMut(&str)) -> anyhow::Result<PathBuf> {
     let (generator, repository) = (bins.workspace.join("tests/rpm/debian-repository"), cache.join("repository"));
     say("packing Debian's packages again as signed RPMs (tests/rpm/debian-repository)");
     run(tied(&generator).arg(&repository).arg(cache.join("debs"))).context("making the RPM repository")?;
-    let (stage, planted) = stage(bins)?;
+    let (stage, planted) = stage(bins, &cache)?;
     let made_from = [generator, bins.workspace.join("imgutil/src/build/backend")];
     let tree = cache.join(format!("tree-{:016x}", hash_of(&made_from)?));
     if !tree.exists() {
@@ -102,9 +102,9 @@ pub fn rpm(bins: &Bins, say: &mut dyn FnMut(&str)) -> anyhow::Result<PathBuf> {
     Ok(tree)
 }
 
-/// Lays out what an image gets of Mooring. Where, and its fingerprint.
-fn stage(bins: &Bins) -> anyhow::Result<(PathBuf, String)> {
-    let stage = bins.cache().join("node-files");
+/// Lays out in a folder, whose lock the caller holds, what an image gets of Mooring. Where, and its fingerprint.
+fn stage(bins: &Bins, folder: &Path) -> anyhow::Result<(PathBuf, String)> {
+    let stage = folder.join("node-files");
     run(tied(bins.workspace.join("packaging/stage-node")).arg(&stage).arg(&bins.dir))
         .context("staging the node's files")?;
     let planted = format!("{:016x}", hash_of(std::slice::from_ref(&stage))?);

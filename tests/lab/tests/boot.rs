@@ -34,9 +34,16 @@ fn a_node_enrols_once_boots_from_the_network_and_stays_itself() -> anyhow::Resul
     let root = on_node(&vm, "findmnt -n -o FSTYPE /")?;
     assert_eq!(root, "overlay");
     let mounts = on_node(&vm, "cat /proc/self/mountinfo")?;
-    for part in ["squashfs", "zram", "fuse"] {
+    for part in [" - squashfs /dev/loop", " - ext4 /dev/zram"] {
         assert!(mounts.contains(part), "{part} is missing in\n{mounts}");
     }
+    // The tether's own mount is in a namespace of its own; it says itself that it serves, and that not all was fetched for that.
+    let tether: serde_json::Value = serde_json::from_str(&on_node(&vm, "moor-tether status --json")?)?;
+    assert_eq!(tether["mode"], "tethered", "{tether}");
+    assert_eq!(tether["members"][0]["state"], "good", "{tether}");
+    let figure = |name: &str| tether[name].as_u64().with_context(|| format!("no {name} in {tether}"));
+    assert!(figure("bytes_fetched")? > 0 && figure("bytes_fetched")? < figure("image_size")?, "{tether}");
+    on_node(&vm, "pgrep -f '^@moor-tether mount'")?;
     // Every file of the system is readable through the tether, and the package manager works on the overlay.
     on_node(&vm, "sha256sum /usr/bin/* >/dev/null && dpkg --audit && touch /etc/written-on-the-node")?;
     scenario.check_closed(&vm)?;
@@ -55,6 +62,7 @@ fn a_node_enrols_once_boots_from_the_network_and_stays_itself() -> anyhow::Resul
     tpm.stop();
 
     // Another TPM under the same UUID and MAC is somebody else, also while the node is armed by mistake.
+    scenario.member.moor_ok(&["arm", NODE])?;
     let other = Swtpm::start(&dir.path().join("other-tpm"))?;
     let impostor = scenario.power_on("vm-other-tpm", &other, 2202)?;
     wait_for("the refusal of another TPM", BOOT_LIMIT, || {

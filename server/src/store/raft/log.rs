@@ -28,6 +28,8 @@ const MARKS: TableDefinition<'static, &'static str, &'static [u8]> = TableDefini
 const KEPT: usize = 1024;
 /// And at most this many bytes of them.
 const KEPT_BYTES: usize = 8 << 20;
+/// What a follower gets at a time, in bytes, or one entry.
+const PIECE: usize = 512 << 10;
 /// Jobs that one transaction takes.
 const BATCH: usize = 256;
 /// Below this many bytes of free space nothing is written: a database that meets the end of the disk has to be opened anew.
@@ -42,6 +44,17 @@ enum Job {
     Truncate(Option<u64>, oneshot::Sender<io::Result<()>>),
     /// Removes all up to it.
     Purge(LogId, oneshot::Sender<io::Result<()>>),
+}
+
+impl Job {
+    /// Who waits for it.
+    fn answer(self) -> Answer {
+        match self {
+            Self::Append(entries, callback) => Answer::Flushed(callback, entries.last().map_or(0, |(index, _)| *index)),
+            Self::Vote(_, answer) | Self::Truncate(_, answer) | Self::Purge(_, answer) => Answer::Done(answer),
+            Self::Committed(_) => Answer::None,
+        }
+    }
 }
 
 enum Answer {
@@ -149,6 +162,13 @@ impl Log {
                 ),
                 None => purged,
             };
+            let first = redb::ReadableTable::first(&entries)?.map(|(index, _)| index.value());
+            if let (Some(first), Some(last)) = (first, last)
+                && redb::ReadableTableMetadata::len(&entries)? != last.index() - first + 1
+            {
+                let cause = "entries are missing: remove this member and let it join anew, the others have them";
+                return Err(damaged("entries", &format!("{first} to {}", last.index()), &cause));
+            }
             Memory {
                 flushed: last.map(|id| id.index()),
                 last,
@@ -187,22 +207,41 @@ struct Writer {
 
 impl Writer {
     fn run(&self, queue: &mpsc::Receiver<Job>) {
+        let (mut committed, mut failed) = (None, None);
         while let Ok(first) = queue.recv() {
             let mut batch = vec![first];
             while batch.len() < BATCH {
                 let Ok(job) = queue.try_recv() else { break };
                 batch.push(job);
             }
-            self.write(batch);
+            // The newest mark goes with the next job that is worth a sync.
+            batch.retain(|job| {
+                if let Job::Committed(id) = job {
+                    committed = *id;
+                }
+                !matches!(job, Job::Committed(_))
+            });
+            if batch.is_empty() {
+                continue;
+            }
+            batch.extend(committed.take().map(|id| Job::Committed(Some(id))));
+            self.write(batch, &mut failed);
         }
     }
 
-    fn write(&self, batch: Vec<Job>) {
+    /// After a failure nothing is written any more: what came next would leave a hole where the failed entries are missing.
+    fn write(&self, batch: Vec<Job>, failed: &mut Option<String>) {
         let mut answers = Vec::with_capacity(batch.len());
-        let written = self.commit(batch, &mut answers).map_err(|error| {
-            tracing::error!("writing the log: {error}");
-            error.to_string()
-        });
+        let written = match failed {
+            Some(before) => {
+                answers.extend(batch.into_iter().map(Job::answer));
+                Err(before.clone())
+            }
+            None => self.commit(batch, &mut answers).map_err(|error| {
+                tracing::error!("writing the log: {error}");
+                failed.insert(error.to_string()).clone()
+            }),
+        };
         for answer in answers {
             let result = written.clone().map_err(io::Error::other);
             match answer {
@@ -237,13 +276,7 @@ impl Writer {
                 _ => Ok(()),
             };
             result = result.and(done);
-            answers.push(match job {
-                Job::Append(entries, callback) => {
-                    Answer::Flushed(callback, entries.last().map_or(0, |(index, _)| *index))
-                }
-                Job::Vote(_, answer) | Job::Truncate(_, answer) | Job::Purge(_, answer) => Answer::Done(answer),
-                Job::Committed(_) => Answer::None,
-            });
+            answers.push(job.answer());
         }
         if let Some(free) = full {
             return Err(StoreError::Full(free >> 20));
@@ -284,6 +317,18 @@ fn put(transaction: &redb::WriteTransaction, job: &Job) -> Result<(), StoreError
     Ok(())
 }
 
+/// Entries follow one another, and terms never fall: a hole must not be applied as if it were none.
+fn whole(entries: Vec<Entry>) -> io::Result<Vec<Entry>> {
+    for pair in entries.windows(2) {
+        let (one, next) = (pair[0].log_id, pair[1].log_id);
+        if next.index() != one.index() + 1 || next.committed_leader_id() < one.committed_leader_id() {
+            let damage = format!("the log is damaged: entry {next} comes after {one}");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, damage));
+        }
+    }
+    Ok(entries)
+}
+
 fn bounds(range: &impl RangeBounds<u64>) -> (u64, u64) {
     let start = match range.start_bound() {
         Bound::Included(index) => *index,
@@ -316,7 +361,7 @@ impl RaftLogReader<Raft> for Log {
             (kept, until)
         };
         if start >= until {
-            return Ok(kept);
+            return whole(kept);
         }
         let shared = self.shared.clone();
         let read = move || -> Result<Vec<Entry>, StoreError> {
@@ -333,7 +378,7 @@ impl RaftLogReader<Raft> for Log {
         };
         let mut entries = tokio::task::spawn_blocking(read).await?.map_err(io::Error::other)?;
         entries.extend(kept);
-        Ok(entries)
+        whole(entries)
     }
 
     async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {
@@ -342,7 +387,16 @@ impl RaftLogReader<Raft> for Log {
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
         // A follower far behind gets them in pieces.
-        self.try_get_log_entries(start..end.min(start.saturating_add(KEPT as u64))).await
+        let mut entries = self.try_get_log_entries(start..end.min(start.saturating_add(KEPT as u64))).await?;
+        let mut bytes = 0;
+        for (at, entry) in entries.iter().enumerate() {
+            bytes += entry_bytes(entry).map_err(io::Error::other)?.len();
+            if at > 0 && bytes > PIECE {
+                entries.truncate(at);
+                break;
+            }
+        }
+        Ok(entries)
     }
 }
 

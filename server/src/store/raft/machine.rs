@@ -162,10 +162,14 @@ impl State {
 
     /// The newest snapshot replaces the one before; who still sends that has it open.
     fn keep(&self, meta: SnapshotMeta, path: &Path) {
-        let before = self.newest.lock().unwrap_or_else(PoisonError::into_inner).replace((meta, path.to_owned()));
-        if let Some((_, old)) = before
-            && old != path
-        {
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        let old = if newest.as_ref().is_some_and(|(kept, _)| kept.last_log_id > meta.last_log_id) {
+            // One that was received meanwhile is newer than the one that was being built.
+            Some(path.to_owned())
+        } else {
+            newest.replace((meta, path.to_owned())).map(|(_, old)| old).filter(|old| old != path)
+        };
+        if let Some(old) = old {
             // One that stays is removed at the next start.
             let _ = std::fs::remove_file(old);
         }

@@ -2,7 +2,7 @@
 
 use super::{Peer, Standing};
 use crate::store::records::MemberRecord;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// One step of the membership.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -12,6 +12,8 @@ pub(super) enum Change {
     Promote(u64),
     Demote(u64),
     Remove(u64),
+    /// A change of who votes was begun by a leader that is none any more.
+    Finish(BTreeSet<u64>),
 }
 
 impl std::fmt::Display for Change {
@@ -22,6 +24,9 @@ impl std::fmt::Display for Change {
             Self::Promote(number) => write!(f, "member {number} votes from now on"),
             Self::Demote(number) => write!(f, "member {number} votes no more"),
             Self::Remove(number) => write!(f, "member {number} is removed"),
+            Self::Finish(voters) => {
+                write!(f, "{} members vote from now on: an earlier change is finished", voters.len())
+            }
         }
     }
 }
@@ -29,6 +34,11 @@ impl std::fmt::Display for Change {
 /// What to do next so that the membership becomes that of the records.
 pub(super) fn next_change(standing: &Standing, records: &BTreeMap<u64, MemberRecord>) -> Option<Change> {
     let present = |number: &u64| records.get(number).filter(|record| !record.removed);
+    if standing.is_changing {
+        let stays = |number: &u64| standing.members[number].1 && present(number).is_some_and(|record| record.voter);
+        let voters: BTreeSet<u64> = standing.members.keys().copied().filter(stays).collect();
+        return (!voters.is_empty()).then_some(Change::Finish(voters));
+    }
     // A voter that goes votes no more first, so that a step changes either voters or members.
     for (number, (peer, votes)) in &standing.members {
         match present(number) {

@@ -32,7 +32,7 @@ use openraft::{ChangeMembers, Config, Instant as _, ReadPolicy};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::broadcast;
 
@@ -115,8 +115,10 @@ pub struct Standing {
     pub applied: u64,
     /// For a leader: how far each other member's log is.
     pub followers: BTreeMap<u64, u64>,
-    /// For a leader: for how long it has not heard of a majority.
+    /// For how long this member has not heard of a majority if it leads, or of the leader; none: since it was started.
     pub unheard: Option<Duration>,
+    /// Whether a change of who votes is half done: until it is through, a majority of the old and one of the new voters are needed.
+    pub is_changing: bool,
 }
 
 impl Standing {
@@ -127,13 +129,19 @@ impl Standing {
     /// Whether this leader has reason to believe that it is none any more. Who is the only voter is his own majority.
     #[must_use]
     pub fn is_cut_off(&self) -> bool {
-        self.voters() > 1 && self.unheard.is_some_and(|time| time > UNHEARD)
+        self.leads() && self.voters() > 1 && self.unheard.is_some_and(|time| time > UNHEARD)
+    }
+
+    fn leads(&self) -> bool {
+        self.leader == Some(self.number)
     }
 
     /// Whether a majority answers, as far as this member can tell.
     #[must_use]
     pub fn has_majority(&self) -> bool {
-        if self.leader == Some(self.number) { !self.is_cut_off() } else { self.leader.is_some() }
+        // Who follows goes on believing in a leader that is gone, until another one is elected.
+        let hears = || self.leader.is_some() && self.unheard.is_some_and(|time| time <= UNHEARD);
+        if self.leads() { !self.is_cut_off() } else { hears() }
     }
 
     fn no_majority(&self, then: &str) -> String {
@@ -147,6 +155,8 @@ pub struct Replicated {
     machine: Machine,
     calls: Arc<Calls>,
     number: u64,
+    /// When the leader was heard last.
+    heard: Mutex<Option<Instant>>,
 }
 
 fn config() -> Config {
@@ -196,7 +206,7 @@ impl Replicated {
         let config = Arc::new(config.validate().map_err(consensus)?);
         let network = network::Network(calls.clone());
         let raft = openraft::Raft::new(number, config, network, log, machine.clone()).await.map_err(consensus)?;
-        let store = Self { raft, machine, calls, number };
+        let store = Self { raft, machine, calls, number, heard: Mutex::default() };
         store.recover().await?;
         Ok(store)
     }
@@ -265,6 +275,7 @@ impl Replicated {
         let followers = metrics.replication.unwrap_or_default();
         let index = |id: Option<LogId>| id.map_or(0, |id| id.index());
         let leads = metrics.current_leader == Some(self.number);
+        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner).map(|at| at.elapsed());
         Standing {
             number: self.number,
             leader: metrics.current_leader,
@@ -273,7 +284,8 @@ impl Replicated {
             last: metrics.last_log_index.unwrap_or(0),
             applied: index(metrics.last_applied),
             followers: followers.into_iter().map(|(number, id)| (number, index(id))).collect(),
-            unheard: metrics.last_quorum_acked.filter(|_| leads).map(|at| at.elapsed()),
+            unheard: if leads { metrics.last_quorum_acked.map(|at| at.elapsed()) } else { heard },
+            is_changing: membership.get_joint_config().len() > 1,
         }
     }
 
@@ -387,6 +399,9 @@ impl Replicated {
                 let voters = BTreeSet::from([number]);
                 self.raft.change_membership(ChangeMembers::RemoveVoters(voters), true).await.map(drop)
             }
+            Change::Finish(voters) => {
+                self.raft.change_membership(ChangeMembers::ReplaceAllVoters(voters), true).await.map(drop)
+            }
             Change::Remove(number) => {
                 let nodes = BTreeSet::from([number]);
                 self.raft.change_membership(ChangeMembers::RemoveNodes(nodes), false).await.map(drop)
@@ -407,7 +422,11 @@ impl Replicated {
     /// # Errors
     /// It does not parse; the store failed.
     pub async fn answer(&self, call: Call, body: &[u8]) -> Result<Vec<u8>, StoreError> {
-        network::answer(&self.raft, call, body).await
+        let answer = network::answer(&self.raft, call, body).await?;
+        if call == Call::Append {
+            *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        }
+        Ok(answer)
     }
 
     /// Takes a snapshot that the leader sends: `file` lies in [`Self::receiving`].

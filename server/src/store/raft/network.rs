@@ -25,6 +25,8 @@ use tokio_util::io::ReaderStream;
 const CONNECT: Duration = Duration::from_secs(2);
 /// A change is answered within this time.
 const ANSWER: Duration = Duration::from_secs(20);
+/// The slowest link that members are joined by, in bytes per millisecond: 1 Mbit/s.
+const SLOWEST: u64 = 125;
 /// Longest answer.
 const MAX_ANSWER: usize = 1 << 20;
 
@@ -157,6 +159,7 @@ impl Calls {
     ) -> Result<A, ClientError> {
         let call = async {
             let mut connection = self.take(peer).await?;
+            connection.patience(limit);
             let answer = connection.post(path, body.into(), MAX_ANSWER).await;
             if !matches!(answer, Err(ClientError::Broken { .. })) {
                 self.put_back(connection).await;
@@ -177,7 +180,7 @@ impl Calls {
         match self.post::<Proposed>(leader, "/member/v1/propose", body, ANSWER).await {
             Ok(proposed) => Ok(proposed.outcome),
             Err(ClientError::Connect { .. } | ClientError::Config(_)) => Ok(None),
-            Err(ClientError::Problem(problem)) => Err(StoreError::Consensus(problem.detail)),
+            Err(ClientError::Problem(problem)) => Err(StoreError::Leader(problem)),
             // It may have been proposed.
             Err(_) => Err(StoreError::Unknown),
         }
@@ -220,10 +223,11 @@ impl Link {
         &self,
         call: Call,
         request: &Q,
-        option: &RPCOption,
+        limit: Duration,
     ) -> Result<A, RPCError<Raft>> {
         let body = serde_json::to_vec(request).map_err(|error| RPCError::Network(NetworkError::new(&error)))?;
-        self.calls.post(&self.peer, &call.path(), body, option.hard_ttl()).await.map_err(|error| failure(&error))
+        let limit = limit + Duration::from_millis(body.len() as u64 / SLOWEST);
+        self.calls.post(&self.peer, &call.path(), body, limit).await.map_err(|error| failure(&error))
     }
 }
 
@@ -235,11 +239,13 @@ impl RaftNetworkV2<Raft> for Link {
         rpc: AppendEntriesRequest<Raft>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<Raft>, RPCError<Raft>> {
-        self.call::<_, WireAppended>(Call::Append, &WireAppend::from(&rpc), &option).await.map(Into::into)
+        // Entries have to reach the disk there; a sign of life has not.
+        let limit = if rpc.entries.is_empty() { option.hard_ttl() } else { option.hard_ttl().max(CONNECT) };
+        self.call::<_, WireAppended>(Call::Append, &WireAppend::from(&rpc), limit).await.map(Into::into)
     }
 
     async fn vote(&mut self, rpc: VoteRequest<Raft>, option: RPCOption) -> Result<VoteResponse<Raft>, RPCError<Raft>> {
-        self.call::<_, WireVoted>(Call::Vote, &WireVoteRequest::from(&rpc), &option).await.map(Into::into)
+        self.call::<_, WireVoted>(Call::Vote, &WireVoteRequest::from(&rpc), option.hard_ttl()).await.map(Into::into)
     }
 
     async fn pre_vote(
@@ -247,7 +253,7 @@ impl RaftNetworkV2<Raft> for Link {
         rpc: VoteRequest<Raft>,
         option: RPCOption,
     ) -> Result<VoteResponse<Raft>, RPCError<Raft>> {
-        self.call::<_, WireVoted>(Call::PreVote, &WireVoteRequest::from(&rpc), &option).await.map(Into::into)
+        self.call::<_, WireVoted>(Call::PreVote, &WireVoteRequest::from(&rpc), option.hard_ttl()).await.map(Into::into)
     }
 
     async fn full_snapshot(

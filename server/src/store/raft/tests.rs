@@ -54,6 +54,7 @@ fn standing(members: &[(u8, bool)], followers: &[(u8, u64)]) -> Standing {
         applied: 1000,
         followers: followers.iter().map(|(number, at)| (u64::from(*number), *at)).collect(),
         unheard: None,
+        is_changing: false,
     }
 }
 
@@ -84,6 +85,10 @@ fn the_membership_follows_the_records_one_step_at_a_time() {
     assert_eq!(next_change(&voting, &removed), Some(Change::Demote(2)));
     assert_eq!(next_change(&near, &removed), Some(Change::Remove(2)));
     assert_eq!(next_change(&standing(&[(1, true)], &[]), &removed), None);
+    // What another leader began is finished first: with who was to vote, and without who was to vote no more.
+    let half = Standing { is_changing: true, ..standing(&[(1, true), (2, true)], &[(2, 1000)]) };
+    assert_eq!(next_change(&half, &records(&[(1, true), (2, true)])), Some(Change::Finish([1, 2].into())));
+    assert_eq!(next_change(&half, &removed), Some(Change::Finish([1].into())));
 }
 
 async fn alone(dir: &Path) -> Replicated {

@@ -6,7 +6,7 @@
 use super::web::{Authority, Conduct, Web};
 use super::{Bar, Lab, PAIRS, Paired, Row, Table, pairs};
 use crate::delay::{Delay, FAR};
-use crate::process::{text, tied};
+use crate::process::{text, tied, wait_for};
 use crate::scenario::{NODE, Scenario};
 use crate::{Namespace, Swtpm};
 use anyhow::Context as _;
@@ -126,7 +126,8 @@ pub fn replay(arguments: &[OsString]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Records a boot: builds what is needed, boots a VM, and writes what its tether noted to FILE.
+/// Records a boot: builds what is needed, boots a VM, and writes what its tether noted to FILE. Then boots it again with the list that the
+/// member made of it, and says what each of the two has fetched when it was up.
 ///
 /// # Errors
 /// A step failed.
@@ -140,18 +141,35 @@ pub fn record(arguments: &[OsString]) -> anyhow::Result<()> {
     scenario.member.moor_ok(&["arm", NODE])?;
     let mut vm = scenario.power_on("vm", &tpm, 2203)?;
     scenario.wait_booted(&mut vm, &BTreeSet::new())?;
+    let first = scenario.booted_boots()?;
     let state = |what: &str| scenario.on_node(&vm, &format!("cat /run/mooring/{what}"));
     eprintln!("bench: booted: {}", state("tether.json")?.trim());
     let end = Instant::now() + WHOLE;
-    loop {
+    let text = loop {
         let text = state("tether-trace.json")?;
         let trace: Trace = serde_json::from_str(&text).context("reading the node's trace")?;
         if trace.is_whole {
-            std::fs::write(PathBuf::from(file), text).context("writing the trace")?;
             eprintln!("bench: {} chunks; {}", trace.reads.len(), state("tether.json")?.trim());
-            return Ok(());
+            break text;
         }
         anyhow::ensure!(Instant::now() < end, "the trace is not whole after {} s", WHOLE.as_secs());
         std::thread::sleep(Duration::from_secs(5));
+    };
+    let file = PathBuf::from(file);
+    if let Some(folder) = file.parent() {
+        std::fs::create_dir_all(folder).context("making the trace's folder")?;
     }
+    std::fs::write(file, text).context("writing the trace")?;
+    let lists = dir.path().join("member/state/traces");
+    wait_for("the member to have the boot's list", WHOLE, || {
+        Ok(lists.read_dir().is_ok_and(|mut lists| lists.next().is_some()))
+    })?;
+    // The connection may end before the answer.
+    let _ = scenario.on_node(&vm, "systemctl reboot");
+    scenario.wait_booted(&mut vm, &first)?;
+    let states = scenario.states()?;
+    let booted = states.iter().filter(|state| state.state == "booted");
+    let fetched: Vec<_> = booted.filter_map(|state| state.figures.get("image.bytes_fetched")).collect();
+    eprintln!("bench: bytes fetched when it was up, without and with a list: {fetched:?} of {}", scenario.image_size);
+    Ok(())
 }

@@ -165,6 +165,7 @@ impl Tree {
 }
 
 fn copy(to: &Path, least: u64) -> anyhow::Result<()> {
+    let mut copied = 0;
     for source in SOURCES.into_iter().filter(|source| Path::new(source).is_dir()) {
         let mut names: Vec<PathBuf> = std::fs::read_dir(source)
             .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
@@ -173,28 +174,29 @@ fn copy(to: &Path, least: u64) -> anyhow::Result<()> {
         let place = to.join(source.trim_start_matches('/'));
         std::fs::create_dir_all(&place).with_context(|| format!("making '{}'", place.display()))?;
         for name in names {
-            if size_of(to)?.0 >= least {
+            if copied >= least {
                 return Ok(());
             }
+            copied += size_of(&name)?.0;
             run(tied("cp").arg("-a").arg(name).arg(&place)).context("copying the tree's files")?;
         }
     }
     Ok(())
 }
 
-/// Bytes of regular files, and entries.
-fn size_of(dir: &Path) -> anyhow::Result<(u64, usize)> {
+/// Bytes of the regular files below a path, and entries.
+fn size_of(path: &Path) -> anyhow::Result<(u64, usize)> {
     let (mut bytes, mut entries) = (0, 0);
-    let mut open = vec![dir.to_owned()];
-    while let Some(dir) = open.pop() {
-        for entry in std::fs::read_dir(&dir).with_context(|| format!("reading '{}'", dir.display()))? {
-            let entry = entry?;
-            let meta = entry.metadata()?;
-            entries += 1;
-            if meta.is_dir() {
-                open.push(entry.path());
-            } else if meta.is_file() {
-                bytes += meta.len();
+    let mut open = vec![path.to_owned()];
+    while let Some(path) = open.pop() {
+        let context = || format!("reading '{}'", path.display());
+        let meta = path.symlink_metadata().with_context(context)?;
+        entries += 1;
+        if meta.is_file() {
+            bytes += meta.len();
+        } else if meta.is_dir() {
+            for entry in path.read_dir().with_context(context)? {
+                open.push(entry.with_context(context)?.path());
             }
         }
     }
