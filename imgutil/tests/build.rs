@@ -362,7 +362,7 @@ fn mistakes_are_answered_in_one_line_and_leave_nothing() {
     let cases: [(&[&str], &[&str]); 14] = [
         (
             &["-f", "unknown.toml", "tree"],
-            &["build 'tree': unknown package 'vimm'", "vim", "nor 'no-such-package'", "correct the name"],
+            &["build 'tree': unknown package 'vimm': ", " (did you mean ", ", nor 'no-such-package'; correct the name"],
         ),
         (&["-f", "typo.toml", "tree"], &["recipe 'typo.toml', line 2: unknown field `packges`"]),
         (&["-f", "none.toml", "tree"], &["cannot read the recipe 'none.toml'", "No such file"]),
@@ -397,6 +397,10 @@ fn mistakes_are_answered_in_one_line_and_leave_nothing() {
             assert!(line.contains(part), "{args:?}: '{part}' is not in: {line}");
         }
         assert_eq!(names(work.path()), before, "{args:?}");
+        if args.contains(&"unknown.toml") {
+            let near = line.split_once("did you mean ").and_then(|(_, rest)| rest.split_once("?)")).unwrap().0;
+            assert!(near.split(", ").any(|name| name == "vim"), "{line}");
+        }
     }
 }
 

@@ -82,8 +82,11 @@ fn the_image_sees_itself_and_nothing_of_the_host() {
     ] {
         assert_eq!(shell(&tree, script), expected, "{script}");
     }
-    assert_ne!(text(&exec(&tree, &["readlink", "/proc/self/ns/ipc"]).stdout), text(&host_namespace("ipc")));
-    assert_ne!(text(&exec(&tree, &["readlink", "/proc/self/ns/cgroup"]).stdout), text(&host_namespace("cgroup")));
+    for kind in ["cgroup", "ipc", "mnt", "pid", "uts"] {
+        let seen = shell(&tree, &format!("readlink /proc/self/ns/{kind}"));
+        assert!(seen.starts_with(&format!("{kind}:[")), "{seen}");
+        assert_ne!(seen.as_bytes(), host_namespace(kind), "{kind}");
+    }
 }
 
 fn host_namespace(kind: &str) -> Vec<u8> {
@@ -285,18 +288,35 @@ fn without_a_network_there_is_only_loopback() {
     assert_eq!(host.stdout, host_namespace("net"));
 }
 
+/// Ways out of a root directory. Each is tried in a plain chroot too, where it leads out: else it would prove nothing of `exec`.
 #[test]
-fn paths_upwards_end_at_the_images_root() {
-    let (_scratch, tree) = own_tree();
-    let marker = tree.parent().unwrap().join("marker");
-    std::fs::write(&marker, "host").unwrap();
-    let script = "
-        for path in /../marker /../../../../marker /proc/1/root/../marker /proc/self/root/../../marker /proc/1/cwd/../marker; do
-            test -e $path && echo \"reached $path\"
-        done
-        # The classic way out of a chroot.
-        mkdir /tmp/jail 2>/dev/null; cd /; chroot /tmp/jail /bin/true 2>/dev/null
-        ls /proc/1/root/ | grep -c marker";
-    let output = exec(&tree, &["sh", "-c", script]);
-    assert_eq!(text(&output.stdout), "0\n", "{}", text(&output.stderr));
+fn ways_out_of_a_plain_chroot_end_at_the_images_root() {
+    let tree = minimal_tree();
+    let host = scratch();
+    std::fs::write(host.path().join("marker"), "host").unwrap();
+    let marker = host.path().join("marker");
+    // Prints the ways that reach the file of the host's that is named: by the root of the first process, and the classic one, a
+    // second chroot that leaves the working directory above its root, from where it goes up.
+    let ways = r#"
+        test -e "/proc/1/root$0" && echo "the first process"
+        test -e "/proc/1/root/../../..$0" && echo "above the first process"
+        perl -e 'chroot "/mnt" or die "chroot: $!"; chdir ".." for 1..64; chroot "." or die "chroot: $!";
+                 print "a second chroot\n" if -e $ARGV[0]' "$0" || echo "the second chroot is not possible""#;
+    let mut plain = build_tree::unshared();
+    plain.args(["sh", "-ec", "mount --bind /proc \"$1/proc\"; exec chroot \"$1\" sh -c \"$2\" \"$3\"", "sh"]);
+    let plain = plain.arg(&tree).arg(ways).arg(&marker).output().unwrap();
+    assert_eq!(
+        text(&plain.stdout),
+        "the first process\nabove the first process\na second chroot\n",
+        "{}",
+        text(&plain.stderr)
+    );
+    // Started where the file is: no working directory leads there either.
+    let mut confined = imgutil();
+    confined.current_dir(host.path()).arg("exec").arg(&tree).args(["--", "sh", "-c"]);
+    let ways =
+        format!("{ways}; for path in marker ../marker /proc/1/cwd/marker; do test -e $path && echo $path; done; true");
+    let confined = confined.arg(ways).arg(&marker).output().unwrap();
+    assert!(confined.status.success(), "{}", text(&confined.stderr));
+    assert_eq!((text(&confined.stdout), text(&confined.stderr)), (String::new(), String::new()));
 }
