@@ -112,8 +112,6 @@ fn a_signed_repository_becomes_a_tree_and_nothing_else_is_in_it() {
                     "/var/found",
                     "/var/lib/base/list",
                     "/var/lib/dnf/history.sqlite",
-                    "/var/lib/dnf/history.sqlite-shm",
-                    "/var/lib/dnf/history.sqlite-wal",
                 ]
             } else {
                 &[

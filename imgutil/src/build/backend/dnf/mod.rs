@@ -197,7 +197,8 @@ fn repoquery(
     format: &str,
     names: &[&str],
 ) -> Result<String, BuildError> {
-    let root = context.work.root();
+    // Not in the tree's root: the pages of a database that is there already would be in another order after the installation.
+    let root = places.scratch();
     rpm::make_places(&root, context.plan)?;
     let arguments = ["repoquery", "--quiet", "--qf", format].iter().chain(names).map(OsString::from).collect();
     let command = command(context.plan, places, &root, arguments);
