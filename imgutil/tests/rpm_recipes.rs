@@ -19,11 +19,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 const BACKENDS: [&str; 2] = ["dnf", "zypper"];
 
-/// Never comes to an end, and says when it has begun.
-const WAITS: &str = "%post -n waits -p <lua>\nio.open(\"/var/begun\", \"w\"):close()\nposix.sleep(600)\n";
+/// Takes a while, and says when it has begun. RPM lets no signal end a transaction, so a build ends when that does.
+const WAITS: &str = "%post -n waits -p <lua>\nio.open(\"/var/begun\", \"w\"):close()\nposix.sleep(3)\n";
 
 /// `hello` needs four others, which may be installed in any order.
-const PACKAGES: [Package; 9] = [
+const PACKAGES: [Package; 11] = [
     Package { files: &[("/var/lib/base/list", "one\n", "0640,root,root")], ..Package::empty("base") },
     Package {
         header: "Requires: base, west, north, south, east",
@@ -35,7 +35,10 @@ const PACKAGES: [Package; 9] = [
     Package { files: &[("/usr/share/south", "south\n", "0644,root,root")], ..Package::empty("south") },
     Package { files: &[("/usr/share/west", "west\n", "0644,root,root")], ..Package::empty("west") },
     Package { scripts: WAITS, files: &[("/var/lib/waits", "", "0644,root,root")], ..Package::empty("waits") },
-    Package { files: &[("/boot/vmlinuz-1", "kernel\n", "0644,root,root")], ..Package::empty("kernel") },
+    // What a node of the one and of the other family gets without asking.
+    Package::empty("kernel"),
+    Package::empty("kernel-default"),
+    Package { files: &[("/boot/vmlinuz-1", "kernel\n", "0644,root,root")], ..Package::empty("vmlinuz") },
     Package { files: &[("/sbin/init", "init\n", "0755,root,root")], ..Package::empty("init") },
 ];
 
@@ -201,8 +204,8 @@ fn recipes_that_make_no_image_are_answered_in_one_line_and_leave_nothing() {
     let up = format!("base = \"minimal\"\n[[file]]\npath = \"/out\"\nlink = \"../../../../../../../etc\"\n{file}");
     let cases = [
         ("", "the packages brought no kernel into /boot: add one"),
-        ("packages = [\"kernel\"]\n", "the packages brought no /sbin/init: add one that does"),
-        ("packages = [\"kernel\", \"init\"]\n", "the packages brought neither update-initramfs nor dracut"),
+        ("packages = [\"vmlinuz\"]\n", "the packages brought no /sbin/init: add one that does"),
+        ("packages = [\"vmlinuz\", \"init\"]\n", "the packages brought neither update-initramfs nor dracut"),
         (out.as_str(), "'/out' is a symbolic link that leads to nothing in the tree"),
     ];
     let build = || kitchen.build(imgutil(), &["--no-cache", "--node-files", "node-files", "tree"], None);
