@@ -288,35 +288,27 @@ fn without_a_network_there_is_only_loopback() {
     assert_eq!(host.stdout, host_namespace("net"));
 }
 
-/// Ways out of a root directory. Each is tried in a plain chroot too, where it leads out: else it would prove nothing of `exec`.
+/// The classic way out of a root directory: a second chroot leaves the working directory above its root, from where one goes up. It is
+/// tried in a plain chroot too, where it leads out: else it would prove nothing of `exec`.
 #[test]
-fn ways_out_of_a_plain_chroot_end_at_the_images_root() {
+fn a_way_out_of_a_plain_chroot_ends_at_the_images_root() {
     let tree = minimal_tree();
     let host = scratch();
-    std::fs::write(host.path().join("marker"), "host").unwrap();
     let marker = host.path().join("marker");
-    // Prints the ways that reach the file of the host's that is named: by the root of the first process, and the classic one, a
-    // second chroot that leaves the working directory above its root, from where it goes up.
-    let ways = r#"
-        test -e "/proc/1/root$0" && echo "the first process"
-        test -e "/proc/1/root/../../..$0" && echo "above the first process"
-        perl -e 'chroot "/mnt" or die "chroot: $!"; chdir ".." for 1..64; chroot "." or die "chroot: $!";
-                 print "a second chroot\n" if -e $ARGV[0]' "$0" || echo "the second chroot is not possible""#;
-    let mut plain = build_tree::unshared();
-    plain.args(["sh", "-ec", "mount --bind /proc \"$1/proc\"; exec chroot \"$1\" sh -c \"$2\" \"$3\"", "sh"]);
-    let plain = plain.arg(&tree).arg(ways).arg(&marker).output().unwrap();
-    assert_eq!(
-        text(&plain.stdout),
-        "the first process\nabove the first process\na second chroot\n",
-        "{}",
-        text(&plain.stderr)
+    std::fs::write(&marker, "host").unwrap();
+    // Says whether the file of the host's that is named is reached.
+    let out = r#"perl -e 'chroot "/mnt" or die "chroot: $!"; chdir ".." for 1..64; chroot "." or die "chroot: $!";
+        print -e $ARGV[0] ? "outside\n" : "inside\n"' "$0""#;
+    let plain = build_tree::tied("chroot").arg(&tree).args(["sh", "-c", out]).arg(&marker).output().unwrap();
+    assert_eq!(text(&plain.stdout), "outside\n", "{}", text(&plain.stderr));
+    // Started where the file is: neither the first process' root nor a working directory leads there.
+    let script = format!(
+        "{out}; for path in marker ../marker /proc/1/cwd/marker \"/proc/1/root$0\" \"/proc/1/root/../../..$0\"; do \
+             test -e \"$path\" && echo \"reached $path\"; done; true"
     );
-    // Started where the file is: no working directory leads there either.
     let mut confined = imgutil();
-    confined.current_dir(host.path()).arg("exec").arg(&tree).args(["--", "sh", "-c"]);
-    let ways =
-        format!("{ways}; for path in marker ../marker /proc/1/cwd/marker; do test -e $path && echo $path; done; true");
-    let confined = confined.arg(ways).arg(&marker).output().unwrap();
+    confined.current_dir(host.path()).arg("exec").arg(&tree).args(["--", "sh", "-c", &script]).arg(&marker);
+    let confined = confined.output().unwrap();
     assert!(confined.status.success(), "{}", text(&confined.stderr));
-    assert_eq!((text(&confined.stdout), text(&confined.stderr)), (String::new(), String::new()));
+    assert_eq!((text(&confined.stdout), text(&confined.stderr)), ("inside\n".to_owned(), String::new()));
 }
