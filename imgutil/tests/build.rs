@@ -4,7 +4,10 @@
 mod build_tree;
 mod deb_archive;
 
-use build_tree::{exec, imgutil, mounts, processes, scratch, shell, text, tied, wait_until};
+use build_tree::{
+    error, exec, imgutil, imgutil_alone, mounts, names, payload, payload_elsewhere, processes, scratch, shell, text,
+    tied, wait_until,
+};
 use deb_archive::{archive, signing_key};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -14,13 +17,6 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread::JoinHandle;
 
-fn names(directory: &Path) -> Vec<String> {
-    let mut names: Vec<String> =
-        std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
-}
-
 fn build(work: &Path, args: &[&str]) -> Output {
     // Where it keeps the log of a failure: beside the work, which some tests list, and not in the machine's /tmp.
     let logs = work.with_extension("logs");
@@ -28,28 +24,6 @@ fn build(work: &Path, args: &[&str]) -> Output {
     let output = imgutil().arg("build").args(args).current_dir(work).env("TMPDIR", &logs).output().unwrap();
     std::fs::remove_dir_all(&logs).unwrap();
     output
-}
-
-/// The last line, which must be the only error.
-fn error(output: &Output, status: i32) -> String {
-    let printed = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(status), "{printed}");
-    let errors: Vec<&str> = printed.lines().filter(|line| line.starts_with("imgutil: error: ")).collect();
-    assert_eq!(errors.len(), 1, "{printed}");
-    assert_eq!(printed.lines().last(), Some(errors[0]), "{printed}");
-    errors[0].to_owned()
-}
-
-/// The first text of that name, however deep.
-fn find<'a>(value: &'a serde_json::Value, name: &str) -> Option<&'a str> {
-    match value {
-        serde_json::Value::Object(map) => map
-            .get(name)
-            .and_then(serde_json::Value::as_str)
-            .or_else(|| map.values().find_map(|value| find(value, name))),
-        serde_json::Value::Array(list) => list.iter().find_map(|value| find(value, name)),
-        _ => None,
-    }
 }
 
 /// A recipe with everything in it, and the directory it is built in.
@@ -142,26 +116,15 @@ impl Kitchen {
 
     /// Builds with the cache where there is no network at all.
     fn build_alone(&self, args: &[&str]) -> Output {
-        let mut command = tied("unshare");
-        command
-            .args(["-n", env!("CARGO_BIN_EXE_imgutil"), "build", "--cache", "cache", "-f", "recipe.toml"])
-            .args(args);
+        let mut command = imgutil_alone();
+        command.args(["build", "--cache", "cache", "-f", "recipe.toml"]).args(args);
         command.current_dir(self.path()).output().unwrap()
     }
 
     /// The digest of what `imgutil pack` makes of a good build's tree, which is removed.
     fn payload(&self, built: &Output, tree: &str) -> String {
         assert!(built.status.success(), "{}", text(&built.stderr));
-        let image = self.path().join("image.moor");
-        let mut pack = imgutil();
-        pack.args(["pack", "--plain", "--level", "1", tree, "-o"]).arg(&image).current_dir(self.path());
-        let output = pack.output().unwrap();
-        assert!(output.status.success(), "{}", text(&output.stderr));
-        let output = imgutil().args(["inspect", "--json"]).arg(&image).output().unwrap();
-        std::fs::remove_file(image).unwrap();
-        std::fs::remove_dir_all(self.path().join(tree)).unwrap();
-        let shown: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-        find(&shown, "payload_sha256").expect("a digest").to_owned()
+        payload(&self.path().join(tree))
     }
 }
 
@@ -180,12 +143,13 @@ fn a_recipe_becomes_a_tree_and_its_lock_makes_the_same_again() {
     assert!(error(&again, 1).contains("tree' exists: build makes a new tree"), "{}", text(&again.stderr));
     let digest = kitchen.payload(&built, "tree");
 
-    // The same again, installed anew, under another name and at another time.
-    let built = kitchen.build(&["--no-cache", "--locked", "another"]);
-    assert_eq!(kitchen.payload(&built, "another"), digest);
-    assert!(text(&built.stdout).contains(", packages as locked on 2"), "{}", text(&built.stdout));
+    // The same again, installed anew, on another machine and at another time.
+    let files = ["recipe.toml", "recipe.lock", "site"];
+    let elsewhere = payload_elsewhere(kitchen.path(), &files, &["-f", "recipe.toml", "--no-cache", "--locked"]);
+    assert_eq!(elsewhere, digest);
     // Out of the cache no network is needed, nor the archives.
     let built = kitchen.build_alone(&["--locked", "third"]);
+    assert!(text(&built.stdout).contains(", packages as locked on 2"), "{}", text(&built.stdout));
     assert_eq!(kitchen.payload(&built, "third"), digest);
 
     another_command_keeps_the_packages(&kitchen);
@@ -362,7 +326,7 @@ fn mistakes_are_answered_in_one_line_and_leave_nothing() {
     let cases: [(&[&str], &[&str]); 14] = [
         (
             &["-f", "unknown.toml", "tree"],
-            &["build 'tree': unknown package 'vimm'", "vim", "nor 'no-such-package'", "correct the name"],
+            &["build 'tree': unknown package 'vimm': ", " (did you mean ", ", nor 'no-such-package'; correct the name"],
         ),
         (&["-f", "typo.toml", "tree"], &["recipe 'typo.toml', line 2: unknown field `packges`"]),
         (&["-f", "none.toml", "tree"], &["cannot read the recipe 'none.toml'", "No such file"]),
@@ -397,6 +361,10 @@ fn mistakes_are_answered_in_one_line_and_leave_nothing() {
             assert!(line.contains(part), "{args:?}: '{part}' is not in: {line}");
         }
         assert_eq!(names(work.path()), before, "{args:?}");
+        if args.contains(&"unknown.toml") {
+            let near = line.split_once("did you mean ").and_then(|(_, rest)| rest.split_once("?)")).unwrap().0;
+            assert!(near.split(", ").any(|name| name == "vim"), "{line}");
+        }
     }
 }
 

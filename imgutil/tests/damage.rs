@@ -92,6 +92,19 @@ fn each_region_is_named_by_its_bytes() {
     let ran = run(["verify", image, "--key-file", key]);
     assert_eq!((ran.status, ran.stdout.contains("extended")), (1, true), "{}", ran.stdout);
 
+    // A good image with another's key, and what is no image.
+    let other = work.path().join("other.key");
+    fs::write(&other, format!("{}\n", "5a".repeat(32))).unwrap();
+    fs::write(&damaged, &good).unwrap();
+    let ran = run(["verify", image, "--key-file", other.to_str().unwrap()]);
+    assert_eq!((ran.status, ran.stdout.lines().count(), ran.stderr.as_str()), (1, 1, ""), "{}", ran.stdout);
+    assert!(ran.stdout.contains("bad: key: wrong key: the image wants key id "), "{}", ran.stdout);
+    fs::write(&damaged, noise(10_000, 3)).unwrap();
+    let ran = run(["verify", image, "--key-file", key]);
+    assert_eq!((ran.status, ran.stdout.lines().count(), ran.stderr.as_str()), (1, 1, ""), "{}", ran.stdout);
+    assert!(ran.stdout.contains("bad: header, bytes 0 to 4095: not a sealed image"), "{}", ran.stdout);
+    assert_eq!(names(work.path()), ["damaged.moor", "image.key", "image.moor", "other.key", "tree"]);
+
     fs::write(&damaged, &good).unwrap();
     for how in [&["--key-file", key][..], &["--public"], &[]] {
         assert!(run(["verify", image].iter().chain(how)).good().stdout.contains(": good: digest "));

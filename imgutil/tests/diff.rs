@@ -130,6 +130,13 @@ fn nothing_and_trouble_have_their_own_status() {
     assert!(!scrubbed.stdout.contains("left") && scrubbed.stdout.contains("+ /tmp/"), "{}", scrubbed.stdout);
 
     run(["diff", tree, file]).one_line_error(2, &["encrypted with the key", "--key-file"]);
+    let other = work.path().join("other.key");
+    fs::write(&other, format!("{}\n", "5a".repeat(32))).unwrap();
+    let (other, list) = (other.to_str().unwrap(), work.path().join("list.json"));
+    let wrong = ["one.moor", "wrong key: the image wants key id ", "none of the given keys"];
+    run(["diff", tree, file, "--key-file", other]).one_line_error(2, &wrong);
+    run(["sbom", file, "--key-file", other, "-o", list.to_str().unwrap()]).one_line_error(1, &wrong);
+    assert!(!list.exists());
     run(["diff", tree, work.path().join("none").to_str().unwrap()]).one_line_error(2, &["none", "No such file"]);
     run(["diff", key, tree]).one_line_error(2, &["one.key", "fewer than"]);
 }

@@ -82,8 +82,11 @@ fn the_image_sees_itself_and_nothing_of_the_host() {
     ] {
         assert_eq!(shell(&tree, script), expected, "{script}");
     }
-    assert_ne!(text(&exec(&tree, &["readlink", "/proc/self/ns/ipc"]).stdout), text(&host_namespace("ipc")));
-    assert_ne!(text(&exec(&tree, &["readlink", "/proc/self/ns/cgroup"]).stdout), text(&host_namespace("cgroup")));
+    for kind in ["cgroup", "ipc", "mnt", "pid", "uts"] {
+        let seen = shell(&tree, &format!("readlink /proc/self/ns/{kind}"));
+        assert!(seen.starts_with(&format!("{kind}:[")), "{seen}");
+        assert_ne!(seen.as_bytes(), host_namespace(kind), "{kind}");
+    }
 }
 
 fn host_namespace(kind: &str) -> Vec<u8> {
@@ -285,18 +288,27 @@ fn without_a_network_there_is_only_loopback() {
     assert_eq!(host.stdout, host_namespace("net"));
 }
 
+/// The classic way out of a root directory: a second chroot leaves the working directory above its root, from where one goes up. It is
+/// tried in a plain chroot too, where it leads out: else it would prove nothing of `exec`.
 #[test]
-fn paths_upwards_end_at_the_images_root() {
-    let (_scratch, tree) = own_tree();
-    let marker = tree.parent().unwrap().join("marker");
+fn a_way_out_of_a_plain_chroot_ends_at_the_images_root() {
+    let tree = minimal_tree();
+    let host = scratch();
+    let marker = host.path().join("marker");
     std::fs::write(&marker, "host").unwrap();
-    let script = "
-        for path in /../marker /../../../../marker /proc/1/root/../marker /proc/self/root/../../marker /proc/1/cwd/../marker; do
-            test -e $path && echo \"reached $path\"
-        done
-        # The classic way out of a chroot.
-        mkdir /tmp/jail 2>/dev/null; cd /; chroot /tmp/jail /bin/true 2>/dev/null
-        ls /proc/1/root/ | grep -c marker";
-    let output = exec(&tree, &["sh", "-c", script]);
-    assert_eq!(text(&output.stdout), "0\n", "{}", text(&output.stderr));
+    // Says whether the file of the host's that is named is reached.
+    let out = r#"perl -e 'chroot "/mnt" or die "chroot: $!"; chdir ".." for 1..64; chroot "." or die "chroot: $!";
+        print -e $ARGV[0] ? "outside\n" : "inside\n"' "$0""#;
+    let plain = build_tree::tied("chroot").arg(&tree).args(["sh", "-c", out]).arg(&marker).output().unwrap();
+    assert_eq!(text(&plain.stdout), "outside\n", "{}", text(&plain.stderr));
+    // Started where the file is: neither the first process' root nor a working directory leads there.
+    let script = format!(
+        "{out}; for path in marker ../marker /proc/1/cwd/marker \"/proc/1/root$0\" \"/proc/1/root/../../..$0\"; do \
+             test -e \"$path\" && echo \"reached $path\"; done; true"
+    );
+    let mut confined = imgutil();
+    confined.current_dir(host.path()).arg("exec").arg(&tree).args(["--", "sh", "-c", &script]).arg(&marker);
+    let confined = confined.output().unwrap();
+    assert!(confined.status.success(), "{}", text(&confined.stderr));
+    assert_eq!((text(&confined.stdout), text(&confined.stderr)), ("inside\n".to_owned(), String::new()));
 }

@@ -31,8 +31,12 @@ impl Source for Plain {
 
 /// Packs into a plain file, which only tests do.
 fn pack_plain(tree: &Path, directory: &Path) -> (PathBuf, imgutil::pack::Warnings) {
+    pack_with(tree, directory, SquashOptions::default().processors)
+}
+
+fn pack_with(tree: &Path, directory: &Path, processors: u32) -> (PathBuf, imgutil::pack::Warnings) {
     let path = directory.join("ours.squashfs");
-    let options = SquashOptions { compression: Compression::Zstd(3), ..SquashOptions::default() };
+    let options = SquashOptions { compression: Compression::Zstd(3), processors, ..SquashOptions::default() };
     let squashed = squash(tree, File::create(&path).unwrap(), &options, &Progress::silent()).unwrap();
     squashed.out.write_all_at(&squashed.superblock, 0).unwrap();
     (path, squashed.warnings)
@@ -133,8 +137,25 @@ fn the_same_tree_gives_the_same_bytes() {
     std::fs::create_dir(&tree).unwrap();
     odd_tree::fill(&tree, 10);
     let once = std::fs::read(pack_plain(&tree, work.path()).0).unwrap();
-    let again = std::fs::read(pack_plain(&tree, work.path()).0).unwrap();
-    assert!(once == again, "two packs of one tree differ");
+    for processors in [1, 2, 7] {
+        let again = std::fs::read(pack_with(&tree, work.path(), processors).0).unwrap();
+        assert!(once == again, "{processors} threads give other bytes");
+    }
+    // A copy has other inode numbers, names in another order, and some holes are filled with zeros.
+    let copy = work.path().join("copy");
+    std::fs::create_dir(&copy).unwrap();
+    let mut entries: Vec<PathBuf> = std::fs::read_dir(&tree).unwrap().map(|entry| entry.unwrap().path()).collect();
+    entries.sort_unstable();
+    entries.reverse();
+    run(Command::new("cp").arg("-a").args(entries).arg(&copy));
+    for name in ["sparse/only-hole", "sparse/hole-last", "sparse/holes-between"] {
+        run(Command::new("cp").args(["-a", "--sparse=never"]).arg(tree.join(name)).arg(copy.join(name)));
+    }
+    for tool in ["chown", "chmod", "touch"] {
+        run(Command::new(tool).arg("--reference").arg(&tree).arg(&copy));
+    }
+    let again = std::fs::read(pack_plain(&copy, work.path()).0).unwrap();
+    assert!(once == again, "a copy gives other bytes");
 }
 
 #[test]

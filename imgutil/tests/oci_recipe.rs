@@ -7,7 +7,9 @@ mod deb_archive;
 mod oci_image;
 mod rpm_repo;
 
-use build_tree::{exec, imgutil, minimal_tree, mounts, processes, rpm_tree, scratch, shell, text, wait_until};
+use build_tree::{
+    error, exec, imgutil, minimal_tree, mounts, names, processes, rpm_tree, scratch, shell, text, wait_until,
+};
 use deb_archive::{archive, signing_key};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -43,13 +45,6 @@ fn small_image(entries: &[Entry]) -> Layout {
     layout
 }
 
-fn names(directory: &Path) -> Vec<String> {
-    let mut names: Vec<String> =
-        std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
-}
-
 /// Builds `tree` from the image, in `work`.
 fn build(work: &Path, image: &Layout, args: &[&str]) -> Output {
     // Where it keeps the log of a failure: beside the work, which tests list.
@@ -60,16 +55,6 @@ fn build(work: &Path, image: &Layout, args: &[&str]) -> Output {
     let output = command.current_dir(work).env("TMPDIR", &logs).output().unwrap();
     std::fs::remove_dir_all(&logs).unwrap();
     output
-}
-
-/// The last line, which must be the only error.
-fn error(output: &Output, status: i32) -> String {
-    let printed = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(status), "{printed}");
-    let errors: Vec<&str> = printed.lines().filter(|line| line.starts_with("imgutil: error: ")).collect();
-    assert_eq!(errors.len(), 1, "{printed}");
-    assert_eq!(printed.lines().last(), Some(errors[0]), "{printed}");
-    errors[0].to_owned()
 }
 
 #[test]

@@ -6,7 +6,7 @@ mod build_tree;
 mod rpm_repo;
 
 use build_tree::{imgutil, mounts, processes, scratch, text};
-use rpm_repo::{Key, Package, Server, build as build_packages, files, index, signed};
+use rpm_repo::{Key, Package, Server, build as build_packages, describe, files, index, signed};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Output;
@@ -37,19 +37,6 @@ const PACKAGES: [Package; 5] = [
     Package { scripts: SCRIPT, files: &[("/var/found", "", "0644,root,root")], ..Package::empty("scripted") },
     Package { header: "Requires: not-anywhere", ..Package::empty("broken") },
 ];
-
-/// A description of an operating system with one repository.
-fn describe(work: &Path, backend: &str, uri: &str, key: &Path, more: &str) {
-    let text = format!(
-        "name = \"own-1\"\nfamily = \"{}\"\nrelease = \"1\"\nmirror = \"{uri}\"\nservices = {{ node = [] }}\n{more}\n\
-         [packages]\nminimal = [\"base\"]\nnode = []\n\
-         [[repository]]\nname = \"main\"\nuri = \"{{mirror}}\"\nkey = \"{}\"\nkey-package = \"none\"\n",
-        if backend == "dnf" { "el-9" } else { "suse-15" },
-        key.display()
-    );
-    std::fs::write(work.join("os.toml"), text).unwrap();
-    std::fs::create_dir_all(work.join("logs")).unwrap();
-}
 
 fn build(work: &Path, args: &[&str]) -> Output {
     let mut command = imgutil();
@@ -125,8 +112,6 @@ fn a_signed_repository_becomes_a_tree_and_nothing_else_is_in_it() {
                     "/var/found",
                     "/var/lib/base/list",
                     "/var/lib/dnf/history.sqlite",
-                    "/var/lib/dnf/history.sqlite-shm",
-                    "/var/lib/dnf/history.sqlite-wal",
                 ]
             } else {
                 &[

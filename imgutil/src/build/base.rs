@@ -105,7 +105,7 @@ pub(super) fn make(
         let resolved = backend.resolve(context)?;
         Base { packages: resolved.packages, snapshots: resolved.snapshots, is_kept: false }
     };
-    let key = key(context.plan, backend, &base.packages, locking.wanted.node_files.as_deref())?;
+    let key = key(context, backend, &base.packages, locking.wanted.node_files.as_deref())?;
     let restored = match cache {
         Some(cache) => cache.restore(context, &key)?,
         None => false,
@@ -155,19 +155,22 @@ fn check(chosen: &[Package], installed: &[Installed], all: bool) -> Result<(), B
     }
 }
 
-/// Digest of everything that decides what the base tree is.
+/// Digest of everything that decides what the base tree is. The date is part of that: RPM's database has it as the time of
+/// installation, and what an older base got at its installation would be older than in a tree that is installed anew for this date.
 fn key(
-    plan: &Plan,
+    context: &Context<'_, '_>,
     backend: &dyn Backend,
     packages: &[Package],
     node_files: Option<&str>,
 ) -> Result<String, BuildError> {
+    let plan = context.plan;
     let mut text = format!(
-        "imgutil {FORMAT}\n{} {}\n{}\n{}\nwanted {}\nremoved {}\n",
+        "imgutil {FORMAT}\n{} {}\n{}\n{}\ndate {}\nwanted {}\nremoved {}\n",
         plan.os.name,
         plan.arch.name,
         backend.maker()?,
         node_files.unwrap_or("no node files"),
+        context.epoch.map_or_else(|| "none".to_owned(), |seconds| seconds.to_string()),
         plan.packages.join(" "),
         plan.remove.join(" "),
     );

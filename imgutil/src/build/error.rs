@@ -239,7 +239,7 @@ pub enum BuildError {
         answer: String,
     },
     /// No kernel came with the packages.
-    #[error("the packages brought no kernel into /boot")]
+    #[error("the packages brought no kernel into /boot: add one that does, or build with --minimal")]
     NoKernel,
     /// Nothing would be started when the kernel is up.
     #[error("the packages brought no /sbin/init: add one that does, as systemd-sysv")]

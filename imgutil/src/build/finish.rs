@@ -39,13 +39,14 @@ pub(super) fn run(context: &mut Context<'_, '_>, units: &[String]) -> Result<Fin
         context.tools.stage("running the recipe's commands")?;
         in_tree(context, &format!("the command '{command}'"), &["sh", "-ec", command].map(OsString::from))?;
     }
-    let kernels = initramfs::make(context, &tree)?;
-    if plan.base == Base::Node && kernels.is_empty() {
+    // Before the initramfs, which takes its time.
+    if plan.base == Base::Node && initramfs::kernels(&tree)?.is_empty() {
         return Err(BuildError::NoKernel);
     }
     if plan.base == Base::Node && !tree.exists("/sbin/init") {
         return Err(BuildError::NoInit);
     }
+    let kernels = initramfs::make(context, &tree)?;
     context.tools.stage("taking out what must differ from node to node")?;
     let taken_out = make_impersonal(&tree, &context.work.root(), &plan.files)?;
     if let Some(seconds) = context.epoch {

@@ -34,7 +34,7 @@ pub(super) fn make(context: &mut Context<'_, '_>, tree: &Tree) -> Result<Vec<Str
 }
 
 /// The kernels in `/boot`.
-fn kernels(tree: &Tree) -> Result<Vec<String>, BuildError> {
+pub(super) fn kernels(tree: &Tree) -> Result<Vec<String>, BuildError> {
     let names = tree.list("/boot")?;
     Ok(names.iter().filter_map(|name| name.strip_prefix("vmlinuz-")).map(str::to_owned).collect())
 }

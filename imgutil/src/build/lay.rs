@@ -4,6 +4,7 @@ use super::BuildError;
 use super::accounts::Accounts;
 use super::tree::Tree;
 use crate::recipe::{File, What};
+use std::fs::Metadata;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
@@ -45,18 +46,29 @@ fn copy(tree: &Tree, place: &Path, source: &Path, mode: Option<u32>, owner: (u32
     for name in names {
         let (from, to) = (source.join(&name), place.join(&name));
         let metadata = from.symlink_metadata().map_err(|error| BuildError::io("read", &from, error))?;
-        // Not what the builder's umask made of it: readable by all, writable by the owner, executable where it was.
-        let mode = if metadata.permissions().mode() & 0o100 == 0 { 0o644 } else { 0o755 };
         if metadata.is_dir() {
             copy(tree, &to, &from, None, owner)?;
         } else if metadata.is_symlink() {
             let target = from.read_link().map_err(|error| BuildError::io("read", &from, error))?;
             tree.symlink(&to, target, owner)?;
         } else {
-            copy_file(tree, &to, &from, mode, owner)?;
+            copy_file(tree, &to, &from, mode_in_image(&metadata) & 0o7777, owner)?;
         }
     }
     Ok(())
+}
+
+/// What something in a directory that is laid in becomes in the image, kind and mode: not what the builder's umask made of it, but
+/// readable by all, writable by the owner, executable where it was.
+pub(super) fn mode_in_image(metadata: &Metadata) -> u32 {
+    const KIND: u32 = 0o170_000;
+    let mode = metadata.permissions().mode();
+    let permissions = match (metadata.is_symlink(), metadata.is_dir() || mode & 0o100 != 0) {
+        (true, _) => 0o777,
+        (false, true) => 0o755,
+        (false, false) => 0o644,
+    };
+    (mode & KIND) | permissions
 }
 
 /// Lays the node's files in `stage` over a tree: after the packages, whose links of a merged `/usr` have to be there, and before the

@@ -1,11 +1,13 @@
 //! Digests of everything that a recipe brings: its own files, keys, files to lay in, the node's files.
 
 use super::BuildError;
+use super::lay;
 use super::plan::{Plan, Repository};
 use crate::recipe::What;
 use aws_lc_rs::digest::{Context, SHA256};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
+use std::fs::Metadata;
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt as _;
@@ -17,7 +19,7 @@ use std::path::{Path, PathBuf};
 pub(super) struct Source {
     /// Its path, from the directory of the recipe where it is below that.
     pub(super) path: String,
-    /// SHA-256, hexadecimal; of a directory, over names, modes and contents of all that is in it.
+    /// SHA-256, hexadecimal; of a directory, over names, contents and the modes in the image of all that is in it.
     pub(super) sha256: String,
 }
 
@@ -34,7 +36,7 @@ pub(super) fn all(plan: &Plan) -> Result<Vec<Source>, BuildError> {
     for path in paths {
         let absolute = std::path::absolute(&path).map_err(|error| BuildError::io("find", &path, error))?;
         let shown = absolute.strip_prefix(directory).unwrap_or(&absolute);
-        sources.push(Source { path: shown.display().to_string(), sha256: of_path(&path)? });
+        sources.push(Source { path: shown.display().to_string(), sha256: digest(&path, lay::mode_in_image)? });
     }
     Ok(sources)
 }
@@ -46,10 +48,15 @@ pub(super) fn key_digest(repository: &Repository) -> Result<String, BuildError> 
 
 /// Digest of a file's content, or of a directory with everything in it.
 pub(super) fn of_path(path: &Path) -> Result<String, BuildError> {
+    digest(path, |metadata| metadata.permissions().mode())
+}
+
+/// The same, where not the modes on this host count but what `mode` makes of them.
+fn digest(path: &Path, mode: fn(&Metadata) -> u32) -> Result<String, BuildError> {
     let failed = |error| BuildError::io("read", path, error);
     let mut context = Context::new(&SHA256);
     if path.metadata().map_err(failed)?.is_dir() {
-        feed_directory(path, &mut context).map_err(failed)?;
+        feed_directory(path, &mut context, mode).map_err(failed)?;
     } else {
         feed_file(path, &mut context).map_err(failed)?;
     }
@@ -68,19 +75,18 @@ fn feed_file(path: &Path, context: &mut Context) -> std::io::Result<()> {
 }
 
 /// Every entry as kind, mode, name and, with its length before it, content; sorted by name.
-fn feed_directory(path: &Path, context: &mut Context) -> std::io::Result<()> {
+fn feed_directory(path: &Path, context: &mut Context, mode: fn(&Metadata) -> u32) -> std::io::Result<()> {
     let mut names =
         std::fs::read_dir(path)?.map(|entry| Ok(entry?.file_name())).collect::<std::io::Result<Vec<_>>>()?;
     names.sort();
     for name in names {
         let path = path.join(&name);
         let metadata = path.symlink_metadata()?;
-        let mode = metadata.permissions().mode();
-        context.update(&mode.to_le_bytes());
+        context.update(&mode(&metadata).to_le_bytes());
         context.update(&(name.len() as u64).to_le_bytes());
         context.update(name.as_bytes());
         if metadata.is_dir() {
-            feed_directory(&path, context)?;
+            feed_directory(&path, context, mode)?;
             context.update(b"\0end of directory\0");
         } else if metadata.is_symlink() {
             let target = path.read_link()?;
@@ -119,5 +125,21 @@ mod tests {
         for (index, change) in changes.iter().enumerate() {
             assert_ne!(make(change), same, "change {index}");
         }
+    }
+
+    #[test]
+    fn what_a_recipe_lays_in_is_the_same_whatever_the_umask_was() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (directory, file) = (scratch.path().join("d"), scratch.path().join("d/file"));
+        std::fs::create_dir(&directory).unwrap();
+        std::fs::write(&file, "1").unwrap();
+        let with = |of_directory: u32, of_file: u32| {
+            std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(of_directory)).unwrap();
+            std::fs::set_permissions(&file, std::fs::Permissions::from_mode(of_file)).unwrap();
+            digest(scratch.path(), lay::mode_in_image).unwrap()
+        };
+        let usual = with(0o755, 0o644);
+        assert_eq!((with(0o775, 0o664), with(0o700, 0o600)), (usual.clone(), usual.clone()));
+        assert_ne!(with(0o755, 0o755), usual, "a program is another thing");
     }
 }

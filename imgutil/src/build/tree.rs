@@ -153,14 +153,19 @@ impl Tree {
 
     /// The text of the file at `path`; empty if there is none.
     pub(super) fn read_text(&self, path: &str) -> Result<String, BuildError> {
-        let read = || -> io::Result<String> {
-            let mut text = String::new();
-            self.open_file(Path::new(path), OFlags::RDONLY)?.take(TEXT_LIMIT).read_to_string(&mut text)?;
-            Ok(text)
-        };
-        match read() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
-            other => other.map_err(|error| BuildError::io("read in the tree", path, error)),
+        let Some(file) = self.open_to_read(path)? else { return Ok(String::new()) };
+        let mut text = String::new();
+        file.take(TEXT_LIMIT)
+            .read_to_string(&mut text)
+            .map_err(|error| BuildError::io("read in the tree", path, error))?;
+        Ok(text)
+    }
+
+    /// Opens the file at `path` for reading; `None` if there is none.
+    pub(super) fn open_to_read(&self, path: &str) -> Result<Option<std::fs::File>, BuildError> {
+        match self.open_file(Path::new(path), OFlags::RDONLY) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            other => other.map(Some).map_err(|error| BuildError::io("read in the tree", path, error)),
         }
     }
 

@@ -8,6 +8,7 @@ use crate::recipe::{Base, Item, PackageWord, Recipe, Uri};
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nix::sys::signal::Signal;
+use rustix::fs::Mode;
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -124,6 +125,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         eprint!("{EXPLANATION}");
         return Ok(ExitCode::from(2));
     }
+    // What is made for an image has the same modes whoever builds it.
+    rustix::process::umask(Mode::from_raw_mode(0o022));
     let options = options(args)?;
     let signals = SignalWatch::start(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT])?;
     let display = Display::new();

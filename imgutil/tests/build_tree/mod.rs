@@ -190,3 +190,72 @@ pub fn listing(tree: &Path) -> BTreeSet<String> {
     assert!(output.status.success());
     text(&output.stdout).lines().map(str::to_owned).collect()
 }
+
+/// Names in a directory, sorted.
+pub fn names(directory: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// The one error of a run that ended with `status`, which is the last line that it printed.
+pub fn error(output: &Output, status: i32) -> String {
+    let printed = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "{printed}");
+    let errors: Vec<&str> = printed.lines().filter(|line| line.starts_with("imgutil: error: ")).collect();
+    assert_eq!(errors.len(), 1, "{printed}");
+    assert_eq!(printed.lines().last(), Some(errors[0]), "{printed}");
+    errors[0].to_owned()
+}
+
+/// The digest of the plaintext that `imgutil pack` makes of a tree, which is removed.
+pub fn payload(tree: &Path) -> String {
+    let image = tree.with_extension("moor");
+    let mut pack = imgutil();
+    let output =
+        pack.args(["pack", "--plain", "--level", "1", "--json"]).arg(tree).arg("-o").arg(&image).output().unwrap();
+    std::fs::remove_file(image).unwrap();
+    std::fs::remove_dir_all(tree).unwrap();
+    payload_of(&output)
+}
+
+/// What `imgutil pack --json` says of the plaintext.
+fn payload_of(packed: &Output) -> String {
+    assert!(packed.status.success(), "{}", text(&packed.stderr));
+    let said: serde_json::Value = serde_json::from_slice(&packed.stdout).unwrap();
+    said["payload_sha256"].as_str().unwrap().to_owned()
+}
+
+/// Builds a tree and packs it as on another machine: of another name, in another time zone, by somebody with another umask and other
+/// settings, with one processor, in a folder whose file system lists names in another order. `files` of `work` are copied there
+/// before. The clock is the same; only that it goes on between two builds makes a difference.
+pub fn payload_elsewhere(work: &Path, files: &[&str], build: &[&str]) -> String {
+    const SCRIPT: &str = "
+        machine=$1 imgutil=$2 files=$3
+        shift 3
+        hostname another-machine
+        mount --bind /usr/share/zoneinfo/Pacific/Auckland /etc/localtime
+        mount -t tmpfs -o size=3g another $machine
+        umask 077
+        cp -r $files $machine/
+        cd $machine
+        export TZ=Pacific/Auckland LANG=de_DE.UTF-8 LC_ALL=de_DE.UTF-8 HOME=/nonexistent USER=somebody LOGNAME=somebody
+        $imgutil build \"$@\" tree >&2
+        exec $imgutil pack --plain --level 1 --processors 1 --json tree -o image.moor";
+    let machine = work.join("machine");
+    std::fs::create_dir(&machine).unwrap();
+    let mut command = tied("unshare");
+    command.args(["--mount", "--uts", "--propagation", "private", "--", "sh", "-euc", SCRIPT, "sh"]).arg(&machine);
+    command.args([env!("CARGO_BIN_EXE_imgutil"), &files.join(" ")]).args(build);
+    let output = command.current_dir(work).stdin(Stdio::null()).output().unwrap();
+    std::fs::remove_dir(machine).unwrap();
+    payload_of(&output)
+}
+
+/// `imgutil` where there is no network at all.
+pub fn imgutil_alone() -> Command {
+    let mut command = tied("unshare");
+    command.args(["--net", "--", env!("CARGO_BIN_EXE_imgutil")]).stdin(Stdio::null());
+    command
+}

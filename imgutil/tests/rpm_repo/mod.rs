@@ -146,6 +146,19 @@ pub fn signed(directory: &Path, packages: &[Package], key: &Key) {
     key.sign_index(directory);
 }
 
+/// A description of an operating system with one repository.
+pub fn describe(work: &Path, backend: &str, uri: &str, key: &Path, more: &str) {
+    let text = format!(
+        "name = \"own-1\"\nfamily = \"{}\"\nrelease = \"1\"\nmirror = \"{uri}\"\nservices = {{ node = [] }}\n{more}\n\
+         [packages]\nminimal = [\"base\"]\nnode = []\n\
+         [[repository]]\nname = \"main\"\nuri = \"{{mirror}}\"\nkey = \"{}\"\nkey-package = \"none\"\n",
+        if backend == "dnf" { "el-9" } else { "suse-15" },
+        key.display()
+    );
+    std::fs::write(work.join("os.toml"), text).unwrap();
+    std::fs::create_dir_all(work.join("logs")).unwrap();
+}
+
 /// A web server for a directory; it ends with this.
 pub struct Server {
     child: Child,

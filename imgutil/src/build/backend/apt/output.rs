@@ -61,7 +61,7 @@ pub(super) fn explain(doing: &str, tail: Tail, index: Option<&Index>, place: &Pa
         let near = index.map(|index| near(name, index.names())).unwrap_or_default();
         return BuildError::UnknownPackage { name: name.clone(), near, others: others.to_vec() };
     }
-    if let Some(what) = untrusted(&tail) {
+    if let Some(what) = untrusted(&tail).or_else(|| altered(&tail)) {
         return BuildError::Untrusted(what);
     }
     match unreachable(&tail) {
@@ -102,6 +102,17 @@ fn untrusted(tail: &Tail) -> Option<String> {
     tail.lines()
         .find(|line| words.iter().any(|word| line.contains(word)))
         .map(|line| line.trim_start_matches(|c: char| c.is_ascii_uppercase() || c == ':' || c == ' ').to_owned())
+}
+
+/// An index or a package that is not the file that the signed index above it names.
+fn altered(tail: &Tail) -> Option<String> {
+    let words = ["Hash Sum mismatch", "File has unexpected size"];
+    let lines = tail.after("E: Failed to fetch ");
+    let line = lines.into_iter().find(|line| words.iter().any(|word| line.contains(word)))?;
+    let address = line.split(' ').next().unwrap_or(line);
+    Some(format!(
+        "{address} is not the file that the signed index names (it was changed, or is damaged, or the archive is just being updated)"
+    ))
 }
 
 #[cfg(test)]
@@ -156,5 +167,12 @@ mod tests {
             "W: GPG error: http://x bookworm InRelease: The following signatures couldn't be verified: NO_PUBKEY 0E98\n",
         );
         assert!(untrusted(&bad).unwrap().contains("NO_PUBKEY"));
+
+        let other = tail(
+            "E: Failed to fetch copy:/a/./Packages  File has unexpected size (7 != 8). Mirror sync in progress? [IP: 1]\n   Hashes of expected file:\n\
+             E: Some index files failed to download.\n",
+        );
+        assert!(altered(&other).unwrap().starts_with("copy:/a/./Packages is not the file that the signed index names"));
+        assert_eq!((altered(&lost), untrusted(&other)), (None, None));
     }
 }

@@ -70,7 +70,7 @@ pub(in super::super) fn run(
     let mut all: Vec<OsString> = ["sh", "-ec", ENTER, "sh"].map(OsString::from).to_vec();
     all.push(root.into());
     all.extend(command);
-    let environment = vec![
+    let mut environment = vec![
         ("HOME".to_owned(), places.home().display().to_string()),
         // What the tools print is searched for reasons.
         ("LC_ALL".to_owned(), "C.UTF-8".to_owned()),
@@ -78,7 +78,11 @@ pub(in super::super) fn run(
         // Scripts of packages: no service is started, and the kernel's own scripts leave initramfs and boot loader to the build.
         ("SYSTEMD_OFFLINE".to_owned(), "1".to_owned()),
         ("KERNEL_INSTALL_BYPASS".to_owned(), "1".to_owned()),
+        // dnf is written in Python, whose sets are in another order each time without this.
+        ("PYTHONHASHSEED".to_owned(), "0".to_owned()),
     ];
+    // The time of installation that RPM writes into its database.
+    environment.extend(context.epoch.map(|seconds| ("SOURCE_DATE_EPOCH".to_owned(), seconds.to_string())));
     let output = output.map(OwnedFd::from);
     let (finished, tail) = context.tools.run(meaning, |[input, usual, errors]| {
         let mut options = Options::on_host(all, [input, output.unwrap_or(usual), errors]);

@@ -1,6 +1,8 @@
 //! EL and its relatives: dnf, the fourth and the fifth, with a configuration of its own. Nothing of the host's `/etc/dnf` and
 //! `/etc/yum.repos.d` is read, and nothing of the tool's cache and logs comes into the tree.
 
+mod history;
+
 use super::rpm::{self, Fetched, Places};
 use super::{Backend, Context, Installed, Package, Resolved, check_keys_and_machine};
 use crate::build::near::near;
@@ -63,6 +65,7 @@ impl Backend for Dnf {
             return Err(explain(context, &places, "installing the packages", tail));
         }
         rpm::check_installed(context, "dnf", packages)?;
+        history::tidy(context)?;
         rpm::settle(context)
     }
 
@@ -194,7 +197,8 @@ fn repoquery(
     format: &str,
     names: &[&str],
 ) -> Result<String, BuildError> {
-    let root = context.work.root();
+    // Not in the tree's root: the pages of a database that is there already would be in another order after the installation.
+    let root = places.scratch();
     rpm::make_places(&root, context.plan)?;
     let arguments = ["repoquery", "--quiet", "--qf", format].iter().chain(names).map(OsString::from).collect();
     let command = command(context.plan, places, &root, arguments);
