@@ -231,8 +231,10 @@ async fn run(config: Config) -> anyhow::Result<()> {
     });
     listener::serve(member.clone(), app, stop).await?;
     upkeep.await?;
+    // Before the store is closed, which ends its tasks too.
+    let is_broken = broken.await?;
     member.store.close().await;
-    if broken.await? {
+    if is_broken {
         bail!("the database failed, and only opening it anew mends that: start the member again when its disk is well");
     }
     tracing::info!("stopped");

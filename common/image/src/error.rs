@@ -163,7 +163,9 @@ pub enum FormatError {
     #[error("the reserved byte at offset {0} is not zero")]
     Reserved(usize),
     /// A length or an offset is not what the others make it.
-    #[error("{field} at offset {offset} is {value}, it should be {expected}")]
+    #[error(
+        "{field} at offset {offset} is {value}, it should be {expected}: the file is damaged or was changed; fetch it again"
+    )]
     Layout {
         /// Name of the field.
         field: &'static str,
