@@ -24,46 +24,78 @@ use tokio::io::AsyncWriteExt as _;
 
 /// Longest call; a batch of entries, of which one may be large.
 const MAX_BODY: usize = 128 << 20;
+/// To who shows a good certificate and is no member.
+const STRANGER: &str = "this member is none of the collective, or was removed: set its state aside and join anew";
 
 /// The routes.
 pub(crate) fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
-    let among_members = Router::new()
+    let raft = Router::new()
         .route("/member/v1/append", post(append))
         .route("/member/v1/vote", post(vote))
         .route("/member/v1/pre-vote", post(pre_vote))
         .route("/member/v1/snapshot", post(snapshot))
+        .route_layer(from_fn_with_state(member.clone(), named_only));
+    let among_members = Router::new()
         .route("/member/v1/propose", post(propose))
         .route("/member/v1/read-index", post(read_index))
         .route("/member/v1/blobs/{digest}", get(blob))
-        .layer(DefaultBodyLimit::max(MAX_BODY))
-        .route_layer(from_fn_with_state(member.clone(), members_only));
+        .route_layer(from_fn_with_state(member.clone(), members_only))
+        .merge(raft)
+        .layer(DefaultBodyLimit::max(MAX_BODY));
     Router::new().route(join::PATH, post(let_in)).layer(DefaultBodyLimit::max(64 << 10)).merge(among_members)
 }
 
-/// A certificate of the collective's member authority, of a member that was not removed, or whose removal is not through: its vote may
-/// be needed for that. As long as this member has no record of itself it knows nobody, and believes the certificate.
+/// What the one who calls is in the collective.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Caller {
+    Member,
+    /// Its removal is not through: its vote may be needed for that.
+    Leaving,
+}
+
+/// By the member's certificate. As long as this member has no record of itself it knows nobody, and believes the certificate.
+fn caller(member: &Member, connection: &Connection) -> Result<Caller, Failure> {
+    let refused = |detail| Err(Problem::new(Code::Forbidden, detail).into());
+    let Peer::Tls { member: Some(caller), .. } = connection.peer else {
+        return refused("members only: no member's certificate was shown");
+    };
+    let records = member.view().and_then(|view| view.members())?;
+    let is_present = |id| records.values().any(|record| record.id == id && !record.removed);
+    let knows_nobody = !records.values().any(|record| record.id == member.identity.id);
+    if is_present(caller) || knows_nobody {
+        Ok(Caller::Member)
+    } else if member.store.standing().members.values().any(|(peer, _)| peer.id == caller) {
+        Ok(Caller::Leaving)
+    } else {
+        refused(STRANGER)
+    }
+}
+
+/// For what a member does because it is one.
 async fn members_only(
     State(member): State<Arc<Member>>,
     Extension(connection): Extension<Connection>,
     request: Request,
     next: Next,
 ) -> Response {
-    let Peer::Tls { member: Some(caller), .. } = connection.peer else {
-        return Failure(Problem::new(Code::Forbidden, "members only: no member's certificate was shown"))
-            .into_response();
-    };
-    let records = match member.view().and_then(|view| view.members()) {
-        Ok(records) => records,
-        Err(error) => return Failure(error.into()).into_response(),
-    };
-    let is_present = |id| records.values().any(|record| record.id == id && !record.removed);
-    let is_named = || member.store.standing().members.values().any(|(peer, _)| peer.id == caller);
-    let knows_nobody = !records.values().any(|record| record.id == member.identity.id);
-    if !(is_present(caller) || is_named() || knows_nobody) {
-        let detail = "this member is none of the collective, or was removed: set its state aside and join anew";
-        return Failure(Problem::new(Code::Forbidden, detail)).into_response();
+    match caller(&member, &connection) {
+        Ok(Caller::Member) => next.run(request).await,
+        Ok(Caller::Leaving) => Failure(Problem::new(Code::Forbidden, STRANGER)).into_response(),
+        Err(failure) => failure.into_response(),
     }
-    next.run(request).await
+}
+
+/// For what keeps the collective going.
+async fn named_only(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    request: Request,
+    next: Next,
+) -> Response {
+    match caller(&member, &connection) {
+        Ok(_) => next.run(request).await,
+        Err(failure) => failure.into_response(),
+    }
 }
 
 fn json(bytes: impl Into<Body>) -> Result<Response, Failure> {

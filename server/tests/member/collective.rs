@@ -1,9 +1,10 @@
 //! Several real members on loopback: joining, replication, the leader's death, no majority, removal.
 
-use crate::support::{Member, refusal};
+use crate::support::{Machine, Member, refusal};
 use anyhow::{Context as _, ensure};
 use moor_api::admin::{CollectiveView, DefineNodes, InviteRequest, MemberRequest};
 use moor_api::client::ClientError;
+use moor_api::node::Stage;
 use moor_api::problem::Code;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -96,6 +97,27 @@ async fn three() -> anyhow::Result<[Member; 3]> {
     let third = joined(&first, "m3", true).await?;
     voters(&first, 3).await?;
     Ok([first, second, third])
+}
+
+/// A root that one member serves dies with it: the node hears of the others before it has mounted anything.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_is_told_where_every_member_has_its_image() -> anyhow::Result<()> {
+    let first = Member::start()?;
+    let second = joined(&first, "m2", true).await?;
+    voters(&first, 2).await?;
+    first.publish().await?;
+    for (member, other, name) in [(&first, &second, "n1"), (&second, &first, "n2")] {
+        let machine = Machine::new(member).await?;
+        member.define(name, machine.uuid).await?;
+        member.deploy(name).await?;
+        member.arm(name, "once").await?;
+        let mut connection = machine.connect().await?;
+        machine.log_in(&mut connection, Stage::Boot).await?;
+        let offer = connection.image().await?;
+        let of = |member: &Member| format!("https://127.0.0.1:{}/public/images/{}", member.port, offer.digest);
+        assert_eq!(offer.urls, [of(member), of(other)]);
+    }
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
