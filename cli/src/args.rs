@@ -263,7 +263,7 @@ pub enum Image {
         /// Its key; none for a plain image.
         #[arg(long)]
         key_file: Option<PathBuf>,
-        /// Folder with `vmlinuz` and `initrd.img` (`imgutil pack --boot-dir`).
+        /// Folder with `vmlinuz` and `initrd.img`, and shim and GRUB for Secure Boot where they are to be used (`imgutil pack --boot-dir`).
         #[arg(long)]
         boot_dir: PathBuf,
     },
@@ -290,7 +290,7 @@ pub enum Profile {
         /// The profile.
         name: ProfileName,
     },
-    /// Write kernel, initramfs (with the site's cpio behind it) and command line into a folder.
+    /// Write kernel, initramfs (with the site's cpio behind it), command line, and shim and GRUB where the image brought them, into a folder.
     BootFiles {
         /// The profile.
         name: ProfileName,

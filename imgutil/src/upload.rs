@@ -1,4 +1,4 @@
-//! The way of an image to a server: image, kernel, initramfs and key go to a member, which imports them and has the profile made. Only a
+//! The way of an image to a server: image, kernel, initramfs, boot loaders and key go to a member, which imports them and has the profile made. Only a
 //! nameless sealed file is made here.
 
 use crate::progress::Progress;
@@ -8,6 +8,7 @@ use moor_api::client::admin::AdminClient;
 use moor_api::ids::{ImageName, ProfileName, Sha256Digest};
 use moor_api::trust::SiteBundle;
 use moor_image::Dek;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek as _};
 use std::os::unix::fs::MetadataExt as _;
@@ -54,13 +55,15 @@ pub(crate) struct Upload<'a> {
     pub(crate) serial: u64,
 }
 
-/// What goes to a server: a sealed image, with the kernel and the initramfs that are in it.
+/// What goes to a server: a sealed image, with the kernel, the initramfs and the boot loaders that are in it.
 pub(crate) struct Parcel<K, I> {
     pub(crate) sealed: File,
     pub(crate) key: Option<Dek>,
     /// With its length.
     pub(crate) kernel: (K, u64),
     pub(crate) initramfs: (I, u64),
+    /// Shim and GRUB by the names that they look for each other by, or none.
+    pub(crate) boot_loaders: Vec<(String, File)>,
 }
 
 impl<'a> Upload<'a> {
@@ -102,16 +105,30 @@ impl<'a> Upload<'a> {
         I: Read + Send + 'static,
     {
         let Self { runtime, server, name, profile, .. } = self;
-        let Parcel { mut sealed, key, kernel, initramfs } = parcel;
+        let Parcel { mut sealed, key, kernel, initramfs, boot_loaders } = parcel;
         sealed.rewind().context("cannot read the sealed image again")?;
         let length = sealed.metadata().context("cannot read the sealed image again")?.len();
         runtime.block_on(async {
             let mut client = connect(server).await?;
             let kernel = send(&mut client, "the kernel", kernel).await?;
             let initramfs = send(&mut client, "the initramfs", initramfs).await?;
+            let mut loaders = BTreeMap::new();
+            for (name, file) in boot_loaders {
+                let length = file.metadata().with_context(|| format!("cannot send {name}"))?.len();
+                let blob = send(&mut client, &name, (file, length)).await?;
+                loaders.insert(name, blob);
+            }
             let image = send(&mut client, "the image", (sealed, length)).await?;
             let key = key.map(|key| key.to_hex().trim_end().to_owned());
-            let request = ImportImage { name: name.clone(), image, key, signatures: None, kernel, initramfs };
+            let request = ImportImage {
+                name: name.clone(),
+                image,
+                key,
+                signatures: None,
+                kernel,
+                initramfs,
+                boot_loaders: loaders,
+            };
             let view = client.import_image(&request).await;
             if let Some(key) = request.key {
                 drop(Zeroizing::new(key));
@@ -169,7 +186,7 @@ fn read_token(path: &Path) -> Result<Zeroizing<String>> {
 /// Sends all that comes from `reader`, which is as long as it is said to be.
 async fn send<R: Read + Send + 'static>(
     client: &mut AdminClient,
-    what: &'static str,
+    what: &str,
     (reader, length): (R, u64),
 ) -> Result<Sha256Digest> {
     let progress = Arc::new(Progress::new("sending"));

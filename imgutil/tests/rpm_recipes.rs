@@ -19,8 +19,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 const BACKENDS: [&str; 2] = ["dnf", "zypper"];
 
-/// Takes a while, and says when it has begun. RPM lets no signal end a transaction, so a build ends when that does.
-const WAITS: &str = "%post -n waits -p <lua>\nio.open(\"/var/begun\", \"w\"):close()\nposix.sleep(3)\n";
+/// Takes longer than anybody waits, and says when it has begun. RPM lets no signal end a transaction.
+const WAITS: &str = "%post -n waits -p <lua>\nio.open(\"/var/begun\", \"w\"):close()\nposix.sleep(600)\n";
 
 /// `hello` needs four others, which may be installed in any order.
 const PACKAGES: [Package; 11] = [

@@ -163,7 +163,10 @@ async fn boot(
     let blob = match name.as_str() {
         "kernel" => image.kernel,
         "initramfs" => image.initramfs,
-        _ => return Err(not_found("boot files are kernel, initramfs and site.cpio")),
+        other => *image.boot_loaders.get(other).ok_or_else(|| {
+            let loaders: String = image.boot_loaders.keys().map(|name| format!(", {name}")).collect();
+            not_found(format!("boot files of profile '{profile}' are kernel, initramfs, site.cpio{loaders}"))
+        })?,
     };
     let path = content::path_of(&member.config.blobs(), blob);
     let file = File::open(&path).map_err(|error| anyhow::anyhow!("opening '{}': {error}", path.display()))?;

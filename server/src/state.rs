@@ -178,6 +178,7 @@ pub(crate) fn named(view: &Snapshot) -> Result<(BTreeSet<Sha256Digest>, BTreeSet
     for image in view.images()? {
         images.insert(image.digest.to_string());
         named.extend([image.blob, image.kernel, image.initramfs]);
+        named.extend(image.boot_loaders.into_values());
     }
     for generation in view.all::<ProfileRecord>(tables::GENERATIONS)? {
         named.extend(generation.manifest.files.into_values());

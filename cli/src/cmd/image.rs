@@ -5,10 +5,11 @@ use crate::connect::read_secret;
 use crate::output;
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
-use moor_api::admin::ImportImage;
+use moor_api::admin::{BOOT_LOADERS, ImportImage};
 use moor_api::client::admin::AdminClient;
 use moor_api::ids::Sha256Digest;
 use moor_api::node::Base64;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -44,8 +45,13 @@ pub(crate) async fn run(client: &mut AdminClient, command: Image, json: bool) ->
             };
             let kernel = upload(client, &boot_dir.join("vmlinuz")).await?;
             let initramfs = upload(client, &boot_dir.join("initrd.img")).await?;
+            let mut boot_loaders = BTreeMap::new();
+            for loader in loaders_in(&boot_dir) {
+                boot_loaders.insert(loader.to_owned(), upload(client, &boot_dir.join(loader)).await?);
+            }
             let image = upload(client, &file).await?;
-            let view = client.import_image(&ImportImage { name, image, key, signatures, kernel, initramfs }).await;
+            let request = ImportImage { name, image, key, signatures, kernel, initramfs, boot_loaders };
+            let view = client.import_image(&request).await;
             let view = view.with_context(|| format!("importing '{}'", file.display()))?;
             if json {
                 output::json(&view)?;
@@ -61,6 +67,12 @@ pub(crate) async fn run(client: &mut AdminClient, command: Image, json: bool) ->
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Shim and GRUB, where a folder has both.
+fn loaders_in(dir: &Path) -> impl Iterator<Item = &'static str> {
+    let pair = BOOT_LOADERS.into_iter().find(|names| names.iter().all(|name| dir.join(name).is_file()));
+    pair.into_iter().flatten()
 }
 
 async fn upload(client: &mut AdminClient, path: &Path) -> anyhow::Result<Sha256Digest> {

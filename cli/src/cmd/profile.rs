@@ -2,7 +2,8 @@
 
 use crate::args::Profile;
 use crate::output;
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
+use moor_api::admin::BOOT_LOADERS;
 use moor_api::client::admin::AdminClient;
 use moor_api::ids::ProfileName;
 use std::io::Write as _;
@@ -68,7 +69,14 @@ async fn boot_files(client: &mut AdminClient, name: &ProfileName, out: &Path) ->
     let padding = [0; 4];
     write(&out.join("initrd.img"), &[&initramfs, &padding[..(4 - initramfs.len() % 4) % 4], &site])?;
     write(&out.join("cmdline"), &[files.command_line.as_bytes(), b"\n"])?;
-    output::line(format_args!("{name}: vmlinuz, initrd.img and cmdline are in '{}'", out.display()))?;
+    for loader in files.boot_loaders.keys() {
+        if !BOOT_LOADERS.as_flattened().contains(&loader.as_str()) {
+            bail!("the member names a boot loader '{loader}', which is none");
+        }
+        write(&out.join(loader), &[&client.boot_file(name, loader, MAX_BOOT_FILE).await?])?;
+    }
+    let loaders: String = files.boot_loaders.keys().map(|loader| format!("{loader}, ")).collect();
+    output::line(format_args!("{name}: vmlinuz, initrd.img, {loaders}and cmdline are in '{}'", out.display()))?;
     Ok(())
 }
 

@@ -24,7 +24,7 @@
 //! | `POST collective/invite` (socket only) | [`InviteRequest`] → [`Invited`] |
 //! | `POST collective/{promote,demote,remove}` | [`MemberRequest`] → empty |
 //!
-//! `GET /public/images/DIGEST` (ranges) and `GET /public/boot/PROFILE/{kernel,initramfs,site.cpio}` need no token.
+//! `GET /public/images/DIGEST` (ranges) and `GET /public/boot/PROFILE/{kernel,initramfs,site.cpio}` (and [`BOOT_LOADERS`]) need no token.
 
 use crate::ids::{
     BootId, CollectiveId, DeploymentId, HwAddr, ImageDigest, ImageName, MemberId, NodeId, NodeName, ProfileName,
@@ -323,7 +323,13 @@ pub struct ImportImage {
     pub kernel: Sha256Digest,
     /// The initramfs.
     pub initramfs: Sha256Digest,
+    /// The distribution's signed boot loaders, by one of [`BOOT_LOADERS`]: none, or shim and GRUB of an architecture.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub boot_loaders: BTreeMap<String, Sha256Digest>,
 }
+
+/// Names of shim and GRUB, by which shim looks for GRUB beside itself (UEFI Secure Boot): for x86-64, and for AArch64.
+pub const BOOT_LOADERS: [[&str; 2]; 2] = [["shimx64.efi", "grubx64.efi"], ["shimaa64.efi", "grubaa64.efi"]];
 
 impl std::fmt::Debug for ImportImage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -397,6 +403,9 @@ pub struct BootFiles {
     pub initramfs: Sha256Digest,
     /// Kernel command line.
     pub command_line: String,
+    /// Blobs of shim and GRUB, at `…/NAME`, where the image brought them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub boot_loaders: BTreeMap<String, Sha256Digest>,
 }
 
 /// A new administrator's token for the HTTPS side.

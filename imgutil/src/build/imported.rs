@@ -10,7 +10,7 @@ use super::tools::Tools;
 use super::tree::Tree;
 use super::workdir::WorkDir;
 use super::{BuildError, Built, Event, FromImage, Options, finish, lay, os, stage};
-use crate::exec::{Machine, SignalWatch};
+use crate::exec::{ASK_FOR_THE_END, Machine, SignalWatch};
 use crate::oci::{Image, Limits, OciError};
 use nix::sys::signal::Signal;
 use rustix::fs::{Mode, OFlags};
@@ -76,8 +76,7 @@ fn unpack(
             shown = at.layer;
             progress(Event::Item { what: "unpacking", name: "layer", done: at.layer, total: at.layers });
         }
-        let ends =
-            |signal: &Signal| matches!(signal, Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP | Signal::SIGQUIT);
+        let ends = |signal: &Signal| ASK_FOR_THE_END.contains(signal);
         ended = ended.or_else(|| signals.and_then(|signals| signals.take().into_iter().find(ends)));
         ended.is_none()
     });

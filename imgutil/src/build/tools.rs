@@ -3,11 +3,15 @@
 
 use super::output::{Meaning, Tail, follow};
 use super::{BuildError, Event};
-use crate::exec::{self, ExecError, Finished, Options, SignalWatch};
+use crate::exec::{self, ASK_FOR_THE_END, ExecError, Finished, Options, SignalWatch};
 use nix::sys::signal::Signal;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::time::Duration;
+
+/// A build that is asked to end leaves nothing anyway: a tool that holds signals back, as RPM does in a transaction, is not waited for.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What tools need to run.
 pub(super) struct Tools<'a> {
@@ -34,10 +38,8 @@ impl<'a> Tools<'a> {
 
     /// Whether somebody asked the build to end.
     fn interrupted(&self, passed_on: &[Signal]) -> Result<(), BuildError> {
-        let ends =
-            |signal: &Signal| matches!(signal, Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP | Signal::SIGQUIT);
         let waiting = self.signals.map(SignalWatch::take).unwrap_or_default();
-        match passed_on.iter().chain(&waiting).find(|signal| ends(signal)) {
+        match passed_on.iter().chain(&waiting).find(|signal| ASK_FOR_THE_END.contains(signal)) {
             Some(signal) => Err(BuildError::Interrupted { signal: *signal, base_kept: false }),
             None => Ok(()),
         }
@@ -59,7 +61,7 @@ impl<'a> Tools<'a> {
             Ok((read, [above(&null)?, above(&write)?, above(&write)?]))
         };
         let (read, streams) = pipe().map_err(|error| BuildError::io("read the output of", "a tool", error))?;
-        let options = make(streams)?;
+        let options = Options { patience: Some(PATIENCE), ..make(streams)? };
         let (log, progress, signals) = (&self.log, &mut *self.progress, self.signals);
         let (finished, tail) = std::thread::scope(|scope| {
             let reader = scope.spawn(move || follow(File::from(read), log, meaning, progress));

@@ -2,12 +2,11 @@
 
 use crate::build::cache::DEFAULT_CACHE;
 use crate::build::{self, BuildError, Built, Event, FromImage, LockMode, NODE_FILES, Options};
-use crate::exec::SignalWatch;
+use crate::exec::{ASK_FOR_THE_END, SignalWatch};
 use crate::oci::Source;
 use crate::recipe::{Base, Item, PackageWord, Recipe, Uri};
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use nix::sys::signal::Signal;
 use rustix::fs::Mode;
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
@@ -128,7 +127,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     // What is made for an image has the same modes whoever builds it.
     rustix::process::umask(Mode::from_raw_mode(0o022));
     let options = options(args)?;
-    let signals = SignalWatch::start(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT])?;
+    let signals = SignalWatch::start(&ASK_FOR_THE_END)?;
     let display = Display::new();
     let result = build::build(&options, &mut |event| display.show(event), Some(&signals));
     display.clear();

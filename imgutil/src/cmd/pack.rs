@@ -233,7 +233,7 @@ fn left_out(packed: &Packed) {
     }
     if packed.boot_loaders == Some(false) {
         eprintln!(
-            "imgutil: the tree has no signed shim and GRUB (Debian: shim-signed, grub-efi-amd64-signed): only kernel and initramfs were copied"
+            "imgutil: the tree has no signed shim and GRUB (Debian: shim-signed, grub-efi-amd64-signed): only kernel and initramfs go with the image"
         );
     }
     if let Some(labels) = &packed.labels {

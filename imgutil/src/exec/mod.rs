@@ -31,7 +31,7 @@ pub use command::CommandError;
 pub use foreign::{ForeignError, Machine};
 pub use pty::{PtyError, Window};
 pub use repository::{Repository, RepositoryError};
-pub use signals::{PASSED_ON, SignalError, SignalWatch};
+pub use signals::{ASK_FOR_THE_END, PASSED_ON, SignalError, SignalWatch};
 pub use trial::{Change, Kind, State, Trial, TrialError};
 pub use user::UserError;
 
@@ -40,6 +40,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Which files the command sees.
 #[derive(Debug)]
@@ -84,6 +85,8 @@ pub struct Options {
     pub terminal: Option<Window>,
     /// Standard streams without a terminal; those of this process if `None`. Each must be above 2.
     pub stdio: Option<[OwnedFd; 3]>,
+    /// After a signal that asks for its end was passed on, the command has this long before it is killed; for ever if `None`.
+    pub patience: Option<Duration>,
 }
 
 impl Options {
@@ -109,6 +112,7 @@ impl Options {
             environment: Vec::new(),
             terminal: None,
             stdio: None,
+            patience: None,
         };
         options.set_name(&tree);
         Ok(options)
@@ -134,6 +138,7 @@ impl Options {
             environment: Vec::new(),
             terminal: None,
             stdio: Some(stdio),
+            patience: None,
         }
     }
 }

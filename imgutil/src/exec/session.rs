@@ -6,7 +6,7 @@ use super::foreign::{Emulator, Machine, Runner};
 use super::init::{self, Plan};
 use super::plant::Sources;
 use super::pty::{Raw, Relay};
-use super::signals::SignalWatch;
+use super::signals::{ASK_FOR_THE_END, SignalWatch};
 use super::user::{self, Mapping, UserError};
 use super::{ExecError, Finished, Options, Outcome, Root, sys, trial};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -248,11 +248,19 @@ impl Heard {
     }
 }
 
+/// How long to wait for what happens next.
+fn timeout(end: Option<Instant>) -> PollTimeout {
+    // One millisecond more, so that it is over afterwards.
+    let left = |end: Instant| end.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+    end.map_or(PollTimeout::NONE, |end| left(end).try_into().unwrap_or(PollTimeout::MAX))
+}
+
 /// Relays until PID 1 has closed its end.
 fn follow(options: &Options, signals: Option<&SignalWatch>, channel: &Channel, child: Pid) -> Result<Heard, ExecError> {
     let mut heard = Heard::default();
     let mut relay: Option<Relay> = None;
     let mut raw = None;
+    let mut end: Option<Instant> = None;
     let stdin = std::io::stdin();
     loop {
         let mut fds = vec![PollFd::new(channel.as_fd(), PollFlags::POLLIN)];
@@ -272,7 +280,13 @@ fn follow(options: &Options, signals: Option<&SignalWatch>, channel: &Channel, c
                 keyboard = Some(fds.len() - 1);
             }
         }
-        match poll(&mut fds, PollTimeout::NONE) {
+        match poll(&mut fds, timeout(end)) {
+            // The kernel kills all of its namespace with PID 1.
+            Ok(0) if end.is_some_and(|end| Instant::now() >= end) => {
+                let _ = kill(child, Signal::SIGKILL);
+                let number = u8::try_from(Signal::SIGKILL as i32).unwrap_or(u8::MAX);
+                (heard.outcome, end) = (Some(Outcome::Signaled(number)), None);
+            }
             Ok(_) => {}
             Err(nix::errno::Errno::EINTR) => continue,
             Err(error) => return Err(ExecError::Start("wait for the command", error.into())),
@@ -285,6 +299,9 @@ fn follow(options: &Options, signals: Option<&SignalWatch>, channel: &Channel, c
             for signal in signals.take() {
                 pass_on(signal, child, relay.as_ref());
                 heard.passed_on.push(signal);
+                if let (Some(patience), true) = (options.patience, ASK_FOR_THE_END.contains(&signal)) {
+                    end = end.or(Some(Instant::now() + patience));
+                }
             }
         }
         if let Some(relay) = &mut relay {

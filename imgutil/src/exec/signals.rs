@@ -16,6 +16,9 @@ pub const PASSED_ON: [Signal; 7] = [
     Signal::SIGWINCH,
 ];
 
+/// Those of them by which somebody asks a program to end.
+pub const ASK_FOR_THE_END: [Signal; 4] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM];
+
 /// Why signals cannot be watched.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot watch signals: {0}")]

@@ -25,11 +25,12 @@ pub fn pack_to_server(
 ) -> Result<(Packed, ImageView, Option<ProfileView>)> {
     let root = scan::open_root(tree)?;
     let boot_files = describe::boot_files(root.as_fd())?;
+    let boot_loaders: Vec<_> = describe::boot_loaders(root.as_fd())?.into_iter().flatten().collect();
     let upload = Upload::begin(server, name, profile)?;
     let options = PackOptions { name: name.to_string(), lineage: upload.lineage, serial: upload.serial, squash };
     let key = if encrypted { Some(Dek::generate()?) } else { None };
     let progress = Progress::new("packing");
-    let (sealed, packed) = seal(tree, Upload::staging()?, key.clone(), &options, &progress)
+    let (sealed, mut packed) = seal(tree, Upload::staging()?, key.clone(), &options, &progress)
         .with_context(|| format!("cannot pack '{}' (set TMPDIR to a directory with room)", tree.display()))?;
     progress.finish("packed; sending it to the server");
     let measured = |what: &str, file: File| -> Result<(File, u64)> {
@@ -38,6 +39,7 @@ pub fn pack_to_server(
     };
     let (kernel, initramfs) =
         (measured("the kernel", boot_files.kernel)?, measured("the initramfs", boot_files.initramfs)?);
-    let (view, published) = upload.send(Parcel { sealed, key, kernel, initramfs })?;
+    packed.boot_loaders = Some(!boot_loaders.is_empty());
+    let (view, published) = upload.send(Parcel { sealed, key, kernel, initramfs, boot_loaders })?;
     Ok((packed, view, published))
 }

@@ -157,6 +157,7 @@ async fn catalogue(member: &Member, subject: &Subject, login: &str) -> Result<Ca
         signatures: subject.signatures.clone().map(Base64),
         kernel: send(&mut client, Cursor::new(subject.boot_files.kernel.clone())).await?,
         initramfs: send(&mut client, Cursor::new(subject.boot_files.initramfs.clone())).await?,
+        boot_loaders: BTreeMap::new(),
     };
     request.key = Some(key.to_string());
     let imported = client.import_image(&request).await;

@@ -12,7 +12,7 @@ use axum::body::Body;
 use axum::extract::{Path, State};
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
-use moor_api::admin::{BlobAdded, BootFiles, CreateProfile, ImageView, ImportImage, ProfileView};
+use moor_api::admin::{BOOT_LOADERS, BlobAdded, BootFiles, CreateProfile, ImageView, ImportImage, ProfileView};
 use moor_api::ids::{ProfileName, Sha256Digest};
 use moor_api::problem::{Code, Problem};
 use moor_image::{Dek, Image, OpenOptions};
@@ -114,11 +114,23 @@ pub(super) async fn import(State(member): State<Arc<Member>>, body: Bytes) -> Re
     Ok(Json(view))
 }
 
+fn sorted(mut names: [&str; 2]) -> [&str; 2] {
+    names.sort_unstable();
+    names
+}
+
 /// Opens the image with its key, so that nothing gets into the catalogue that no node could boot.
 fn inspect(member: &Member, request: ImportImage) -> Result<ImageRecord, Failure> {
     let bad = |detail: String| Failure(Problem::new(Code::BadRequest, detail));
     let blobs = member.config.blobs();
-    for (what, blob) in [("image", request.image), ("kernel", request.kernel), ("initramfs", request.initramfs)] {
+    let pair = |names: &[&str; 2]| request.boot_loaders.keys().eq(sorted(*names));
+    if !request.boot_loaders.is_empty() && !BOOT_LOADERS.iter().any(pair) {
+        let known = BOOT_LOADERS.map(|names| names.join(" and ")).join(", or ");
+        return Err(bad(format!("boot loaders are {known}")));
+    }
+    let files = [("image", request.image), ("kernel", request.kernel), ("initramfs", request.initramfs)];
+    let loaders = request.boot_loaders.iter().map(|(name, blob)| (name.as_str(), *blob));
+    for (what, blob) in files.into_iter().chain(loaders) {
         if touch(&blobs, blob).is_err() {
             return Err(Failure(Problem::new(
                 Code::NotFound,
@@ -160,6 +172,7 @@ fn inspect(member: &Member, request: ImportImage) -> Result<ImageRecord, Failure
         signatures: request.signatures,
         kernel: request.kernel,
         initramfs: request.initramfs,
+        boot_loaders: request.boot_loaders,
         kernel_version: metadata.kernel,
         os: Some(metadata.os).filter(|os| !os.is_empty()),
     })
@@ -208,5 +221,6 @@ pub(super) async fn boot_files(
         kernel: image.kernel,
         initramfs: image.initramfs,
         command_line: command_line.trim().to_owned(),
+        boot_loaders: image.boot_loaders,
     }))
 }

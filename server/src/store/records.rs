@@ -260,6 +260,9 @@ pub struct ImageRecord {
     pub kernel: Sha256Digest,
     /// Blob of the initramfs.
     pub initramfs: Sha256Digest,
+    /// Blobs of shim and GRUB, by name.
+    #[serde(default)]
+    pub boot_loaders: BTreeMap<String, Sha256Digest>,
     /// From the metadata.
     #[serde(default)]
     pub kernel_version: Option<String>,

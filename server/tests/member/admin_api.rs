@@ -10,6 +10,7 @@ use moor_api::ids::Sha256Digest;
 use moor_api::node::Stage;
 use moor_api::problem::Code;
 use moor_image::Dek;
+use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::time::Duration;
 use uuid::Uuid;
@@ -136,9 +137,17 @@ async fn generations_of_an_image_grow_in_one_lineage() -> anyhow::Result<()> {
         signatures: None,
         kernel: blob,
         initramfs: blob,
+        boot_loaders: BTreeMap::new(),
     };
     let (_, detail) = refusal(admin.import_image(&request(None)).await);
     assert!(detail.contains("encrypted"), "{detail}");
+    // One boot loader without the other starts nothing, and no other file is one.
+    for names in [&["shimx64.efi"][..], &["shimx64.efi", "grubaa64.efi"], &["a", "b"], &["grubx64.efi", "kernel", "shimx64.efi"]] {
+        let boot_loaders = names.iter().map(|name| ((*name).to_owned(), blob)).collect();
+        let request = ImportImage { boot_loaders, ..request(Some(dek.to_hex().to_string())) };
+        let (code, detail) = refusal(admin.import_image(&request).await);
+        assert!(code == Code::BadRequest && detail.contains("shimx64.efi and grubx64.efi, or shimaa64.efi"), "{detail}");
+    }
     let (_, detail) = refusal(admin.import_image(&request(Some(Dek::generate()?.to_hex().to_string()))).await);
     assert!(detail.contains("wrong key"), "{detail}");
     let (code, detail) = refusal(admin.import_image(&request(Some(dek.to_hex().to_string()))).await);

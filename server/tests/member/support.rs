@@ -20,6 +20,7 @@ use moor_api::trust::SiteBundle;
 use moor_image::{Dek, Metadata, Payload, SealOptions, Sealer};
 use moord::store::Replicated;
 use moord::store::raft::{Calls, FOUNDER, Places};
+use std::collections::BTreeMap;
 use std::io::{Cursor, Write as _};
 use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt as _, chown};
@@ -297,7 +298,15 @@ pub(crate) async fn import(
     let initramfs = admin.add_blob(Cursor::new(b"initramfs".to_vec()), |_| {}).await?.blob;
     let key = dek.map(|dek| dek.to_hex().to_string());
     Ok(admin
-        .import_image(&ImportImage { name: name.parse()?, image, key, signatures: None, kernel, initramfs })
+        .import_image(&ImportImage {
+            name: name.parse()?,
+            image,
+            key,
+            signatures: None,
+            kernel,
+            initramfs,
+            boot_loaders: BTreeMap::new(),
+        })
         .await?)
 }
 

@@ -18,6 +18,45 @@ fn tree(root: &Path) {
     fs::write(root.join("etc/os-release"), "ID=debian\nVERSION_ID=12\n").unwrap();
 }
 
+/// Shim and GRUB go with the image to the profile, by either way, and come out for a boot server.
+#[test]
+fn signed_boot_loaders_of_the_tree_reach_the_profile() {
+    let work = tempfile::tempdir().unwrap();
+    let (bins, namespace) = (Bins::find().unwrap(), Namespace::new().unwrap());
+    let member = Member::start_in(work.path(), &bins, &namespace).unwrap();
+    let path = |name: &str| work.path().join(name);
+    tree(&path("tree"));
+    let loaders = [
+        ("usr/lib/shim/shimx64.efi.signed", "shimx64.efi"),
+        ("usr/lib/grub/x86_64-efi-signed/grubnetx64.efi.signed", "grubx64.efi"),
+    ];
+    for (file, name) in loaders {
+        let file = path("tree").join(file);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(file, format!("the {name}")).unwrap();
+    }
+    let boots = |profile: &str| {
+        let out = path("boot-files").join(profile);
+        member.moor_ok(&["profile", "boot-files", profile, "--out", out.to_str().unwrap()]).unwrap();
+        for (_, name) in loaders {
+            assert_eq!(fs::read_to_string(out.join(name)).unwrap(), format!("the {name}"), "{profile}");
+        }
+    };
+    let mut pack = tied(bins.path("imgutil"));
+    pack.arg("pack").arg(path("tree")).args(["web", "-b", "debian-diskless", "--socket"]).arg(member.socket());
+    run(pack.env("TMPDIR", work.path())).unwrap();
+    boots("web");
+
+    let mut pack = tied(bins.path("imgutil"));
+    pack.arg("pack").arg(path("tree")).arg("-o").arg(path("image.moor")).arg("--key-file").arg(path("image.key"));
+    run(pack.arg("--boot-dir").arg(path("boot"))).unwrap();
+    let [image, key, boot] = ["image.moor", "image.key", "boot"].map(|name| path(name).display().to_string());
+    member.moor_ok(&["image", "import", "db", &image, "--key-file", &key, "--boot-dir", &boot]).unwrap();
+    member.moor_ok(&["profile", "create", "db", "--image", "db"]).unwrap();
+    member.moor_ok(&["profile", "publish", "db"]).unwrap();
+    boots("db");
+}
+
 #[test]
 fn a_profile_is_made_from_another_with_its_scripts_and_gets_each_new_image() {
     let work = tempfile::tempdir().unwrap();
@@ -44,6 +83,7 @@ fn a_profile_is_made_from_another_with_its_scripts_and_gets_each_new_image() {
     member.moor_ok(&["profile", "boot-files", "web", "--out", boot.to_str().unwrap()]).unwrap();
     assert_eq!(fs::read(boot.join("vmlinuz")).unwrap(), b"the kernel");
     assert!(fs::read(boot.join("initrd.img")).unwrap().starts_with(b"the initramfs"));
+    assert!(!boot.join("shimx64.efi").exists());
 
     // Another one from that, with a script of the administrator's.
     let scripts = member.profiles().join("web/scripts/onboot");
