@@ -36,11 +36,11 @@ fn what_is_not_as_it_was_signed_is_refused_and_nothing_is_left() {
         *bytes.last_mut().unwrap() ^= 1;
         fs::write(path, bytes).unwrap();
     };
-    let cases: [(&dyn Fn(), &[&str]); 5] = [
-        (&|| replace(&place.join("InRelease"), "Suite: own", "Suite: mine"), &["archive", "BADSIG"]),
-        (&|| fs::remove_file(place.join("InRelease")).unwrap(), &["archive", "is not signed"]),
+    const UNSIGNED: &str = "a repository is not signed by its key, so nothing of it was used: ";
+    let cases: [(&dyn Fn(), &[&str]); 4] = [
+        (&|| replace(&place.join("InRelease"), "Suite: own", "Suite: mine"), &[UNSIGNED, "archive", "BADSIG"]),
+        (&|| fs::remove_file(place.join("InRelease")).unwrap(), &[UNSIGNED, "archive", "is not signed"]),
         (&|| replace(&place.join("Packages"), "1:2.0", "1:3.0"), &["archive", "Packages is not the file that"]),
-        (&|| replace(&place.join("Packages"), "1:2.0", "1:20.0"), &["archive", "Packages is not the file that"]),
         (&|| flip(&place.join(deb)), &[deb, "is not the file that the signed index names"]),
     ];
     for (index, (change, parts)) in cases.into_iter().enumerate() {
@@ -50,7 +50,6 @@ fn what_is_not_as_it_was_signed_is_refused_and_nothing_is_left() {
         let mut command = imgutil();
         command.args(["build", "--no-cache", "-f", "recipe.toml", "tree"]).env("TMPDIR", &logs);
         let line = error(&command.current_dir(work.path()).output().unwrap(), 1);
-        assert!(line.contains("a repository is not signed by its key, so nothing of it was used: "), "{index}: {line}");
         for part in parts {
             assert!(line.contains(part), "{index}: '{part}' is not in: {line}");
         }

@@ -58,7 +58,14 @@ pub fn image_response(
     headers: &HeaderMap,
 ) -> Result<Response, Failure> {
     let path = content::path_of(&member.config.blobs(), image.blob);
-    let file = File::open(&path).map_err(|error| anyhow::anyhow!("opening '{}': {error}", path.display()))?;
+    let file = match File::open(&path) {
+        // Nodes hear of all members, and content comes after the record.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let detail = format!("image {} has not come to this member yet: ask another", image.digest);
+            return Err(Problem { status: 503, ..Problem::new(Code::Other, detail) }.into());
+        }
+        opened => opened.map_err(|error| anyhow::anyhow!("opening '{}': {error}", path.display()))?,
+    };
     Ok(ranges(file, image.size, &format!("\"{}\"", image.digest), method, headers))
 }
 

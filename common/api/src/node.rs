@@ -309,7 +309,7 @@ pub struct ImageOffer {
     /// Detached signature file (`FILE.moor.sig`), where there is one.
     #[serde(default)]
     pub signatures: Option<Base64>,
-    /// Full URLs of the image at all members, first those of the one that answers; all serve the same bytes.
+    /// Full URLs of the image at all members, first those of the one that answers; all that have it serve the same bytes.
     pub urls: Vec<String>,
     /// Whether those URLs want the token (plain images do).
     pub token_required: bool,

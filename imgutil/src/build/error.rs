@@ -195,6 +195,12 @@ pub enum BuildError {
     /// A repository or package is not signed by the key it must be signed by.
     #[error("a repository is not signed by its key, so nothing of it was used: {0}")]
     Untrusted(String),
+    /// An index or a package is not what the index above it, which is signed, names.
+    #[error(
+        "{0} is not the file that the signed index names, so nothing of it was used: it was changed or damaged, or the archive is \
+         just being updated; build again in some minutes, or take another mirror"
+    )]
+    Altered(String),
     /// A setting of the recipe cannot be made in this image.
     #[error("{0}")]
     Setting(String),
@@ -239,7 +245,7 @@ pub enum BuildError {
         answer: String,
     },
     /// No kernel came with the packages.
-    #[error("the packages brought no kernel into /boot: add one that does, or build with --minimal")]
+    #[error("the packages brought no kernel into /boot: add one that does, or say base = \"minimal\" (--minimal)")]
     NoKernel,
     /// Nothing would be started when the kernel is up.
     #[error("the packages brought no /sbin/init: add one that does, as systemd-sysv")]

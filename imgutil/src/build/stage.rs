@@ -1,6 +1,6 @@
 //! The node's files (agent, tether, initramfs module, units): checked and copied with root's ownership, ready to be planted.
 
-use super::BuildError;
+use super::{BuildError, lay};
 use std::fs::Permissions;
 use std::io;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, fchown, lchown, symlink};
@@ -48,10 +48,11 @@ fn copy_directory(from: &Path, to: &Path) -> Result<(), BuildError> {
 
 fn copy_file(from: &Path, to: &Path) -> io::Result<()> {
     let mut source = std::fs::File::open(from)?;
+    let mode = lay::mode_in_image(&source.metadata()?) & 0o7777;
     let mut target = std::fs::File::create_new(to)?;
     io::copy(&mut source, &mut target)?;
     fchown(&target, Some(0), Some(0))?;
-    target.set_permissions(Permissions::from_mode(source.metadata()?.mode() & 0o755))
+    target.set_permissions(Permissions::from_mode(mode))
 }
 
 /// The units among the node's files that ask to be enabled.
@@ -99,6 +100,8 @@ mod tests {
         let agent = source.join("usr/bin/moor-agent");
         std::fs::write(&agent, "x").unwrap();
         std::fs::set_permissions(&agent, Permissions::from_mode(0o6777)).unwrap();
+        // As a checkout under umask 077 has it.
+        std::fs::set_permissions(units.join("a.service"), Permissions::from_mode(0o600)).unwrap();
         lchown(&agent, Some(1000), Some(1000)).unwrap();
         symlink("moor-agent", source.join("usr/bin/link")).unwrap();
 
@@ -106,6 +109,8 @@ mod tests {
         copy(&source, &stage).unwrap();
         let metadata = stage.join("usr/bin/moor-agent").metadata().unwrap();
         assert_eq!((metadata.uid(), metadata.gid(), metadata.mode() & 0o7777), (0, 0, 0o755));
+        let unit = stage.join(units.strip_prefix(&source).unwrap()).join("a.service");
+        assert_eq!(unit.metadata().unwrap().mode() & 0o7777, 0o644);
         assert_eq!(stage.join("usr/bin/link").read_link().unwrap(), Path::new("moor-agent"));
         assert_eq!(units_to_enable(&stage).unwrap(), ["a.service"]);
         assert!(matches!(copy(Path::new("/no/such"), &scratch.path().join("s2")), Err(BuildError::NodeFiles(..))));

@@ -46,7 +46,7 @@ impl Tree {
                         Err(rustix::io::Errno::EXIST) => return Err(Self::leads_nowhere(&at)),
                         other => other?,
                     }
-                    // Not by the umask of whoever builds.
+                    // By the umask of no caller: `imgutil` sets its own, another program may not.
                     let made = open(&at)?;
                     chmodat(&directory, part.as_os_str(), Mode::from_raw_mode(0o755), AtFlags::empty())?;
                     made

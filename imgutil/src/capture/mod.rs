@@ -110,7 +110,8 @@ pub fn capture_to_server(
         (Cursor::new(bytes), length)
     };
     let (kernel, initramfs) = (measured(boot_files.kernel), measured(boot_files.initramfs));
-    let (view, published) = upload.send(Parcel { sealed, key: Some(key), kernel, initramfs, boot_loaders: Vec::new() })?;
+    let (view, published) =
+        upload.send(Parcel { sealed, key: Some(key), kernel, initramfs, boot_loaders: Vec::new() })?;
     Ok((captured, view, published))
 }
 

@@ -35,19 +35,14 @@ pub(crate) fn open_with_any(path: &Path, key_files: &[PathBuf]) -> Result<Image<
                 break;
             }
         }
-        if key.is_none() && !key_files.is_empty() {
-            bail!(
-                "cannot open image '{}': wrong key: the image wants key id {}, which none of the given keys has; give the key that \
-                 was made with this image",
-                path.display(),
-                hex::encode(header.key_id)
-            );
-        }
         if key.is_none() {
+            let (image, wanted) = (path.display(), hex::encode(header.key_id));
+            if key_files.is_empty() {
+                bail!("cannot open image '{image}': it is encrypted with the key {wanted}: give its key with --key-file");
+            }
             bail!(
-                "cannot open image '{}': it is encrypted with the key {}: give its key with --key-file",
-                path.display(),
-                hex::encode(header.key_id)
+                "cannot open image '{image}': wrong key: the image wants key id {wanted}, which none of the given keys has; give the \
+                 key that was made with this image"
             );
         }
     }

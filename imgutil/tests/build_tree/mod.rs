@@ -215,9 +215,10 @@ pub fn payload(tree: &Path) -> String {
     let mut pack = imgutil();
     let output =
         pack.args(["pack", "--plain", "--level", "1", "--json"]).arg(tree).arg("-o").arg(&image).output().unwrap();
+    let payload = payload_of(&output);
     std::fs::remove_file(image).unwrap();
     std::fs::remove_dir_all(tree).unwrap();
-    payload_of(&output)
+    payload
 }
 
 /// What `imgutil pack --json` says of the plaintext.

@@ -24,8 +24,8 @@ use tokio::io::AsyncWriteExt as _;
 
 /// Longest call; a batch of entries, of which one may be large.
 const MAX_BODY: usize = 128 << 20;
-/// To who shows a good certificate and is no member.
-const STRANGER: &str = "this member is none of the collective, or was removed: set its state aside and join anew";
+const REMOVED: &str = "this member was removed from the collective: set its state aside and join anew";
+const UNKNOWN: &str = "the member that was asked has not heard of this one yet: it may be behind; try again";
 
 /// The routes.
 pub(crate) fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
@@ -34,7 +34,7 @@ pub(crate) fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/member/v1/vote", post(vote))
         .route("/member/v1/pre-vote", post(pre_vote))
         .route("/member/v1/snapshot", post(snapshot))
-        .route_layer(from_fn_with_state(member.clone(), named_only));
+        .route_layer(from_fn_with_state(member.clone(), not_removed));
     let among_members = Router::new()
         .route("/member/v1/propose", post(propose))
         .route("/member/v1/read-index", post(read_index))
@@ -51,23 +51,25 @@ enum Caller {
     Member,
     /// Its removal is not through: its vote may be needed for that.
     Leaving,
+    /// Not heard of yet: this member may be behind, and the caller may lead those who know more.
+    Unknown,
 }
 
 /// By the member's certificate. As long as this member has no record of itself it knows nobody, and believes the certificate.
 fn caller(member: &Member, connection: &Connection) -> Result<Caller, Failure> {
-    let refused = |detail| Err(Problem::new(Code::Forbidden, detail).into());
     let Peer::Tls { member: Some(caller), .. } = connection.peer else {
-        return refused("members only: no member's certificate was shown");
+        return Err(Problem::new(Code::Forbidden, "members only: no member's certificate was shown").into());
     };
     let records = member.view().and_then(|view| view.members())?;
-    let is_present = |id| records.values().any(|record| record.id == id && !record.removed);
-    let knows_nobody = !records.values().any(|record| record.id == member.identity.id);
-    if is_present(caller) || knows_nobody {
-        Ok(Caller::Member)
-    } else if member.store.standing().members.values().any(|(peer, _)| peer.id == caller) {
-        Ok(Caller::Leaving)
-    } else {
-        refused(STRANGER)
+    // A name that is used again is another member.
+    let of = |id| records.values().find(|record| record.id == id);
+    let is_named = || member.store.standing().members.values().any(|(peer, _)| peer.id == caller);
+    match of(caller) {
+        Some(record) if !record.removed => Ok(Caller::Member),
+        Some(_) if is_named() => Ok(Caller::Leaving),
+        Some(_) => Err(Problem::new(Code::Forbidden, REMOVED).into()),
+        None if of(member.identity.id).is_none() => Ok(Caller::Member),
+        None => Ok(Caller::Unknown),
     }
 }
 
@@ -78,15 +80,18 @@ async fn members_only(
     request: Request,
     next: Next,
 ) -> Response {
+    let refused = |detail| Failure(Problem::new(Code::Forbidden, detail)).into_response();
     match caller(&member, &connection) {
         Ok(Caller::Member) => next.run(request).await,
-        Ok(Caller::Leaving) => Failure(Problem::new(Code::Forbidden, STRANGER)).into_response(),
+        Ok(Caller::Leaving) => refused(REMOVED),
+        Ok(Caller::Unknown) => refused(UNKNOWN),
         Err(failure) => failure.into_response(),
     }
 }
 
-/// For what keeps the collective going.
-async fn named_only(
+/// For what keeps the collective going: whoever was not removed. It binds members that keep to the rules; a removed one that does not has
+/// had the authority's keys.
+async fn not_removed(
     State(member): State<Arc<Member>>,
     Extension(connection): Extension<Connection>,
     request: Request,

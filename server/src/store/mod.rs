@@ -43,7 +43,7 @@ pub enum StoreError {
     #[error("a record cannot be written: {0}")]
     Encode(String),
     /// The disk is as good as full; nothing was changed.
-    #[error("the disk of the member's store is full ({0} MiB left): free some space there")]
+    #[error("the disk of the member's store is full ({0} MiB left): free some space there, and start the member again")]
     Full(u64),
     /// The store was closed, or is overloaded.
     #[error("the store is not taking changes")]

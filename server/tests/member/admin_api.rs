@@ -142,11 +142,16 @@ async fn generations_of_an_image_grow_in_one_lineage() -> anyhow::Result<()> {
     let (_, detail) = refusal(admin.import_image(&request(None)).await);
     assert!(detail.contains("encrypted"), "{detail}");
     // One boot loader without the other starts nothing, and no other file is one.
-    for names in [&["shimx64.efi"][..], &["shimx64.efi", "grubaa64.efi"], &["a", "b"], &["grubx64.efi", "kernel", "shimx64.efi"]] {
+    for names in
+        [&["shimx64.efi"][..], &["shimx64.efi", "grubaa64.efi"], &["a", "b"], &["grubx64.efi", "kernel", "shimx64.efi"]]
+    {
         let boot_loaders = names.iter().map(|name| ((*name).to_owned(), blob)).collect();
         let request = ImportImage { boot_loaders, ..request(Some(dek.to_hex().to_string())) };
         let (code, detail) = refusal(admin.import_image(&request).await);
-        assert!(code == Code::BadRequest && detail.contains("shimx64.efi and grubx64.efi, or shimaa64.efi"), "{detail}");
+        assert!(
+            code == Code::BadRequest && detail.contains("shimx64.efi and grubx64.efi, or shimaa64.efi"),
+            "{detail}"
+        );
     }
     let (_, detail) = refusal(admin.import_image(&request(Some(Dek::generate()?.to_hex().to_string()))).await);
     assert!(detail.contains("wrong key"), "{detail}");

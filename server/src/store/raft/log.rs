@@ -17,7 +17,9 @@ use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, RangeBounds};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::oneshot;
 
 const ENTRIES: TableDefinition<'static, u64, &'static [u8]> = TableDefinition::new("entries");
@@ -32,6 +34,8 @@ const KEPT_BYTES: usize = 8 << 20;
 const PIECE: usize = 512 << 10;
 /// Jobs that one transaction takes.
 const BATCH: usize = 256;
+/// So long the mark of what is committed waits for something to go with.
+const MARK: Duration = Duration::from_secs(1);
 /// Below this many bytes of free space nothing is written: a database that meets the end of the disk has to be opened anew.
 const RESERVE: u64 = 8 << 20;
 
@@ -208,20 +212,29 @@ struct Writer {
 impl Writer {
     fn run(&self, queue: &mpsc::Receiver<Job>) {
         let (mut committed, mut failed) = (None, None);
-        while let Ok(first) = queue.recv() {
-            let mut batch = vec![first];
+        loop {
+            // The newest mark goes with the next job that is worth a sync, and alone when none comes.
+            let first = match committed {
+                Some(_) => queue.recv_timeout(MARK),
+                None => queue.recv().map_err(RecvTimeoutError::from),
+            };
+            let is_late = matches!(first, Err(RecvTimeoutError::Timeout));
+            let mut batch = match first {
+                Ok(job) => vec![job],
+                Err(RecvTimeoutError::Timeout) => Vec::new(),
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
             while batch.len() < BATCH {
                 let Ok(job) = queue.try_recv() else { break };
                 batch.push(job);
             }
-            // The newest mark goes with the next job that is worth a sync.
             batch.retain(|job| {
                 if let Job::Committed(id) = job {
                     committed = *id;
                 }
                 !matches!(job, Job::Committed(_))
             });
-            if batch.is_empty() {
+            if batch.is_empty() && !is_late {
                 continue;
             }
             batch.extend(committed.take().map(|id| Job::Committed(Some(id))));
@@ -343,12 +356,9 @@ fn bounds(range: &impl RangeBounds<u64>) -> (u64, u64) {
     (start, end)
 }
 
-impl RaftLogReader<Raft> for Log {
-    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
-        &mut self,
-        range: RB,
-    ) -> Result<Vec<Entry>, io::Error> {
-        let (start, end) = bounds(&range);
+impl Log {
+    /// The entries from `start` to before `end`, as far as there are.
+    async fn read(&self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
         if start >= end {
             return Ok(Vec::new());
         }
@@ -361,7 +371,7 @@ impl RaftLogReader<Raft> for Log {
             (kept, until)
         };
         if start >= until {
-            return whole(kept);
+            return Ok(kept);
         }
         let shared = self.shared.clone();
         let read = move || -> Result<Vec<Entry>, StoreError> {
@@ -378,7 +388,22 @@ impl RaftLogReader<Raft> for Log {
         };
         let mut entries = tokio::task::spawn_blocking(read).await?.map_err(io::Error::other)?;
         entries.extend(kept);
-        whole(entries)
+        Ok(entries)
+    }
+}
+
+impl RaftLogReader<Raft> for Log {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
+        &mut self,
+        range: RB,
+    ) -> Result<Vec<Entry>, io::Error> {
+        let (start, end) = bounds(&range);
+        match whole(self.read(start, end).await?) {
+            // The end of the log may have been cut off between what was read from memory and from the disk: a second look tells that
+            // from damage.
+            Err(_) => whole(self.read(start, end).await?),
+            entries => entries,
+        }
     }
 
     async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {

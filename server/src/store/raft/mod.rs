@@ -24,7 +24,9 @@ use super::{Command, Event, Outcome, Store, StoreError};
 use log::Log;
 use machine::Machine;
 use membership::{Change, next_change};
+use moor_api::client::ClientError;
 use moor_api::ids::MemberId;
+use moor_api::problem::Code;
 use openraft::async_runtime::WatchReceiver as _;
 use openraft::errors::{ClientWriteError, ForwardToLeader, LinearizableReadError, RaftError};
 use openraft::impls::leader_id_std;
@@ -308,9 +310,14 @@ impl Replicated {
             };
             if let Some(ForwardToLeader { leader_id: Some(leader), leader_node: Some(peer), .. }) = leader
                 && leader != self.number
-                && let Ok(index) = self.calls.read_index(&peer).await
             {
-                return self.applied(index).await;
+                match self.calls.read_index(&peer).await {
+                    Ok(index) => return self.applied(index).await,
+                    Err(ClientError::Problem(problem)) if problem.code == Code::Forbidden => {
+                        return Err(StoreError::Leader(problem));
+                    }
+                    Err(_) => {}
+                }
             }
             self.again(until).await?;
         }
@@ -384,7 +391,7 @@ impl Replicated {
             return Ok(());
         }
         let Some(change) = next_change(&standing, records) else { return Ok(()) };
-        tracing::info!("membership: {change}");
+        let said = change.to_string();
         match change {
             Change::Add(number, peer) => self.raft.add_learner(number, peer, false).await.map(drop),
             Change::Rename(number, peer) => {
@@ -407,6 +414,7 @@ impl Replicated {
                 self.raft.change_membership(ChangeMembers::RemoveNodes(nodes), false).await.map(drop)
             }
         }
+        .map(|()| tracing::info!("membership: {said}"))
         .or_else(|error| match error {
             // Another change is under way, or the lead was lost: the next call sees.
             RaftError::APIError(error) => {

@@ -61,8 +61,11 @@ pub(super) fn explain(doing: &str, tail: Tail, index: Option<&Index>, place: &Pa
         let near = index.map(|index| near(name, index.names())).unwrap_or_default();
         return BuildError::UnknownPackage { name: name.clone(), near, others: others.to_vec() };
     }
-    if let Some(what) = untrusted(&tail).or_else(|| altered(&tail)) {
+    if let Some(what) = untrusted(&tail) {
         return BuildError::Untrusted(what);
+    }
+    if let Some(what) = altered(&tail) {
+        return BuildError::Altered(what);
     }
     match unreachable(&tail) {
         // A full disk is told as a failed fetch.
@@ -109,10 +112,7 @@ fn altered(tail: &Tail) -> Option<String> {
     let words = ["Hash Sum mismatch", "File has unexpected size"];
     let lines = tail.after("E: Failed to fetch ");
     let line = lines.into_iter().find(|line| words.iter().any(|word| line.contains(word)))?;
-    let address = line.split(' ').next().unwrap_or(line);
-    Some(format!(
-        "{address} is not the file that the signed index names (it was changed, or is damaged, or the archive is just being updated)"
-    ))
+    Some(line.split(' ').next().unwrap_or(line).to_owned())
 }
 
 #[cfg(test)]
@@ -172,7 +172,8 @@ mod tests {
             "E: Failed to fetch copy:/a/./Packages  File has unexpected size (7 != 8). Mirror sync in progress? [IP: 1]\n   Hashes of expected file:\n\
              E: Some index files failed to download.\n",
         );
-        assert!(altered(&other).unwrap().starts_with("copy:/a/./Packages is not the file that the signed index names"));
+        let sum = tail("E: Failed to fetch copy:/a/./own.deb  Hash Sum mismatch\n   Hashes of expected file:\n");
+        assert_eq!([altered(&other).unwrap(), altered(&sum).unwrap()], ["copy:/a/./Packages", "copy:/a/./own.deb"]);
         assert_eq!((altered(&lost), untrusted(&other)), (None, None));
     }
 }

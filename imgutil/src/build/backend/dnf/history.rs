@@ -46,7 +46,8 @@ pub(super) fn tidy(context: &mut Context<'_, '_>) -> Result<(), BuildError> {
     }
     take_out(&tree, LOG, &copy.with_extension("sqlite-wal"))?;
     let mut command = interpreter();
-    command.extend(["-c", TIDY].map(OsString::from));
+    // Alone: no module of the folder that this was started in, where recipes come from.
+    command.extend(["-I", "-c", TIDY].map(OsString::from));
     command.push(copy.clone().into());
     command.push(context.epoch.map_or_else(String::new, |seconds| seconds.to_string()).into());
     let (succeeded, tail) = rpm::run(context, &root, &mut NoMeaning, command, None)?;
