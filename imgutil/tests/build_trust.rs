@@ -16,6 +16,8 @@ fn replace(path: &Path, from: &str, to: &str) {
     fs::write(path, text.replace(from, to)).unwrap();
 }
 
+const UNSIGNED: &str = "a repository is not signed by its key, so nothing of it was used: ";
+
 #[test]
 fn what_is_not_as_it_was_signed_is_refused_and_nothing_is_left() {
     let work = scratch();
@@ -36,7 +38,6 @@ fn what_is_not_as_it_was_signed_is_refused_and_nothing_is_left() {
         *bytes.last_mut().unwrap() ^= 1;
         fs::write(path, bytes).unwrap();
     };
-    const UNSIGNED: &str = "a repository is not signed by its key, so nothing of it was used: ";
     let cases: [(&dyn Fn(), &[&str]); 4] = [
         (&|| replace(&place.join("InRelease"), "Suite: own", "Suite: mine"), &[UNSIGNED, "archive", "BADSIG"]),
         (&|| fs::remove_file(place.join("InRelease")).unwrap(), &[UNSIGNED, "archive", "is not signed"]),

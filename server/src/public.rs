@@ -171,8 +171,9 @@ async fn boot(
         "kernel" => image.kernel,
         "initramfs" => image.initramfs,
         other => *image.boot_loaders.get(other).ok_or_else(|| {
-            let loaders: String = image.boot_loaders.keys().map(|name| format!(", {name}")).collect();
-            not_found(format!("boot files of profile '{profile}' are kernel, initramfs, site.cpio{loaders}"))
+            let mut names = vec!["kernel", "initramfs", "site.cpio"];
+            names.extend(image.boot_loaders.keys().map(String::as_str));
+            not_found(format!("boot files of profile '{profile}' are {}", names.join(", ")))
         })?,
     };
     let path = content::path_of(&member.config.blobs(), blob);

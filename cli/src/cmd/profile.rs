@@ -75,8 +75,9 @@ async fn boot_files(client: &mut AdminClient, name: &ProfileName, out: &Path) ->
         }
         write(&out.join(loader), &[&client.boot_file(name, loader, MAX_BOOT_FILE).await?])?;
     }
-    let loaders: String = files.boot_loaders.keys().map(|loader| format!("{loader}, ")).collect();
-    output::line(format_args!("{name}: vmlinuz, initrd.img, {loaders}and cmdline are in '{}'", out.display()))?;
+    let mut written = vec!["vmlinuz", "initrd.img"];
+    written.extend(files.boot_loaders.keys().map(String::as_str));
+    output::line(format_args!("{name}: {} and cmdline are in '{}'", written.join(", "), out.display()))?;
     Ok(())
 }
 

@@ -328,7 +328,7 @@ pub struct ImportImage {
     pub boot_loaders: BTreeMap<String, Sha256Digest>,
 }
 
-/// Names of shim and GRUB, by which shim looks for GRUB beside itself (UEFI Secure Boot): for x86-64, and for AArch64.
+/// Names of shim and GRUB, by which shim looks for GRUB beside itself (UEFI Secure Boot): for x86-64, and for 64-bit Arm.
 pub const BOOT_LOADERS: [[&str; 2]; 2] = [["shimx64.efi", "grubx64.efi"], ["shimaa64.efi", "grubaa64.efi"]];
 
 impl std::fmt::Debug for ImportImage {

@@ -3,7 +3,7 @@
 use super::{BuildError, lay};
 use std::fs::Permissions;
 use std::io;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, fchown, lchown, symlink};
+use std::os::unix::fs::{PermissionsExt as _, fchown, lchown, symlink};
 use std::path::{Path, PathBuf};
 
 /// Where systemd looks for units that a package brings, in the layout of the target.
@@ -86,6 +86,7 @@ pub(super) fn units_to_enable(stage: &Path) -> Result<Vec<String>, BuildError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt as _;
 
     #[test]
     fn node_files_become_roots_and_units_are_found() {

@@ -38,7 +38,9 @@ pub(crate) fn open_with_any(path: &Path, key_files: &[PathBuf]) -> Result<Image<
         if key.is_none() {
             let (image, wanted) = (path.display(), hex::encode(header.key_id));
             if key_files.is_empty() {
-                bail!("cannot open image '{image}': it is encrypted with the key {wanted}: give its key with --key-file");
+                bail!(
+                    "cannot open image '{image}': it is encrypted with the key {wanted}: give its key with --key-file"
+                );
             }
             bail!(
                 "cannot open image '{image}': wrong key: the image wants key id {wanted}, which none of the given keys has; give the \

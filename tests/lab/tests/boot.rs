@@ -7,6 +7,7 @@ use moor_lab::scenario::{BOOT_LIMIT, NODE, Scenario};
 use moor_lab::{Swtpm, Vm};
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt as _;
+use std::time::Duration;
 
 #[test]
 fn a_node_enrols_once_boots_from_the_network_and_stays_itself() -> anyhow::Result<()> {
