@@ -19,12 +19,16 @@ use moor_image::{Dek, Image, OpenOptions};
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
 /// Largest blob: the largest image and what stands around it.
 const MAX_BLOB: u64 = (1 << 40) + (1 << 34);
+
+/// So long a refused upload is read on.
+const LINGER: Duration = Duration::from_secs(5);
 
 pub(super) async fn add_blob(State(member): State<Arc<Member>>, body: Body) -> Result<Json<BlobAdded>, Failure> {
     let (sender, mut receiver) = mpsc::channel::<Bytes>(8);
@@ -58,11 +62,18 @@ pub(super) async fn add_blob(State(member): State<Arc<Member>>, body: Body) -> R
     // When the writer failed, its own error is what counts.
     let _ = sender.send(Bytes::new()).await;
     drop(sender);
-    let (blob, size) = writer
-        .await
-        .map_err(|error| anyhow::anyhow!("keeping a blob: {error}"))?
-        .map_err(|error| cannot_keep(&place, &error))?;
+    let kept = writer.await.map_err(|error| anyhow::anyhow!("keeping a blob: {error}"))?;
+    let (blob, size) = kept.map_err(|error| {
+        tokio::spawn(discard(body));
+        cannot_keep(&place, &error)
+    })?;
     Ok(Json(BlobAdded { blob, size }))
+}
+
+/// Who is refused in the middle of an upload still sends, and hears the reason only as long as somebody reads on.
+async fn discard(mut body: Body) {
+    let rest = async { while let Some(Ok(_)) = body.frame().await {} };
+    let _ = tokio::time::timeout(LINGER, rest).await;
 }
 
 /// What becomes of an upload that the member's disk does not take.
