@@ -204,7 +204,7 @@ mod tests {
     #[test]
     fn long_histories_are_judged() {
         let mut random = fastrand::Rng::with_seed(7);
-        for round in 0..50 {
+        for round in 0..8 {
             let (mut value, mut written, mut calls) = (0, 0, Vec::new());
             for step in 0..2000_u64 {
                 // Each takes effect at `at`, and is under way for a while around that.
