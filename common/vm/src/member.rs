@@ -44,22 +44,6 @@ impl Member {
         Ok(member)
     }
 
-    /// A further member of a collective that runs in `namespace`; it was invited there, and listens once it is [`Self::start`]ed.
-    ///
-    /// # Errors
-    /// `moord join` failed; with what it printed.
-    pub fn join(options: MemberOptions, namespace: &Namespace, invitation: &str) -> Result<Self, VmError> {
-        let member = Self { guard: None, options };
-        member.write_config()?;
-        let file = member.options.dir.join("invitation");
-        std::fs::write(&file, invitation).map_err(VmError::io("write", &file))?;
-        chown(&file, Some(UID), Some(UID)).map_err(VmError::io("give to the member's user", &file))?;
-        let mut command = tied_as(UID, &member.options.moord);
-        command.args(["join", "--config"]).arg(member.config()).args(["--address", "127.0.0.1", "--invitation"]);
-        run(&mut namespace.enter(command.arg(&file)))?;
-        Ok(member)
-    }
-
     /// The same member once more, at another port, from its state at rest: a second server of all that the first one holds. What
     /// either of them learns later, the other does not. The first must not run meanwhile.
     ///

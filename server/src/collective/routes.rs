@@ -24,7 +24,9 @@ use tokio::io::AsyncWriteExt as _;
 
 /// Longest call; a batch of entries, of which one may be large.
 const MAX_BODY: usize = 128 << 20;
+/// To a member that is none any more.
 const REMOVED: &str = "this member was removed from the collective: set its state aside and join anew";
+/// To one that shows a good certificate and stands in no record here.
 const UNKNOWN: &str = "the member that was asked has not heard of this one yet: it may be behind; try again";
 
 /// The routes.
@@ -34,12 +36,12 @@ pub(crate) fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/member/v1/vote", post(vote))
         .route("/member/v1/pre-vote", post(pre_vote))
         .route("/member/v1/snapshot", post(snapshot))
-        .route_layer(from_fn_with_state(member.clone(), not_removed));
+        .route_layer(from_fn_with_state((member.clone(), Gate::NotRemoved), guard));
     let among_members = Router::new()
         .route("/member/v1/propose", post(propose))
         .route("/member/v1/read-index", post(read_index))
         .route("/member/v1/blobs/{digest}", get(blob))
-        .route_layer(from_fn_with_state(member.clone(), members_only))
+        .route_layer(from_fn_with_state((member.clone(), Gate::Members), guard))
         .merge(raft)
         .layer(DefaultBodyLimit::max(MAX_BODY));
     Router::new().route(join::PATH, post(let_in)).layer(DefaultBodyLimit::max(64 << 10)).merge(among_members)
@@ -61,7 +63,6 @@ fn caller(member: &Member, connection: &Connection) -> Result<Caller, Failure> {
         return Err(Problem::new(Code::Forbidden, "members only: no member's certificate was shown").into());
     };
     let records = member.view().and_then(|view| view.members())?;
-    // A name that is used again is another member.
     let of = |id| records.values().find(|record| record.id == id);
     let is_named = || member.store.standing().members.values().any(|(peer, _)| peer.id == caller);
     match of(caller) {
@@ -73,33 +74,28 @@ fn caller(member: &Member, connection: &Connection) -> Result<Caller, Failure> {
     }
 }
 
-/// For what a member does because it is one.
-async fn members_only(
-    State(member): State<Arc<Member>>,
+/// Who may use a route.
+#[derive(Debug, Clone, Copy)]
+enum Gate {
+    /// For what a member does because it is one.
+    Members,
+    /// For what keeps the collective going. It binds members that keep to the rules; a removed one that does not has had the authority's
+    /// keys.
+    NotRemoved,
+}
+
+async fn guard(
+    State((member, gate)): State<(Arc<Member>, Gate)>,
     Extension(connection): Extension<Connection>,
     request: Request,
     next: Next,
 ) -> Response {
     let refused = |detail| Failure(Problem::new(Code::Forbidden, detail)).into_response();
-    match caller(&member, &connection) {
-        Ok(Caller::Member) => next.run(request).await,
-        Ok(Caller::Leaving) => refused(REMOVED),
-        Ok(Caller::Unknown) => refused(UNKNOWN),
-        Err(failure) => failure.into_response(),
-    }
-}
-
-/// For what keeps the collective going: whoever was not removed. It binds members that keep to the rules; a removed one that does not has
-/// had the authority's keys.
-async fn not_removed(
-    State(member): State<Arc<Member>>,
-    Extension(connection): Extension<Connection>,
-    request: Request,
-    next: Next,
-) -> Response {
-    match caller(&member, &connection) {
-        Ok(_) => next.run(request).await,
-        Err(failure) => failure.into_response(),
+    match (caller(&member, &connection), gate) {
+        (Ok(Caller::Member), _) | (Ok(_), Gate::NotRemoved) => next.run(request).await,
+        (Ok(Caller::Leaving), Gate::Members) => refused(REMOVED),
+        (Ok(Caller::Unknown), Gate::Members) => refused(UNKNOWN),
+        (Err(failure), _) => failure.into_response(),
     }
 }
 

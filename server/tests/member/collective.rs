@@ -48,6 +48,16 @@ async fn voters(member: &Member, count: usize) -> anyhow::Result<CollectiveView>
     }
 }
 
+/// Waits until something is so; its log says why `member` does not come to it.
+async fn until(member: &Member, otherwise: &str, is_so: impl AsyncFn() -> anyhow::Result<bool>) -> anyhow::Result<()> {
+    let end = Instant::now() + PATIENCE;
+    while !is_so().await? {
+        ensure!(Instant::now() < end, "{otherwise}:\n{}", member.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(())
+}
+
 async fn names(member: &Member) -> anyhow::Result<Vec<String>> {
     Ok(member.admin().await?.nodes(None).await?.into_iter().map(|node| node.name.to_string()).collect())
 }
@@ -106,11 +116,7 @@ async fn a_node_is_told_where_every_member_has_its_image() -> anyhow::Result<()>
     let second = joined(&first, "m2", true).await?;
     voters(&first, 2).await?;
     first.publish().await?;
-    let end = Instant::now() + PATIENCE;
-    while blobs(&second)? != blobs(&first)? {
-        ensure!(Instant::now() < end, "the image did not come:\n{}", second.log());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    until(&second, "the image did not come", async || Ok(blobs(&second)? == blobs(&first)?)).await?;
     for (member, other, name) in [(&first, &second, "n1"), (&second, &first, "n2")] {
         let machine = Machine::new(member).await?;
         member.define(name, machine.uuid).await?;
@@ -259,11 +265,7 @@ async fn members_are_promoted_demoted_and_removed_for_good() -> anyhow::Result<(
     admin.change_member("demote", &member_request("m2")).await?;
     voters(&first, 1).await?;
     admin.change_member("remove", &member_request("m2")).await?;
-    let end = Instant::now() + PATIENCE;
-    while view(&first).await?.members.len() > 1 {
-        ensure!(Instant::now() < end, "it is not removed:\n{}", first.log());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    until(&first, "it is not removed", async || Ok(view(&first).await?.members.len() <= 1)).await?;
     // It comes back, and nobody listens.
     second.kill();
     second.run()?;
@@ -284,18 +286,11 @@ async fn who_survives_the_leader_alone_knows_that_there_is_no_majority() -> anyh
     let mut members = three().await?;
     let leader = usize::try_from(view(&members[0]).await?.leader.context("a leader")? - 1)?;
     let survivor = (leader + 1) % 3;
-    let end = Instant::now() + PATIENCE;
-    while !view(&members[survivor]).await?.majority {
-        ensure!(Instant::now() < end, "it knows of no majority:\n{}", members[survivor].log());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    until(&members[survivor], "it knows of no majority", async || Ok(view(&members[survivor]).await?.majority)).await?;
     members[leader].kill();
     members[(leader + 2) % 3].kill();
-    let end = Instant::now() + PATIENCE;
-    while view(&members[survivor]).await?.majority {
-        ensure!(Instant::now() < end, "it believes in a dead leader:\n{}", members[survivor].log());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    until(&members[survivor], "it believes in a dead leader", async || Ok(!view(&members[survivor]).await?.majority))
+        .await?;
     let (code, detail) = refusal(define(&members[survivor], "a").await);
     assert_eq!(code, Code::NoMajority, "{detail}");
     Ok(())
@@ -308,11 +303,7 @@ async fn a_leader_can_be_removed_also_while_its_vote_is_needed() -> anyhow::Resu
     let leader = voters(&first, 2).await?.leader.context("a leader")?;
     let (mut gone, stays) = if leader == 1 { (first, second) } else { (second, first) };
     gone.admin().await?.change_member("remove", &member_request(&leader.to_string())).await?;
-    let end = Instant::now() + PATIENCE;
-    while view(&stays).await?.leader != Some(3 - leader) {
-        ensure!(Instant::now() < end, "it does not lead:\n{}", stays.log());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    until(&stays, "it does not lead", async || Ok(view(&stays).await?.leader == Some(3 - leader))).await?;
     // It is its own majority now, also when the other has gone.
     gone.kill();
     define(&stays, "a").await?;
@@ -333,11 +324,8 @@ async fn who_was_away_votes_for_a_member_that_came_meanwhile() -> anyhow::Result
     let number = view(&goes).await?.number.to_string();
     leads.admin().await?.change_member("remove", &member_request(&number)).await?;
     // In the log, not only in the records.
-    let end = Instant::now() + PATIENCE;
-    while !leads.log().contains(&format!("membership: member {number} is removed")) {
-        ensure!(Instant::now() < end, "it is not removed:\n{}", leads.log());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    let removed = format!("membership: member {number} is removed");
+    until(&leads, "it is not removed", async || Ok(leads.log().contains(&removed))).await?;
     // With the old leader and who was removed gone, the two have to make a majority.
     leads.kill();
     goes.kill();
@@ -367,11 +355,7 @@ async fn a_member_that_comes_late_gets_a_snapshot() -> anyhow::Result<()> {
     }
     let second = joined(&first, "m2", true).await?;
     voters(&first, 2).await?;
-    let end = Instant::now() + PATIENCE;
-    while names(&second).await?.len() < 30_000 {
-        ensure!(Instant::now() < end, "it has {} nodes:\n{}", names(&second).await?.len(), second.log());
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
+    until(&second, "it has not all nodes", async || Ok(names(&second).await?.len() >= 30_000)).await?;
     assert_eq!(names(&first).await?, names(&second).await?);
     Ok(())
 }
