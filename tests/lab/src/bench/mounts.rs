@@ -5,6 +5,7 @@ use super::web::Authority;
 use crate::Namespace;
 use crate::process::{Guard, run, tied, wait_for};
 use anyhow::Context as _;
+use moor_tether::state::State;
 use nix::mount::{MntFlags, MsFlags, umount2};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -126,6 +127,11 @@ impl Remote {
     /// What it said so far.
     pub(super) fn log(&self) -> anyhow::Result<String> {
         std::fs::read_to_string(self.dir.join("log")).context("reading what a mount said")
+    }
+
+    /// What the tether says of itself.
+    pub(super) fn state(&self) -> anyhow::Result<State> {
+        State::read(&self.dir.join("state.json")).context("reading a tether's state")
     }
 
     /// Ends who serves it, whatever he waits for: who waits for him gets an error.
