@@ -16,6 +16,8 @@ mod metadata;
 mod report;
 mod seal;
 mod sign;
+#[cfg(target_arch = "x86_64")]
+mod two;
 #[cfg(test)]
 mod vectors;
 mod verify;

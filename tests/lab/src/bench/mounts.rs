@@ -153,7 +153,7 @@ impl Drop for Remote {
     }
 }
 
-/// A squashfs file as a tree, through a loop device. Gone on drop.
+/// A squashfs file as a tree, through a loop device as `moor-tether root` makes it. Gone on drop.
 pub(super) struct Tree {
     at: PathBuf,
 }
@@ -162,7 +162,7 @@ impl Tree {
     pub(super) fn mount(lab: &Lab<'_>, file: &Path) -> anyhow::Result<Self> {
         let at = tempfile::Builder::new().prefix("tree-").tempdir_in(lab.dir)?.keep();
         let device = crate::process::text(
-            tied("losetup").args(["--find", "--show", "--read-only", "--direct-io=on"]).arg(file),
+            tied("losetup").args(["--find", "--show", "--read-only", "--direct-io=on", "--sector-size=4096"]).arg(file),
         )?;
         let mounted = nix::mount::mount(
             Some(Path::new(&device)),
