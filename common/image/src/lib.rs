@@ -13,6 +13,7 @@ mod header;
 mod image;
 mod keys;
 mod metadata;
+mod read_back;
 mod report;
 mod seal;
 mod sign;
