@@ -136,7 +136,7 @@ fn no_plaintext_is_staged_while_a_node_is_captured() {
     let mut command = node.capture(&node.target(), &["--level", "19"]);
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let [output, temporary] = ["out", "tmp"].map(|name| work.path().join(name));
-    let (mut looks, mut seen, mut on_node) = (0, 0, Vec::new());
+    let (mut looks, mut seen, mut on_node, before) = (0, 0, Vec::new(), names(work.path()));
     let status = loop {
         for path in open_files(child.id(), &tree) {
             seen = seen.max(fs::metadata(&path).map_or(0, |meta| meta.len()));
@@ -146,6 +146,7 @@ fn no_plaintext_is_staged_while_a_node_is_captured() {
             // One is the socket of the connection, which nobody reads.
             assert!(!path.is_file() || !has_marker(&path), "plaintext in {}", path.display());
         }
+        assert_eq!(names(work.path()), before, "where the node can write");
         for (id, line) in node.sessions() {
             on_node.extend([line.into_bytes(), fs::read(format!("/proc/{id}/environ")).unwrap_or_default()]);
         }
