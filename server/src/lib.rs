@@ -6,6 +6,7 @@
 pub mod admin;
 pub mod args;
 pub mod authority;
+pub mod backup;
 pub mod certificate;
 pub mod collective;
 pub mod config;

@@ -1,5 +1,6 @@
 //! `/admin/v1`: what administrators may do, over the socket by who they are and over HTTPS by a token.
 
+mod backup;
 mod collective;
 mod content;
 pub(crate) mod nodes;
@@ -51,7 +52,9 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/admin/v1/profiles/{name}/publish", post(content::publish))
         .route("/admin/v1/profiles/{name}/boot", get(content::boot_files))
         .route("/admin/v1/tokens", post(create_token))
+        .route("/admin/v1/backup", post(backup::backup))
         .route("/admin/v1/collective/invite", post(collective::invite))
+        .route("/admin/v1/collective/replace", post(collective::replace))
         .route("/admin/v1/collective/promote", post(collective::promote))
         .route("/admin/v1/collective/demote", post(collective::demote))
         .route("/admin/v1/collective/remove", post(collective::remove))

@@ -41,12 +41,7 @@ pub(super) async fn send(member: &Arc<Member>, digest: &str) -> Result<Response,
 /// The store or the disk failed.
 pub async fn fill(member: &Arc<Member>) -> anyhow::Result<(usize, usize)> {
     let looker = member.clone();
-    let missing = tokio::task::spawn_blocking(move || {
-        let dir = looker.config.blobs();
-        let (named, _) = state::named(&looker.view()?)?;
-        let missing = named.into_iter().filter(|blob| !content::path_of(&dir, *blob).exists());
-        Ok::<Vec<Sha256Digest>, anyhow::Error>(missing.collect())
-    });
+    let missing = tokio::task::spawn_blocking(move || state::missing(&looker.view()?, &looker.config.blobs()));
     let missing = missing.await??;
     let (mut came, mut left) = (0, 0);
     for blob in missing {

@@ -4,6 +4,7 @@ pub mod blobs;
 pub mod identity;
 pub mod invite;
 pub mod join;
+pub mod recover;
 mod routes;
 pub mod upkeep;
 

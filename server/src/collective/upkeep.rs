@@ -3,7 +3,9 @@
 
 use super::blobs;
 use crate::state::Member;
-use crate::store::{Command, Outcome, Store as _};
+use crate::store::records::MemberRecord;
+use crate::store::{Command, Outcome, Store as _, StoreError};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
@@ -29,7 +31,10 @@ async fn membership(member: &Arc<Member>) {
     loop {
         let records = member.view().and_then(|view| view.members());
         let done = match records {
-            Ok(records) => member.store.reconcile(&records).await,
+            Ok(records) => match member.store.reconcile(&records).await {
+                Ok(()) => replace(member, &records).await,
+                error => error,
+            },
             Err(error) => Err(error),
         };
         // A failure that lasts is said once.
@@ -40,6 +45,28 @@ async fn membership(member: &Arc<Member>) {
         said = text;
         tokio::time::sleep(MEMBERSHIP).await;
     }
+}
+
+/// Removes who was replaced: once the new one votes, or, where no vote is at stake, once it is one of the members. Before, the old one
+/// counts, so that the collective never needs a vote that it has not.
+async fn replace(member: &Arc<Member>, records: &BTreeMap<u64, MemberRecord>) -> Result<(), StoreError> {
+    let standing = member.store.standing();
+    if standing.leader != Some(standing.number) {
+        return Ok(());
+    }
+    let holds = |number: &u64, record: &MemberRecord| {
+        let place = standing.members.get(number);
+        !record.removed && place.is_some_and(|(_, votes)| *votes || !record.voter)
+    };
+    for (_, record) in records.iter().filter(|(number, record)| holds(number, record)) {
+        let can_go = |old: &MemberRecord| !old.removed && (record.voter || !old.voter);
+        let Some(number) = record.replaces.filter(|old| records.get(old).is_some_and(can_go)) else { continue };
+        match member.store.propose(Command::RemoveMember { number }).await? {
+            Outcome::Refused(problem) => return Err(StoreError::Leader(problem)),
+            _ => tracing::info!("member {number} was removed: {} has its place", record.name),
+        }
+    }
+    Ok(())
 }
 
 async fn content(member: &Arc<Member>) {

@@ -23,6 +23,13 @@ pub enum Command {
         /// Its first member.
         founder: MemberRecord,
     },
+    /// A collective of one begins anew, from a backup or from what a survivor has: all who were members are none any more.
+    Anew {
+        /// The number that its membership gives it; that of the last member and one.
+        number: u64,
+        /// The only member.
+        member: MemberRecord,
+    },
     /// Somebody may become a member.
     Invite {
         /// Drawn by the proposer.
@@ -213,6 +220,7 @@ impl Command {
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Found { .. } => "found",
+            Self::Anew { .. } => "anew",
             Self::Invite { .. } => "invite",
             Self::Join { .. } => "join",
             Self::MoveMember { .. } => "move-member",

@@ -2,10 +2,12 @@
 #![allow(clippy::unwrap_used)] // tests and their helpers
 
 mod admin_api;
+mod backup;
 mod bad_input;
 mod cli;
 mod collective;
 mod durability;
+mod loss;
 mod node_api;
 mod observe;
 mod strangers;

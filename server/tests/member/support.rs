@@ -337,6 +337,11 @@ impl Machine {
         })
     }
 
+    /// From now on it asks this member.
+    pub(crate) fn asks(&mut self, member: &Member) {
+        self.url = member.url();
+    }
+
     /// Power cycle: another boot, another session key.
     pub(crate) fn reboot(&mut self) -> anyhow::Result<()> {
         self.boot = BootId::random();
