@@ -89,6 +89,9 @@ pub enum Command {
     /// List and import images.
     #[command(subcommand)]
     Image(Image),
+    /// Where the content of the collective is.
+    #[command(subcommand)]
+    Content(Content),
     /// Create, list and publish profiles.
     #[command(subcommand)]
     Profile(Profile),
@@ -306,6 +309,17 @@ pub enum Image {
         /// Folder with `vmlinuz` and `initrd.img`, and shim and GRUB for Secure Boot where they are to be used (`imgutil pack --boot-dir`).
         #[arg(long)]
         boot_dir: PathBuf,
+    },
+}
+
+/// `moor content …`
+#[derive(Debug, Subcommand)]
+pub enum Content {
+    /// Show images and what else is not on every member; the exit status is not 0 when something is on none.
+    Status {
+        /// Show everything.
+        #[arg(long)]
+        all: bool,
     },
 }
 

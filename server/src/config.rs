@@ -32,6 +32,12 @@ pub struct Config {
     /// User ids that may use the socket, besides root and the member's own.
     #[serde(default)]
     pub admin_uids: Vec<u32>,
+    /// So many MiB of content this member fetches from others in a second at most; none: as fast as it comes.
+    #[serde(default)]
+    pub content_mib_per_second: Option<std::num::NonZeroU32>,
+    /// So many members hold an image before nodes are offered it; none: a majority of those that vote. Never more than there are members.
+    #[serde(default)]
+    pub image_copies: Option<std::num::NonZeroU32>,
 }
 
 fn default_name() -> String {

@@ -179,7 +179,7 @@ fn addresses(config: &Config, identity: &Identity) -> anyhow::Result<Addresses> 
 /// The database is damaged.
 pub fn missing(view: &Snapshot, dir: &Path) -> Result<Vec<Sha256Digest>, StoreError> {
     let (named, _) = named(view)?;
-    Ok(named.into_iter().filter(|blob| !content::path_of(dir, *blob).exists()).collect())
+    Ok(content::lacking(dir, named.into_iter().collect()))
 }
 
 /// Gives each blob that a record names to `take`, with a way to say what it is; returns the images that there are.

@@ -2,13 +2,14 @@
 
 mod backup;
 mod collective;
+mod content;
 mod image;
 mod node;
 mod profile;
 mod status;
 mod why;
 
-use crate::args::{Cli, Collective, Command, Init, Token};
+use crate::args::{Cli, Collective, Command, Content, Init, Token};
 use crate::connect::connect;
 use crate::output;
 use anyhow::Context as _;
@@ -57,6 +58,7 @@ pub(crate) async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Why { subject } => why::run(client, &subject, cli.json).await,
         Command::Log { node } => status::log(client, &node, cli.json).await,
         Command::Image(command) => image::run(client, command, cli.json).await,
+        Command::Content(Content::Status { all }) => content::status(client, all, cli.json).await,
         Command::Profile(command) => profile::run(client, command, cli.json).await,
         Command::Site { bundle, known_hosts } => site(client, bundle, known_hosts, cli.json).await,
         Command::Token(Token::Create { name, out, hours }) => create_token(client, name, &out, hours).await,

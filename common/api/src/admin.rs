@@ -19,6 +19,7 @@
 //! | `GET profiles`, `POST profiles` | list of [`ProfileView`]; [`CreateProfile`] → [`ProfileView`] |
 //! | `POST profiles/NAME/publish` | empty → [`ProfileView`] |
 //! | `GET profiles/NAME/boot` | [`BootFiles`] |
+//! | `GET content` | [`ContentView`] |
 //! | `POST tokens` (socket only) | [`TokenRequest`] → [`TokenCreated`] |
 //! | `GET collective` | [`CollectiveView`] |
 //! | `POST collective/invite` (socket only) | [`InviteRequest`] → [`Invited`] |
@@ -393,6 +394,33 @@ pub struct ImageView {
     pub os: Option<String>,
     /// Nodes pinned to it.
     pub pins: u64,
+}
+
+/// Which member has which content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContentView {
+    /// So many members hold an image before nodes are offered it.
+    pub copies: u64,
+    /// Names of the members.
+    pub members: Vec<String>,
+    /// Those that did not answer: what they have is not known.
+    pub silent: Vec<String>,
+    /// All content that records name.
+    pub blobs: Vec<ContentBlob>,
+}
+
+/// One blob.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContentBlob {
+    /// Its SHA-256.
+    pub blob: Sha256Digest,
+    /// What it is.
+    pub of: String,
+    /// Names of the members that have it.
+    pub members: Vec<String>,
+    /// For the blob of an image: whether nodes are offered it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offered: Option<bool>,
 }
 
 /// Makes the working directory of a new profile from a shipped one, or from another one that is there.

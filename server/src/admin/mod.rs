@@ -47,6 +47,7 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/admin/v1/why/{subject}", get(view::why))
         .route("/admin/v1/log/{node}", get(view::log))
         .route("/admin/v1/blobs", put(content::add_blob))
+        .route("/admin/v1/content", get(content::status))
         .route("/admin/v1/images", get(content::images).post(content::import))
         .route("/admin/v1/profiles", get(content::profiles).post(content::create_profile))
         .route("/admin/v1/profiles/{name}/publish", post(content::publish))

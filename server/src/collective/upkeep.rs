@@ -1,7 +1,8 @@
 //! What a member does again and again: the membership follows the records (where it leads), content that is missing is fetched, and a
 //! member that is reached elsewhere than the records say says so.
 
-use super::blobs;
+use super::blobs::Fetcher;
+use super::holders;
 use crate::state::Member;
 use crate::store::records::MemberRecord;
 use crate::store::{Command, Outcome, Store as _, StoreError};
@@ -18,7 +19,7 @@ const CONTENT: Duration = Duration::from_secs(2);
 /// Goes on until `stop`.
 pub async fn run(member: Arc<Member>, stop: CancellationToken) {
     let work = async {
-        tokio::join!(membership(&member), content(&member), announce(&member));
+        tokio::join!(membership(&member), content(&member), announce(&member), holders::offer(&member));
     };
     tokio::select! {
         () = stop.cancelled() => {}
@@ -70,9 +71,9 @@ async fn replace(member: &Arc<Member>, records: &BTreeMap<u64, MemberRecord>) ->
 }
 
 async fn content(member: &Arc<Member>) {
-    let mut missing = 0;
+    let (mut fetcher, mut missing) = (Fetcher::new(member), 0);
     loop {
-        match blobs::fill(member).await {
+        match fetcher.fill(member).await {
             Ok((came, left)) => {
                 if came > 0 || left != missing {
                     tracing::info!("content: {came} blobs came, {left} are missing");

@@ -85,6 +85,14 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
         Command::Log { id, event } => log(write, id, event),
         Command::Refuse { nodes, strangers, refusal } => refuse(write, &nodes, &strangers, &refusal),
         Command::PutImage { image } => put_image(write, &image),
+        Command::OfferImage { digest } => {
+            let key = digest.to_string();
+            let Some(image) = write.get::<ImageRecord>(tables::IMAGES, &key)? else {
+                return Ok(refused(Code::NotFound, format!("image {digest} is not in the catalogue")));
+            };
+            write.put(tables::IMAGES, &key, &ImageRecord { offered: true, ..image })?;
+            Ok(Outcome::Done)
+        }
         Command::PutProfile { profile } => put_profile(write, profile),
         Command::PutToken { hash, token } => {
             write.put(tables::TOKENS, &hash, &token)?;

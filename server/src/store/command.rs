@@ -181,6 +181,11 @@ pub enum Command {
         /// It.
         image: ImageRecord,
     },
+    /// Enough members hold an image: nodes are offered it from now on.
+    OfferImage {
+        /// Which.
+        digest: ImageDigest,
+    },
     /// A generation of a profile.
     PutProfile {
         /// It; its serial is set here.
@@ -240,6 +245,7 @@ impl Command {
             Self::Log { .. } => "log",
             Self::Refuse { .. } => "refuse",
             Self::PutImage { .. } => "put-image",
+            Self::OfferImage { .. } => "offer-image",
             Self::PutProfile { .. } => "put-profile",
             Self::PutToken { .. } => "put-token",
             Self::NextCertificate => "next-certificate",

@@ -275,6 +275,14 @@ pub struct ImageRecord {
     /// From the metadata.
     #[serde(default)]
     pub os: Option<String>,
+    /// Whether so many members have held it that nodes may be offered it. Once it is, it stays.
+    #[serde(default = "offered")]
+    pub offered: bool,
+}
+
+/// Images of before there was a choice.
+fn offered() -> bool {
+    true
 }
 
 /// A profile and its published generation.

@@ -17,7 +17,7 @@ pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-async fn invite(member: &Member, name: &str, voter: bool, lifetime: u64) -> anyhow::Result<String> {
+pub(crate) async fn invite(member: &Member, name: &str, voter: bool, lifetime: u64) -> anyhow::Result<String> {
     let request = InviteRequest { name: name.into(), voter, lifetime };
     Ok(member.admin().await?.invite(&request).await?.invitation)
 }

@@ -6,6 +6,7 @@ mod backup;
 mod bad_input;
 mod cli;
 mod collective;
+mod content;
 mod durability;
 mod loss;
 mod node_api;

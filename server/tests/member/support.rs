@@ -82,6 +82,12 @@ impl Member {
         Ok(member)
     }
 
+    /// Adds to its configuration, before it is started.
+    pub(crate) fn configure(&self, more: &str) -> anyhow::Result<()> {
+        let mut file = std::fs::OpenOptions::new().append(true).open(self.path("moord.toml"))?;
+        Ok(file.write_all(more.as_bytes())?)
+    }
+
     /// A member that runs.
     pub(crate) fn start() -> anyhow::Result<Self> {
         let mut member = Self::init()?;

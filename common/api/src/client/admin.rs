@@ -3,7 +3,7 @@
 use super::tls::{handshake_failure, member_tls_config};
 use super::{Body, ClientError, Http, chain, full};
 use crate::admin::{
-    ArmRequest, BackupRequest, BlobAdded, BootFiles, Changed, CollectiveView, CreateProfile, DefineNodes,
+    ArmRequest, BackupRequest, BlobAdded, BootFiles, Changed, CollectiveView, ContentView, CreateProfile, DefineNodes,
     DeployRequest, ImageView, ImportImage, InviteRequest, Invited, LogEvent, MemberRequest, NodeView, ProfileView,
     RangeRequest, ReplaceRequest, SetAttributes, SiteInfo, StatusEvent, TokenCreated, TokenRequest, Why,
 };
@@ -234,6 +234,11 @@ impl AdminClient {
     /// `POST images`.
     pub async fn import_image(&mut self, request: &ImportImage) -> Result<ImageView, ClientError> {
         self.http.json(Method::POST, "/admin/v1/images", Some(request)).await
+    }
+
+    /// `GET content`.
+    pub async fn content(&mut self) -> Result<ContentView, ClientError> {
+        self.http.json::<(), _>(Method::GET, "/admin/v1/content", None).await
     }
 
     /// `GET profiles`.

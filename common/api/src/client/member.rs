@@ -5,7 +5,7 @@ use super::{Body, ClientError, full};
 use crate::ids::{CollectiveId, MemberId};
 use crate::proof::EXPORTER_LENGTH;
 use bytes::Bytes;
-use http::Method;
+use http::{Method, StatusCode};
 use hyper::body::Incoming;
 use rustls::ClientConfig;
 use std::sync::Arc;
@@ -70,11 +70,14 @@ impl MemberConnection {
         http.collect(&format!("POST {path}"), response, limit).await
     }
 
-    /// A GET whose answer is read as it comes.
+    /// A GET of a file from the byte `start` on, whose answer is read as it comes; with it, where it begins: at `start`, or, from who knows no
+    /// ranges, at the beginning.
     ///
     /// # Errors
     /// The connection broke, or a refusal.
-    pub async fn get(&mut self, path: &str) -> Result<Incoming, ClientError> {
-        Ok(self.0.http.send(Method::GET, path, "", full(Bytes::new())).await?.into_body())
+    pub async fn get_from(&mut self, path: &str, start: u64) -> Result<(u64, Incoming), ClientError> {
+        let response = self.0.http.send_from(path, start).await?;
+        let is_part = response.status() == StatusCode::PARTIAL_CONTENT;
+        Ok((if is_part { start } else { 0 }, response.into_body()))
     }
 }

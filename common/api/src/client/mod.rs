@@ -158,11 +158,32 @@ impl Http {
         content_type: &'static str,
         body: Body,
     ) -> Result<Response<Incoming>, ClientError> {
-        let call = format!("{method} {path}");
-        let mut request = Request::builder().method(method).uri(path).header(header::HOST, self.host.clone());
+        let mut request = Request::builder().method(method).uri(path);
         if !content_type.is_empty() {
             request = request.header(header::CONTENT_TYPE, content_type);
         }
+        self.send_request(request, body).await
+    }
+
+    /// Asks for a file from the byte `start` on. From 0 on it is asked for as a whole.
+    pub async fn send_from(&mut self, path: &str, start: u64) -> Result<Response<Incoming>, ClientError> {
+        let mut request = Request::builder().method(Method::GET).uri(path);
+        if start > 0 {
+            request = request.header(header::RANGE, format!("bytes={start}-"));
+        }
+        self.send_request(request, full(Bytes::new())).await
+    }
+
+    async fn send_request(
+        &mut self,
+        request: http::request::Builder,
+        body: Body,
+    ) -> Result<Response<Incoming>, ClientError> {
+        let call = match (request.method_ref(), request.uri_ref()) {
+            (Some(method), Some(uri)) => format!("{method} {uri}"),
+            _ => "a call".into(),
+        };
+        let mut request = request.header(header::HOST, self.host.clone());
         if let Some(token) = &self.token {
             request = request.header(header::AUTHORIZATION, token.clone());
         }
