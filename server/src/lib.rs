@@ -14,6 +14,7 @@ pub mod content;
 pub mod cpio;
 pub mod files;
 pub mod http;
+pub mod late;
 pub mod listener;
 pub mod model;
 pub mod node;

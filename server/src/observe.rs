@@ -47,7 +47,11 @@ pub(crate) async fn health(State(member): State<Arc<Member>>) -> Response {
         return (StatusCode::SERVICE_UNAVAILABLE, "the store does not answer\n").into_response();
     }
     let standing = member.store.standing();
-    let text = if standing.has_majority() { "ok\n" } else { "no majority: known nodes are served, changes wait\n" };
+    let text = if standing.has_majority() {
+        "ok\n"
+    } else {
+        "no majority: known nodes are served for a while, changes wait\n"
+    };
     text.into_response()
 }
 

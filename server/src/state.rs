@@ -5,6 +5,7 @@ use crate::certificate::Certificate;
 use crate::collective::identity::{self, Identity};
 use crate::config::Config;
 use crate::content;
+use crate::late::Waiting;
 use crate::node::enroll::Enrollments;
 use crate::node::nonce::Nonces;
 use crate::node::rate::RateLimit;
@@ -60,6 +61,8 @@ pub struct Member {
     pub refusals: Throttle,
     /// Who is alive.
     pub heartbeats: Heartbeats,
+    /// What it did without a majority.
+    pub waiting: Waiting,
     /// What boots read.
     pub traces: Traces,
     /// What it was asked.
@@ -267,6 +270,8 @@ impl Member {
         let nonces = Nonces::new(identity.id)?;
         content::sweep(&config.blobs());
         let traces = Traces::new(config.traces());
+        let path = config.waiting();
+        let waiting = Waiting::open(&path).with_context(|| format!("opening '{}'", path.display()))?;
         Ok(Arc::new(Self {
             config,
             store,
@@ -284,6 +289,7 @@ impl Member {
             refusals: Throttle::default(),
             heartbeats: Heartbeats::default(),
             requests: Requests::default(),
+            waiting,
             traces,
         }))
     }

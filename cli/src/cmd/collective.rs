@@ -97,7 +97,7 @@ fn show(view: &CollectiveView) -> anyhow::Result<ExitCode> {
     if view.majority {
         return Ok(ExitCode::SUCCESS);
     }
-    eprintln!("moor: warning: no majority answers: known nodes boot, changes wait");
+    eprintln!("moor: warning: no majority answers: known nodes boot for a while, changes wait");
     Ok(ExitCode::FAILURE)
 }
 

@@ -3,6 +3,7 @@
 
 use super::blobs::Fetcher;
 use super::holders;
+use crate::late;
 use crate::state::Member;
 use crate::store::records::MemberRecord;
 use crate::store::{Command, Outcome, Store as _, StoreError};
@@ -19,7 +20,13 @@ const CONTENT: Duration = Duration::from_secs(2);
 /// Goes on until `stop`.
 pub async fn run(member: Arc<Member>, stop: CancellationToken) {
     let work = async {
-        tokio::join!(membership(&member), content(&member), announce(&member), holders::offer(&member));
+        tokio::join!(
+            membership(&member),
+            content(&member),
+            announce(&member),
+            holders::offer(&member),
+            late::deliver(&member)
+        );
     };
     tokio::select! {
         () = stop.cancelled() => {}

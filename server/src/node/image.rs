@@ -111,8 +111,8 @@ pub(super) async fn key(
     let id = caller.node.id;
     let fields =
         serde_json::json!({ "node": id, "name": caller.node.name, "boot": caller.claims.boot, "image": image.digest });
-    member.audit("image-key", fields).await?;
-    member.propose(Command::Pin { id, digest: image.digest }).await?;
+    member.audit_for_node("image-key", fields).await?;
+    member.propose_for_node(Command::Pin { id, digest: image.digest }).await?;
     let digest = image.digest.to_string();
     let opened = member.secrets.open_secret(Place { table: "images", id: &digest, field: "dek" }, &sealed)?;
     let bytes: &[u8; 32] =

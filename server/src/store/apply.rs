@@ -7,7 +7,7 @@ use super::records::{
     MAX_STRANGERS, NodeRecord, Order, Plan, ProfileRecord, Refusals,
 };
 use super::tables::{self, Write};
-use super::{Event, StoreError, index, members};
+use super::{Event, StoreError, index, late, members};
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
 use moor_api::ids::{BootId, NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
@@ -98,6 +98,7 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
             write.put(tables::TOKENS, &hash, &token)?;
             Ok(Outcome::Done)
         }
+        Command::Late { member, number, what } => late::apply(write, member, number, what),
         Command::NextCertificate => Ok(Outcome::Number(next(write, "ssh-certificate")?)),
         Command::Audit { entry } => audit(write, &entry),
     }
@@ -147,11 +148,11 @@ fn deploy(write: &Write<'_>, id: NodeId, order: Order, time_ms: u64) -> Result<O
     Ok(Outcome::Done)
 }
 
-fn node(write: &Write<'_>, id: NodeId) -> Result<Option<NodeRecord>, StoreError> {
+pub(super) fn node(write: &Write<'_>, id: NodeId) -> Result<Option<NodeRecord>, StoreError> {
     write.get(tables::NODES, &id.to_string())
 }
 
-fn put_node(write: &Write<'_>, node: &NodeRecord) -> Result<(), StoreError> {
+pub(super) fn put_node(write: &Write<'_>, node: &NodeRecord) -> Result<(), StoreError> {
     write.put(tables::NODES, &node.id.to_string(), node)
 }
 
@@ -171,7 +172,7 @@ pub(super) fn next(write: &Write<'_>, counter: &str) -> Result<u64, StoreError> 
 
 /// The record of a boot. One that is made anew (it was never there, or so many boots ago that it was dropped) is `closed` from the
 /// beginning, unless a boot stage begins with it.
-fn boot_record(node: &mut NodeRecord, boot: BootId, closed: bool) -> &mut BootRecord {
+pub(super) fn boot_record(node: &mut NodeRecord, boot: BootId, closed: bool) -> &mut BootRecord {
     let at = if let Some(at) = node.boots.iter().position(|record| record.boot == boot) {
         at
     } else {
@@ -247,7 +248,12 @@ fn bind(write: &Write<'_>, id: NodeId, mut identity: Identity, boot: BootId, now
     Ok(Outcome::Number(node.epoch))
 }
 
-fn status(write: &Write<'_>, id: NodeId, sequence: Option<u64>, event: StatusEvent) -> Result<Outcome, StoreError> {
+pub(super) fn status(
+    write: &Write<'_>,
+    id: NodeId,
+    sequence: Option<u64>,
+    event: StatusEvent,
+) -> Result<Outcome, StoreError> {
     let Some(mut node) = node(write, id)? else { return Ok(no_such_node()) };
     if let (Some(sequence), Some(boot)) = (sequence, event.boot) {
         let record = boot_record(&mut node, boot, true);
@@ -265,7 +271,7 @@ fn status(write: &Write<'_>, id: NodeId, sequence: Option<u64>, event: StatusEve
     Ok(Outcome::Done)
 }
 
-fn log(write: &Write<'_>, id: NodeId, event: LogEvent) -> Result<Outcome, StoreError> {
+pub(super) fn log(write: &Write<'_>, id: NodeId, event: LogEvent) -> Result<Outcome, StoreError> {
     if node(write, id)?.is_none() {
         return Ok(no_such_node());
     }
@@ -286,7 +292,7 @@ fn log(write: &Write<'_>, id: NodeId, event: LogEvent) -> Result<Outcome, StoreE
 }
 
 /// Keeps an event and tells the watchers.
-fn tell(write: &Write<'_>, id: NodeId, event: StatusEvent) -> Result<(), StoreError> {
+pub(super) fn tell(write: &Write<'_>, id: NodeId, event: StatusEvent) -> Result<(), StoreError> {
     let key = id.to_string();
     let mut list: Vec<StatusEvent> = write.get(tables::EVENTS, &key)?.unwrap_or_default();
     if list.len() >= MAX_EVENTS {
@@ -396,7 +402,7 @@ fn put_image(write: &Write<'_>, image: &ImageRecord) -> Result<Outcome, StoreErr
 }
 
 /// Appends to this member's audit chain: each line carries the hash of the one before, so that none can be cut out unseen.
-fn audit(write: &Write<'_>, entry: &serde_json::Value) -> Result<Outcome, StoreError> {
+pub(super) fn audit(write: &Write<'_>, entry: &serde_json::Value) -> Result<Outcome, StoreError> {
     let number = next(write, "audit")?;
     let before: Option<String> = if number > 1 {
         write

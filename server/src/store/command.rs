@@ -1,6 +1,7 @@
 //! Every change of the store, as data. A command carries all it needs (times, ids, random values), so that applying it gives the same
 //! result on every member, whenever it is applied.
 
+use super::late::Late;
 use super::records::{
     Armed, Evidence, Identity, ImageRecord, InviteRecord, MemberRecord, ProfileRecord, SiteRecord, TokenRecord,
 };
@@ -198,6 +199,15 @@ pub enum Command {
         /// It.
         token: TokenRecord,
     },
+    /// What a member did for a node while no majority answered.
+    Late {
+        /// The number of the member.
+        member: u64,
+        /// Its own count of such changes: what was taken is not taken again.
+        number: u64,
+        /// What.
+        what: Late,
+    },
     /// The next number of an SSH certificate.
     NextCertificate,
     /// A line of the audit log; chained to the one before.
@@ -248,6 +258,7 @@ impl Command {
             Self::OfferImage { .. } => "offer-image",
             Self::PutProfile { .. } => "put-profile",
             Self::PutToken { .. } => "put-token",
+            Self::Late { .. } => "late",
             Self::NextCertificate => "next-certificate",
             Self::Audit { .. } => "audit",
         }

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)] // tests and their helpers
 
 mod admin_api;
+mod alone;
 mod backup;
 mod bad_input;
 mod cli;
