@@ -3,7 +3,8 @@
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 
-/// A member of a Mooring collective. It logs to standard error; `MOORD_LOG` sets the level (error, warn, info, debug).
+/// A member of a Mooring collective. It logs to standard error; `MOORD_LOG` sets the level (error, warn, info, debug), `MOORD_LOG_FORMAT=json` makes
+/// lines of JSON.
 #[derive(Debug, Parser)]
 #[command(name = "moord", version, max_term_width = 120)]
 pub struct Cli {

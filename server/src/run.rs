@@ -42,12 +42,12 @@ pub fn main(cli: Cli) -> anyhow::Result<()> {
     nix::sys::prctl::set_dumpable(false).context("switching core dumps off")?;
     let filter = tracing_subscriber::EnvFilter::try_from_env("MOORD_LOG").unwrap_or_else(|_| LOG.into());
     let colours = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(colours)
-        .with_target(false)
-        .init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    match std::env::var("MOORD_LOG_FORMAT").as_deref() {
+        Ok("json") => log.json().flatten_event(true).init(),
+        Ok(other) if other != "text" => bail!("MOORD_LOG_FORMAT is 'text' or 'json', not '{other}'"),
+        _ => log.with_ansi(colours).init(),
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting")?;
     match cli.command {
         Command::Init { config, addresses, name } => runtime.block_on(init(&config, addresses, name)),

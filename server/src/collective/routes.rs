@@ -169,6 +169,7 @@ async fn receive(file: std::fs::File, body: Body) -> anyhow::Result<std::fs::Fil
 
 async fn propose(State(member): State<Arc<Member>>, body: Bytes) -> Result<Response, Failure> {
     let command: Command = parse(&body)?;
+    tracing::debug!("another member proposes: {}", command.kind());
     let outcome = member.store.propose_here(command).await?;
     json(crate::store::raft::proposed(outcome)?)
 }

@@ -2,7 +2,7 @@
 
 use crate::cli::{moor, shown};
 use crate::collective::{blobs, invite, text, until, view, voters};
-use crate::support::{Machine, Member, UID, as_user, import, refusal};
+use crate::support::{Machine, Member, UID, import, refusal};
 use anyhow::{Context as _, ensure};
 use moor_api::admin::CreateProfile;
 use moor_api::node::Stage;
@@ -80,10 +80,8 @@ async fn a_blob_that_came_in_part_is_gone_on_with_and_a_spoilt_one_comes_anew() 
         std::fs::write(&path, begun)?;
         chown(&path, Some(UID), Some(UID))?;
     }
-    let mut run = as_user(&["run", "--config", &second.config()]);
-    run.env("MOORD_LOG", "info,moord=debug,openraft=error");
     let began = Instant::now();
-    second.run_by(run)?;
+    second.run_loud()?;
     until(&second, "the content did not come", async || Ok(blobs(&second)? == whole)).await?;
     println!("{size} bytes, of which 150000 were there, in {:.1} s", began.elapsed().as_secs_f32());
     let log = second.log();

@@ -138,6 +138,13 @@ impl Member {
         self.run_by(as_user(&["run", "--config", &self.config()]))
     }
 
+    /// The same, with all that it can say of itself in its log, as lines of JSON.
+    pub(crate) fn run_loud(&mut self) -> anyhow::Result<()> {
+        let mut run = as_user(&["run", "--config", &self.config()]);
+        run.env("MOORD_LOG", "info,moord=debug,openraft=error").env("MOORD_LOG_FORMAT", "json");
+        self.run_by(run)
+    }
+
     /// The same by a command that becomes `moord run`.
     pub(crate) fn run_by(&mut self, mut command: Command) -> anyhow::Result<()> {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.path("log"))?;
@@ -357,7 +364,9 @@ impl Machine {
 
     pub(crate) async fn connect_with(&self, session: &SessionKey) -> Result<NodeConnection, ClientError> {
         let config = Arc::new(member_tls_config(&self.bundle, Some(session))?);
-        NodeConnection::connect(&self.url, self.bundle.collective, config, TIMEOUT).await
+        let mut connection = NodeConnection::connect(&self.url, self.bundle.collective, config, TIMEOUT).await?;
+        connection.set_request_id(&self.boot.to_string());
+        Ok(connection)
     }
 
     pub(crate) async fn connect(&self) -> Result<NodeConnection, ClientError> {

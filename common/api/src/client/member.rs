@@ -47,6 +47,11 @@ impl MemberConnection {
         self.0.http.is_closed()
     }
 
+    /// Names what the calls from now on belong to, in the logs of members.
+    pub fn set_request_id(&mut self, id: Option<&str>) {
+        self.0.http.set_request_id(id);
+    }
+
     /// From now on an answer may take this long.
     pub fn patience(&mut self, timeout: Duration) {
         self.0.http.timeout = timeout;
