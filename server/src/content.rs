@@ -210,7 +210,10 @@ pub fn collect(dir: &Path, named: &BTreeSet<Sha256Digest>, age: Duration) -> any
         if !folder.path().is_dir() {
             let name = folder.file_name();
             let partial = name.to_str().and_then(|name| name.strip_prefix(PARTIAL)?.parse::<Sha256Digest>().ok());
-            if partial.is_some_and(|blob| !named.contains(&blob)) && std::fs::remove_file(folder.path()).is_ok() {
+            // A member that has just joined does not know yet what is named.
+            let old = folder.metadata()?.modified()?.elapsed().is_ok_and(|passed| passed > age);
+            if partial.is_some_and(|blob| !named.contains(&blob)) && old && std::fs::remove_file(folder.path()).is_ok()
+            {
                 count += 1;
             }
             continue;

@@ -154,7 +154,8 @@ impl Waiting {
 
     /// Brings a record to where it will be once all that waits is agreed.
     fn edit(&self, node: &mut NodeRecord) {
-        for late in self.memory().waiting.values().filter(|late| late.node() == Some(node.id)) {
+        let id = Some(node.id);
+        for late in self.memory().waiting.values().filter(|late| late.node() == id) {
             late.edit(node);
         }
     }
@@ -291,20 +292,24 @@ pub(crate) async fn deliver(member: &Arc<Member>) {
     }
 }
 
+async fn blocking(
+    member: &Arc<Member>,
+    work: impl FnOnce(&Waiting) -> Result<(), StoreError> + Send + 'static,
+) -> Result<(), StoreError> {
+    let member = member.clone();
+    let done = tokio::task::spawn_blocking(move || work(&member.waiting)).await;
+    done.map_err(|_| StoreError::Closed)?
+}
+
 async fn deliver_now(member: &Arc<Member>) -> Result<(), StoreError> {
-    let blocking = async |work: Box<dyn FnOnce(&Waiting) -> Result<(), StoreError> + Send>| {
-        let member = member.clone();
-        let done = tokio::task::spawn_blocking(move || work(&member.waiting)).await;
-        done.map_err(|_| StoreError::Closed)?
-    };
-    blocking(Box::new(Waiting::confirm)).await?;
+    blocking(member, Waiting::confirm).await?;
     let mut count = 0_u64;
     while let Some((number, what)) = member.waiting.first() {
         let command = Command::Late { member: member.identity.number, number, what };
         if let Outcome::Refused(problem) = member.store.propose(command).await? {
             tracing::warn!("what was kept without a majority is not taken: {problem}");
         }
-        blocking(Box::new(move |waiting| waiting.remove(number))).await?;
+        blocking(member, move |waiting| waiting.remove(number)).await?;
         count += 1;
     }
     if count > 0 {

@@ -55,7 +55,7 @@ async fn followed(member: &Member, request: Request, next: Next) -> Response {
         None if request.uri().path().starts_with("/member/") => return next.run(request).await,
         None => format!("{}-{}", member.identity.name, member.requests.begun.fetch_add(1, Ordering::Relaxed)),
     };
-    let span = tracing::info_span!("request", id);
+    let span = tracing::info_span!("request", id = id.as_str());
     let answered = async {
         let call = format!("{} {}", request.method(), request.uri().path());
         let response = next.run(request).await;

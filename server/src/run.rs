@@ -140,10 +140,11 @@ async fn restore(path: &Path, addresses: Vec<String>, from: Source, as_json: boo
         println!("{}", serde_json::to_string(&restored)?);
         return Ok(());
     }
+    let format = time::macros::format_description!("[year]-[month]-[day] [hour]:[minute]:[second] UTC");
     println!(
         "collective {} as it was at {}: {} nodes; this is its only member, {} ({})",
         restored.collective,
-        time::OffsetDateTime::from_unix_timestamp(i64::try_from(restored.created)?)?,
+        time::OffsetDateTime::from_unix_timestamp(i64::try_from(restored.created)?)?.format(&format)?,
         restored.nodes,
         restored.member,
         restored.number

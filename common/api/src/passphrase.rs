@@ -23,7 +23,7 @@ pub enum PassphraseError {
         cause: io::Error,
     },
     /// Others can read it.
-    #[error("'{0}' can be read by others than its owner: `chmod 600 '{0}'`", .0.display())]
+    #[error("'{path}' can be read by others than its owner: `chmod 600 '{path}'`", path = .0.display())]
     Exposed(PathBuf),
     /// It is empty, or no text, or longer than any is.
     #[error("'{}' holds no passphrase: one line of text, of at most {MAX} bytes", .0.display())]

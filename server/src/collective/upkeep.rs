@@ -66,12 +66,22 @@ async fn replace(member: &Arc<Member>, records: &BTreeMap<u64, MemberRecord>) ->
         let place = standing.members.get(number);
         !record.removed && place.is_some_and(|(_, votes)| *votes || !record.voter)
     };
-    for (_, record) in records.iter().filter(|(number, record)| holds(number, record)) {
-        let can_go = |old: &MemberRecord| !old.removed && (record.voter || !old.voter);
-        let Some(number) = record.replaces.filter(|old| records.get(old).is_some_and(can_go)) else { continue };
+    let mut replaced = Vec::new();
+    for (number, record) in records {
+        let old = record.replaces.and_then(|old| Some((old, records.get(&old)?)));
+        // Who votes is replaced by one that votes.
+        if let Some((old, before)) = old
+            && holds(number, record)
+            && !before.removed
+            && (record.voter || !before.voter)
+        {
+            replaced.push((old, record.name.clone()));
+        }
+    }
+    for (number, name) in replaced {
         match member.store.propose(Command::RemoveMember { number }).await? {
             Outcome::Refused(problem) => return Err(StoreError::Leader(problem)),
-            _ => tracing::info!("member {number} was removed: {} has its place", record.name),
+            _ => tracing::info!("member {number} was removed: {name} has its place"),
         }
     }
     Ok(())

@@ -38,8 +38,12 @@ async fn a_dead_member_is_replaced_by_one_command_also_under_its_own_name() -> a
     until(&members[0], "it does not take the place", async || Ok(votes(&members[0]).await? == wanted)).await?;
     knows(&new, &["a"]).await?;
     assert_eq!(view(&new).await?.members.iter().filter(|member| member.name == name).count(), 1);
-    // The three go on without any one of them.
+    // The three go on without any one of them, once that is through: in the log, not only in the records.
     let other = if dead == 1 { 2 } else { 1 };
+    let removed = format!("membership: member {} is removed", dead + 1);
+    let is_through =
+        async || Ok([&members[0], &members[other], &new].iter().any(|member| member.log().contains(&removed)));
+    until(&members[0], "it is not removed", is_through).await?;
     members[other].kill();
     define(&new, "b").await?;
     knows(&members[0], &["a", "b"]).await?;
