@@ -128,7 +128,15 @@ impl Trust {
 }
 
 fn members_of(bundle: &SiteBundle, clock: &Arc<OwnClock>) -> Result<Arc<ClientConfig>, String> {
-    member_tls_config_at(bundle, None, clock.clone(), provider()).map(Arc::new).map_err(|error| error.to_string())
+    let mut config =
+        member_tls_config_at(bundle, None, clock.clone(), provider()).map_err(|error| error.to_string())?;
+    give_out_keys(&mut config);
+    Ok(Arc::new(config))
+}
+
+/// After the handshake the reader decrypts by itself ([`crate::reader`]).
+fn give_out_keys(config: &mut ClientConfig) {
+    config.enable_secret_extraction = true;
 }
 
 fn issued_under(pem: &[u8], clock: &Arc<OwnClock>) -> Result<Arc<ClientConfig>, String> {
@@ -146,5 +154,6 @@ fn issued_under(pem: &[u8], clock: &Arc<OwnClock>) -> Result<Arc<ClientConfig>, 
         .with_root_certificates(roots)
         .with_no_client_auth();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    give_out_keys(&mut config);
     Ok(Arc::new(config))
 }

@@ -107,9 +107,14 @@ impl Cipher {
             .map_err(|_| ImageError::Crypto("encrypting"))
     }
 
+    /// Decrypts in place; the tag's bytes stay behind the plaintext. `None`: the tag does not match, and `data` holds nothing of use.
+    fn open_slice<'a>(&self, counter: u64, data: &'a mut [u8]) -> Option<&'a mut [u8]> {
+        self.key.open_in_place(self.nonce(counter), Aad::empty(), data).ok()
+    }
+
     /// Decrypts in place and cuts off the tag; `false`: the tag does not match, and `data` is emptied.
     fn open(&self, counter: u64, data: &mut Vec<u8>) -> bool {
-        let length = self.key.open_in_place(self.nonce(counter), Aad::empty(), data).ok().map(|plain| plain.len());
+        let length = self.open_slice(counter, data).map(|plain| plain.len());
         data.truncate(length.unwrap_or(0));
         length.is_some()
     }
@@ -168,6 +173,11 @@ impl Keys {
 
     pub(crate) fn open_chunk(&self, index: u64, data: &mut Vec<u8>) -> bool {
         self.chunks.open(index, data)
+    }
+
+    /// The same for a chunk that lies among others: its plaintext, or `None`.
+    pub(crate) fn open_chunk_slice<'a>(&self, index: u64, data: &'a mut [u8]) -> Option<&'a mut [u8]> {
+        self.chunks.open_slice(index, data)
     }
 
     fn section(&self, section: Section) -> Result<Cipher, ImageError> {

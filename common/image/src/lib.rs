@@ -13,9 +13,12 @@ mod header;
 mod image;
 mod keys;
 mod metadata;
+mod read_back;
 mod report;
 mod seal;
 mod sign;
+#[cfg(target_arch = "x86_64")]
+mod two;
 #[cfg(test)]
 mod vectors;
 mod verify;

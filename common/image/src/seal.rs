@@ -8,15 +8,10 @@ use crate::header::{
 };
 use crate::keys::{Dek, Keys, Section};
 use crate::metadata::Metadata;
-use aws_lc_rs::{digest, rand};
+use crate::read_back::{Seen, Written};
+use aws_lc_rs::rand;
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
-use std::sync::mpsc;
-
-/// Bytes that are read back at once, and handed on to be hashed.
-const READ_BACK: usize = 1 << 20;
-/// So many of them wait for the other thread.
-const READ_AHEAD: usize = 3;
+use std::io::{self, Read, Seek, SeekFrom, Write};
 
 /// How to seal.
 pub struct SealOptions {
@@ -90,6 +85,7 @@ pub struct Sealer<W> {
     /// The chunk whose place the output is at.
     at: u64,
     buffer: Vec<u8>,
+    /// Leaf hashes of what was written, for a plain image; one that is encrypted has tags.
     leaves: Vec<u8>,
     length: u64,
     failed: bool,
@@ -268,7 +264,10 @@ impl<W: Read + Write + Seek> Sealer<W> {
         for (slot, mut chunk) in std::mem::take(&mut self.held).into_values() {
             self.seal(slot, &mut chunk)?;
         }
-        let payload_sha256 = self.read_back(chunks)?;
+        self.out.flush().map_err(ImageError::io("writing the image"))?;
+        self.out.seek(SeekFrom::Start(HEADER_LENGTH as u64)).map_err(ImageError::io("reading the image back"))?;
+        let written = Written { keys: self.keys.as_ref(), chunk_size: self.chunk_size, length: self.length, chunks };
+        let Seen { leaves, payload_sha256 } = written.read_back(&mut self.out, &self.leaves)?;
 
         let mut metadata = metadata(PayloadSummary { sha256: payload_sha256, length: self.length }).to_bytes()?;
         let mut hints = hints.unwrap_or_default();
@@ -284,7 +283,7 @@ impl<W: Read + Write + Seek> Sealer<W> {
         let page_length =
             usize::try_from(LEAVES_PER_PAGE * 32).map_err(|_| ImageError::Argument("a page fits into memory"))?;
         let page_hashes: Vec<u8> =
-            self.leaves.chunks(page_length).zip(0..).flat_map(|(leaves, index)| hash::page(index, leaves)).collect();
+            leaves.chunks(page_length).zip(0..).flat_map(|(leaves, index)| hash::page(index, leaves)).collect();
 
         let builder = &mut self.builder;
         builder.lay_out(self.length, metadata.len() as u64, hints.len() as u64);
@@ -302,83 +301,13 @@ impl<W: Read + Write + Seek> Sealer<W> {
         let header = self.builder.finish()?;
         let mut out = self.out;
         out.seek(SeekFrom::Start(header.table_offset)).map_err(ImageError::io("writing the hash table"))?;
-        for part in [&page_hashes, &self.leaves, &metadata, &hints] {
+        for part in [&page_hashes, &leaves, &metadata, &hints] {
             out.write_all(part).map_err(ImageError::io("writing what follows the data"))?;
         }
         out.seek(SeekFrom::Start(0)).map_err(ImageError::io("writing the header"))?;
         out.write_all(header.as_bytes()).map_err(ImageError::io("writing the header"))?;
         out.flush().map_err(ImageError::io("writing the image"))?;
         Ok((out, Sealed { digest: header.digest, size: header.file_length(), chunks, payload_sha256 }))
-    }
-
-    /// Reads every chunk back, compares it with what was written, makes its leaf hash, and hashes the plaintext: that on a thread of its own, because it is
-    /// half of the work and nothing else is left to do at this point.
-    fn read_back(&mut self, chunks: u64) -> Result<[u8; 32], ImageError> {
-        self.out.flush().map_err(ImageError::io("writing the image"))?;
-        self.out.seek(SeekFrom::Start(HEADER_LENGTH as u64)).map_err(ImageError::io("reading the image back"))?;
-        let (plaintext, opened) = mpsc::sync_channel::<Vec<u8>>(READ_AHEAD);
-        let (used, reuse) = mpsc::channel();
-        std::thread::scope(|scope| {
-            let hasher = std::thread::Builder::new().name("payload-hash".into()).spawn_scoped(scope, move || {
-                let mut context = digest::Context::new(&digest::SHA256);
-                for group in opened {
-                    context.update(&group);
-                    // The other side may be done: then nobody wants the buffer.
-                    let _ = used.send(group);
-                }
-                let mut out = [0; 32];
-                out.copy_from_slice(context.finish().as_ref());
-                out
-            });
-            let hasher = hasher.map_err(ImageError::io("starting the thread that hashes"))?;
-            let opened = self.open_all(chunks, &plaintext, &reuse);
-            drop(plaintext);
-            let hash = hasher.join().map_err(|_| ImageError::Crypto("hashing the plaintext"))?;
-            opened.map(|()| hash)
-        })
-    }
-
-    /// Reads and opens all chunks, and hands the plaintext on in groups of about a mebibyte.
-    fn open_all(
-        &mut self,
-        chunks: u64,
-        plaintext: &mpsc::SyncSender<Vec<u8>>,
-        reuse: &mpsc::Receiver<Vec<u8>>,
-    ) -> Result<(), ImageError> {
-        let mut group = Vec::with_capacity(READ_BACK);
-        let mut chunk = Vec::with_capacity(self.chunk_size + 16);
-        let mut sealed = BufReader::with_capacity(READ_BACK, &mut self.out);
-        let mut leaves = Vec::new();
-        for index in 0..chunks {
-            let size = self.chunk_size as u64;
-            let length = (self.length - index * size).min(size) + self.tag;
-            chunk.clear();
-            (&mut sealed).take(length).read_to_end(&mut chunk).map_err(ImageError::io("reading the image back"))?;
-            let start = HEADER_LENGTH as u64 + index * (size + self.tag);
-            let differs = || ImageError::ReadBack { start, end: start + length };
-            if chunk.len() as u64 != length {
-                return Err(differs());
-            }
-            let leaf = hash::leaf(index, &chunk);
-            // What is there is what was written: by the tag, which only this packer can make; without one, by the hash of what was written.
-            let is_same = match &self.keys {
-                Some(keys) => keys.open_chunk(index, &mut chunk),
-                None => self.leaves.get(leaves.len()..leaves.len() + 32) == Some(leaf.as_slice()),
-            };
-            if !is_same {
-                return Err(differs());
-            }
-            leaves.extend_from_slice(&leaf);
-            group.extend_from_slice(&chunk);
-            if group.len() + self.chunk_size > READ_BACK || index + 1 == chunks {
-                let mut next = reuse.try_recv().unwrap_or_else(|_| Vec::with_capacity(READ_BACK));
-                next.clear();
-                let ended = ImageError::Crypto("hashing the plaintext");
-                plaintext.send(std::mem::replace(&mut group, next)).map_err(|_| ended)?;
-            }
-        }
-        self.leaves = leaves;
-        Ok(())
     }
 }
 

@@ -179,9 +179,14 @@ impl Verifier {
     /// # Errors
     /// Other bytes; no such chunk; a page that does not hold its leaf.
     pub fn check_chunk(&self, chunk: u64, page: &LeafPage, sealed: &[u8]) -> Result<(), ImageError> {
+        self.check_leaf(chunk, page, sealed, &hash::leaf(chunk, sealed))
+    }
+
+    /// The same where the leaf hash of `sealed` is known already.
+    fn check_leaf(&self, chunk: u64, page: &LeafPage, sealed: &[u8], found: &[u8; 32]) -> Result<(), ImageError> {
         let (offset, length) = self.chunk_range(chunk).ok_or(ImageError::Argument("the image has no such chunk"))?;
         let leaf = page.leaf(chunk).ok_or(ImageError::Argument("the table page does not hold this chunk"))?;
-        if sealed.len() as u64 != length || hash::leaf(chunk, sealed) != leaf {
+        if sealed.len() as u64 != length || found != leaf {
             return Err(ImageError::Damaged { what: format!("chunk {chunk}"), start: offset, end: offset + length });
         }
         Ok(())
@@ -194,6 +199,27 @@ impl Verifier {
     /// As [`Self::check_chunk`]; the tag does not match; no key.
     pub fn open_chunk(&self, chunk: u64, page: &LeafPage, sealed: &mut Vec<u8>) -> Result<(), ImageError> {
         self.check_chunk(chunk, page, sealed)?;
+        self.decrypt_chunk(chunk, sealed)
+    }
+
+    /// Does the same with chunk `first` and with the one behind it: their hashes are made side by side, which takes little longer than one.
+    pub fn open_two_chunks(
+        &self,
+        first: u64,
+        page: &LeafPage,
+        sealed: [&mut Vec<u8>; 2],
+    ) -> [Result<(), ImageError>; 2] {
+        let [one, two] = sealed;
+        let [one_leaf, two_leaf] = hash::leaves([(first, one), (first + 1, two)]);
+        let open = |chunk, sealed: &mut Vec<u8>, leaf| {
+            self.check_leaf(chunk, page, sealed, leaf)?;
+            self.decrypt_chunk(chunk, sealed)
+        };
+        [open(first, one, &one_leaf), open(first + 1, two, &two_leaf)]
+    }
+
+    /// After its hash.
+    fn decrypt_chunk(&self, chunk: u64, sealed: &mut Vec<u8>) -> Result<(), ImageError> {
         if !self.header.encrypted {
             return Ok(());
         }

@@ -6,7 +6,7 @@ mod oracle;
 
 use moor_image::{
     Dek, FormatError, HEADER_LENGTH, Header, Image, ImageError, OpenOptions, ReadAt, Region, SignatureFile, SigningKey,
-    verify_file,
+    Verifier, verify_file,
 };
 use oracle::{Recipe, seal_header};
 use std::io;
@@ -205,6 +205,45 @@ fn swapped_chunks_are_found() {
     // By somebody with it: the nonce is the chunk's place.
     let error = read_all(recipe.build_around(&chunks), &with_key()).unwrap_err();
     assert!(matches!(&error, ImageError::Forged { what, .. } if what == "chunk 0"), "{error}");
+}
+
+#[test]
+fn of_two_chunks_that_are_opened_together_each_is_judged_alone() {
+    let recipe = recipe();
+    let file = recipe.build();
+    let header = Header::parse(file[..HEADER_LENGTH].try_into().unwrap()).unwrap();
+    let part = |(start, length): (u64, u64)| {
+        file[usize::try_from(start).unwrap()..usize::try_from(start + length).unwrap()].to_vec()
+    };
+    let mut verifier = Verifier::new(header, &with_key()).unwrap();
+    verifier.set_page_hashes(&part(verifier.page_hashes_range())).unwrap();
+    let page = verifier.verify_page(0, &part(verifier.page_range(0).unwrap())).unwrap();
+    let plain: Vec<_> = recipe.plaintext.chunks(1 << 14).collect();
+    // The last one is shorter, and behind it is none.
+    for first in 0..3 {
+        let good = [first, first + 1].map(|chunk| part(verifier.chunk_range(chunk).unwrap()));
+        for damaged in [None, Some(0), Some(1)] {
+            let [mut one, mut two] = good.clone();
+            if let Some(damaged) = damaged {
+                [&mut one, &mut two][damaged][99] ^= 1;
+            }
+            let results = verifier.open_two_chunks(first, &page, [&mut one, &mut two]);
+            for (at, (result, bytes)) in results.into_iter().zip([one, two]).enumerate() {
+                let chunk = usize::try_from(first).unwrap() + at;
+                if damaged == Some(at) {
+                    assert!(matches!(result, Err(ImageError::Damaged { .. })), "{chunk}: {result:?}");
+                } else {
+                    assert!(result.is_ok() && bytes == plain[chunk], "{chunk}: {result:?}");
+                }
+            }
+        }
+    }
+    let [mut one, mut two] = [3, 2].map(|chunk| part(verifier.chunk_range(chunk).unwrap()));
+    let [last, none] = verifier.open_two_chunks(3, &page, [&mut one, &mut two]);
+    assert!(last.is_ok() && matches!(none, Err(ImageError::Argument(_))), "{last:?}, {none:?}");
+    // Two that were exchanged fit each other's places as little as alone.
+    let [mut one, mut two] = [1, 0].map(|chunk| part(verifier.chunk_range(chunk).unwrap()));
+    assert!(verifier.open_two_chunks(0, &page, [&mut one, &mut two]).iter().all(Result::is_err));
 }
 
 #[test]

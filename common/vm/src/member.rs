@@ -25,7 +25,7 @@ pub struct MemberOptions {
     pub ports: Vec<u16>,
 }
 
-/// A member of a collective of one.
+/// A member of a collective.
 pub struct Member {
     guard: Option<Guard>,
     options: MemberOptions,
@@ -41,6 +41,22 @@ impl Member {
         member.write_config()?;
         let command = &mut tied_as(UID, &member.options.moord);
         run(command.args(["init", "--config"]).arg(member.config()).args(["--address", "127.0.0.1"]))?;
+        Ok(member)
+    }
+
+    /// A further member of a collective that runs in `namespace`; it was invited there, and listens once it is [`Self::start`]ed.
+    ///
+    /// # Errors
+    /// `moord join` failed; with what it printed.
+    pub fn join(options: MemberOptions, namespace: &Namespace, invitation: &str) -> Result<Self, VmError> {
+        let member = Self { guard: None, options };
+        member.write_config()?;
+        let file = member.options.dir.join("invitation");
+        std::fs::write(&file, invitation).map_err(VmError::io("write", &file))?;
+        chown(&file, Some(UID), Some(UID)).map_err(VmError::io("give to the member's user", &file))?;
+        let mut command = tied_as(UID, &member.options.moord);
+        command.args(["join", "--config"]).arg(member.config()).args(["--address", "127.0.0.1", "--invitation"]);
+        run(&mut namespace.enter(command.arg(&file)))?;
         Ok(member)
     }
 

@@ -61,8 +61,9 @@ mod opcode {
     pub(super) const BATCH_FORGET: u32 = 42;
 }
 
-/// What the kernel has in memory of a file that is opened once more stays good.
-const KEEP_CACHE: u32 = 1 << 1;
+/// Reads go past the kernel's own memory of the file, as the loop device's do anyway: who reads in a row saves a copy of every byte, and nothing is
+/// in memory twice. What is ahead of a reader is read by the reader ([`crate::reader`]).
+const DIRECT_IO: u32 = 1 << 0;
 
 /// A session with the kernel, after the handshake.
 pub(super) struct Session<F: ReadOnlyFile>(Arc<OneFile<F>>);
@@ -296,7 +297,7 @@ impl<F: ReadOnlyFile> OneFile<F> {
                     _ => return Err(Errno::EISDIR),
                 }
                 // struct fuse_open_out
-                Fields::default().u64(0).u32(KEEP_CACHE).u32(0)
+                Fields::default().u64(0).u32(DIRECT_IO).u32(0)
             }
             opcode::OPENDIR if request.inode == ROOT => Fields::default().u64(0).u64(0),
             opcode::READ => {

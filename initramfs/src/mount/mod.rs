@@ -10,7 +10,6 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd as _;
-use std::os::linux::fs::MetadataExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
@@ -20,8 +19,6 @@ use tokio::runtime::Handle;
 pub const FILE_NAME: &str = "image";
 /// Its type, as /proc/self/mountinfo shows it.
 pub const KIND: &str = "fuse.moor-tether";
-/// The kernel offers 128 KiB of read-ahead at most; only the bdi raises it, by 45 % of throughput (../shared/TRAPS.md).
-const READ_AHEAD_KIB: u32 = 1024;
 
 /// Bytes of a file in a row, in parts that nobody had to copy.
 pub type Pieces = Vec<Bytes>;
@@ -146,11 +143,7 @@ impl Mount {
         mount.session = Some(std::thread::Builder::new().name("fuse".into()).spawn(serve).map_err(session_error)?);
         // Answers come only when all of it works.
         let looked_at = dir.clone();
-        let looked = outside.run(move || {
-            let meta = looked_at.join(FILE_NAME).metadata()?;
-            raise_read_ahead(&looked_at, meta.st_dev());
-            Ok(meta.len())
-        });
+        let looked = outside.run(move || Ok(looked_at.join(FILE_NAME).metadata()?.len()));
         if looked.flatten().map_err(session_error)? != size {
             return Err(session_error(io::Error::other("the file in it has another length")));
         }
@@ -198,15 +191,6 @@ fn attach(dir: &Path) -> Result<(PathBuf, File), MountError> {
     mount(Some("moor-tether"), &dir, Some(KIND), flags, Some(options.as_str()))
         .map_err(|error| MountError::Mount { dir: dir.clone(), source: error.into() })?;
     Ok((dir, device))
-}
-
-/// More read-ahead makes it faster; without it works as well.
-fn raise_read_ahead(dir: &Path, device: u64) {
-    let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
-    let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
-    if let Err(error) = std::fs::write(&path, READ_AHEAD_KIB.to_string()) {
-        tracing::warn!("cannot set the read-ahead of '{}' ({path}): {error}", dir.display());
-    }
 }
 
 /// /dev/fuse; its module is loaded where it is not there yet.

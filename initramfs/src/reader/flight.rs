@@ -65,6 +65,8 @@ struct Attempt {
     member: Arc<Member>,
     need: Need,
     answer: Option<Answer>,
+    /// What came together with the item before.
+    beside: Option<Result<Item, Fault>>,
 }
 
 type Step = Boxed<'static, (Attempt, Result<Item, Fault>)>;
@@ -131,7 +133,13 @@ impl Flight {
     }
 
     fn start(&self, member: Arc<Member>, need: &Need) -> Runner {
-        let attempt = Attempt { inner: self.inner.clone(), member: member.clone(), need: need.clone(), answer: None };
+        let attempt = Attempt {
+            inner: self.inner.clone(),
+            member: member.clone(),
+            need: need.clone(),
+            answer: None,
+            beside: None,
+        };
         let running = member.running();
         let since = self.inner.world.now();
         Runner { member, step: Box::pin(attempt.next()), since, is_first: true, running, late: None }
@@ -260,7 +268,7 @@ fn usual(member: &Member) -> Duration {
 impl Attempt {
     /// Whether all of its need is there.
     fn is_done(&self) -> bool {
-        self.answer.is_none()
+        self.answer.is_none() && self.beside.is_none()
     }
 
     async fn next(mut self) -> (Self, Result<Item, Fault>) {
@@ -269,6 +277,9 @@ impl Attempt {
     }
 
     async fn item(&mut self) -> Result<Item, Fault> {
+        if let Some(beside) = self.beside.take() {
+            return beside;
+        }
         let (start, length, size) = self.range()?;
         let mut answer = if let Some(answer) = self.answer.take() {
             answer
@@ -276,21 +287,60 @@ impl Attempt {
             let total = self.inner.verifier.header().file_length();
             self.member.get(start, length, Some(total)).await?
         };
-        let buffer = self.inner.buffers.get(size);
-        let bytes = self.member.take_into(&mut answer, size, buffer).await?;
-        let (item, is_last) = self.verify(bytes)?;
-        if is_last {
-            self.member.keep(answer);
-        } else {
-            self.answer = Some(answer);
+        let first = self.take(&mut answer, size).await?;
+        let item = match self.need.clone() {
+            Need::Page(index) => {
+                let page = self.inner.verifier.verify_page(index, &first).map_err(Fault::Wrong)?;
+                self.member.keep(answer);
+                return Ok(Item::Page(Arc::new(page)));
+            }
+            // Two are verified in little more time than one.
+            Need::Chunks(left, page) if left.end - left.start > 1 => {
+                let size = self.size(left.start + 1)?;
+                match self.take(&mut answer, size).await {
+                    Ok(second) => {
+                        let [item, beside] = self.verify_two(left.start, &page, first, second);
+                        self.beside = Some(beside);
+                        item
+                    }
+                    // The first is whole all the same.
+                    Err(fault) => {
+                        self.beside = Some(Err(fault));
+                        return self.verify(left.start, &page, first);
+                    }
+                }
+            }
+            Need::Chunks(left, page) => self.verify(left.start, &page, first),
+        }?;
+        if let Need::Chunks(left, _) = &mut self.need {
+            left.start += if self.beside.is_some() { 2 } else { 1 };
+            if !left.is_empty() {
+                self.answer = Some(answer);
+            } else if !matches!(self.beside, Some(Err(_))) {
+                self.member.keep(answer);
+            }
         }
         Ok(item)
+    }
+
+    /// The next bytes of an answer.
+    async fn take(&mut self, answer: &mut Answer, size: usize) -> Result<Vec<u8>, Fault> {
+        let bytes = self.member.take_into(answer, size, self.inner.buffers.get(size)).await?;
+        if matches!(self.need, Need::Chunks(..)) {
+            self.inner.counts.fetched.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(bytes)
+    }
+
+    /// The length of a chunk in the file.
+    fn size(&self, chunk: u64) -> Result<usize, Fault> {
+        let range = self.inner.verifier.chunk_range(chunk).and_then(|(_, size)| usize::try_from(size).ok());
+        range.ok_or_else(missing)
     }
 
     /// Where the need is in the file, and the length of its first item.
     fn range(&self) -> Result<(u64, u64, usize), Fault> {
         let verifier = &self.inner.verifier;
-        let missing = || Fault::Wrong(ImageError::Argument("the image has no such place"));
         let (start, end, size) = match &self.need {
             Need::Page(index) => {
                 let (start, length) = verifier.page_range(*index).ok_or_else(missing)?;
@@ -305,37 +355,53 @@ impl Attempt {
         Ok((start, end - start, usize::try_from(size).map_err(|_| missing())?))
     }
 
-    fn verify(&mut self, mut bytes: Vec<u8>) -> Result<(Item, bool), Fault> {
-        let verifier = &self.inner.verifier;
-        match &mut self.need {
-            Need::Page(index) => {
-                let page = verifier.verify_page(*index, &bytes).map_err(Fault::Wrong)?;
-                Ok((Item::Page(Arc::new(page)), true))
-            }
-            Need::Chunks(left, page) => {
-                let chunk = left.start;
-                self.inner.counts.fetched.fetch_add(1, Ordering::Relaxed);
-                let sealed = self.inner.store.as_ref().map(|store| (store, bytes.clone()));
-                let landed = match verifier.open_chunk(chunk, page, &mut bytes) {
-                    Ok(()) => {
-                        self.inner.counts.verified.fetch_add(1, Ordering::Relaxed);
-                        if let Some((store, sealed)) = sealed {
-                            store.keep(chunk, sealed);
-                        }
-                        Ok(self.inner.buffers.share(bytes))
-                    }
-                    // The bytes are those of the image: nobody has better ones.
-                    Err(error @ ImageError::Forged { .. }) => {
-                        tracing::error!("{error}");
-                        Err(Arc::new(error))
-                    }
-                    Err(error) => return Err(Fault::Wrong(error)),
-                };
-                left.start += 1;
-                Ok((Item::Chunk(chunk, landed), left.is_empty()))
-            }
-        }
+    fn verify(&self, chunk: u64, page: &LeafPage, mut bytes: Vec<u8>) -> Result<Item, Fault> {
+        let sealed = self.sealed(&bytes);
+        let opened = self.inner.verifier.open_chunk(chunk, page, &mut bytes);
+        self.judge(chunk, opened, bytes, sealed)
     }
+
+    fn verify_two(&self, first: u64, page: &LeafPage, mut one: Vec<u8>, mut two: Vec<u8>) -> [Result<Item, Fault>; 2] {
+        let sealed = [self.sealed(&one), self.sealed(&two)];
+        let [one_opened, two_opened] = self.inner.verifier.open_two_chunks(first, page, [&mut one, &mut two]);
+        let [one_sealed, two_sealed] = sealed;
+        [self.judge(first, one_opened, one, one_sealed), self.judge(first + 1, two_opened, two, two_sealed)]
+    }
+
+    /// A copy, for who keeps chunks over restarts.
+    fn sealed(&self, bytes: &[u8]) -> Option<Vec<u8>> {
+        self.inner.store.as_ref().map(|_| bytes.to_vec())
+    }
+
+    /// What comes of a chunk that was opened.
+    fn judge(
+        &self,
+        chunk: u64,
+        opened: Result<(), ImageError>,
+        bytes: Vec<u8>,
+        sealed: Option<Vec<u8>>,
+    ) -> Result<Item, Fault> {
+        let landed = match opened {
+            Ok(()) => {
+                self.inner.counts.verified.fetch_add(1, Ordering::Relaxed);
+                if let (Some(store), Some(sealed)) = (&self.inner.store, sealed) {
+                    store.keep(chunk, sealed);
+                }
+                Ok(self.inner.buffers.share(bytes))
+            }
+            // The bytes are those of the image: nobody has better ones.
+            Err(error @ ImageError::Forged { .. }) => {
+                tracing::error!("{error}");
+                Err(Arc::new(error))
+            }
+            Err(error) => return Err(Fault::Wrong(error)),
+        };
+        Ok(Item::Chunk(chunk, landed))
+    }
+}
+
+fn missing() -> Fault {
+    Fault::Wrong(ImageError::Argument("the image has no such place"))
 }
 
 /// Chunks that one task fetches; those that it did not land when it is dropped are free for others.

@@ -142,7 +142,7 @@ impl Wire for Connection {
     }
 
     fn is_usable(&self) -> bool {
-        matches!(&self.step, Step::Open { tls, answer } if answer.bytes == 0 && answer.is_kept && !tls.has_more())
+        matches!(&self.step, Step::Open { tls, answer } if answer.bytes == 0 && answer.is_kept && tls.is_usable())
     }
 }
 

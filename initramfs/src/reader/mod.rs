@@ -4,7 +4,7 @@
 //! An outage is not an error: a read waits until some member serves the chunk. The one error is a chunk that is bad in the image
 //! itself, whoever serves it ([`ReadError`]).
 //!
-//! What it needs of the world is in [`world`]; [`https`] over [`secure`] and [`real`] are the world there is, and tests bring another. [`open`] finds a
+//! What it needs of the world is in [`world`]; [`https`] over [`secure`] and its [`record`]s, and [`real`] are the world there is, and tests bring another. [`open`] finds a
 //! good header. [`fleet`] chooses a [`member`] by its [`pace`], [`link`] asks it, [`fault`] says what it did wrong, and [`recovery`] takes
 //! it back. [`change`] takes up another list of members. [`flight`] fetches one thing from whoever brings it first, [`hedges`] bounds how often two are asked. [`table`] holds the
 //! hashes to verify against, [`cache`] what was verified, in memory from [`buffers`], [`store`] what somebody keeps over restarts. [`ahead`] and [`prefetch`] guess what comes next, [`class`] makes guesses wait
@@ -27,6 +27,7 @@ mod open;
 mod pace;
 mod prefetch;
 mod real;
+mod record;
 mod recovery;
 mod secure;
 mod store;

@@ -1,9 +1,11 @@
 //! TLS over a TCP connection, made for long answers: what comes from the kernel in one large piece is decrypted in place and copied once,
-//! to where it is wanted. (rustls' own buffers take 4 KiB from the kernel at a time, and an HTTP library behind them copies twice more.)
+//! to where it is wanted. (rustls' own buffers take 4 KiB from the kernel at a time, and an HTTP library behind them copies twice more.) The
+//! handshake is rustls'; what comes after it is in [`super::record`].
 
 use super::fault::Fault;
+use super::record::{Content, Records};
 use rustls::client::UnbufferedClientConnection;
-use rustls::unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedStatus};
+use rustls::unbuffered::{ConnectionState, EncodeError, UnbufferedStatus};
 use rustls::{CertificateError, ClientConfig};
 use rustls_pki_types::{ServerName, UnixTime};
 use std::io;
@@ -20,30 +22,31 @@ const SENT: usize = 4 << 10;
 
 /// A TLS connection. After an error it is of no use.
 pub(super) struct Secure {
+    stream: Stream,
+    records: Records,
+    /// What was decrypted and is not wanted yet; from `spare_at` on.
+    spare: Vec<u8>,
+    spare_at: usize,
+}
+
+/// What is below TLS.
+struct Stream {
     tcp: TcpStream,
-    tls: UnbufferedClientConnection,
     /// What came and was not looked at yet is at `start..end`.
     incoming: Vec<u8>,
     start: usize,
     end: usize,
     /// What has to be sent.
     outgoing: Vec<u8>,
-    /// What was decrypted and is not wanted yet; from `spare_at` on.
-    spare: Vec<u8>,
-    spare_at: usize,
 }
 
-/// What has to be done before anything more can come of the connection.
+/// How far a handshake is.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Step {
     /// More bytes are needed from the peer.
     Read,
-    /// Enough was decrypted.
-    Enough,
-    /// The handshake is done, and nothing came since.
-    Ready,
-    /// The peer has ended the connection in order.
-    Closed,
+    /// It is done.
+    Done,
 }
 
 impl Secure {
@@ -53,36 +56,24 @@ impl Secure {
         config: Arc<ClientConfig>,
         name: ServerName<'static>,
     ) -> Result<Self, Fault> {
-        let tls = UnbufferedClientConnection::new(config, name).map_err(tls_fault)?;
-        let mut secure = Self {
-            tcp,
-            tls,
-            incoming: vec![0; TAKEN],
-            start: 0,
-            end: 0,
-            outgoing: Vec::with_capacity(SENT),
-            spare: Vec::new(),
-            spare_at: 0,
-        };
+        let mut tls = UnbufferedClientConnection::new(config, name).map_err(tls_fault)?;
+        let outgoing = Vec::with_capacity(SENT);
+        let mut stream = Stream { tcp, incoming: vec![0; TAKEN], start: 0, end: 0, outgoing };
         loop {
-            let step = secure.process(None, &mut |_| false)?;
-            secure.flush().await?;
+            let step = stream.shake_hands(&mut tls)?;
+            stream.flush().await?;
             match step {
-                Step::Ready => return Ok(secure),
-                // Data before any request are nobody's.
-                Step::Enough | Step::Closed => return Err(ended()),
-                Step::Read => secure.fill().await?,
+                Step::Done => break,
+                Step::Read => stream.fill().await?,
             }
         }
+        Ok(Self { stream, records: Records::new(tls)?, spare: Vec::new(), spare_at: 0 })
     }
 
     /// Sends a request.
     pub(super) async fn send(&mut self, request: &[u8]) -> Result<(), Fault> {
-        match self.process(Some(request), &mut |_| false)? {
-            Step::Ready => self.flush().await,
-            Step::Closed => Err(ended()),
-            Step::Enough | Step::Read => Err(Fault::Broken("something came before it was asked for".into())),
-        }
+        self.records.seal(request, &mut self.stream.outgoing)?;
+        self.stream.flush().await
     }
 
     /// Appends up to `most` bytes to `out`, and returns how many; 0 at the end.
@@ -94,30 +85,41 @@ impl Secure {
             self.spare_at += part.len();
             return Ok(part.len());
         }
+        let end = out.len() + most;
         let before = out.len();
         loop {
-            let (mut spare, mut at) = (std::mem::take(&mut self.spare), out.len());
-            spare.clear();
-            let step = self.process(None, &mut |payload| {
-                let (wanted, more) = payload.split_at(payload.len().min(most - (at - before)));
-                out.extend_from_slice(wanted);
-                spare.extend_from_slice(more);
-                at += wanted.len();
-                at - before < most
-            });
-            (self.spare, self.spare_at) = (spare, 0);
-            let step = step?;
-            if !self.outgoing.is_empty() {
-                self.flush().await?;
+            let is_closed = self.take_records(out, end)?;
+            if !self.stream.outgoing.is_empty() {
+                self.stream.flush().await?;
             }
-            if out.len() > before {
+            if out.len() > before || is_closed {
                 return Ok(out.len() - before);
             }
-            match step {
-                Step::Closed => return Ok(0),
-                Step::Read | Step::Ready | Step::Enough => self.fill().await?,
+            self.stream.fill().await?;
+        }
+    }
+
+    /// Goes through the records that are there, until `out` has `end` bytes; what is too much is kept. Whether the peer has ended the connection.
+    fn take_records(&mut self, out: &mut Vec<u8>, end: usize) -> Result<bool, Fault> {
+        let stream = &mut self.stream;
+        while out.len() < end
+            && let Some(length) = Records::length(&stream.incoming[stream.start..stream.end])?
+        {
+            let record = &mut stream.incoming[stream.start..stream.start + length];
+            stream.start += length;
+            match self.records.open(record, &mut stream.outgoing)? {
+                Content::Data(data) => {
+                    let (wanted, more) = data.split_at(data.len().min(end - out.len()));
+                    out.extend_from_slice(wanted);
+                    self.spare.clear();
+                    self.spare.extend_from_slice(more);
+                    self.spare_at = 0;
+                }
+                Content::Other => {}
+                Content::Closed => return Ok(true),
             }
         }
+        Ok(false)
     }
 
     /// Gives back what was received beyond the end of what it was received for.
@@ -126,25 +128,19 @@ impl Secure {
         self.spare_at = 0;
     }
 
-    /// Whether bytes are left that nobody has asked for.
-    pub(super) fn has_more(&self) -> bool {
-        self.spare_at < self.spare.len() || self.start < self.end
+    /// Whether it can take another request: nothing is left that nobody has asked for, and its keys are fresh enough.
+    pub(super) fn is_usable(&self) -> bool {
+        self.spare_at == self.spare.len() && self.stream.start == self.stream.end && !self.records.is_spent()
     }
+}
 
-    /// Goes through what came, as far as it goes. `take` gets what was decrypted, and tells whether it wants more. `request` is encrypted
-    /// when the handshake is done.
-    fn process(&mut self, mut request: Option<&[u8]>, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<Step, Fault> {
+impl Stream {
+    /// Goes on with the handshake, as far as what came goes.
+    fn shake_hands(&mut self, tls: &mut UnbufferedClientConnection) -> Result<Step, Fault> {
         loop {
             let incoming = &mut self.incoming[self.start..self.end];
-            let UnbufferedStatus { discard, state } = self.tls.process_tls_records(incoming);
+            let UnbufferedStatus { discard, state } = tls.process_tls_records(incoming);
             let step = match state.map_err(tls_fault)? {
-                ConnectionState::ReadTraffic(mut traffic) => {
-                    let mut goes_on = true;
-                    while let Some(record) = traffic.next_record() {
-                        goes_on &= take(record.map_err(tls_fault)?.payload);
-                    }
-                    if goes_on { None } else { Some(Step::Enough) }
-                }
                 ConnectionState::EncodeTlsData(mut data) => {
                     append(&mut self.outgoing, |room| match data.encode(room) {
                         Ok(length) => Ok(Ok(length)),
@@ -158,19 +154,12 @@ impl Secure {
                     data.done();
                     None
                 }
-                ConnectionState::WriteTraffic(mut traffic) => match request.take() {
-                    Some(request) => {
-                        append(&mut self.outgoing, |room| match traffic.encrypt(request, room) {
-                            Ok(length) => Ok(Ok(length)),
-                            Err(EncryptError::InsufficientSize(more)) => Ok(Err(more.required_size)),
-                            Err(error @ EncryptError::EncryptExhausted) => Err(Fault::Tls(error.to_string())),
-                        })?;
-                        None
-                    }
-                    None => Some(Step::Ready),
-                },
+                ConnectionState::WriteTraffic(_) => Some(Step::Done),
                 ConnectionState::BlockedHandshake => Some(Step::Read),
-                ConnectionState::PeerClosed | ConnectionState::Closed => Some(Step::Closed),
+                // Data before any request are nobody's.
+                ConnectionState::ReadTraffic(_) | ConnectionState::PeerClosed | ConnectionState::Closed => {
+                    return Err(ended());
+                }
                 other => return Err(Fault::Tls(format!("an unknown state: {other:?}"))),
             };
             self.start += discard;

@@ -11,6 +11,9 @@ use std::time::{Duration, Instant};
 const NODE: Duration = Duration::from_secs(5);
 /// Tries to get a loop device before somebody else does.
 const TRIES: usize = 16;
+/// Blocks of a loop device: pages. Of such a device, and of no other, squashfs keeps the pages that a block shares with its neighbours, and so
+/// all of its metadata (from Linux 6.5 on, `squashfs_bio_read_cached`); else it asks for them again and again.
+const BLOCK: u32 = 4096;
 
 /// A loop device over a file, freed when it is dropped, or when what was mounted of it is unmounted.
 pub(super) struct LoopDevice {
@@ -21,7 +24,9 @@ pub(super) struct LoopDevice {
 impl LoopDevice {
     /// Attaches a file read-only, with direct I/O: else its data would be in the page cache twice.
     pub(super) fn attach(image: &Path) -> Result<Self, RootError> {
-        let file = File::open(image).map_err(step(format!("open the image '{}'", image.display())))?;
+        let open = || format!("open the image '{}'", image.display());
+        let file = File::open(image).map_err(step(open()))?;
+        let block = block_size(file.metadata().map_err(step(open()))?.len());
         let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control").map_err(|source| {
             RootError::Step { doing: "open /dev/loop-control".into(), source, advice: "; load the module 'loop'" }
         })?;
@@ -30,7 +35,7 @@ impl LoopDevice {
             let path = PathBuf::from(format!("/dev/loop{number}"));
             wait_for(&path).map_err(step(format!("open '{}'", path.display())))?;
             let device = File::open(&path).map_err(step(format!("open '{}'", path.display())))?;
-            match ioctl::configure(&device, &file) {
+            match ioctl::configure(&device, &file, block) {
                 Ok(()) => {
                     if std::fs::read_to_string(format!("/sys/block/loop{number}/loop/dio"))
                         .is_ok_and(|dio| dio.trim() != "1")
@@ -49,6 +54,12 @@ impl LoopDevice {
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// What the image can be read by: the end of one that was not padded (mksquashfs and imgutil do that) is beyond the last whole block. 0: as the
+/// kernel chooses.
+fn block_size(length: u64) -> u32 {
+    if length.is_multiple_of(u64::from(BLOCK)) { BLOCK } else { 0 }
 }
 
 /// A compressed disk in memory.
@@ -155,6 +166,11 @@ fn parse_mount(line: &str, path: &Path) -> Option<(String, PathBuf)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_image_that_was_not_padded_is_read_to_its_end() {
+        assert_eq!([0, 4095, 4096, 4097, 8192].map(block_size), [4096, 0, 4096, 0, 4096]);
+    }
 
     #[test]
     fn mounts_are_found_by_their_place() {

@@ -47,11 +47,11 @@ pub(super) fn free_loop_device(control: &File) -> io::Result<i32> {
     unsafe { loop_ctl_get_free(control.as_raw_fd()) }.map_err(io::Error::from)
 }
 
-/// Ties `device` to `image`: read-only, with direct I/O, freed with its last user.
-pub(super) fn configure(device: &File, image: &File) -> io::Result<()> {
+/// Ties `device` to `image`: read-only, with direct I/O, freed with its last user. It is read by blocks of `block_size`; 0: of the kernel's choice.
+pub(super) fn configure(device: &File, image: &File, block_size: u32) -> io::Result<()> {
     let config = LoopConfig {
         fd: descriptor(image.as_raw_fd())?,
-        block_size: 0,
+        block_size,
         info: LoopInfo64 {
             device: 0,
             inode: 0,

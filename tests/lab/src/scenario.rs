@@ -9,6 +9,7 @@ use moor_api::admin::StatusEvent;
 use moor_vm::{Namespace, Swtpm, Vm, VmOptions};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// The profile, the image and the node of the scenario.
@@ -239,8 +240,14 @@ impl Scenario {
     /// # Errors
     /// ssh failed, or the command did.
     pub fn on_node(&self, vm: &Vm, command: &str) -> anyhow::Result<String> {
+        Ok(text(&mut self.shell_on_node(vm, command))?)
+    }
+
+    /// The same as a command that was not started yet.
+    #[must_use]
+    pub fn shell_on_node(&self, vm: &Vm, command: &str) -> Command {
         let (known_hosts, login) = (self.dir.join("known_hosts"), self.dir.join("login"));
-        Ok(text(&mut vm.ssh(&self.namespace, NODE, &known_hosts, &login, &[command]))?)
+        vm.ssh(&self.namespace, NODE, &known_hosts, &login, &[command])
     }
 
     /// Checks that PCR 15 is closed: in the run stage no node may prove itself as one that boots.

@@ -1,5 +1,5 @@
-//! Table *faults*: two servers, of which one begins to fail while programs read: the longest read, and reads in error; and both gone for a
-//! minute. The same faults on the simulated network, in thousands of orders, are in `make test`.
+//! Table *faults*: two servers, of which the one in use begins to fail while programs read: the longest read, and reads in error; and both
+//! gone for a minute. The same faults on the simulated network, in thousands of orders, are in `make test`.
 
 use super::mounts::{Kind, Remote, Source, drop_caches};
 use super::web::{Authority, Conduct, Web};
@@ -7,6 +7,7 @@ use super::{Bar, Lab, Row, Table, reads};
 use crate::Namespace;
 use crate::process::{run, tied};
 use anyhow::Context as _;
+use moor_tether::reader::MemberStatus;
 use std::path::Path;
 use std::time::Duration;
 
@@ -21,7 +22,12 @@ const BACK: f64 = 8.0;
 /// Ports of the two servers.
 const PORTS: [u16; 2] = [8473, 8474];
 
-/// What the first server does.
+/// The tether writes its state so often.
+const STATE: Duration = Duration::from_millis(1200);
+/// Mounts until one begins at the server that is not there: each of two is as likely.
+const TRIES: usize = 20;
+
+/// What the server in use does.
 #[derive(Clone, Copy)]
 enum Fault {
     Is(fn(&Files) -> Conduct<'_>),
@@ -31,6 +37,8 @@ enum Fault {
     Blackholed,
     /// It is not there from the beginning.
     Absent,
+    /// It goes on.
+    None,
 }
 
 struct Files {
@@ -49,7 +57,7 @@ const FAULTS: [(&str, Fault); 10] = [
     ("another image", Fault::Is(|files| Conduct::Good(&files.other))),
     ("without range support", Fault::Is(|files| Conduct::NoRanges(&files.good))),
     ("expired certificate", Fault::Is(|files| Conduct::Expired(&files.good))),
-    ("none", Fault::Is(|files| Conduct::Good(&files.good))),
+    ("none", Fault::None),
 ];
 
 pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
@@ -63,19 +71,24 @@ pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
         lab.say(&format!("faults: {name}"));
         let place = Namespace::new()?;
         let mut site = Site::new(lab, &files, &place)?;
-        if matches!(fault, Fault::Absent) {
-            site.servers[0].become_(lab.dir, Some(&place), Conduct::Refused)?;
-        }
-        let remote = site.mount(&authority, &key)?;
-        reads::random((remote.file(), Some(&remote)), READERS, 2, 1)?;
+        let (remote, bad) = match fault {
+            Fault::Absent => {
+                site.servers[0].become_(lab.dir, Some(&place), Conduct::Refused)?;
+                (site.mount_at_the_first(&authority, &key)?, 0)
+            }
+            _ => site.mount_in_use(&authority, &key)?,
+        };
         match fault {
-            Fault::Is(conduct) => site.servers[0].become_(lab.dir, Some(&place), conduct(&files))?,
-            Fault::Freezes => site.servers[0].freeze()?,
-            Fault::Blackholed => blackhole(&place, PORTS[0])?,
-            Fault::Absent => {}
+            Fault::Is(conduct) => site.servers[bad].become_(lab.dir, Some(&place), conduct(&files))?,
+            Fault::Freezes => site.servers[bad].freeze()?,
+            Fault::Blackholed => blackhole(&place, PORTS[bad])?,
+            Fault::Absent | Fault::None => {}
         }
         drop_caches()?;
         let found = reads::random((remote.file(), Some(&remote)), READERS, SECONDS, 2)?;
+        std::thread::sleep(STATE);
+        let faults = site.standing(&remote, bad)?.faults;
+        anyhow::ensure!(faults > 0 || matches!(fault, Fault::None), "{name}: the server in use was found good");
         let errors = format!("{name}: reads in error, of {}", found.good + found.errors);
         table.rows.push(Row::alone(&errors, "", f64::from(found.errors), Bar::AtMost(0.0)));
         table.rows.push(Row::alone(&format!("{name}: longest read"), "s", found.longest, Bar::AtMost(1.0)));
@@ -103,6 +116,39 @@ impl<'a> Site<'a> {
     fn mount(&self, authority: &Authority, key: &Path) -> anyhow::Result<Remote> {
         let source = Source { lab: self.lab, authority, namespace: Some(self.place), key };
         source.mount(Kind::Ours, &self.servers.each_ref().map(|server| server.url("")))
+    }
+
+    /// The image is mounted, and the server from which it is read just now: which of the two it is, is chance.
+    fn mount_in_use(&self, authority: &Authority, key: &Path) -> anyhow::Result<(Remote, usize)> {
+        let remote = self.mount(authority, key)?;
+        let read = |seconds, seed| -> anyhow::Result<[u64; 2]> {
+            reads::random((remote.file(), Some(&remote)), READERS, seconds, seed)?;
+            std::thread::sleep(STATE);
+            Ok([self.standing(&remote, 0)?.bytes, self.standing(&remote, 1)?.bytes])
+        };
+        // The one that was not asked first is tried meanwhile.
+        let (before, after) = (read(2, 1)?, read(1, 4)?);
+        let [first, second] = [0, 1].map(|at| after[at] - before[at]);
+        Ok((remote, usize::from(second > first)))
+    }
+
+    /// The same, mounted so that the first server was asked first, which is not there.
+    fn mount_at_the_first(&self, authority: &Authority, key: &Path) -> anyhow::Result<Remote> {
+        for _ in 0..TRIES {
+            let remote = self.mount(authority, key)?;
+            std::thread::sleep(STATE);
+            if self.standing(&remote, 0)?.faults > 0 {
+                return Ok(remote);
+            }
+        }
+        anyhow::bail!("of {TRIES} mounts none began at the first server");
+    }
+
+    /// What the tether says of a server.
+    fn standing(&self, remote: &Remote, at: usize) -> anyhow::Result<MemberStatus> {
+        let url = self.servers[at].url("");
+        let members = remote.state()?.members;
+        members.into_iter().find(|member| member.url.starts_with(&url)).context("the tether does not know a server")
     }
 }
 

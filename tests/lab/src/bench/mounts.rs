@@ -5,6 +5,7 @@ use super::web::Authority;
 use crate::Namespace;
 use crate::process::{Guard, run, tied, wait_for};
 use anyhow::Context as _;
+use moor_tether::state::State;
 use nix::mount::{MntFlags, MsFlags, umount2};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -128,6 +129,11 @@ impl Remote {
         std::fs::read_to_string(self.dir.join("log")).context("reading what a mount said")
     }
 
+    /// What the tether says of itself.
+    pub(super) fn state(&self) -> anyhow::Result<State> {
+        State::read(&self.dir.join("state.json")).context("reading a tether's state")
+    }
+
     /// Ends who serves it, whatever he waits for: who waits for him gets an error.
     pub(super) fn kill(&self) {
         if let Some(pid) = self.guard.id().and_then(|pid| i32::try_from(pid).ok()) {
@@ -147,7 +153,7 @@ impl Drop for Remote {
     }
 }
 
-/// A squashfs file as a tree, through a loop device. Gone on drop.
+/// A squashfs file as a tree, through a loop device as `moor-tether root` makes it. Gone on drop.
 pub(super) struct Tree {
     at: PathBuf,
 }
@@ -156,7 +162,7 @@ impl Tree {
     pub(super) fn mount(lab: &Lab<'_>, file: &Path) -> anyhow::Result<Self> {
         let at = tempfile::Builder::new().prefix("tree-").tempdir_in(lab.dir)?.keep();
         let device = crate::process::text(
-            tied("losetup").args(["--find", "--show", "--read-only", "--direct-io=on"]).arg(file),
+            tied("losetup").args(["--find", "--show", "--read-only", "--direct-io=on", "--sector-size=4096"]).arg(file),
         )?;
         let mounted = nix::mount::mount(
             Some(Path::new(&device)),
