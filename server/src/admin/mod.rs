@@ -1,5 +1,6 @@
 //! `/admin/v1`: what administrators may do, over the socket by who they are and over HTTPS by a token.
 
+mod backup;
 mod collective;
 mod content;
 pub(crate) mod nodes;
@@ -46,12 +47,15 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/admin/v1/why/{subject}", get(view::why))
         .route("/admin/v1/log/{node}", get(view::log))
         .route("/admin/v1/blobs", put(content::add_blob))
+        .route("/admin/v1/content", get(content::status))
         .route("/admin/v1/images", get(content::images).post(content::import))
         .route("/admin/v1/profiles", get(content::profiles).post(content::create_profile))
         .route("/admin/v1/profiles/{name}/publish", post(content::publish))
         .route("/admin/v1/profiles/{name}/boot", get(content::boot_files))
         .route("/admin/v1/tokens", post(create_token))
+        .route("/admin/v1/backup", post(backup::backup))
         .route("/admin/v1/collective/invite", post(collective::invite))
+        .route("/admin/v1/collective/replace", post(collective::replace))
         .route("/admin/v1/collective/promote", post(collective::promote))
         .route("/admin/v1/collective/demote", post(collective::demote))
         .route("/admin/v1/collective/remove", post(collective::remove))

@@ -3,6 +3,7 @@
 //! A change is acknowledged once a majority has it on disk and this member has applied it. Members that are no leader pass changes on to
 //! the leader, and then wait until they have applied them too: who proposes, reads his own writes.
 
+mod anew;
 #[cfg(test)]
 mod cuts;
 mod log;
@@ -14,6 +15,7 @@ mod snapshot;
 mod tests;
 mod wire;
 
+pub use anew::Survivor;
 pub(crate) use network::proposed;
 pub use network::{Call, Calls};
 pub use snapshot::SnapshotFile;

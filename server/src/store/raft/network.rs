@@ -160,6 +160,7 @@ impl Calls {
         let call = async {
             let mut connection = self.take(peer).await?;
             connection.patience(limit);
+            connection.set_request_id(crate::observe::request_id().as_deref());
             let answer = connection.post(path, body.into(), MAX_ANSWER).await;
             if !matches!(answer, Err(ClientError::Broken { .. })) {
                 self.put_back(connection).await;
