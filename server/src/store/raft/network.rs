@@ -303,7 +303,7 @@ pub(super) async fn answer(
 ) -> Result<Vec<u8>, StoreError> {
     match call {
         Call::Append => {
-            let request = AppendEntriesRequest::<Raft>::try_from(parsed::<WireAppend>(body)?)
+            let request = AppendEntriesRequest::<Raft>::try_from(parsed::<WireAppend<Command>>(body)?)
                 .map_err(|error| StoreError::Message(error.to_string()))?;
             answered(&WireAppended::from(raft.append_entries(request).await.map_err(consensus)?))
         }
