@@ -80,7 +80,7 @@ pub fn now_ms() -> u64 {
 
 /// A line of the audit log as of now.
 #[must_use]
-pub fn audit_entry(what: &str, fields: serde_json::Value) -> serde_json::Value {
+pub fn audit_entry(what: &str, fields: &serde_json::Value) -> serde_json::Value {
     serde_json::json!({ "time_ms": now_ms(), "what": what, "fields": fields })
 }
 
@@ -305,6 +305,6 @@ impl Member {
     /// # Errors
     /// The store failed: then what was to be recorded must not happen.
     pub async fn audit(&self, what: &str, fields: serde_json::Value) -> Result<(), Problem> {
-        self.propose(Command::Audit { entry: audit_entry(what, fields) }).await.map(drop)
+        self.propose(Command::Audit { entry: audit_entry(what, &fields) }).await.map(drop)
     }
 }

@@ -44,7 +44,7 @@ fn entry(Who(who): &Who, request: &Request) -> Option<serde_json::Value> {
     }
     let call = format!("{} {}", request.method(), request.uri().path());
     tracing::info!("{call} by {who}");
-    Some(state::audit_entry("admin", serde_json::json!({ "by": who, "call": call })))
+    Some(state::audit_entry("admin", &serde_json::json!({ "by": who, "call": call })))
 }
 
 /// Around calls that do not know of their line: it is written before they begin.

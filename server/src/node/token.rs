@@ -128,13 +128,13 @@ impl Known {
     ) -> Result<Claims, TokenError> {
         // What is there is replaced in one step.
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let claims = match last.as_ref().filter(|(known, _)| known == token) {
-            Some((_, claims)) => claims.clone(),
-            None => {
-                let claims = signed_claims(public, token)?;
-                *last = Some((token.to_owned(), claims.clone()));
-                claims
-            }
+        let known = last.as_ref().filter(|(known, _)| known == token).map(|(_, claims)| claims.clone());
+        let claims = if let Some(claims) = known {
+            claims
+        } else {
+            let claims = signed_claims(public, token)?;
+            *last = Some((token.to_owned(), claims.clone()));
+            claims
         };
         if claims.collective != collective {
             return Err(TokenError::Foreign);

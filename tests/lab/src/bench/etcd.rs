@@ -52,8 +52,9 @@ impl Etcd {
             }
             for kind in ["", "peer-"] {
                 command.arg(format!("--{kind}cert-file")).arg(&good).arg(format!("--{kind}key-file")).arg(&key);
-                command.arg(format!("--{kind}trusted-ca-file")).arg(&trust);
             }
+            // Were clients' authority named as well, it would want certificates of them.
+            command.arg("--peer-trusted-ca-file").arg(&trust);
             command.arg("--peer-client-cert-auth").arg("--data-dir").arg(dir.join(format!("e{at}")));
             let log = File::create(dir.join(format!("e{at}.log")))?;
             guards.push(Guard::new(command.stdout(log.try_clone()?).stderr(log).spawn().context("starting etcd")?));
