@@ -41,9 +41,32 @@ pub struct Connection {
 pub enum Command {
     /// Make this machine the first member of a new collective (runs `moord init`).
     Init(Init),
-    /// The members: show, invite, join, promote, demote, remove.
+    /// The members: show, invite, join, replace, promote, demote, remove, recover.
     #[command(subcommand)]
     Collective(Collective),
+    /// Write a backup of the store to a new file: all records, and the keys of the collective, under a passphrase. Content (images, files of
+    /// profiles) is not in it.
+    Backup {
+        /// The file; it must not exist.
+        file: PathBuf,
+        /// File with the passphrase, readable by its owner only ('-': standard input). Without it the terminal is asked.
+        #[arg(long, value_name = "FILE")]
+        passphrase_file: Option<PathBuf>,
+        /// Write lines of JSON without any secret instead: to read and to compare, not to restore.
+        #[arg(long, conflicts_with = "passphrase_file")]
+        redact: bool,
+    },
+    /// Make a new collective of this machine out of a backup (runs `moord restore`).
+    Restore {
+        /// The backup.
+        file: PathBuf,
+        /// Configuration of the member.
+        #[arg(long, default_value = "/etc/mooring/moord.toml")]
+        config: PathBuf,
+        /// Further arguments of `moord restore`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
     /// Define, list and change nodes.
     #[command(subcommand)]
     Node(Node),
@@ -66,6 +89,9 @@ pub enum Command {
     /// List and import images.
     #[command(subcommand)]
     Image(Image),
+    /// Where the content of the collective is.
+    #[command(subcommand)]
+    Content(Content),
     /// Create, list and publish profiles.
     #[command(subcommand)]
     Profile(Profile),
@@ -104,6 +130,23 @@ pub enum Collective {
     },
     /// Make this machine a member, with an invitation on standard input or in a file (runs `moord join`).
     Join(Init),
+    /// Invite a machine to take the place of a member that is dead: prints a text for `moor collective join` there. The old member is removed
+    /// once the new one has all and votes.
+    Replace {
+        /// Name or number of the member that goes.
+        dead: String,
+        /// Name of the member to be; it may be the same.
+        name: String,
+        /// How long the invitation is good: 90s, 30m, 1h; at most 24h.
+        #[arg(long, default_value = "1h")]
+        expires: String,
+        /// Write it to this file (0600) instead of the terminal.
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
+    /// When the majority is lost for ever: make this machine's member, which is stopped, a collective of one (runs `moord recover`). Says what
+    /// would be lost; `--force` does it.
+    Recover(Init),
     /// Let a non-voting member vote.
     Promote {
         /// Its name or number.
@@ -124,13 +167,13 @@ pub enum Collective {
     },
 }
 
-/// Arguments of `moor init` and `moor collective join`.
+/// Arguments of `moor init`, `moor collective join` and `moor collective recover`.
 #[derive(Debug, Args)]
 pub struct Init {
     /// Configuration of the member.
     #[arg(long, default_value = "/etc/mooring/moord.toml")]
     pub config: PathBuf,
-    /// Further arguments of `moord init` or `moord join`.
+    /// Further arguments of the `moord` that it runs.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub rest: Vec<String>,
 }
@@ -269,6 +312,17 @@ pub enum Image {
     },
 }
 
+/// `moor content …`
+#[derive(Debug, Subcommand)]
+pub enum Content {
+    /// Show images and what else is not on every member; the exit status is not 0 when something is on none.
+    Status {
+        /// Show everything.
+        #[arg(long)]
+        all: bool,
+    },
+}
+
 /// `moor profile …`
 #[derive(Debug, Subcommand)]
 pub enum Profile {
@@ -324,5 +378,21 @@ mod tests {
     #[test]
     fn the_definitions_are_consistent() {
         Cli::command().debug_assert();
+    }
+
+    /// What another program is to read is passed on, and what is ours is not.
+    #[test]
+    fn options_of_moord_are_passed_on() {
+        let parsed = |line: &str| Cli::try_parse_from(line.split(' ')).unwrap();
+        let cli = parsed("moor --json restore a.backup --config c.toml --passphrase-file - --blobs /b");
+        assert!(cli.json);
+        let Command::Restore { file, config, rest } = cli.command else { panic!("another command") };
+        assert_eq!((file, config), ("a.backup".into(), "c.toml".into()));
+        assert_eq!(rest, ["--passphrase-file", "-", "--blobs", "/b"]);
+        let Command::Collective(Collective::Recover(recover)) = parsed("moor collective recover --force").command
+        else {
+            panic!("another command")
+        };
+        assert_eq!(recover.rest, ["--force"]);
     }
 }

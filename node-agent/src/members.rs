@@ -4,7 +4,7 @@ use moor_api::client::ClientError;
 use moor_api::client::node::NodeConnection;
 use moor_api::client::session::SessionKey;
 use moor_api::client::tls::member_tls_config;
-use moor_api::ids::CollectiveId;
+use moor_api::ids::{BootId, CollectiveId};
 use moor_api::node::MemberEndpoint;
 use moor_api::trust::SiteBundle;
 use rustls::ClientConfig;
@@ -23,6 +23,8 @@ pub struct Members {
     tls: Arc<ClientConfig>,
     connection: Option<NodeConnection>,
     token: Option<Zeroizing<String>>,
+    /// The boot, for the logs of members.
+    boot: Option<String>,
     timeout: Duration,
 }
 
@@ -38,6 +40,7 @@ impl Members {
             tls: Arc::new(member_tls_config(bundle, Some(session))?),
             connection: None,
             token: None,
+            boot: None,
             timeout: TIMEOUT,
         };
         members.learn(urls);
@@ -80,6 +83,11 @@ impl Members {
     /// Adds the addresses of a reply or a deploy document.
     pub fn learn_endpoints(&mut self, members: &[MemberEndpoint]) {
         self.learn(members.iter().flat_map(|member| member.urls.iter().cloned()).collect());
+    }
+
+    /// The boot that all calls from now on belong to: by its id they are found in the logs of members.
+    pub fn set_boot(&mut self, boot: BootId) {
+        self.boot = Some(boot.to_string());
     }
 
     /// The token for calls from now on, on this connection and those to come.
@@ -132,6 +140,9 @@ impl Members {
                 Ok(mut connection) => {
                     if let Some(token) = &self.token {
                         connection.set_token(token)?;
+                    }
+                    if let Some(boot) = &self.boot {
+                        connection.set_request_id(boot);
                     }
                     return Ok(connection);
                 }

@@ -32,6 +32,18 @@ pub struct Config {
     /// User ids that may use the socket, besides root and the member's own.
     #[serde(default)]
     pub admin_uids: Vec<u32>,
+    /// So many seconds a member without a majority goes on answering nodes that it knows.
+    #[serde(default = "default_stale")]
+    pub stale_seconds: u64,
+    /// And so many it goes on giving them secrets, the keys of their images among them. Never longer than it answers.
+    #[serde(default = "default_stale_secrets")]
+    pub stale_secrets_seconds: u64,
+    /// So many MiB of content this member fetches from others in a second at most; none: as fast as it comes.
+    #[serde(default)]
+    pub content_mib_per_second: Option<std::num::NonZeroU32>,
+    /// So many members hold an image before nodes are offered it; none: a majority of those that vote. Never more than there are members.
+    #[serde(default)]
+    pub image_copies: Option<std::num::NonZeroU32>,
 }
 
 fn default_name() -> String {
@@ -48,6 +60,14 @@ fn default_socket() -> PathBuf {
 
 fn default_listen() -> Vec<SocketAddr> {
     vec![SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, 443))]
+}
+
+fn default_stale() -> u64 {
+    24 * 3600
+}
+
+fn default_stale_secrets() -> u64 {
+    3600
 }
 
 fn default_templates() -> PathBuf {
@@ -90,6 +110,12 @@ impl Config {
     #[must_use]
     pub fn store(&self) -> Places {
         Places::in_dir(&self.state_dir.join("store"))
+    }
+
+    /// What waits for a majority.
+    #[must_use]
+    pub fn waiting(&self) -> PathBuf {
+        self.state_dir.join("store/late.redb")
     }
 
     /// Who this member is.

@@ -5,12 +5,12 @@ use aws_lc_rs::digest;
 use moor_api::ids::Sha256Digest;
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-/// A blob that is arriving. Dropped before [`Self::finish`], it leaves nothing.
+/// A blob that is arriving. Dropped before [`Self::finish`], it leaves nothing; one that was [resumed](Self::resume) leaves what came.
 pub struct Incoming {
     file: File,
     path: PathBuf,
@@ -19,7 +19,12 @@ pub struct Incoming {
     size: u64,
     looked: u64,
     kept: bool,
+    /// What came is worth something although it is not whole.
+    stays: bool,
 }
+
+/// What the file of a blob that came in part is called, before its digest.
+const PARTIAL: &str = ".partial-";
 
 /// Bytes that uploads leave free on the disk: the store has to go on.
 const RESERVE: u64 = 32 << 20;
@@ -49,7 +54,52 @@ impl Incoming {
             size: 0,
             looked: 0,
             kept: false,
+            stays: false,
         })
+    }
+
+    /// Begins the blob `wanted`, or goes on where an earlier try was broken off. There is one at a time of each.
+    ///
+    /// # Errors
+    /// The directory is not writable, or the disk failed.
+    pub fn resume(dir: &Path, wanted: Sha256Digest) -> io::Result<Self> {
+        let path = dir.join(format!("{PARTIAL}{wanted}"));
+        let mut file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o640).open(&path)?;
+        // One that came whole and was not named has its last byte fetched again, so that there is always something to ask for.
+        let come = file.metadata()?.len().saturating_sub(1);
+        file.set_len(come)?;
+        let mut hash = digest::Context::new(&digest::SHA256);
+        let mut piece = vec![0; 256 << 10];
+        let mut size = 0;
+        // A power cut may have left anything in it: the digest of the whole decides in the end.
+        while size < come {
+            let count = file.read(&mut piece)?;
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            hash.update(&piece[..count]);
+            size += count as u64;
+        }
+        Ok(Self { file, path, dir: dir.to_owned(), hash, size, looked: 0, kept: false, stays: true })
+    }
+
+    /// How much of it is here.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Throws away what is here.
+    ///
+    /// # Errors
+    /// The disk failed.
+    pub fn restart(&mut self) -> io::Result<()> {
+        self.file.set_len(0)?;
+        self.file.rewind()?;
+        self.hash = digest::Context::new(&digest::SHA256);
+        (self.size, self.looked) = (0, 0);
+        Ok(())
     }
 
     /// Adds bytes.
@@ -85,9 +135,10 @@ impl Incoming {
     ///
     /// # Errors
     /// It is another one; syncing or renaming failed.
-    pub fn finish_as(self, wanted: Sha256Digest) -> io::Result<()> {
+    pub fn finish_as(mut self, wanted: Sha256Digest) -> io::Result<()> {
         let blob = self.digest();
         if blob != wanted {
+            self.stays = false;
             return Err(io::Error::new(io::ErrorKind::InvalidData, format!("its SHA-256 is {blob}")));
         }
         self.keep(blob).map(drop)
@@ -117,11 +168,18 @@ impl Incoming {
 
 impl Drop for Incoming {
     fn drop(&mut self) {
-        if !self.kept {
+        if !self.kept && !self.stays {
             // What is left of an upload that broke is of no use.
             let _ = std::fs::remove_file(&self.path);
         }
     }
+}
+
+/// Which of these blobs are not in `dir`.
+#[must_use]
+pub fn lacking(dir: &Path, mut blobs: Vec<Sha256Digest>) -> Vec<Sha256Digest> {
+    blobs.retain(|blob| !path_of(dir, *blob).exists());
+    blobs
 }
 
 /// Keeps bytes that are in memory.
@@ -148,7 +206,18 @@ pub fn touch(dir: &Path, blob: Sha256Digest) -> io::Result<()> {
 /// The directory cannot be read.
 pub fn collect(dir: &Path, named: &BTreeSet<Sha256Digest>, age: Duration) -> anyhow::Result<usize> {
     let mut count = 0;
-    for folder in std::fs::read_dir(dir)?.flatten().filter(|folder| folder.path().is_dir()) {
+    for folder in std::fs::read_dir(dir)?.flatten() {
+        if !folder.path().is_dir() {
+            let name = folder.file_name();
+            let partial = name.to_str().and_then(|name| name.strip_prefix(PARTIAL)?.parse::<Sha256Digest>().ok());
+            // A member that has just joined does not know yet what is named.
+            let old = folder.metadata()?.modified()?.elapsed().is_ok_and(|passed| passed > age);
+            if partial.is_some_and(|blob| !named.contains(&blob)) && old && std::fs::remove_file(folder.path()).is_ok()
+            {
+                count += 1;
+            }
+            continue;
+        }
         for entry in std::fs::read_dir(folder.path())?.flatten() {
             let blob = entry.file_name().to_str().and_then(|name| name.parse::<Sha256Digest>().ok());
             if blob.is_none_or(|blob| named.contains(&blob)) {
@@ -193,6 +262,45 @@ mod tests {
         touch(dir.path(), young).unwrap();
         assert_eq!(collected(), 0);
         assert!(touch(dir.path(), old).is_err());
+    }
+
+    #[test]
+    fn what_came_is_gone_on_with_and_the_whole_is_judged() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = b"a blob that comes in two parts";
+        let wanted = add(dir.path(), text).unwrap();
+        std::fs::remove_file(path_of(dir.path(), wanted)).unwrap();
+        let mut incoming = Incoming::resume(dir.path(), wanted).unwrap();
+        assert_eq!(incoming.size(), 0);
+        incoming.write(&text[..10]).unwrap();
+        drop(incoming);
+        // The last byte is fetched again.
+        let mut incoming = Incoming::resume(dir.path(), wanted).unwrap();
+        assert_eq!(incoming.size(), 9);
+        incoming.write(&text[9..]).unwrap();
+        incoming.finish_as(wanted).unwrap();
+        assert_eq!(std::fs::read(path_of(dir.path(), wanted)).unwrap(), text);
+        // Of one that was spoilt nothing is kept, and the next try is from the beginning.
+        std::fs::remove_file(path_of(dir.path(), wanted)).unwrap();
+        let mut incoming = Incoming::resume(dir.path(), wanted).unwrap();
+        incoming.write(b"something else").unwrap();
+        drop(incoming);
+        let mut incoming = Incoming::resume(dir.path(), wanted).unwrap();
+        incoming.write(&text[13..]).unwrap();
+        assert!(incoming.finish_as(wanted).is_err());
+        let mut incoming = Incoming::resume(dir.path(), wanted).unwrap();
+        assert_eq!(incoming.size(), 0);
+        incoming.write(b"the whole comes where the rest was asked for").unwrap();
+        incoming.restart().unwrap();
+        incoming.write(text).unwrap();
+        drop(incoming);
+        // What nothing names any more goes.
+        assert_eq!(collect(dir.path(), &BTreeSet::from([wanted]), Duration::ZERO).unwrap(), 0);
+        assert_eq!(collect(dir.path(), &BTreeSet::new(), Duration::ZERO).unwrap(), 1);
+        assert_eq!(
+            std::fs::read_dir(dir.path()).unwrap().filter(|entry| entry.as_ref().unwrap().path().is_file()).count(),
+            0
+        );
     }
 
     #[test]

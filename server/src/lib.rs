@@ -6,6 +6,7 @@
 pub mod admin;
 pub mod args;
 pub mod authority;
+pub mod backup;
 pub mod certificate;
 pub mod collective;
 pub mod config;
@@ -13,6 +14,7 @@ pub mod content;
 pub mod cpio;
 pub mod files;
 pub mod http;
+pub mod late;
 pub mod listener;
 pub mod model;
 pub mod node;

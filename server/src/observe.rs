@@ -8,11 +8,13 @@ use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use http::{StatusCode, header};
+use moor_api::client::REQUEST_ID;
 use std::fmt;
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
+use tracing::Instrument as _;
 
 /// Who asks: by the beginning of the path.
 const CALLERS: [(&str, &str); 4] = [("node", "/node/"), ("admin", "/admin/"), ("member", "/member/"), ("public", "/")];
@@ -24,6 +26,43 @@ const CLASSES: [&str; 4] = ["2xx", "3xx", "4xx", "5xx"];
 pub struct Requests {
     answers: [[AtomicU64; CLASSES.len()]; CALLERS.len()],
     microseconds: [AtomicU64; CALLERS.len()],
+    begun: AtomicU64,
+}
+
+tokio::task_local! {
+    /// What the request that is being answered belongs to.
+    static REQUEST: String;
+}
+
+/// What the request that is being answered belongs to, to tell it to other members.
+pub(crate) fn request_id() -> Option<String> {
+    REQUEST.try_with(Clone::clone).ok()
+}
+
+/// What the caller says that its request belongs to, as far as it may go to a log.
+fn told(request: &Request) -> Option<&str> {
+    let id = request.headers().get(REQUEST_ID)?.to_str().ok()?;
+    let is_word = id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.'));
+    (is_word && (1..=64).contains(&id.len())).then_some(id)
+}
+
+/// Answers a request so that each line that is logged of it, here and on members that are asked for it, has its id: the caller's, or
+/// one of this member's.
+async fn followed(member: &Member, request: Request, next: Next) -> Response {
+    let id = match told(&request) {
+        Some(id) => id.to_owned(),
+        // Members talk to each other all the time.
+        None if request.uri().path().starts_with("/member/") => return next.run(request).await,
+        None => format!("{}-{}", member.identity.name, member.requests.begun.fetch_add(1, Ordering::Relaxed)),
+    };
+    let span = tracing::info_span!("request", id = id.as_str());
+    let answered = async {
+        let call = format!("{} {}", request.method(), request.uri().path());
+        let response = next.run(request).await;
+        tracing::debug!("{call}: {}", response.status());
+        response
+    };
+    REQUEST.scope(id, answered).instrument(span).await
 }
 
 /// Counts a request, and the time until its answer begins.
@@ -31,7 +70,7 @@ pub async fn count(State(member): State<Arc<Member>>, request: Request, next: Ne
     let path = request.uri().path();
     let caller = CALLERS.iter().position(|(_, begin)| path.starts_with(begin)).unwrap_or(CALLERS.len() - 1);
     let began = Instant::now();
-    let response = next.run(request).await;
+    let response = followed(&member, request, next).await;
     let class = usize::from(response.status().as_u16() / 100).saturating_sub(2).min(CLASSES.len() - 1);
     member.requests.answers[caller][class].fetch_add(1, Ordering::Relaxed);
     let took = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -47,7 +86,11 @@ pub(crate) async fn health(State(member): State<Arc<Member>>) -> Response {
         return (StatusCode::SERVICE_UNAVAILABLE, "the store does not answer\n").into_response();
     }
     let standing = member.store.standing();
-    let text = if standing.has_majority() { "ok\n" } else { "no majority: known nodes are served, changes wait\n" };
+    let text = if standing.has_majority() {
+        "ok\n"
+    } else {
+        "no majority: known nodes are served for a while, changes wait\n"
+    };
     text.into_response()
 }
 

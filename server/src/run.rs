@@ -1,12 +1,14 @@
-//! `moord init`, `moord join` and `moord run`: from arguments to a member, as whom it runs, and how it ends.
+//! What `moord` does: from arguments to a member, as whom it runs, and how it ends.
 
 use crate::args::{Cli, Command};
+use crate::backup;
 use crate::collective;
 use crate::collective::invite::Invitation;
 use crate::config::Config;
 use crate::state::{self, Member};
 use crate::{listener, router};
 use anyhow::{Context as _, bail};
+use moor_api::passphrase;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Uid, User, geteuid, setgroups, setresgid, setresuid};
@@ -14,7 +16,7 @@ use std::fmt::Write as _;
 use std::io::{IsTerminal as _, Read as _};
 use std::net::IpAddr;
 use std::os::unix::fs::{MetadataExt as _, chown};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
@@ -40,16 +42,21 @@ pub fn main(cli: Cli) -> anyhow::Result<()> {
     nix::sys::prctl::set_dumpable(false).context("switching core dumps off")?;
     let filter = tracing_subscriber::EnvFilter::try_from_env("MOORD_LOG").unwrap_or_else(|_| LOG.into());
     let colours = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(colours)
-        .with_target(false)
-        .init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    match std::env::var("MOORD_LOG_FORMAT").as_deref() {
+        Ok("json") => log.json().flatten_event(true).init(),
+        Ok(other) if other != "text" => bail!("MOORD_LOG_FORMAT is 'text' or 'json', not '{other}'"),
+        _ => log.with_ansi(colours).init(),
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting")?;
     match cli.command {
         Command::Init { config, addresses, name } => runtime.block_on(init(&config, addresses, name)),
         Command::Join { config, addresses, invitation } => runtime.block_on(join(&config, addresses, &invitation)),
+        Command::Restore { file, config, addresses, passphrase_file, blobs, json } => {
+            let from = Source { file, passphrase_file, blobs };
+            runtime.block_on(restore(&config, addresses, from, json))
+        }
+        Command::Recover { config, force } => runtime.block_on(recover(&config, force)),
         Command::Run { config } => {
             if geteuid().is_root() {
                 bail!(
@@ -103,6 +110,80 @@ async fn join(path: &Path, addresses: Vec<String>, file: &Path) -> anyhow::Resul
     let identity = collective::join::join(&config, &invitation, addresses).await?;
     println!(
         "this is member {} ({}) of collective {}; start it with `moord run --config {}`",
+        identity.name,
+        identity.number,
+        identity.site.name,
+        path.display()
+    );
+    Ok(())
+}
+
+/// What a collective is restored from.
+struct Source {
+    file: PathBuf,
+    passphrase_file: Option<PathBuf>,
+    blobs: Option<PathBuf>,
+}
+
+async fn restore(path: &Path, addresses: Vec<String>, from: Source, as_json: bool) -> anyhow::Result<()> {
+    // Opened and read before this process becomes the member's user, whom they may be hidden from.
+    let what = || format!("the backup '{}'", from.file.display());
+    let file = std::fs::File::open(&from.file).with_context(what)?;
+    let passphrase = match &from.passphrase_file {
+        Some(file) => passphrase::read(file)?,
+        None => passphrase::ask("Passphrase of the backup: ")?,
+    };
+    let config = prepare(path, &addresses)?;
+    let restored =
+        backup::restore::restore(&config, file, passphrase, addresses, from.blobs).await.with_context(what)?;
+    if as_json {
+        println!("{}", serde_json::to_string(&restored)?);
+        return Ok(());
+    }
+    let format = time::macros::format_description!("[year]-[month]-[day] [hour]:[minute]:[second] UTC");
+    println!(
+        "collective {} as it was at {}: {} nodes; this is its only member, {} ({})",
+        restored.collective,
+        time::OffsetDateTime::from_unix_timestamp(i64::try_from(restored.created)?)?.format(&format)?,
+        restored.nodes,
+        restored.member,
+        restored.number
+    );
+    if restored.taken > 0 {
+        println!("{} blobs were taken from the given directory", restored.taken);
+    }
+    for missing in &restored.missing {
+        println!("missing: {}: {}", missing.of, missing.blob);
+    }
+    if !restored.missing.is_empty() {
+        println!(
+            "{} blobs are missing, and nodes that need them wait: copy them from another member's directory of blobs into '{}', or import the same images again",
+            restored.missing.len(),
+            config.blobs().display()
+        );
+    }
+    println!("start it with `moord run --config {}`", path.display());
+    Ok(())
+}
+
+async fn recover(path: &Path, force: bool) -> anyhow::Result<()> {
+    let config = prepare(path, &[])?;
+    let (recovery, prospect) = collective::recover::Recovery::open(&config).await?;
+    let (term, index) = prospect.newest;
+    println!("no other member answers: {}", prospect.others.join(", "));
+    println!(
+        "this member's log ends with entry {index} of term {term}: what the others acknowledged after it, without this member, is lost"
+    );
+    for (blob, what) in &prospect.missing {
+        println!("missing here, and lost unless it is somewhere else: {what}: {blob}");
+    }
+    println!("the others are members no more: if one comes back, set its state aside, and let it join anew");
+    if !force {
+        bail!("nothing was changed: `--force` makes this member a collective of one");
+    }
+    let identity = recovery.go_on(&config).await?;
+    println!(
+        "this is member {} ({}), the only one of collective {}; start it with `moord run --config {}`",
         identity.name,
         identity.number,
         identity.site.name,

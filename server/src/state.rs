@@ -5,6 +5,7 @@ use crate::certificate::Certificate;
 use crate::collective::identity::{self, Identity};
 use crate::config::Config;
 use crate::content;
+use crate::late::Waiting;
 use crate::node::enroll::Enrollments;
 use crate::node::nonce::Nonces;
 use crate::node::rate::RateLimit;
@@ -23,7 +24,7 @@ use moor_api::ids::{CollectiveId, MemberId, Sha256Digest};
 use moor_api::node::MemberEndpoint;
 use moor_api::problem::Problem;
 use moor_api::trust::SiteBundle;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -60,6 +61,8 @@ pub struct Member {
     pub refusals: Throttle,
     /// Who is alive.
     pub heartbeats: Heartbeats,
+    /// What it did without a majority.
+    pub waiting: Waiting,
     /// What boots read.
     pub traces: Traces,
     /// What it was asked.
@@ -78,8 +81,14 @@ pub fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX))
 }
 
+/// A line of the audit log as of now.
+#[must_use]
+pub fn audit_entry(what: &str, fields: &serde_json::Value) -> serde_json::Value {
+    serde_json::json!({ "time_ms": now_ms(), "what": what, "fields": fields })
+}
+
 /// The name of this machine, as far as a member may have it.
-fn host_name() -> String {
+pub(crate) fn host_name() -> String {
     let name = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default();
     if identity::check_name(&name).is_ok() { name } else { "member-1".into() }
 }
@@ -104,6 +113,7 @@ pub async fn init(config: &Config, addresses: Vec<String>) -> anyhow::Result<Ide
         voter: true,
         invite: None,
         removed: false,
+        replaces: None,
     };
     let Connections { calls, .. } = connections(config, &keys, &identity)?;
     let store = Replicated::open(&config.store(), FOUNDER, calls).await.context("making the store")?;
@@ -119,13 +129,13 @@ pub async fn init(config: &Config, addresses: Vec<String>) -> anyhow::Result<Ide
 }
 
 /// What a member shows of itself, and its way to other members.
-struct Connections {
+pub(crate) struct Connections {
     issuer: MemberIssuer,
     certificate: Arc<Certificate>,
-    calls: Arc<Calls>,
+    pub(crate) calls: Arc<Calls>,
 }
 
-fn connections(config: &Config, keys: &Path, identity: &Identity) -> anyhow::Result<Connections> {
+pub(crate) fn connections(config: &Config, keys: &Path, identity: &Identity) -> anyhow::Result<Connections> {
     let issuer = MemberIssuer {
         keys: keys.to_owned(),
         collective: identity.site.collective,
@@ -172,22 +182,66 @@ fn addresses(config: &Config, identity: &Identity) -> anyhow::Result<Addresses> 
     Ok(addresses)
 }
 
-/// Blobs that records name, and images that there are.
-pub(crate) fn named(view: &Snapshot) -> Result<(BTreeSet<Sha256Digest>, BTreeSet<String>), StoreError> {
-    let (mut named, mut images) = (BTreeSet::new(), BTreeSet::new());
+/// Blobs that records name and that are not in `dir`.
+///
+/// # Errors
+/// The database is damaged.
+pub fn missing(view: &Snapshot, dir: &Path) -> Result<Vec<Sha256Digest>, StoreError> {
+    let (named, _) = named(view)?;
+    Ok(content::lacking(dir, named.into_iter().collect()))
+}
+
+/// Gives each blob that a record names to `take`, with a way to say what it is; returns the images that there are.
+fn contents(
+    view: &Snapshot,
+    mut take: impl FnMut(Sha256Digest, &dyn Fn() -> String),
+) -> Result<BTreeSet<String>, StoreError> {
+    let mut images = BTreeSet::new();
     for image in view.images()? {
+        let of = format!("image '{}' @{}", image.name, image.serial);
+        take(image.blob, &|| of.clone());
+        take(image.kernel, &|| format!("kernel of {of}"));
+        take(image.initramfs, &|| format!("initramfs of {of}"));
+        for (name, blob) in &image.boot_loaders {
+            take(*blob, &|| format!("{name} of {of}"));
+        }
         images.insert(image.digest.to_string());
-        named.extend([image.blob, image.kernel, image.initramfs]);
-        named.extend(image.boot_loaders.into_values());
     }
     for generation in view.all::<ProfileRecord>(tables::GENERATIONS)? {
-        named.extend(generation.manifest.files.into_values());
-        named.extend(generation.manifest.scripts.into_values().flatten().map(|(_, blob)| blob));
+        let manifest = &generation.manifest;
+        for (path, blob) in
+            manifest.files.iter().chain(manifest.scripts.values().flatten().map(|(path, blob)| (path, blob)))
+        {
+            take(*blob, &|| format!("'{path}' of profile '{}' @{}", generation.name, generation.serial));
+        }
     }
     for node in view.nodes()? {
-        named.extend(node.boots.into_iter().filter_map(|boot| boot.evidence?.event_log));
+        for log in node.boots.iter().filter_map(|boot| boot.evidence.as_ref()?.event_log) {
+            take(log, &|| format!("the firmware's log of a boot of {}", node.name));
+        }
     }
+    Ok(images)
+}
+
+/// Blobs that records name, and images that there are.
+pub(crate) fn named(view: &Snapshot) -> Result<(BTreeSet<Sha256Digest>, BTreeSet<String>), StoreError> {
+    let mut named = BTreeSet::new();
+    let images = contents(view, |blob, _| {
+        named.insert(blob);
+    })?;
     Ok((named, images))
+}
+
+/// Blobs that records name, and what each is, for people.
+///
+/// # Errors
+/// The database is damaged.
+pub fn described(view: &Snapshot) -> Result<BTreeMap<Sha256Digest, String>, StoreError> {
+    let mut described = BTreeMap::new();
+    contents(view, |blob, what| {
+        described.entry(blob).or_insert_with(what);
+    })?;
+    Ok(described)
 }
 
 /// Removes blobs that no record names: what uploads left that were never imported, and generations that are gone. Young ones stay,
@@ -222,6 +276,8 @@ impl Member {
         let nonces = Nonces::new(identity.id)?;
         content::sweep(&config.blobs());
         let traces = Traces::new(config.traces());
+        let path = config.waiting();
+        let waiting = Waiting::open(&path).with_context(|| format!("opening '{}'", path.display()))?;
         Ok(Arc::new(Self {
             config,
             store,
@@ -239,6 +295,7 @@ impl Member {
             refusals: Throttle::default(),
             heartbeats: Heartbeats::default(),
             requests: Requests::default(),
+            waiting,
             traces,
         }))
     }
@@ -299,7 +356,6 @@ impl Member {
     /// # Errors
     /// The store failed: then what was to be recorded must not happen.
     pub async fn audit(&self, what: &str, fields: serde_json::Value) -> Result<(), Problem> {
-        let entry = serde_json::json!({ "time_ms": now_ms(), "what": what, "fields": fields });
-        self.propose(Command::Audit { entry }).await.map(drop)
+        self.propose(Command::Audit { entry: audit_entry(what, &fields) }).await.map(drop)
     }
 }

@@ -3,7 +3,8 @@
 use crate::args::Collective;
 use crate::output;
 use anyhow::Context as _;
-use moor_api::admin::{CollectiveMember, CollectiveView, InviteRequest, MemberRequest};
+use moor_api::admin::{CollectiveMember, CollectiveView, InviteRequest, Invited, MemberRequest, ReplaceRequest};
+use moor_api::client::ClientError;
 use moor_api::client::admin::AdminClient;
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -12,14 +13,19 @@ use std::process::ExitCode;
 
 pub(crate) async fn run(client: &mut AdminClient, command: Collective, json: bool) -> anyhow::Result<ExitCode> {
     let (action, member, yes) = match command {
-        Collective::Join(_) => return Ok(ExitCode::SUCCESS),
+        // They are run by another program.
+        Collective::Join(_) | Collective::Recover(_) => return Ok(ExitCode::SUCCESS),
         Collective::Show => {
             let view = client.collective().await?;
             return if json { output::json(&view).map(|()| ExitCode::SUCCESS) } else { show(&view) };
         }
         Collective::Invite { name, non_voting, expires, out } => {
             let request = InviteRequest { name, voter: !non_voting, lifetime: lifetime(&expires)? };
-            return invite(client, &request, out.as_deref()).await;
+            return invite(out.as_deref(), async || client.invite(&request).await).await;
+        }
+        Collective::Replace { dead, name, expires, out } => {
+            let request = ReplaceRequest { member: dead, name, lifetime: lifetime(&expires)? };
+            return invite(out.as_deref(), async || client.replace(&request).await).await;
         }
         Collective::Promote { member } => ("promote", member, true),
         Collective::Demote { member } => ("demote", member, true),
@@ -47,7 +53,10 @@ fn lifetime(text: &str) -> anyhow::Result<u64> {
     number.checked_mul(factor).with_context(wrong)
 }
 
-async fn invite(client: &mut AdminClient, request: &InviteRequest, out: Option<&Path>) -> anyhow::Result<ExitCode> {
+async fn invite(
+    out: Option<&Path>,
+    ask: impl AsyncFnOnce() -> Result<Invited, ClientError>,
+) -> anyhow::Result<ExitCode> {
     // The file comes first: an invitation that cannot be kept is not made.
     let file = match out {
         Some(path) => {
@@ -57,7 +66,7 @@ async fn invite(client: &mut AdminClient, request: &InviteRequest, out: Option<&
         }
         None => None,
     };
-    let invited = client.invite(request).await.inspect_err(|_| {
+    let invited = ask().await.inspect_err(|_| {
         if let Some((path, _)) = &file {
             // The empty file is of no use; the error of the call is what matters.
             let _ = std::fs::remove_file(path);
@@ -88,7 +97,7 @@ fn show(view: &CollectiveView) -> anyhow::Result<ExitCode> {
     if view.majority {
         return Ok(ExitCode::SUCCESS);
     }
-    eprintln!("moor: warning: no majority answers: known nodes boot, changes wait");
+    eprintln!("moor: warning: no majority answers: known nodes boot for a while, changes wait");
     Ok(ExitCode::FAILURE)
 }
 

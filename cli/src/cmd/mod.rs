@@ -1,18 +1,21 @@
 //! One module per noun; each command is a call of the API and a few lines that print the answer.
 
+mod backup;
 mod collective;
+mod content;
 mod image;
 mod node;
 mod profile;
 mod status;
 mod why;
 
-use crate::args::{Cli, Collective, Command, Init, Token};
+use crate::args::{Cli, Collective, Command, Content, Init, Token};
 use crate::connect::connect;
 use crate::output;
 use anyhow::Context as _;
 use moor_api::admin::TokenRequest;
 use moor_api::client::admin::AdminClient;
+use std::ffi::OsStr;
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::CommandExt as _;
@@ -22,8 +25,15 @@ use std::process::ExitCode;
 /// Runs one command.
 pub(crate) async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     match &cli.command {
-        Command::Init(init) => return Err(run_moord("init", init)),
-        Command::Collective(Collective::Join(join)) => return Err(run_moord("join", join)),
+        Command::Init(init) => return Err(run_moord("init", init, &[])),
+        Command::Collective(Collective::Join(join)) => return Err(run_moord("join", join, &[])),
+        Command::Collective(Collective::Recover(recover)) => return Err(run_moord("recover", recover, &[])),
+        Command::Restore { file, config, rest } => {
+            let mut before = vec![file.as_os_str()];
+            before.extend(cli.json.then_some(OsStr::new("--json")));
+            let init = Init { config: config.clone(), rest: rest.clone() };
+            return Err(run_moord("restore", &init, &before));
+        }
         _ => {}
     }
     let mut client = connect(&cli.connection).await?;
@@ -35,7 +45,11 @@ pub(crate) async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     });
     let client = &mut client;
     match cli.command {
-        Command::Init(_) => Ok(ExitCode::SUCCESS),
+        // They were run above.
+        Command::Init(_) | Command::Restore { .. } => Ok(ExitCode::SUCCESS),
+        Command::Backup { file, passphrase_file, redact } => {
+            backup::run(client, &file, passphrase_file.as_deref(), redact, cli.json).await
+        }
         Command::Collective(command) => collective::run(client, command, cli.json).await,
         Command::Node(command) => node::run(client, command, cli.json).await,
         Command::Arm(arm) => node::arm(client, &arm, cli.json).await,
@@ -44,21 +58,23 @@ pub(crate) async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Why { subject } => why::run(client, &subject, cli.json).await,
         Command::Log { node } => status::log(client, &node, cli.json).await,
         Command::Image(command) => image::run(client, command, cli.json).await,
+        Command::Content(Content::Status { all }) => content::status(client, all, cli.json).await,
         Command::Profile(command) => profile::run(client, command, cli.json).await,
         Command::Site { bundle, known_hosts } => site(client, bundle, known_hosts, cli.json).await,
         Command::Token(Token::Create { name, out, hours }) => create_token(client, name, &out, hours).await,
     }
 }
 
-/// `moord init` and `moord join` are the server's own program: it writes the server's state.
-fn run_moord(verb: &str, init: &Init) -> anyhow::Error {
+/// What makes a member, or makes it anew, is the server's own program: it writes the server's state.
+fn run_moord(verb: &str, init: &Init, before: &[&OsStr]) -> anyhow::Error {
     let beside = std::env::current_exe()
         .ok()
         .and_then(|exe| exe.parent().map(|dir| dir.join("moord")))
         .filter(|path| path.exists());
     let program = beside.unwrap_or_else(|| "moord".into());
-    let error =
-        std::process::Command::new(&program).arg(verb).arg("--config").arg(&init.config).args(&init.rest).exec();
+    let mut command = std::process::Command::new(&program);
+    command.arg(verb).args(before).arg("--config").arg(&init.config).args(&init.rest);
+    let error = command.exec();
     anyhow::Error::new(error).context(format!("starting '{}': is the package moord installed?", program.display()))
 }
 

@@ -19,10 +19,13 @@
 //! | `GET profiles`, `POST profiles` | list of [`ProfileView`]; [`CreateProfile`] → [`ProfileView`] |
 //! | `POST profiles/NAME/publish` | empty → [`ProfileView`] |
 //! | `GET profiles/NAME/boot` | [`BootFiles`] |
+//! | `GET content` | [`ContentView`] |
 //! | `POST tokens` (socket only) | [`TokenRequest`] → [`TokenCreated`] |
 //! | `GET collective` | [`CollectiveView`] |
 //! | `POST collective/invite` (socket only) | [`InviteRequest`] → [`Invited`] |
+//! | `POST collective/replace` (socket only) | [`ReplaceRequest`] → [`Invited`] |
 //! | `POST collective/{promote,demote,remove}` | [`MemberRequest`] → empty |
+//! | `POST backup` (socket only, but for a redacted one) | [`BackupRequest`] → the backup |
 //!
 //! `GET /public/images/DIGEST` (ranges) and `GET /public/boot/PROFILE/{kernel,initramfs,site.cpio}` (and [`BOOT_LOADERS`]) need no token.
 
@@ -108,6 +111,35 @@ pub struct InviteRequest {
     pub voter: bool,
     /// For how many seconds it is good.
     pub lifetime: u64,
+}
+
+/// Asks for an invitation to take another member's place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplaceRequest {
+    /// Name or number of the member that goes. It is removed once the new one holds its place.
+    pub member: String,
+    /// Name of the member to be; it may be the same.
+    pub name: String,
+    /// For how many seconds it is good.
+    pub lifetime: u64,
+}
+
+/// Characters that the passphrase of a backup has at least: who has the file may try as many as he likes.
+pub const MIN_PASSPHRASE: usize = 12;
+
+/// Asks for a backup. No `Debug`; the passphrase is wiped.
+#[derive(Default, Serialize, Deserialize)]
+pub struct BackupRequest {
+    /// What the backup is encrypted under; none: it is redacted.
+    #[serde(default)]
+    pub passphrase: Option<String>,
+}
+
+impl Drop for BackupRequest {
+    fn drop(&mut self) {
+        use zeroize::Zeroize as _;
+        self.passphrase.zeroize();
+    }
 }
 
 /// An invitation. It is a secret until it is used.
@@ -362,6 +394,33 @@ pub struct ImageView {
     pub os: Option<String>,
     /// Nodes pinned to it.
     pub pins: u64,
+}
+
+/// Which member has which content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContentView {
+    /// So many members hold an image before nodes are offered it.
+    pub copies: u64,
+    /// Names of the members.
+    pub members: Vec<String>,
+    /// Those that did not answer: what they have is not known.
+    pub silent: Vec<String>,
+    /// All content that records name.
+    pub blobs: Vec<ContentBlob>,
+}
+
+/// One blob.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContentBlob {
+    /// Its SHA-256.
+    pub blob: Sha256Digest,
+    /// What it is.
+    pub of: String,
+    /// Names of the members that have it.
+    pub members: Vec<String>,
+    /// For the blob of an image: whether nodes are offered it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offered: Option<bool>,
 }
 
 /// Makes the working directory of a new profile from a shipped one, or from another one that is there.

@@ -5,8 +5,9 @@
 //! * [`proof`]: what a node signs to prove itself; computed on both sides, so it lives here.
 //! * [`tether`]: what a node's agent says to the process that serves its root.
 //! * [`trust`]: the site bundle and who may act as a member. [`client`]: HTTP over TLS or a unix socket.
+//! * [`passphrase`]: how the programs of both sides are told one.
 //!
-//! No server code lives here, and nothing that knows an operating system.
+//! No server code lives here, and nothing that knows more of an operating system than a terminal and a socket.
 
 pub mod admin;
 mod bytes;
@@ -14,6 +15,7 @@ pub mod client;
 pub mod deploy;
 pub mod ids;
 pub mod node;
+pub mod passphrase;
 pub mod problem;
 pub mod proof;
 pub mod tether;

@@ -49,7 +49,7 @@ pub enum Code {
     Forbidden,
     /// Too many requests; try again later.
     RateLimited,
-    /// No majority of the members answers: known nodes boot, changes wait.
+    /// No majority of the members answers: known nodes boot for a while, changes wait.
     NoMajority,
     /// A fault of the server: its log says more.
     Internal,

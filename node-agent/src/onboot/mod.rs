@@ -86,7 +86,8 @@ impl Duty {
         let soft_key = run.soft_key();
         let identity = tokio::task::block_in_place(|| Identity::open(&soft_key, Duration::from_secs(30)))?;
         let session = SessionKey::generate()?;
-        let members = Members::new(&bundle, &session, record.members.clone())?;
+        let mut members = Members::new(&bundle, &session, record.members.clone())?;
+        members.set_boot(record.boot);
         let reporter = Reporter::new(record.boot, record.sequence);
         Ok(Self { run, record, bundle, identity, session, members, reporter, expires: 0, complaint: None })
     }

@@ -1,4 +1,4 @@
-//! The members: show, invite, promote, demote, remove.
+//! The members: show, invite, replace, promote, demote, remove.
 
 use crate::collective::identity::check_name;
 use crate::collective::invite::Invitation;
@@ -12,7 +12,7 @@ use axum::extract::State;
 use axum::{Extension, Json};
 use bytes::Bytes;
 use http::StatusCode;
-use moor_api::admin::{CollectiveMember, CollectiveView, InviteRequest, Invited, MemberRequest};
+use moor_api::admin::{CollectiveMember, CollectiveView, InviteRequest, Invited, MemberRequest, ReplaceRequest};
 use moor_api::problem::{Code, Problem};
 use std::sync::Arc;
 
@@ -52,10 +52,32 @@ pub(super) async fn invite(
     Extension(connection): Extension<Connection>,
     body: Bytes,
 ) -> Result<Json<Invited>, Failure> {
+    let request: InviteRequest = parse(&body)?;
+    make_invitation(&member, &connection, request, None).await
+}
+
+/// An invitation to take a member's place, with its vote if it has one.
+pub(super) async fn replace(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    body: Bytes,
+) -> Result<Json<Invited>, Failure> {
+    let request: ReplaceRequest = parse(&body)?;
+    member.store.linearize().await?;
+    let (number, record) = find(&member.view()?, &request.member)?;
+    let invite = InviteRequest { name: request.name, voter: record.voter, lifetime: request.lifetime };
+    make_invitation(&member, &connection, invite, Some(number)).await
+}
+
+async fn make_invitation(
+    member: &Member,
+    connection: &Connection,
+    request: InviteRequest,
+    replaces: Option<u64>,
+) -> Result<Json<Invited>, Failure> {
     if !matches!(connection.peer, Peer::Socket { .. }) {
         return Err(Problem::new(Code::Forbidden, "invitations are made on a member, over its socket").into());
     }
-    let request: InviteRequest = parse(&body)?;
     check_name(&request.name).map_err(|error| Problem::new(Code::BadRequest, error.to_string()))?;
     if request.lifetime == 0 || request.lifetime > MAX_LIFETIME {
         return Err(Problem::new(Code::BadRequest, "an invitation is good for 1 second to 24 hours").into());
@@ -63,7 +85,7 @@ pub(super) async fn invite(
     let (invitation, secret) = Invitation::new(request.name.clone(), member.bundle()?)?;
     let expires = now() + request.lifetime;
     let sealed = member.secrets.seal(invite_place(&invitation.id).as_place(), &secret)?;
-    let record = InviteRecord { name: request.name, voter: request.voter, expires, secret: sealed };
+    let record = InviteRecord { name: request.name, voter: request.voter, expires, replaces, secret: sealed };
     member.propose(Command::Invite { id: invitation.id, invite: record, now: now() }).await?;
     Ok(Json(Invited { invitation: invitation.to_text()?.to_string(), expires }))
 }

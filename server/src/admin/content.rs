@@ -1,5 +1,6 @@
 //! Blobs, images and profiles.
 
+use crate::collective::holders;
 use crate::content::{Incoming, path_of, touch};
 use crate::http::{Failure, parse};
 use crate::profile;
@@ -12,7 +13,9 @@ use axum::body::Body;
 use axum::extract::{Path, State};
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
-use moor_api::admin::{BOOT_LOADERS, BlobAdded, BootFiles, CreateProfile, ImageView, ImportImage, ProfileView};
+use moor_api::admin::{
+    BOOT_LOADERS, BlobAdded, BootFiles, ContentView, CreateProfile, ImageView, ImportImage, ProfileView,
+};
 use moor_api::ids::{ProfileName, Sha256Digest};
 use moor_api::problem::{Code, Problem};
 use moor_image::{Dek, Image, OpenOptions};
@@ -81,6 +84,11 @@ fn cannot_keep(blobs: &std::path::Path, error: &io::Error) -> Problem {
     let advice = if error.kind() == io::ErrorKind::StorageFull { ": make room there, and send it again" } else { "" };
     let detail = format!("the member cannot keep the upload in '{}': {error}{advice}", blobs.display());
     Problem::new(Code::Internal, detail)
+}
+
+/// Which member has what, as the members say now.
+pub(super) async fn status(State(member): State<Arc<Member>>) -> Result<Json<ContentView>, Failure> {
+    Ok(Json(holders::view(&member).await?))
 }
 
 pub(super) async fn images(State(member): State<Arc<Member>>) -> Result<Json<Vec<ImageView>>, Failure> {
@@ -186,6 +194,8 @@ fn inspect(member: &Member, request: ImportImage) -> Result<ImageRecord, Failure
         boot_loaders: request.boot_loaders,
         kernel_version: metadata.kernel,
         os: Some(metadata.os).filter(|os| !os.is_empty()),
+        // This member holds it.
+        offered: holders::wanted(member) <= 1,
     })
 }
 

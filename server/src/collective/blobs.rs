@@ -5,22 +5,28 @@ use crate::content::{self, Incoming};
 use crate::http::Failure;
 use crate::public;
 use crate::state::{self, Member};
-use crate::store::raft::Peer;
 use anyhow::Context as _;
 use axum::response::Response;
 use bytes::Bytes;
 use http::{HeaderMap, Method};
 use http_body_util::BodyExt as _;
-use moor_api::ids::Sha256Digest;
+use moor_api::client::member::MemberConnection;
+use moor_api::ids::{MemberId, Sha256Digest};
 use moor_api::problem::{Code, Problem};
+use std::collections::BTreeMap;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// A part of a blob comes within this time.
 const STALL: Duration = Duration::from_secs(20);
 
-/// A blob, for another member.
-pub(super) async fn send(member: &Arc<Member>, digest: &str) -> Result<Response, Failure> {
+/// A member that was not reached is not asked for content for so long: each blob would wait for it.
+const SILENT: Duration = Duration::from_secs(15);
+
+/// A blob, or the rest of one, for another member.
+pub(super) async fn send(member: &Arc<Member>, digest: &str, headers: &HeaderMap) -> Result<Response, Failure> {
     let blob: Sha256Digest =
         digest.parse().map_err(|error: moor_api::ids::InvalidId| Problem::new(Code::BadRequest, error.to_string()))?;
     let path = content::path_of(&member.config.blobs(), blob);
@@ -30,55 +36,133 @@ pub(super) async fn send(member: &Arc<Member>, digest: &str) -> Result<Response,
         Ok::<_, std::io::Error>((file, size))
     });
     match opened.await.map_err(anyhow::Error::from)? {
-        Ok((file, size)) => Ok(public::ranges(file, size, &format!("\"{blob}\""), &Method::GET, &HeaderMap::new())),
+        Ok((file, size)) => Ok(public::ranges(file, size, &format!("\"{blob}\""), &Method::GET, headers)),
         Err(_) => Err(Problem::new(Code::NotFound, format!("this member does not have the blob {blob} either")).into()),
     }
 }
 
-/// Fetches what is missing; returns how many blobs came, and how many are still missing.
-///
-/// # Errors
-/// The store or the disk failed.
-pub async fn fill(member: &Arc<Member>) -> anyhow::Result<(usize, usize)> {
-    let looker = member.clone();
-    let missing = tokio::task::spawn_blocking(move || {
-        let dir = looker.config.blobs();
-        let (named, _) = state::named(&looker.view()?)?;
-        let missing = named.into_iter().filter(|blob| !content::path_of(&dir, *blob).exists());
-        Ok::<Vec<Sha256Digest>, anyhow::Error>(missing.collect())
-    });
-    let missing = missing.await??;
-    let (mut came, mut left) = (0, 0);
-    for blob in missing {
-        let mut got = false;
+/// Keeps to so many bytes in a second, on average.
+struct Pace {
+    rate: Option<f64>,
+    /// When what was taken so far is paid for.
+    paid: Instant,
+}
+
+impl Pace {
+    fn new(mib_per_second: Option<NonZeroU32>) -> Self {
+        Self { rate: mib_per_second.map(|mib| f64::from(mib.get()) * f64::from(1 << 20)), paid: Instant::now() }
+    }
+
+    /// When this many bytes more are within the pace.
+    fn due(&mut self, bytes: usize, now: Instant) -> Instant {
+        let Some(rate) = self.rate else { return now };
+        let seconds = f64::from(u32::try_from(bytes).unwrap_or(u32::MAX)) / rate;
+        self.paid = self.paid.max(now) + Duration::from_secs_f64(seconds);
+        self.paid
+    }
+
+    /// Waits until then. Meanwhile nobody reads, and the sender waits too.
+    async fn take(&mut self, bytes: usize) {
+        tokio::time::sleep_until(self.due(bytes, Instant::now())).await;
+    }
+}
+
+/// Fetches what a member lacks.
+pub(super) struct Fetcher {
+    /// Members that were not reached, and until when they are left out.
+    silent: BTreeMap<MemberId, Instant>,
+    pace: Pace,
+}
+
+impl Fetcher {
+    pub(super) fn new(member: &Member) -> Self {
+        Self { silent: BTreeMap::new(), pace: Pace::new(member.config.content_mib_per_second) }
+    }
+
+    /// Fetches what is missing; returns how many blobs came, and how many are still missing.
+    ///
+    /// # Errors
+    /// The store or the disk failed.
+    pub(super) async fn fill(&mut self, member: &Arc<Member>) -> anyhow::Result<(usize, usize)> {
+        let looker = member.clone();
+        let missing =
+            tokio::task::spawn_blocking(move || state::missing(&looker.view()?, &looker.config.blobs())).await??;
+        let (mut came, mut left) = (0, 0);
+        for blob in missing {
+            if self.fetch_from_any(member, blob).await { came += 1 } else { left += 1 }
+        }
+        Ok((came, left))
+    }
+
+    async fn fetch_from_any(&mut self, member: &Arc<Member>, blob: Sha256Digest) -> bool {
         for peer in member.others() {
-            match fetch(member, &peer, blob).await {
-                Ok(()) => {
-                    got = true;
-                    break;
+            if self.silent.get(&peer.id).is_some_and(|until| Instant::now() < *until) {
+                continue;
+            }
+            let connection = match member.calls.connect(&peer).await {
+                Ok(connection) => connection,
+                Err(error) => {
+                    tracing::debug!("blob {blob} from {}: {error}", peer.name);
+                    self.silent.insert(peer.id, Instant::now() + SILENT);
+                    continue;
+                }
+            };
+            match self.fetch(member, connection, blob).await {
+                Ok(from) => {
+                    tracing::debug!("blob {blob} came from {}, from byte {from} on", peer.name);
+                    return true;
                 }
                 Err(error) => tracing::debug!("blob {blob} from {}: {error:#}", peer.name),
             }
         }
-        if got {
-            came += 1;
-        } else {
-            left += 1;
-        }
+        false
     }
-    Ok((came, left))
+
+    /// The whole blob, or what is missing of it; returns where it went on.
+    async fn fetch(
+        &mut self,
+        member: &Member,
+        mut connection: MemberConnection,
+        blob: Sha256Digest,
+    ) -> anyhow::Result<u64> {
+        let dir = member.config.blobs();
+        let begun = tokio::task::spawn_blocking(move || Incoming::resume(&dir, blob));
+        let mut file = begun.await?.context("making a file for a blob")?;
+        let (from, mut body) = connection.get_from(&format!("/member/v1/blobs/{blob}"), file.size()).await?;
+        if from != file.size() {
+            file.restart().context("beginning a blob anew")?;
+        }
+        let mut incoming = Some(file);
+        while let Some(frame) = tokio::time::timeout(STALL, body.frame()).await.context("the answer stalled")? {
+            let Ok(data): Result<Bytes, _> = frame?.into_data() else { continue };
+            self.pace.take(data.len()).await;
+            let mut file = incoming.take().context("a blob that was given up")?;
+            let written = tokio::task::spawn_blocking(move || file.write(&data).map(|()| file));
+            incoming = Some(written.await?.context("writing a blob")?);
+        }
+        let incoming = incoming.context("a blob that was given up")?;
+        tokio::task::spawn_blocking(move || incoming.finish_as(blob)).await?.context("keeping a blob")?;
+        Ok(from)
+    }
 }
 
-async fn fetch(member: &Member, peer: &Peer, blob: Sha256Digest) -> anyhow::Result<()> {
-    let mut connection = member.calls.connect(peer).await?;
-    let mut body = connection.get(&format!("/member/v1/blobs/{blob}")).await?;
-    let mut incoming = Some(Incoming::new(&member.config.blobs()).context("making a file for a blob")?);
-    while let Some(frame) = tokio::time::timeout(STALL, body.frame()).await.context("the answer stalled")? {
-        let Ok(data): Result<Bytes, _> = frame?.into_data() else { continue };
-        let mut file = incoming.take().context("a blob that was given up")?;
-        let written = tokio::task::spawn_blocking(move || file.write(&data).map(|()| file));
-        incoming = Some(written.await?.context("writing a blob")?);
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pace_is_kept_on_average_and_none_is_none() {
+        let began = Instant::now();
+        let mut pace = Pace::new(NonZeroU32::new(2));
+        let mut due = began;
+        for _ in 0..64 {
+            due = pace.due(64 << 10, due);
+        }
+        let took = due - began;
+        assert!((Duration::from_millis(1990)..Duration::from_millis(2100)).contains(&took), "{took:?}");
+        // A pause is not made up for afterwards.
+        let later = due + Duration::from_secs(60);
+        assert!(pace.due(1 << 20, later) >= later + Duration::from_millis(499));
+        assert_eq!(Pace::new(None).due(usize::MAX, later), later);
     }
-    let incoming = incoming.context("a blob that was given up")?;
-    tokio::task::spawn_blocking(move || incoming.finish_as(blob)).await?.context("keeping a blob")
 }

@@ -3,6 +3,7 @@
 use super::invite::{Side, Subject};
 use super::join::{self, JoinReply, JoinRequest};
 use crate::authority;
+use crate::content;
 use crate::http::{Connection, Failure, Peer, parse};
 use crate::secrets::Place;
 use crate::state::{Member, now};
@@ -16,7 +17,8 @@ use axum::routing::{get, post};
 use axum::{Extension, Json, Router};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use http::header;
+use http::{HeaderMap, header};
+use moor_api::ids::Sha256Digest;
 use moor_api::problem::{Code, Problem};
 use serde::Deserialize;
 use std::sync::Arc;
@@ -41,6 +43,7 @@ pub(crate) fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/member/v1/propose", post(propose))
         .route("/member/v1/read-index", post(read_index))
         .route("/member/v1/blobs/{digest}", get(blob))
+        .route(super::holders::PATH, post(lacking))
         .route_layer(from_fn_with_state((member.clone(), Gate::Members), guard))
         .merge(raft)
         .layer(DefaultBodyLimit::max(MAX_BODY));
@@ -166,6 +169,7 @@ async fn receive(file: std::fs::File, body: Body) -> anyhow::Result<std::fs::Fil
 
 async fn propose(State(member): State<Arc<Member>>, body: Bytes) -> Result<Response, Failure> {
     let command: Command = parse(&body)?;
+    tracing::debug!("another member proposes: {}", command.kind());
     let outcome = member.store.propose_here(command).await?;
     json(crate::store::raft::proposed(outcome)?)
 }
@@ -174,8 +178,19 @@ async fn read_index(State(member): State<Arc<Member>>) -> Result<Json<u64>, Fail
     Ok(Json(member.store.read_index().await?))
 }
 
-async fn blob(State(member): State<Arc<Member>>, Path(digest): Path<String>) -> Result<Response, Failure> {
-    super::blobs::send(&member, &digest).await
+async fn blob(
+    State(member): State<Arc<Member>>,
+    Path(digest): Path<String>,
+    headers: HeaderMap,
+) -> Result<Response, Failure> {
+    super::blobs::send(&member, &digest, &headers).await
+}
+
+/// Which of these blobs this member does not have.
+async fn lacking(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<Vec<Sha256Digest>>, Failure> {
+    let asked: Vec<Sha256Digest> = parse(&body)?;
+    let lacking = tokio::task::spawn_blocking(move || content::lacking(&member.config.blobs(), asked)).await;
+    Ok(Json(lacking.map_err(anyhow::Error::from)?))
 }
 
 /// Lets a new member in.

@@ -1,9 +1,13 @@
 //! What a member does again and again: the membership follows the records (where it leads), content that is missing is fetched, and a
 //! member that is reached elsewhere than the records say says so.
 
-use super::blobs;
+use super::blobs::Fetcher;
+use super::holders;
+use crate::late;
 use crate::state::Member;
-use crate::store::{Command, Outcome, Store as _};
+use crate::store::records::MemberRecord;
+use crate::store::{Command, Outcome, Store as _, StoreError};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
@@ -16,7 +20,13 @@ const CONTENT: Duration = Duration::from_secs(2);
 /// Goes on until `stop`.
 pub async fn run(member: Arc<Member>, stop: CancellationToken) {
     let work = async {
-        tokio::join!(membership(&member), content(&member), announce(&member));
+        tokio::join!(
+            membership(&member),
+            content(&member),
+            announce(&member),
+            holders::offer(&member),
+            late::deliver(&member)
+        );
     };
     tokio::select! {
         () = stop.cancelled() => {}
@@ -29,7 +39,10 @@ async fn membership(member: &Arc<Member>) {
     loop {
         let records = member.view().and_then(|view| view.members());
         let done = match records {
-            Ok(records) => member.store.reconcile(&records).await,
+            Ok(records) => match member.store.reconcile(&records).await {
+                Ok(()) => replace(member, &records).await,
+                error => error,
+            },
             Err(error) => Err(error),
         };
         // A failure that lasts is said once.
@@ -42,10 +55,42 @@ async fn membership(member: &Arc<Member>) {
     }
 }
 
+/// Removes who was replaced: once the new one votes, or, where no vote is at stake, once it is one of the members. Before, the old one
+/// counts, so that the collective never needs a vote that it has not.
+async fn replace(member: &Arc<Member>, records: &BTreeMap<u64, MemberRecord>) -> Result<(), StoreError> {
+    let standing = member.store.standing();
+    if standing.leader != Some(standing.number) {
+        return Ok(());
+    }
+    let holds = |number: &u64, record: &MemberRecord| {
+        let place = standing.members.get(number);
+        !record.removed && place.is_some_and(|(_, votes)| *votes || !record.voter)
+    };
+    let mut replaced = Vec::new();
+    for (number, record) in records {
+        let old = record.replaces.and_then(|old| Some((old, records.get(&old)?)));
+        // Who votes is replaced by one that votes.
+        if let Some((old, before)) = old
+            && holds(number, record)
+            && !before.removed
+            && (record.voter || !before.voter)
+        {
+            replaced.push((old, record.name.clone()));
+        }
+    }
+    for (number, name) in replaced {
+        match member.store.propose(Command::RemoveMember { number }).await? {
+            Outcome::Refused(problem) => return Err(StoreError::Leader(problem)),
+            _ => tracing::info!("member {number} was removed: {name} has its place"),
+        }
+    }
+    Ok(())
+}
+
 async fn content(member: &Arc<Member>) {
-    let mut missing = 0;
+    let (mut fetcher, mut missing) = (Fetcher::new(member), 0);
     loop {
-        match blobs::fill(member).await {
+        match fetcher.fill(member).await {
             Ok((came, left)) => {
                 if came > 0 || left != missing {
                     tracing::info!("content: {came} blobs came, {left} are missing");

@@ -34,8 +34,8 @@ pub(super) async fn config(
         && caller.boot().is_some_and(|boot| boot.plan.is_none())
         && caller.node.deployment.is_some()
     {
-        member.propose(Command::Boot { id: caller.node.id, boot: caller.claims.boot, evidence: None }).await?;
-        if let Some(node) = member.view()?.node(caller.node.id)? {
+        member.propose_for_node(Command::Boot { id: caller.node.id, boot: caller.claims.boot, evidence: None }).await?;
+        if let Some(node) = member.node(&member.view()?, caller.node.id)? {
             caller.node = node;
         }
     }

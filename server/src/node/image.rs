@@ -16,6 +16,10 @@ use moor_api::node::{Base64, EnvelopeKind, HexBytes, ImageOffer, KeyEnvelope, Ke
 use moor_api::problem::{Code, Problem};
 use moor_image::Dek;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A node that asks for an image that is on too few members is answered after this time at the latest.
+const SPREADING: Duration = Duration::from_secs(5);
 
 fn image_of(view: &Snapshot, profile: &ProfileRecord) -> Result<ImageRecord, Failure> {
     let digest = profile.manifest.image;
@@ -31,6 +35,23 @@ fn image_of(view: &Snapshot, profile: &ProfileRecord) -> Result<ImageRecord, Fai
     Ok(view.image(&digest.to_string())?.ok_or_else(gone)?)
 }
 
+/// An image that came a moment ago is spreading: nodes wait until a member's loss does not take it from them.
+async fn when_offered(member: &Member, image: ImageRecord) -> Result<ImageRecord, Failure> {
+    let until = Instant::now() + SPREADING;
+    while Instant::now() < until {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let now = member.view()?.image(&image.digest.to_string())?;
+        if let Some(now) = now.filter(|now| now.offered) {
+            return Ok(now);
+        }
+    }
+    let detail = format!(
+        "image '{}' @{} is on too few members so far (`moor content status`): the node waits and asks again",
+        image.name, image.serial
+    );
+    Err(Problem { status: 503, ..Problem::new(Code::Other, detail) }.into())
+}
+
 pub(super) async fn offer(
     State(member): State<Arc<Member>>,
     Extension(caller): Extension<Caller>,
@@ -39,6 +60,8 @@ pub(super) async fn offer(
     let view = member.view()?;
     let profile = caller.generation(&view)?;
     let image = image_of(&view, &profile)?;
+    drop(view);
+    let image = if image.offered { image } else { when_offered(&member, image).await? };
     let url = |base: &String| {
         if image.encrypted {
             image_url(base, image.digest)
@@ -88,8 +111,8 @@ pub(super) async fn key(
     let id = caller.node.id;
     let fields =
         serde_json::json!({ "node": id, "name": caller.node.name, "boot": caller.claims.boot, "image": image.digest });
-    member.audit("image-key", fields).await?;
-    member.propose(Command::Pin { id, digest: image.digest }).await?;
+    member.audit_for_node("image-key", fields).await?;
+    member.propose_for_node(Command::Pin { id, digest: image.digest }).await?;
     let digest = image.digest.to_string();
     let opened = member.secrets.open_secret(Place { table: "images", id: &digest, field: "dek" }, &sealed)?;
     let bytes: &[u8; 32] =

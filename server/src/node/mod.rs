@@ -14,6 +14,7 @@ pub mod ssh;
 pub mod token;
 
 use crate::http::{Connection, Failure, Peer};
+use crate::late::Bound;
 use crate::state::{Member, now};
 use crate::store::records::{BootRecord, NodeRecord, ProfileRecord};
 use crate::store::{self, Snapshot};
@@ -148,11 +149,11 @@ impl Caller {
     }
 
     /// Writes down that this node gets a secret; durable when it returns. Without the line the secret must not leave.
-    async fn released(&self, member: &Member, what: &str, name: &str) -> Result<(), Problem> {
+    async fn released(&self, member: &Arc<Member>, what: &str, name: &str) -> Result<(), Problem> {
         let fields = serde_json::json!({
             "node": self.node.id, "name": self.node.name, "boot": self.claims.boot, "secret": name
         });
-        member.audit(what, fields).await
+        member.audit_for_node(what, fields).await
     }
 
     /// Whether the node's secrets and the image key may be given to whoever holds this token.
@@ -178,7 +179,7 @@ impl Caller {
 }
 
 /// Who the bearer of a token is.
-fn caller(member: &Member, request: &Request, peer: &Peer) -> Result<Caller, (Subject, Failure)> {
+fn caller(member: &Member, request: &Request, connection: &Connection) -> Result<Caller, (Subject, Failure)> {
     let invalid = |subject: Subject, detail: String| (subject, Failure(Problem::new(Code::TokenInvalid, detail)));
     let bearer = request
         .headers()
@@ -188,12 +189,17 @@ fn caller(member: &Member, request: &Request, peer: &Peer) -> Result<Caller, (Su
     let Some(bearer) = bearer else {
         return Err(invalid(Subject::default(), "the call needs a token: open a session first".into()));
     };
-    let client_key = if let Peer::Tls { client_key, .. } = peer { client_key.as_deref() } else { None };
-    let claims = token::read(member.authority.token_public(), member.site.collective, bearer, client_key, now())
+    let client_key = if let Peer::Tls { client_key, .. } = &connection.peer { client_key.as_deref() } else { None };
+    let claims = connection
+        .token
+        .read(member.authority.token_public(), member.site.collective, bearer, client_key, now())
         .map_err(|error| invalid(error.node().map(Subject::node).unwrap_or_default(), error.to_string()))?;
     let subject = Subject::node(claims.node);
-    let node =
-        member.view().and_then(|view| view.node(claims.node)).map_err(|error| (subject.clone(), error.into()))?;
+    member.fresh(Bound::Nodes).map_err(|problem| (subject.clone(), problem.into()))?;
+    let node = member
+        .view()
+        .and_then(|view| member.node(&view, claims.node))
+        .map_err(|error| (subject.clone(), error.into()))?;
     let Some(node) = node else { return Err(invalid(Subject::default(), "the node was removed".into())) };
     if node.epoch != claims.epoch || node.identity.is_none() {
         return Err(invalid(
@@ -232,7 +238,7 @@ async fn authenticate(
     next: Next,
 ) -> Response {
     let call = call_name(&request);
-    let (subject, response) = match caller(&member, &request, &connection.peer) {
+    let (subject, response) = match caller(&member, &request, &connection) {
         Ok(caller) => {
             let subject = Subject::node(caller.node.id);
             request.extensions_mut().insert(caller);

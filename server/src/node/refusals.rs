@@ -100,7 +100,8 @@ fn known(member: &Member, subject: &Subject) -> Subject {
 
 /// Records a refusal. A fault of the member is none, and a failure to record is in the log: the answer goes out all the same.
 pub async fn record(member: &Member, peer: &Peer, call: &str, subject: &Subject, problem: &Problem) {
-    if matches!(problem.code, Code::Internal | Code::Other) {
+    // Nor is that there is no majority, without which nothing could be written down.
+    if matches!(problem.code, Code::Internal | Code::Other | Code::NoMajority) {
         return;
     }
     let subject = &known(member, subject);
@@ -114,6 +115,10 @@ pub async fn record(member: &Member, peer: &Peer, call: &str, subject: &Subject,
     // A sentence may quote what the machine sent.
     let problem = Problem { detail: clean(&problem.detail, 1000), ..problem.clone() };
     tracing::info!("{peer}: {call} refused: {problem}");
+    if !member.store.standing().has_majority() {
+        // Nobody waits for a majority with an answer that is made.
+        return;
+    }
     let refusal = Refusal {
         time_ms: now_ms(),
         peer: peer.to_string(),

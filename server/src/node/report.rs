@@ -79,7 +79,7 @@ pub(super) async fn status(
         uptime_ms: report.uptime_ms,
         figures: report.figures,
     };
-    member.propose(Command::Status { id: caller.node.id, sequence: Some(report.sequence), event }).await?;
+    member.propose_for_node(Command::Status { id: caller.node.id, sequence: Some(report.sequence), event }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -96,7 +96,7 @@ pub(super) async fn log(
     let lines: Vec<String> = report.text.lines().map(|line| clean(line, MAX_LOG)).collect();
     let phase = report.phase.map_or("agent", moor_api::deploy::PhaseName::as_str).to_owned();
     let event = LogEvent { time_ms: now_ms(), phase, text: lines.join("\n") };
-    member.propose(Command::Log { id: caller.node.id, event }).await?;
+    member.propose_for_node(Command::Log { id: caller.node.id, event }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -108,7 +108,7 @@ pub(super) async fn stage_closed(
     let report: StageClosed = parse(&body)?;
     own_boot(&caller, report.boot)?;
     if caller.boot().is_none_or(|boot| !boot.closed) {
-        member.propose(Command::CloseStage { id: caller.node.id, boot: report.boot }).await?;
+        member.propose_for_node(Command::CloseStage { id: caller.node.id, boot: report.boot }).await?;
     }
     Ok(StatusCode::NO_CONTENT)
 }

@@ -5,6 +5,7 @@ use super::token::{self, Claims};
 use super::{Channel, recorded};
 use crate::content;
 use crate::http::{Connection, Failure, Peer, parse};
+use crate::late::Bound;
 use crate::state::{Member, now};
 use crate::store::records::{Evidence, Identity, NodeRecord};
 use crate::store::{self, Command};
@@ -110,7 +111,8 @@ pub(super) async fn session(
 
 async fn open(member: &Arc<Member>, peer: &Peer, request: &SessionRequest) -> Result<SessionReply, Failure> {
     let channel = Channel::of(peer)?;
-    let node = member.view()?.node(request.node)?;
+    member.fresh(Bound::Nodes)?;
+    let node = member.node(&member.view()?, request.node)?;
     let node =
         node.ok_or_else(|| Problem::new(Code::UnknownNode, "there is no node with this id: begin with hello"))?;
     member.nonces.redeem(node.id, &request.nonce.0)?;
@@ -120,15 +122,15 @@ async fn open(member: &Arc<Member>, peer: &Peer, request: &SessionRequest) -> Re
     match request.stage {
         Stage::Boot if closed => return Err(Problem::new(Code::StageClosed, store::closed(&node.name)).into()),
         Stage::Boot => {
-            member.propose(Command::Boot { id: node.id, boot: request.boot, evidence }).await?;
+            member.propose_for_node(Command::Boot { id: node.id, boot: request.boot, evidence }).await?;
         }
         // Whoever is in the run stage is done with the boot stage, also when his word of that was lost.
         Stage::Run if !closed => {
-            member.propose(Command::CloseStage { id: node.id, boot: request.boot }).await?;
+            member.propose_for_node(Command::CloseStage { id: node.id, boot: request.boot }).await?;
         }
         Stage::Run => {}
     }
-    let expires = now() + token::lifetime(request.stage);
+    let expires = (now() + token::lifetime(request.stage)).min(member.token_end());
     let claims = Claims {
         collective: member.site.collective,
         member: member.identity.id,

@@ -6,7 +6,6 @@ use crate::admin::nodes::select;
 use crate::http::{Failure, parse};
 use crate::state::{Member, now};
 use crate::store::records::NodeRecord;
-use crate::store::{Command, Outcome};
 use anyhow::Context as _;
 use axum::Json;
 use axum::extract::{Extension, State};
@@ -92,17 +91,14 @@ pub(super) async fn host_certificates(
     let mut certificates = Vec::new();
     let mut serials = Vec::new();
     for key in keys {
-        let outcome = member.propose(Command::NextCertificate).await?;
-        let Outcome::Number(serial) = outcome else {
-            return Err(anyhow::anyhow!("a certificate got no serial number").into());
-        };
+        let serial = member.certificate_serial().await?;
         serials.push(serial);
         certificates.push(
             certify(&member.authority.ssh_host, key, &caller.node, serial, now).context("certifying a host key")?,
         );
     }
     let fields = serde_json::json!({ "node": caller.node.id, "name": caller.node.name, "boot": caller.claims.boot, "serials": serials });
-    member.audit("host-certificates", fields).await?;
+    member.audit_for_node("host-certificates", fields).await?;
     Ok(Json(HostCertificates { certificates, renew_after: now + RENEW }))
 }
 

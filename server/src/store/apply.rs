@@ -1,5 +1,5 @@
 //! The state machine: applies a command inside one write transaction. Deterministic: no clock, no randomness, no order of a hash map.
-//! A command that is refused has changed nothing, because every check comes before the first write.
+//! A command that is refused has changed nothing, because every check comes before the first write (that it was asked for may be in the audit log).
 
 use super::command::{Command, Outcome};
 use super::records::{
@@ -7,7 +7,7 @@ use super::records::{
     MAX_STRANGERS, NodeRecord, Order, Plan, ProfileRecord, Refusals,
 };
 use super::tables::{self, Write};
-use super::{Event, StoreError, index, members};
+use super::{Event, StoreError, index, late, members};
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
 use moor_api::ids::{BootId, NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
@@ -31,6 +31,7 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
             write.put(tables::SITE, "site", &site)?;
             members::found(write, &founder)
         }
+        Command::Anew { number, member } => members::anew(write, number, &member),
         Command::Invite { id, invite, now } => members::invite(write, id, &invite, now),
         Command::Join { invite, member, urls, now } => members::join(write, invite, member, urls, now),
         Command::MoveMember { number, urls } => members::change(write, number, |member| member.urls = urls),
@@ -84,13 +85,26 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
         Command::Log { id, event } => log(write, id, event),
         Command::Refuse { nodes, strangers, refusal } => refuse(write, &nodes, &strangers, &refusal),
         Command::PutImage { image } => put_image(write, &image),
+        Command::OfferImage { digest } => {
+            let key = digest.to_string();
+            let Some(image) = write.get::<ImageRecord>(tables::IMAGES, &key)? else {
+                return Ok(refused(Code::NotFound, format!("image {digest} is not in the catalogue")));
+            };
+            write.put(tables::IMAGES, &key, &ImageRecord { offered: true, ..image })?;
+            Ok(Outcome::Done)
+        }
         Command::PutProfile { profile } => put_profile(write, profile),
         Command::PutToken { hash, token } => {
             write.put(tables::TOKENS, &hash, &token)?;
             Ok(Outcome::Done)
         }
+        Command::Late { member, number, what } => late::apply(write, member, number, what),
         Command::NextCertificate => Ok(Outcome::Number(next(write, "ssh-certificate")?)),
         Command::Audit { entry } => audit(write, &entry),
+        Command::Audited { entry, change } => {
+            audit(write, &entry)?;
+            apply(write, *change)
+        }
     }
 }
 
@@ -138,11 +152,11 @@ fn deploy(write: &Write<'_>, id: NodeId, order: Order, time_ms: u64) -> Result<O
     Ok(Outcome::Done)
 }
 
-fn node(write: &Write<'_>, id: NodeId) -> Result<Option<NodeRecord>, StoreError> {
+pub(super) fn node(write: &Write<'_>, id: NodeId) -> Result<Option<NodeRecord>, StoreError> {
     write.get(tables::NODES, &id.to_string())
 }
 
-fn put_node(write: &Write<'_>, node: &NodeRecord) -> Result<(), StoreError> {
+pub(super) fn put_node(write: &Write<'_>, node: &NodeRecord) -> Result<(), StoreError> {
     write.put(tables::NODES, &node.id.to_string(), node)
 }
 
@@ -162,7 +176,7 @@ pub(super) fn next(write: &Write<'_>, counter: &str) -> Result<u64, StoreError> 
 
 /// The record of a boot. One that is made anew (it was never there, or so many boots ago that it was dropped) is `closed` from the
 /// beginning, unless a boot stage begins with it.
-fn boot_record(node: &mut NodeRecord, boot: BootId, closed: bool) -> &mut BootRecord {
+pub(super) fn boot_record(node: &mut NodeRecord, boot: BootId, closed: bool) -> &mut BootRecord {
     let at = if let Some(at) = node.boots.iter().position(|record| record.boot == boot) {
         at
     } else {
@@ -238,7 +252,12 @@ fn bind(write: &Write<'_>, id: NodeId, mut identity: Identity, boot: BootId, now
     Ok(Outcome::Number(node.epoch))
 }
 
-fn status(write: &Write<'_>, id: NodeId, sequence: Option<u64>, event: StatusEvent) -> Result<Outcome, StoreError> {
+pub(super) fn status(
+    write: &Write<'_>,
+    id: NodeId,
+    sequence: Option<u64>,
+    event: StatusEvent,
+) -> Result<Outcome, StoreError> {
     let Some(mut node) = node(write, id)? else { return Ok(no_such_node()) };
     if let (Some(sequence), Some(boot)) = (sequence, event.boot) {
         let record = boot_record(&mut node, boot, true);
@@ -256,7 +275,7 @@ fn status(write: &Write<'_>, id: NodeId, sequence: Option<u64>, event: StatusEve
     Ok(Outcome::Done)
 }
 
-fn log(write: &Write<'_>, id: NodeId, event: LogEvent) -> Result<Outcome, StoreError> {
+pub(super) fn log(write: &Write<'_>, id: NodeId, event: LogEvent) -> Result<Outcome, StoreError> {
     if node(write, id)?.is_none() {
         return Ok(no_such_node());
     }
@@ -277,7 +296,7 @@ fn log(write: &Write<'_>, id: NodeId, event: LogEvent) -> Result<Outcome, StoreE
 }
 
 /// Keeps an event and tells the watchers.
-fn tell(write: &Write<'_>, id: NodeId, event: StatusEvent) -> Result<(), StoreError> {
+pub(super) fn tell(write: &Write<'_>, id: NodeId, event: StatusEvent) -> Result<(), StoreError> {
     let key = id.to_string();
     let mut list: Vec<StatusEvent> = write.get(tables::EVENTS, &key)?.unwrap_or_default();
     if list.len() >= MAX_EVENTS {
@@ -352,6 +371,10 @@ fn put_profile(write: &Write<'_>, mut profile: ProfileRecord) -> Result<Outcome,
 
 fn put_image(write: &Write<'_>, image: &ImageRecord) -> Result<Outcome, StoreError> {
     if let Some(same) = write.get::<ImageRecord>(tables::IMAGES, &image.digest.to_string())? {
+        if (&same.name, same.blob) == (&image.name, image.blob) {
+            // Its content may have been lost, and was sent anew.
+            return Ok(Outcome::Done);
+        }
         return Ok(refused(
             Code::Conflict,
             format!("image {} is in the catalogue already, as {} @{}", image.digest, same.name, same.serial),
@@ -383,7 +406,7 @@ fn put_image(write: &Write<'_>, image: &ImageRecord) -> Result<Outcome, StoreErr
 }
 
 /// Appends to this member's audit chain: each line carries the hash of the one before, so that none can be cut out unseen.
-fn audit(write: &Write<'_>, entry: &serde_json::Value) -> Result<Outcome, StoreError> {
+pub(super) fn audit(write: &Write<'_>, entry: &serde_json::Value) -> Result<Outcome, StoreError> {
     let number = next(write, "audit")?;
     let before: Option<String> = if number > 1 {
         write

@@ -1,6 +1,7 @@
 //! Every change of the store, as data. A command carries all it needs (times, ids, random values), so that applying it gives the same
 //! result on every member, whenever it is applied.
 
+use super::late::Late;
 use super::records::{
     Armed, Evidence, Identity, ImageRecord, InviteRecord, MemberRecord, ProfileRecord, SiteRecord, TokenRecord,
 };
@@ -22,6 +23,13 @@ pub enum Command {
         site: SiteRecord,
         /// Its first member.
         founder: MemberRecord,
+    },
+    /// A collective of one begins anew, from a backup or from what a survivor has: all who were members are none any more.
+    Anew {
+        /// The number that its membership gives it; that of the last member and one.
+        number: u64,
+        /// The only member.
+        member: MemberRecord,
     },
     /// Somebody may become a member.
     Invite {
@@ -174,6 +182,11 @@ pub enum Command {
         /// It.
         image: ImageRecord,
     },
+    /// Enough members hold an image: nodes are offered it from now on.
+    OfferImage {
+        /// Which.
+        digest: ImageDigest,
+    },
     /// A generation of a profile.
     PutProfile {
         /// It; its serial is set here.
@@ -186,12 +199,28 @@ pub enum Command {
         /// It.
         token: TokenRecord,
     },
+    /// What a member did for a node while no majority answered.
+    Late {
+        /// The number of the member.
+        member: u64,
+        /// Its own count of such changes: what was taken is not taken again.
+        number: u64,
+        /// What.
+        what: Late,
+    },
     /// The next number of an SSH certificate.
     NextCertificate,
     /// A line of the audit log; chained to the one before.
     Audit {
         /// What happened, in JSON.
         entry: serde_json::Value,
+    },
+    /// A change, and before it its line of the audit log. The line is written also when the change is refused.
+    Audited {
+        /// What happened, in JSON.
+        entry: serde_json::Value,
+        /// The change.
+        change: Box<Command>,
     },
 }
 
@@ -213,6 +242,7 @@ impl Command {
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Found { .. } => "found",
+            Self::Anew { .. } => "anew",
             Self::Invite { .. } => "invite",
             Self::Join { .. } => "join",
             Self::MoveMember { .. } => "move-member",
@@ -232,10 +262,13 @@ impl Command {
             Self::Log { .. } => "log",
             Self::Refuse { .. } => "refuse",
             Self::PutImage { .. } => "put-image",
+            Self::OfferImage { .. } => "offer-image",
             Self::PutProfile { .. } => "put-profile",
             Self::PutToken { .. } => "put-token",
+            Self::Late { .. } => "late",
             Self::NextCertificate => "next-certificate",
             Self::Audit { .. } => "audit",
+            Self::Audited { change, .. } => change.kind(),
         }
     }
 }
@@ -286,6 +319,7 @@ mod tests {
             Command::Boot { id, boot, evidence: Some(evidence) },
             Command::Status { id, sequence: Some(1), event },
             Command::Arm { id, armed: Armed::Until(7) },
+            Command::Audited { entry: serde_json::json!({ "what": "x" }), change: Box::new(Command::Rearm { id }) },
             Command::Bind { id, identity: soft, boot, now: 1 },
             Command::Refuse {
                 nodes: vec![id],

@@ -29,10 +29,37 @@ fn present(write: &Write<'_>) -> Result<Vec<MemberRecord>, StoreError> {
     Ok(write.all::<MemberRecord>(tables::MEMBERS)?.into_iter().filter(|member| !member.removed).collect())
 }
 
+/// The id of a member that is to be replaced: its name may be the new one's.
+fn named_as(write: &Write<'_>, number: Option<u64>) -> Result<Option<MemberId>, StoreError> {
+    Ok(number.map(|number| get(write, number)).transpose()?.flatten().map(|record| record.id))
+}
+
 pub(super) fn found(write: &Write<'_>, founder: &MemberRecord) -> Result<Outcome, StoreError> {
     let number = next(write, "member")?;
     put(write, number, founder)?;
     Ok(Outcome::Number(number))
+}
+
+/// How far counters jump whose numbers may have been given out after a backup, or by members that are lost. They are never given twice.
+const JUMP: u64 = 1 << 20;
+
+pub(super) fn anew(write: &Write<'_>, number: u64, member: &MemberRecord) -> Result<Outcome, StoreError> {
+    let last = write.get::<u64>(tables::COUNTERS, "member")?.unwrap_or(0);
+    if number != last + 1 {
+        return Ok(refused(Code::Conflict, format!("the next member is number {}, not {number}", last + 1)));
+    }
+    for (key, mut record) in write.pairs::<MemberRecord>(tables::MEMBERS)? {
+        record.removed = true;
+        write.put(tables::MEMBERS, &key, &record)?;
+    }
+    for (key, _) in write.pairs::<InviteRecord>(tables::INVITES)? {
+        write.remove(tables::INVITES, &key)?;
+    }
+    for counter in ["epoch", "ssh-certificate"] {
+        let value = write.get::<u64>(tables::COUNTERS, counter)?.unwrap_or(0);
+        write.put(tables::COUNTERS, counter, &(value + JUMP))?;
+    }
+    found(write, member)
 }
 
 pub(super) fn invite(write: &Write<'_>, id: Uuid, invite: &InviteRecord, now: u64) -> Result<Outcome, StoreError> {
@@ -41,7 +68,8 @@ pub(super) fn invite(write: &Write<'_>, id: Uuid, invite: &InviteRecord, now: u6
             write.remove(tables::INVITES, &key)?;
         }
     }
-    if present(write)?.iter().any(|member| member.name == invite.name) {
+    let replaced = named_as(write, invite.replaces)?;
+    if present(write)?.iter().any(|member| member.name == invite.name && Some(member.id) != replaced) {
         return Ok(refused(
             Code::Conflict,
             format!("there is a member '{}' already: choose another name, or remove that one first", invite.name),
@@ -74,13 +102,21 @@ pub(super) fn join(
         write.remove(tables::INVITES, &invite.to_string())?;
         return Ok(refused(Code::Forbidden, "the invitation has expired: `moor collective invite` makes another"));
     }
-    if present(write)?.iter().any(|other| other.name == found.name) {
+    let replaced = named_as(write, found.replaces)?;
+    if present(write)?.iter().any(|other| other.name == found.name && Some(other.id) != replaced) {
         return Ok(refused(Code::Conflict, format!("there is a member '{}' already", found.name)));
     }
     write.remove(tables::INVITES, &invite.to_string())?;
     let number = next(write, "member")?;
-    let record =
-        MemberRecord { id: member, name: found.name, urls, voter: found.voter, invite: Some(invite), removed: false };
+    let record = MemberRecord {
+        id: member,
+        name: found.name,
+        urls,
+        voter: found.voter,
+        invite: Some(invite),
+        removed: false,
+        replaces: found.replaces,
+    };
     put(write, number, &record)?;
     Ok(Outcome::Number(number))
 }

@@ -5,6 +5,7 @@
 mod apply;
 pub mod command;
 pub mod index;
+pub mod late;
 mod members;
 pub mod raft;
 pub mod records;

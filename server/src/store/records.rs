@@ -42,6 +42,9 @@ pub struct MemberRecord {
     /// It is a member no more, and never again under this number.
     #[serde(default)]
     pub removed: bool,
+    /// The number of the member whose place it takes: that one is removed once this one holds its place.
+    #[serde(default)]
+    pub replaces: Option<u64>,
 }
 
 impl MemberRecord {
@@ -61,6 +64,9 @@ pub struct InviteRecord {
     pub voter: bool,
     /// Until when it is good, Unix seconds.
     pub expires: u64,
+    /// The number of the member whose place the new one takes.
+    #[serde(default)]
+    pub replaces: Option<u64>,
     /// What the invitation proves itself by.
     pub secret: SealedSecret,
 }
@@ -269,6 +275,14 @@ pub struct ImageRecord {
     /// From the metadata.
     #[serde(default)]
     pub os: Option<String>,
+    /// Whether so many members have held it that nodes may be offered it. Once it is, it stays.
+    #[serde(default = "offered")]
+    pub offered: bool,
+}
+
+/// Images of before there was a choice.
+fn offered() -> bool {
+    true
 }
 
 /// A profile and its published generation.

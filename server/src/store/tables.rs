@@ -69,6 +69,11 @@ pub(super) const REPLICATED: [Table; 16] = [
     INVITES,
 ];
 
+/// What a table is called.
+pub(crate) fn name_of(table: Table) -> String {
+    redb::TableHandle::name(&table).to_owned()
+}
+
 /// Makes every table, so that readers find them.
 pub(super) fn create(transaction: &WriteTransaction) -> Result<(), StoreError> {
     for table in REPLICATED {
@@ -195,7 +200,7 @@ impl Snapshot {
 
 impl Snapshot {
     /// Gives each record's key and bytes to `take`, in order, until it fails.
-    pub(super) fn each<E>(
+    pub(crate) fn each<E>(
         &self,
         table: Table,
         mut take: impl FnMut(&str, &[u8]) -> Result<(), E>,
@@ -229,7 +234,7 @@ impl Snapshot {
             })?;
             let mut bytes = [0; 32];
             bytes.copy_from_slice(digest.finish().as_ref());
-            out.insert(redb::TableHandle::name(&table).to_owned(), bytes);
+            out.insert(name_of(table), bytes);
         }
         Ok(out)
     }

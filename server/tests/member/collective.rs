@@ -11,19 +11,19 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// For what a quiet machine does in a second or two.
-const PATIENCE: Duration = Duration::from_secs(40);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(40);
 
-fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-async fn invite(member: &Member, name: &str, voter: bool, lifetime: u64) -> anyhow::Result<String> {
+pub(crate) async fn invite(member: &Member, name: &str, voter: bool, lifetime: u64) -> anyhow::Result<String> {
     let request = InviteRequest { name: name.into(), voter, lifetime };
     Ok(member.admin().await?.invite(&request).await?.invitation)
 }
 
 /// A further member, which runs.
-async fn joined(host: &Member, name: &str, voter: bool) -> anyhow::Result<Member> {
+pub(crate) async fn joined(host: &Member, name: &str, voter: bool) -> anyhow::Result<Member> {
     let mut member = Member::prepare()?;
     let output = member.join(&invite(host, name, voter, 60).await?)?;
     ensure!(output.status.success(), "moord join: {}", text(&output.stderr));
@@ -31,12 +31,12 @@ async fn joined(host: &Member, name: &str, voter: bool) -> anyhow::Result<Member
     Ok(member)
 }
 
-async fn view(member: &Member) -> anyhow::Result<CollectiveView> {
+pub(crate) async fn view(member: &Member) -> anyhow::Result<CollectiveView> {
     Ok(member.admin().await?.collective().await?)
 }
 
 /// Waits until `member` sees this many members that vote, and a leader.
-async fn voters(member: &Member, count: usize) -> anyhow::Result<CollectiveView> {
+pub(crate) async fn voters(member: &Member, count: usize) -> anyhow::Result<CollectiveView> {
     let end = Instant::now() + PATIENCE;
     loop {
         let seen = view(member).await?;
@@ -49,7 +49,11 @@ async fn voters(member: &Member, count: usize) -> anyhow::Result<CollectiveView>
 }
 
 /// Waits until something is so; its log says why `member` does not come to it.
-async fn until(member: &Member, otherwise: &str, is_so: impl AsyncFn() -> anyhow::Result<bool>) -> anyhow::Result<()> {
+pub(crate) async fn until(
+    member: &Member,
+    otherwise: &str,
+    is_so: impl AsyncFn() -> anyhow::Result<bool>,
+) -> anyhow::Result<()> {
     let end = Instant::now() + PATIENCE;
     while !is_so().await? {
         ensure!(Instant::now() < end, "{otherwise}:\n{}", member.log());
@@ -58,12 +62,12 @@ async fn until(member: &Member, otherwise: &str, is_so: impl AsyncFn() -> anyhow
     Ok(())
 }
 
-async fn names(member: &Member) -> anyhow::Result<Vec<String>> {
+pub(crate) async fn names(member: &Member) -> anyhow::Result<Vec<String>> {
     Ok(member.admin().await?.nodes(None).await?.into_iter().map(|node| node.name.to_string()).collect())
 }
 
 /// Waits until `member` knows these nodes and no others.
-async fn knows(member: &Member, wanted: &[&str]) -> anyhow::Result<()> {
+pub(crate) async fn knows(member: &Member, wanted: &[&str]) -> anyhow::Result<()> {
     let end = Instant::now() + PATIENCE;
     loop {
         let seen = names(member).await?;
@@ -75,7 +79,7 @@ async fn knows(member: &Member, wanted: &[&str]) -> anyhow::Result<()> {
     }
 }
 
-async fn define(member: &Member, name: &str) -> Result<(), ClientError> {
+pub(crate) async fn define(member: &Member, name: &str) -> Result<(), ClientError> {
     let request = DefineNodes { range: name.into(), attributes: BTreeMap::new() };
     let mut admin = member.admin().await.map_err(|error| ClientError::Config(error.to_string()))?;
     let changed = admin.define(&request).await?;
@@ -86,7 +90,7 @@ async fn define(member: &Member, name: &str) -> Result<(), ClientError> {
 }
 
 /// Names of the blobs that a member has, with their lengths.
-fn blobs(member: &Member) -> anyhow::Result<BTreeMap<String, u64>> {
+pub(crate) fn blobs(member: &Member) -> anyhow::Result<BTreeMap<String, u64>> {
     let mut found = BTreeMap::new();
     for folder in std::fs::read_dir(member.path("state/blobs"))?.filter_map(Result::ok) {
         for blob in std::fs::read_dir(folder.path()).into_iter().flatten() {
@@ -101,7 +105,7 @@ fn member_request(name: &str) -> MemberRequest {
     MemberRequest { member: name.into() }
 }
 
-async fn three() -> anyhow::Result<[Member; 3]> {
+pub(crate) async fn three() -> anyhow::Result<[Member; 3]> {
     let first = Member::start()?;
     let second = joined(&first, "m2", true).await?;
     let third = joined(&first, "m3", true).await?;

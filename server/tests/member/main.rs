@@ -2,10 +2,14 @@
 #![allow(clippy::unwrap_used)] // tests and their helpers
 
 mod admin_api;
+mod alone;
+mod backup;
 mod bad_input;
 mod cli;
 mod collective;
+mod content;
 mod durability;
+mod loss;
 mod node_api;
 mod observe;
 mod strangers;

@@ -1,6 +1,9 @@
 //! Metrics and health of a real member.
 
-use crate::support::Member;
+use crate::collective::{invite, knows, text};
+use crate::support::{Machine, Member};
+use anyhow::ensure;
+use moor_api::node::Stage;
 use std::collections::BTreeMap;
 use uuid::Uuid;
 
@@ -17,6 +20,50 @@ fn samples(text: &str) -> BTreeMap<String, String> {
         }
     }
     samples
+}
+
+/// The messages of a member's log that belong to a request.
+fn messages(log: &str, id: &str) -> anyhow::Result<Vec<String>> {
+    let lines = log.lines().map(serde_json::from_str::<serde_json::Value>).collect::<Result<Vec<_>, _>>()?;
+    let of_it = lines.into_iter().filter(|line| line["span"]["id"] == id);
+    Ok(of_it.filter_map(|line| line["message"].as_str().map(str::to_owned)).collect())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_boot_is_followed_through_the_logs_of_members() -> anyhow::Result<()> {
+    let mut first = Member::init()?;
+    first.run_loud()?;
+    let mut second = Member::prepare()?;
+    let output = second.join(&invite(&first, "m2", false, 60).await?)?;
+    ensure!(output.status.success(), "moord join: {}", text(&output.stderr));
+    second.run_loud()?;
+    first.publish().await?;
+    let mut machine = Machine::new(&first).await?;
+    first.define("n1", machine.uuid).await?;
+    first.deploy("n1").await?;
+    first.arm("n1", "once").await?;
+    knows(&second, &["n1"]).await?;
+    // The one that does not lead is asked, and asks the other.
+    machine.asks(&second);
+    machine.log_in(&mut machine.connect().await?, Stage::Boot).await?;
+    let boot = machine.boot.to_string();
+    let (asked, leads) = (messages(&second.log(), &boot)?, messages(&first.log(), &boot)?);
+    for call in ["POST /node/v1/hello: 200", "POST /node/v1/enroll: 200", "POST /node/v1/session: 200"] {
+        ensure!(asked.iter().any(|line| line.starts_with(call)), "{call} is not in {asked:?}");
+    }
+    for change in ["another member proposes: bind", "another member proposes: boot"] {
+        ensure!(leads.iter().any(|line| line == change), "{change} is not in {leads:?}");
+    }
+    // Other requests are not among them, and what is no word is none of ours.
+    machine.reboot()?;
+    let other = messages(&first.log(), &machine.boot.to_string())?;
+    ensure!(other.is_empty(), "{other:?}");
+    let mut connection = machine.connect().await?;
+    connection.set_request_id("a\"b c");
+    machine.known(&mut connection).await?;
+    ensure!(!second.log().contains("b c\""), "it went to the log as it came");
+    ensure!(messages(&second.log(), "a\"b c")?.is_empty(), "it was believed");
+    Ok(())
 }
 
 #[tokio::test]

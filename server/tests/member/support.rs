@@ -82,6 +82,12 @@ impl Member {
         Ok(member)
     }
 
+    /// Adds to its configuration, before it is started.
+    pub(crate) fn configure(&self, more: &str) -> anyhow::Result<()> {
+        let mut file = std::fs::OpenOptions::new().append(true).open(self.path("moord.toml"))?;
+        Ok(file.write_all(more.as_bytes())?)
+    }
+
     /// A member that runs.
     pub(crate) fn start() -> anyhow::Result<Self> {
         let mut member = Self::init()?;
@@ -130,6 +136,13 @@ impl Member {
     /// Starts `moord run` and waits until it answers.
     pub(crate) fn run(&mut self) -> anyhow::Result<()> {
         self.run_by(as_user(&["run", "--config", &self.config()]))
+    }
+
+    /// The same, with all that it can say of itself in its log, as lines of JSON.
+    pub(crate) fn run_loud(&mut self) -> anyhow::Result<()> {
+        let mut run = as_user(&["run", "--config", &self.config()]);
+        run.env("MOORD_LOG", "info,moord=debug,openraft=error").env("MOORD_LOG_FORMAT", "json");
+        self.run_by(run)
     }
 
     /// The same by a command that becomes `moord run`.
@@ -337,6 +350,11 @@ impl Machine {
         })
     }
 
+    /// From now on it asks this member.
+    pub(crate) fn asks(&mut self, member: &Member) {
+        self.url = member.url();
+    }
+
     /// Power cycle: another boot, another session key.
     pub(crate) fn reboot(&mut self) -> anyhow::Result<()> {
         self.boot = BootId::random();
@@ -346,7 +364,9 @@ impl Machine {
 
     pub(crate) async fn connect_with(&self, session: &SessionKey) -> Result<NodeConnection, ClientError> {
         let config = Arc::new(member_tls_config(&self.bundle, Some(session))?);
-        NodeConnection::connect(&self.url, self.bundle.collective, config, TIMEOUT).await
+        let mut connection = NodeConnection::connect(&self.url, self.bundle.collective, config, TIMEOUT).await?;
+        connection.set_request_id(&self.boot.to_string());
+        Ok(connection)
     }
 
     pub(crate) async fn connect(&self) -> Result<NodeConnection, ClientError> {

@@ -3,9 +3,9 @@
 use super::tls::{handshake_failure, member_tls_config};
 use super::{Body, ClientError, Http, chain, full};
 use crate::admin::{
-    ArmRequest, BlobAdded, BootFiles, Changed, CollectiveView, CreateProfile, DefineNodes, DeployRequest, ImageView,
-    ImportImage, InviteRequest, Invited, LogEvent, MemberRequest, NodeView, ProfileView, RangeRequest, SetAttributes,
-    SiteInfo, StatusEvent, TokenCreated, TokenRequest, Why,
+    ArmRequest, BackupRequest, BlobAdded, BootFiles, Changed, CollectiveView, ContentView, CreateProfile, DefineNodes,
+    DeployRequest, ImageView, ImportImage, InviteRequest, Invited, LogEvent, MemberRequest, NodeView, ProfileView,
+    RangeRequest, ReplaceRequest, SetAttributes, SiteInfo, StatusEvent, TokenCreated, TokenRequest, Why,
 };
 use crate::client::node::parse_https;
 use crate::ids::{ImageDigest, ProfileName};
@@ -236,6 +236,11 @@ impl AdminClient {
         self.http.json(Method::POST, "/admin/v1/images", Some(request)).await
     }
 
+    /// `GET content`.
+    pub async fn content(&mut self) -> Result<ContentView, ClientError> {
+        self.http.json::<(), _>(Method::GET, "/admin/v1/content", None).await
+    }
+
     /// `GET profiles`.
     pub async fn profiles(&mut self) -> Result<Vec<ProfileView>, ClientError> {
         self.http.json::<(), _>(Method::GET, "/admin/v1/profiles", None).await
@@ -281,6 +286,17 @@ impl AdminClient {
         self.http.json(Method::POST, "/admin/v1/collective/invite", Some(request)).await
     }
 
+    /// `POST collective/replace`.
+    pub async fn replace(&mut self, request: &ReplaceRequest) -> Result<Invited, ClientError> {
+        self.http.json(Method::POST, "/admin/v1/collective/replace", Some(request)).await
+    }
+
+    /// `POST backup`: the backup, as it comes.
+    pub async fn backup(&mut self, request: &BackupRequest) -> Result<Parts, ClientError> {
+        let response = self.http.send_json(Method::POST, "/admin/v1/backup", Some(request)).await?;
+        Ok(Parts { call: "POST /admin/v1/backup".into(), body: response.into_body() })
+    }
+
     /// `POST collective/ACTION`: `promote`, `demote` or `remove`.
     pub async fn change_member(&mut self, action: &str, request: &MemberRequest) -> Result<(), ClientError> {
         self.http.post_only(&format!("/admin/v1/collective/{action}"), request).await
@@ -307,6 +323,31 @@ impl futures_core::Stream for Pieces {
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         self.receiver.poll_recv(context).map(|piece| piece.map(|piece| piece.map(Frame::data).map_err(Into::into)))
+    }
+}
+
+/// An answer of any length as it arrives.
+pub struct Parts {
+    call: String,
+    body: Incoming,
+}
+
+impl Parts {
+    /// The next part; `None` once the whole came.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, ClientError> {
+        let broken = |cause: String| ClientError::Broken { call: self.call.clone(), cause };
+        loop {
+            let frame = tokio::time::timeout(TIMEOUT, self.body.frame()).await;
+            match frame.map_err(|_| broken("the answer stalled".into()))? {
+                None => return Ok(None),
+                Some(Err(error)) => return Err(broken(chain(&error))),
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        return Ok(Some(data));
+                    }
+                }
+            }
+        }
     }
 }
 

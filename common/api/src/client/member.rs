@@ -5,7 +5,7 @@ use super::{Body, ClientError, full};
 use crate::ids::{CollectiveId, MemberId};
 use crate::proof::EXPORTER_LENGTH;
 use bytes::Bytes;
-use http::Method;
+use http::{Method, StatusCode};
 use hyper::body::Incoming;
 use rustls::ClientConfig;
 use std::sync::Arc;
@@ -47,6 +47,11 @@ impl MemberConnection {
         self.0.http.is_closed()
     }
 
+    /// Names what the calls from now on belong to, in the logs of members.
+    pub fn set_request_id(&mut self, id: Option<&str>) {
+        self.0.http.set_request_id(id);
+    }
+
     /// From now on an answer may take this long.
     pub fn patience(&mut self, timeout: Duration) {
         self.0.http.timeout = timeout;
@@ -70,11 +75,14 @@ impl MemberConnection {
         http.collect(&format!("POST {path}"), response, limit).await
     }
 
-    /// A GET whose answer is read as it comes.
+    /// A GET of a file from the byte `start` on, whose answer is read as it comes; with it, where it begins: at `start`, or, from who knows no
+    /// ranges, at the beginning.
     ///
     /// # Errors
     /// The connection broke, or a refusal.
-    pub async fn get(&mut self, path: &str) -> Result<Incoming, ClientError> {
-        Ok(self.0.http.send(Method::GET, path, "", full(Bytes::new())).await?.into_body())
+    pub async fn get_from(&mut self, path: &str, start: u64) -> Result<(u64, Incoming), ClientError> {
+        let response = self.0.http.send_from(path, start).await?;
+        let is_part = response.status() == StatusCode::PARTIAL_CONTENT;
+        Ok((if is_part { start } else { 0 }, response.into_body()))
     }
 }

@@ -23,6 +23,9 @@ use std::convert::Infallible;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 
+/// The header by which what belongs together is found in the logs of all members: a node sends the id of its boot.
+pub const REQUEST_ID: &str = "x-request-id";
+
 /// Longest JSON answer that is read, in bytes.
 const MAX_JSON: usize = 64 << 20;
 
@@ -112,6 +115,7 @@ pub struct Http {
     sender: http1::SendRequest<Body>,
     host: HeaderValue,
     token: Option<HeaderValue>,
+    request_id: Option<HeaderValue>,
     timeout: Duration,
     stale: Option<Listener>,
 }
@@ -132,7 +136,7 @@ impl Http {
             // An error of the connection reaches the call that waits on it.
             let _ = connection.await;
         });
-        Ok(Self { sender, host, token: None, timeout, stale: None })
+        Ok(Self { sender, host, token: None, request_id: None, timeout, stale: None })
     }
 
     /// Sends this token with each call from now on.
@@ -142,6 +146,11 @@ impl Http {
         value.set_sensitive(true);
         self.token = Some(value);
         Ok(())
+    }
+
+    /// Names what the calls from now on belong to, in the logs of members; `None`, or what no header may have: nothing.
+    pub fn set_request_id(&mut self, id: Option<&str>) {
+        self.request_id = id.and_then(|id| HeaderValue::from_str(id).ok());
     }
 
     /// Whether the connection was closed by the other side.
@@ -158,10 +167,34 @@ impl Http {
         content_type: &'static str,
         body: Body,
     ) -> Result<Response<Incoming>, ClientError> {
-        let call = format!("{method} {path}");
-        let mut request = Request::builder().method(method).uri(path).header(header::HOST, self.host.clone());
+        let mut request = Request::builder().method(method).uri(path);
         if !content_type.is_empty() {
             request = request.header(header::CONTENT_TYPE, content_type);
+        }
+        self.send_request(request, body).await
+    }
+
+    /// Asks for a file from the byte `start` on. From 0 on it is asked for as a whole.
+    pub async fn send_from(&mut self, path: &str, start: u64) -> Result<Response<Incoming>, ClientError> {
+        let mut request = Request::builder().method(Method::GET).uri(path);
+        if start > 0 {
+            request = request.header(header::RANGE, format!("bytes={start}-"));
+        }
+        self.send_request(request, full(Bytes::new())).await
+    }
+
+    async fn send_request(
+        &mut self,
+        request: http::request::Builder,
+        body: Body,
+    ) -> Result<Response<Incoming>, ClientError> {
+        let call = match (request.method_ref(), request.uri_ref()) {
+            (Some(method), Some(uri)) => format!("{method} {uri}"),
+            _ => "a call".into(),
+        };
+        let mut request = request.header(header::HOST, self.host.clone());
+        if let Some(id) = &self.request_id {
+            request = request.header(REQUEST_ID, id.clone());
         }
         if let Some(token) = &self.token {
             request = request.header(header::AUTHORIZATION, token.clone());

@@ -105,6 +105,11 @@ impl NodeConnection {
         self.secured.http.set_token(token)
     }
 
+    /// Names what the calls from now on belong to, in the logs of members.
+    pub fn set_request_id(&mut self, id: &str) {
+        self.secured.http.set_request_id(Some(id));
+    }
+
     /// `POST hello`.
     pub async fn hello(&mut self, hello: &Hello) -> Result<HelloReply, ClientError> {
         self.secured.http.json(Method::POST, "/node/v1/hello", Some(hello)).await

@@ -5,13 +5,14 @@
 
 use super::snapshot::{self, SnapshotFile};
 use super::wire::{WireLogId, WireStored};
-use super::{Entry, LogId, Raft, SnapshotMeta, StoredMembership};
+use super::{Entry, LogId, Membership, Peer, Raft, SnapshotMeta, StoredMembership};
 use crate::store::tables::{self, Snapshot, Write};
 use crate::store::{Event, Outcome, StoreError, apply};
 use futures_util::{Stream, StreamExt as _};
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
 use redb::{Database, Durability};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -52,7 +53,7 @@ impl Machine {
     /// # Errors
     /// The database or the directory cannot be opened.
     pub(super) fn open(path: &Path, directory: PathBuf) -> Result<Self, StoreError> {
-        Self::over(Database::create(path)?, directory)
+        Self::over(super::database::open(path, super::database::TABLES)?, directory)
     }
 
     /// The same over a database that is open.
@@ -106,7 +107,7 @@ impl State {
         Ok(())
     }
 
-    fn apply(&self, chunk: Vec<EntryResponder<Raft>>) -> Result<(), StoreError> {
+    pub(super) fn apply(&self, chunk: Vec<EntryResponder<Raft>>) -> Result<(), StoreError> {
         let mut transaction = self.database.begin_write()?;
         let waiting = self.unsynced.fetch_add(chunk.len(), Ordering::Relaxed) + chunk.len();
         if waiting < UNSYNCED {
@@ -146,6 +147,46 @@ impl State {
             let _ = self.events.send(event);
         }
         Ok(())
+    }
+
+    /// Writes a snapshot of `view` to `out`, for a backup.
+    ///
+    /// # Errors
+    /// The database is damaged; `out` failed.
+    pub(super) fn export<W: io::Write>(view: &Snapshot, out: W) -> Result<W, StoreError> {
+        let (applied, membership) = Self::applied(view)?;
+        let meta = SnapshotMeta { last_log_id: applied, last_membership: membership };
+        snapshot::write_to(out, view, &meta).map_err(|error| StoreError::Snapshot(error.to_string()))
+    }
+
+    /// Makes `peer` the only member, in an entry that stands behind `last` and in a term after `term`: with `input`, a snapshot that all
+    /// tables are replaced by before, or with what they hold. Returns its number, and the term.
+    ///
+    /// # Errors
+    /// The snapshot or the database is damaged; then nothing was changed.
+    pub(super) fn begin_anew(
+        &self,
+        input: Option<impl io::Read>,
+        (term, last): (u64, Option<LogId>),
+        peer: Peer,
+    ) -> Result<(u64, u64), StoreError> {
+        let transaction = self.database.begin_write()?;
+        let write = Write::new(&transaction);
+        let mut newest = last;
+        if let Some(input) = input {
+            let read = snapshot::read(input, &write).map_err(|error| StoreError::Snapshot(error.to_string()))?;
+            newest = newest.max(read.last_log_id);
+        }
+        let number = write.get::<u64>(tables::COUNTERS, "member")?.unwrap_or(0) + 1;
+        let term = newest.map_or(0, |id| **id.committed_leader_id()).max(term) + 1;
+        let at = LogId::new(term.into(), newest.map_or(0, |id| id.index()) + 1);
+        let membership = Membership::new(vec![BTreeSet::from([number])], BTreeMap::from([(number, peer)]))
+            .map_err(super::consensus)?;
+        write.put(tables::RAFT, "applied", &WireLogId::from(at))?;
+        write.put(tables::RAFT, "membership", &WireStored::from(&StoredMembership::new(Some(at), membership)))?;
+        transaction.commit()?;
+        self.unsynced.store(0, Ordering::Relaxed);
+        Ok((number, term))
     }
 
     fn build(&self) -> Result<(SnapshotMeta, PathBuf), StoreError> {

@@ -113,7 +113,7 @@ fn wrong(text: impl Into<String>) -> io::Error {
 /// Writes a snapshot of `view` and gives its path; the file is durable.
 pub(super) fn write(directory: &Path, view: &Snapshot, meta: &SnapshotMeta) -> io::Result<PathBuf> {
     let (file, path) = create(directory)?;
-    match write_into(&file, view, meta) {
+    match write_to(&file, view, meta).and_then(|file| file.sync_all()) {
         Ok(()) => Ok(path),
         Err(error) => {
             // The first failure is the one to report.
@@ -123,14 +123,15 @@ pub(super) fn write(directory: &Path, view: &Snapshot, meta: &SnapshotMeta) -> i
     }
 }
 
-fn write_into(file: &File, view: &Snapshot, meta: &SnapshotMeta) -> io::Result<()> {
-    let mut out = Hashing { inner: zstd::Encoder::new(file, 1)?, digest: Context::new(&SHA256) };
+/// Writes a snapshot of `view` as a stream, and gives `out` back.
+pub(super) fn write_to<W: io::Write>(out: W, view: &Snapshot, meta: &SnapshotMeta) -> io::Result<W> {
+    let mut out = Hashing { inner: zstd::Encoder::new(out, 1)?, digest: Context::new(&SHA256) };
     let head = WireSnapshotHead::new(meta.last_log_id, &meta.last_membership);
     let mut line = serde_json::to_vec(&head)?;
     line.push(b'\n');
     out.put(&line)?;
     for table in tables::REPLICATED {
-        let name = redb::TableHandle::name(&table).to_owned();
+        let name = tables::name_of(table);
         let length = u8::try_from(name.len()).map_err(|_| wrong("a table with a long name"))?;
         view.each(table, |key, value| {
             out.put(&[length])?;
@@ -143,7 +144,7 @@ fn write_into(file: &File, view: &Snapshot, meta: &SnapshotMeta) -> io::Result<(
     out.put(&[0])?;
     let Hashing { mut inner, digest } = out;
     inner.write_all(digest.finish().as_ref())?;
-    inner.finish()?.sync_all()
+    inner.finish()
 }
 
 /// Reads what a snapshot is of, and no more.
@@ -168,9 +169,10 @@ fn head(input: &mut Hashing<impl Read>) -> io::Result<SnapshotMeta> {
     head.into_meta().map_err(io::Error::other)
 }
 
-/// Replaces all replicated tables by what the snapshot holds. The digest is checked before this returns; the caller commits only then.
-pub(super) fn read(file: File, write: &Write<'_>) -> io::Result<SnapshotMeta> {
-    let decoder = zstd::Decoder::new(BufReader::new(file))?;
+/// Replaces all replicated tables by what the snapshot holds. The digest is checked, and the input read to its end, before this returns;
+/// the caller commits only then.
+pub(super) fn read(input: impl Read, write: &Write<'_>) -> io::Result<SnapshotMeta> {
+    let decoder = zstd::Decoder::new(input)?;
     let mut input = Hashing { inner: BufReader::with_capacity(1 << 16, decoder), digest: Context::new(&SHA256) };
     let meta = head(&mut input)?;
     for table in tables::REPLICATED {

@@ -40,7 +40,7 @@ fn peer(number: u8) -> Peer {
 
 fn record(number: u8, voter: bool) -> MemberRecord {
     let Peer { id, name, urls } = peer(number);
-    MemberRecord { id, name, urls, voter, invite: None, removed: false }
+    MemberRecord { id, name, urls, voter, invite: None, removed: false, replaces: None }
 }
 
 /// A leader, number 1, whose log has 1000 entries; members vote or not; followers are as far as is said.

@@ -374,8 +374,13 @@ fn reason(context: &Context<'_, '_>, doing: &str, tail: Tail) -> BuildError {
     if let Some((address, reason)) = unreachable(plan, &tail) {
         return BuildError::Unreachable { address, reason };
     }
-    // "  - nothing provides X needed by Y" stands below "Problem: conflicting requests".
-    let conflict = tail.lines().find_map(|line| line.trim_start().strip_prefix("- "));
+    // "  - nothing provides X needed by Y" stands below "Problem: conflicting requests", and "  - conflicting requests" below
+    // "Problem: package Y requires X, but none of the providers can be installed".
+    let mut said = tail.lines().filter_map(|line| {
+        let line = line.trim_start();
+        line.strip_prefix("- ").or_else(|| Some(line.strip_prefix("Problem")?.split_once(": ")?.1))
+    });
+    let conflict = said.find(|what| *what != "conflicting requests");
     let reason = conflict.map_or_else(|| tail.reason(), str::to_owned);
     BuildError::tool(doing, &reason, tail, context.work.tree())
 }

@@ -1,0 +1,85 @@
+//! Backups, as they are sent to the administrator.
+
+use crate::backup;
+use crate::http::{Connection, Failure, Peer, parse};
+use crate::state::Member;
+use axum::Extension;
+use axum::body::Body;
+use axum::extract::State;
+use axum::response::Response;
+use bytes::Bytes;
+use http::header;
+use moor_api::admin::{BackupRequest, MIN_PASSPHRASE};
+use moor_api::problem::{Code, Problem};
+use std::io::{self, Write};
+use std::sync::Arc;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use zeroize::Zeroizing;
+
+/// Bytes that are sent at a time.
+const PIECE: usize = 64 << 10;
+
+/// What is written becomes an answer's body. The reader's pace is the writer's: a few pieces wait, and no more.
+struct Pipe {
+    piece: Vec<u8>,
+    sender: mpsc::Sender<io::Result<Bytes>>,
+}
+
+impl Write for Pipe {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = bytes.len().min(PIECE - self.piece.len());
+        self.piece.extend_from_slice(&bytes[..count]);
+        if self.piece.len() == PIECE {
+            self.flush()?;
+        }
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.piece.is_empty() {
+            return Ok(());
+        }
+        let piece = std::mem::replace(&mut self.piece, Vec::with_capacity(PIECE));
+        self.sender.blocking_send(Ok(piece.into())).map_err(|_| io::ErrorKind::BrokenPipe.into())
+    }
+}
+
+pub(super) async fn backup(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    body: Bytes,
+) -> Result<Response, Failure> {
+    let body = Zeroizing::new(body.to_vec());
+    let mut request: BackupRequest = parse(&body)?;
+    let passphrase = request.passphrase.take().map(Zeroizing::new);
+    if let Some(passphrase) = &passphrase {
+        if !matches!(connection.peer, Peer::Socket { .. }) {
+            let detail = "a backup holds all keys of the collective: it is made on a member, over its socket";
+            return Err(Problem::new(Code::Forbidden, detail).into());
+        }
+        if passphrase.chars().count() < MIN_PASSPHRASE {
+            let detail = format!("the passphrase has less than {MIN_PASSPHRASE} characters");
+            return Err(Problem::new(Code::BadRequest, detail).into());
+        }
+    }
+    member.audit("backup", serde_json::json!({ "redacted": passphrase.is_none() })).await?;
+    let (sender, receiver) = mpsc::channel(4);
+    tokio::task::spawn_blocking(move || {
+        let pipe = Pipe { piece: Vec::with_capacity(PIECE), sender: sender.clone() };
+        let written = match &passphrase {
+            Some(passphrase) => backup::write(&member, passphrase.as_bytes(), pipe),
+            None => backup::plain::write(&member, pipe),
+        };
+        let ended = written.and_then(|mut pipe| Ok(pipe.flush()?));
+        if let Err(error) = ended {
+            tracing::error!("a backup: {error:#}");
+            // The answer breaks off: nobody takes what came for a whole one. The reader may be who went away.
+            let _ = sender.blocking_send(Err(io::Error::other("the backup failed")));
+        }
+    });
+    let response = Response::builder()
+        .header(header::CONTENT_TYPE, "application/octet-stream")
+        .body(Body::from_stream(ReceiverStream::new(receiver)));
+    response.map_err(|error| anyhow::Error::from(error).into())
+}

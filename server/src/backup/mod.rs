@@ -1,0 +1,89 @@
+//! Backups of the store: [`sealed`] encrypts a stream under a passphrase, [`plain`] writes what is no secret for people and programs to
+//! read, [`restore`] makes a new collective of an encrypted one.
+//!
+//! What an encrypted one holds is a line of JSON ([`Head`]: the collective, and its keys), and behind it a snapshot of the store as members
+//! send it to each other. Content is not in it.
+
+pub mod plain;
+pub mod restore;
+pub mod sealed;
+
+use crate::authority::{self, KeyFiles};
+use crate::state::{Member, now};
+use crate::store::records::SiteRecord;
+use anyhow::{Context as _, ensure};
+use sealed::{Decrypting, Encrypting};
+use serde::{Deserialize, Serialize};
+use std::io::{Read, Write};
+use zeroize::Zeroizing;
+
+/// Version of what is inside.
+const VERSION: u32 = 1;
+/// Longest first line.
+const MAX_HEAD: usize = 1 << 20;
+
+/// The first line. No `Debug`: it holds all keys of the collective.
+#[derive(Serialize, Deserialize)]
+pub struct Head {
+    version: u32,
+    /// The release that wrote it.
+    pub release: String,
+    /// When, Unix seconds.
+    pub created: u64,
+    /// The collective.
+    pub site: SiteRecord,
+    /// Its authorities and the data key.
+    pub keys: KeyFiles,
+}
+
+/// Writes an encrypted backup of the store as it is now.
+///
+/// # Errors
+/// A key file or the database is damaged; `out` failed.
+pub fn write<W: Write>(member: &Member, passphrase: &[u8], out: W) -> anyhow::Result<W> {
+    let head = Head {
+        version: VERSION,
+        release: env!("CARGO_PKG_VERSION").into(),
+        created: now(),
+        site: member.site.clone(),
+        keys: authority::export(&member.config.keys())?,
+    };
+    let mut out = Encrypting::begin(out, passphrase).context("beginning a backup")?;
+    let mut line = Zeroizing::new(serde_json::to_vec(&head)?);
+    line.push(b'\n');
+    out.write_all(&line).context("writing a backup")?;
+    let out = member.store.export(out).context("writing a backup")?;
+    out.finish().context("writing a backup")
+}
+
+/// Opens an encrypted backup: what it is of, and the snapshot that follows.
+///
+/// # Errors
+/// The passphrase is another one; it is no backup, damaged, or of a newer release.
+pub fn open<R: Read>(input: R, passphrase: &[u8]) -> anyhow::Result<(Head, Decrypting<R>)> {
+    let mut input = Decrypting::begin(input, passphrase)?;
+    // Long enough for what is written, so that growing leaves no copy behind.
+    let mut line = Zeroizing::new(Vec::with_capacity(64 << 10));
+    let mut byte = [0];
+    loop {
+        input.read_exact(&mut byte)?;
+        if byte[0] == b'\n' {
+            break;
+        }
+        line.push(byte[0]);
+        ensure!(line.len() <= MAX_HEAD, "its first line does not end");
+    }
+    let version = serde_json::from_slice::<Version>(&line).context("its first line is not understood")?.version;
+    ensure!(
+        version == VERSION,
+        "its content has version {version}, and this release knows {VERSION}: a newer release wrote it, take that one"
+    );
+    let head = serde_json::from_slice(&line).map_err(|_| anyhow::anyhow!("its first line is not understood"))?;
+    Ok((head, input))
+}
+
+/// Of the first line, whatever else a later release writes into it.
+#[derive(Deserialize)]
+struct Version {
+    version: u32,
+}

@@ -1,0 +1,155 @@
+//! A member without a majority: known nodes go on, for a while, and what they report comes to all later.
+
+use crate::collective::{define, invite, text, three, until, voters};
+use crate::support::{Machine, Member, refusal};
+use anyhow::{Context as _, ensure};
+use moor_api::admin::SetAttributes;
+use moor_api::node::{HostCertificateRequest, KeyRequest, Stage, StageClosed, StatusReport};
+use moor_api::problem::Code;
+use moord::store::{Store as _, tables};
+use ssh_key::rand_core::OsRng;
+use ssh_key::{Algorithm, PrivateKey};
+use std::collections::BTreeMap;
+
+fn status(machine: &Machine, sequence: u64, state: &str) -> StatusReport {
+    StatusReport {
+        boot: machine.boot,
+        sequence,
+        state: state.into(),
+        detail: String::new(),
+        uptime_ms: sequence * 1000,
+        figures: BTreeMap::new(),
+    }
+}
+
+fn hash() -> String {
+    format!("$6$salt${}", "a".repeat(86))
+}
+
+/// A published profile and a node that has booted it once; the node is done with that boot.
+async fn known_node(member: &Member) -> anyhow::Result<Machine> {
+    member.publish().await?;
+    let machine = Machine::new(member).await?;
+    member.define("n1", machine.uuid).await?;
+    let set = [("crypted.rootpassword".to_owned(), hash())].into();
+    member.admin().await?.set(&SetAttributes { range: "n1".into(), set, clear: Vec::new() }).await?;
+    member.deploy("n1").await?;
+    member.arm("n1", "once").await?;
+    let mut connection = machine.connect().await?;
+    machine.log_in(&mut connection, Stage::Boot).await?;
+    // It is spreading.
+    while let Err(error) = connection.image().await {
+        ensure!(error.is_transient(), "{error}");
+    }
+    connection.status(&status(&machine, 1, "first")).await?;
+    connection.stage_closed(&StageClosed { boot: machine.boot }).await?;
+    Ok(machine)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_known_node_boots_without_a_majority_and_its_reports_are_delivered_once() -> anyhow::Result<()> {
+    let [mut first, mut second, mut third] = three().await?;
+    let mut machine = known_node(&first).await?;
+    second.kill();
+    third.kill();
+    machine.reboot()?;
+    let mut boot = machine.connect().await?;
+    machine.log_in(&mut boot, Stage::Boot).await?;
+    let config = boot.config().await?;
+    assert_eq!(config.secrets.context("no secrets")?.root_password_hash, Some(hash()));
+    let offer = boot.image().await?;
+    boot.image_key(&KeyRequest { digest: offer.digest }).await?;
+    boot.status(&status(&machine, 1, "image")).await?;
+    // What is kept survives the member.
+    first.kill();
+    first.run()?;
+    let mut boot = machine.connect().await?;
+    machine.log_in(&mut boot, Stage::Boot).await?;
+    boot.status(&status(&machine, 2, "switch-root")).await?;
+    boot.stage_closed(&StageClosed { boot: machine.boot }).await?;
+    assert_eq!(refusal(boot.image().await).0, Code::StageClosed, "the stage is over here and now");
+    let mut run = machine.connect().await?;
+    machine.log_in(&mut run, Stage::Run).await?;
+    let key = PrivateKey::random(&mut OsRng, Algorithm::Ed25519)?;
+    let keys = vec![key.public_key().to_openssh()?];
+    let certificates = run.host_certificates(&HostCertificateRequest { public_keys: keys }).await?;
+    assert_eq!(certificates.certificates.len(), 1);
+    run.status(&status(&machine, 3, "booted")).await?;
+    run.status(&status(&machine, 3, "booted")).await?;
+    // What is new waits for the others: changes, and machines that nobody knows.
+    assert_eq!(refusal(define(&first, "n2").await).0, Code::NoMajority);
+    assert_eq!(first.states("n1").await?, ["pending", "first"]);
+    second.run()?;
+    let wanted = ["pending", "first", "image", "switch-root", "booted"];
+    until(&first, "the reports are not delivered", async || Ok(first.states("n1").await? == wanted)).await?;
+    // To all.
+    until(&second, "they are not everywhere", async || Ok(second.states("n1").await? == wanted)).await?;
+    run.status(&status(&machine, 4, "later")).await?;
+    assert_eq!(first.states("n1").await?.last().map(String::as_str), Some("later"));
+    let view = &first.admin().await?.nodes(Some("n1")).await?[0];
+    assert_eq!((view.pin, view.attributes["deployment.profile"].as_str()), (Some(offer.digest), "p"));
+    third.run()?;
+    voters(&first, 3).await?;
+    until(&third, "they are not everywhere", async || Ok(third.states("n1").await?.len() == 6)).await?;
+    ensure!(first.terminate()?, "{}", first.log());
+    let store = first.store().await?;
+    let lines: Vec<serde_json::Value> = store.snapshot()?.all(tables::AUDIT)?;
+    let count = |what: &str| {
+        let of_this_boot = |line: &&serde_json::Value| line["entry"]["fields"]["boot"] == machine.boot.to_string();
+        lines.iter().filter(|line| line["entry"]["what"] == what).filter(of_this_boot).count()
+    };
+    assert_eq!((count("image-key"), count("node-secrets"), count("host-certificates")), (1, 1, 1));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_is_cut_off_stops_giving_secrets_and_then_answering() -> anyhow::Result<()> {
+    let mut first = Member::init()?;
+    first.configure("stale_seconds = 25\nstale_secrets_seconds = 12\n")?;
+    first.run()?;
+    let mut second = Member::prepare()?;
+    let output = second.join(&invite(&first, "m2", true, 60).await?)?;
+    ensure!(output.status.success(), "moord join: {}", text(&output.stderr));
+    second.run()?;
+    voters(&first, 2).await?;
+    let mut machine = known_node(&first).await?;
+    second.kill();
+    machine.reboot()?;
+    let mut boot = machine.connect().await?;
+    let token = machine.log_in(&mut boot, Stage::Boot).await?;
+    ensure!(token.expires <= moord::state::now() + 25, "the token outlives what the member may do");
+    let offer = boot.image().await?;
+    until(&first, "it gives the key out for ever", async || {
+        let mut again = machine.connect().await?;
+        again.set_token(&token.token)?;
+        match again.image_key(&KeyRequest { digest: offer.digest }).await {
+            Ok(_) => Ok(false),
+            error => {
+                let (code, detail) = refusal(error);
+                ensure!(code == Code::NoMajority && detail.contains("give out secrets for 12 s only"), "{detail}");
+                Ok(true)
+            }
+        }
+    })
+    .await?;
+    // It still answers.
+    boot.status(&status(&machine, 1, "image")).await?;
+    until(&first, "it answers for ever", async || boot_refused(&machine).await).await?;
+    // Started anew it knows no better.
+    first.kill();
+    first.run()?;
+    ensure!(boot_refused(&machine).await?, "a restart makes nothing newer");
+    second.run()?;
+    until(&first, "it does not answer again", async || Ok(!boot_refused(&machine).await?)).await?;
+    Ok(())
+}
+
+/// Whether a session is refused because the member has been alone for too long.
+async fn boot_refused(machine: &Machine) -> anyhow::Result<bool> {
+    let mut connection = machine.connect().await?;
+    match machine.log_in(&mut connection, Stage::Boot).await {
+        Ok(_) => Ok(false),
+        Err(error) if error.to_string().contains("may answer nodes for 25 s only") => Ok(true),
+        Err(error) => Err(error),
+    }
+}

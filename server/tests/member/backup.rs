@@ -1,0 +1,287 @@
+//! Backups: what is in one, what is not, and what comes of it.
+
+use crate::cli::{moor, said_no, shown};
+use crate::collective::{define, joined, knows, text, voters};
+use crate::node_api::prepared;
+use crate::support::{Machine, Member, UID, refusal};
+use anyhow::{Context as _, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use moor_api::admin::{BackupRequest, InviteRequest, NodeView, SetAttributes, TokenRequest};
+use moor_api::client::admin::AdminClient;
+use moor_api::node::{KeyRequest, Stage};
+use moor_api::problem::Code;
+use moor_image::Dek;
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, chown};
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+const PASSPHRASE: &str = "a passphrase of the test";
+const HASH: &str = "$6$planted$qwertzuiop";
+const PRIVATE: &str = "planted-private-file";
+
+/// Writes a file that only the member's user (and root) reads.
+fn secret_file(member: &Member, name: &str, text: &str) -> anyhow::Result<PathBuf> {
+    let path = member.path(name);
+    std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?.write_all(text.as_bytes())?;
+    chown(&path, Some(UID), Some(UID))?;
+    Ok(path)
+}
+
+fn shown_path(path: &Path) -> &str {
+    path.to_str().unwrap_or_default()
+}
+
+/// A member whose node has an identity and has booted, with secrets of each kind in its store.
+async fn planted() -> anyhow::Result<(Member, Machine, Dek, Vec<String>)> {
+    let (member, machine) = prepared().await?;
+    let mut admin = member.admin().await?;
+    let dek = Dek::generate()?;
+    crate::support::import(&mut admin, "root", [7; 16], 2, Some(&dek)).await?;
+    member.write_profile("p", "private/munge.key", PRIVATE)?;
+    member.write_profile("p", "files/motd", "welcome")?;
+    admin.publish(&"p".parse()?).await?;
+    let set = [("crypted.rootpassword", HASH), ("custom.nodesecret.key", "planted-node-secret"), ("info.note", "seen")];
+    let set = set.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    admin.set(&SetAttributes { range: "n1".into(), set, clear: Vec::new() }).await?;
+    member.arm("n1", "once").await?;
+    machine.log_in(&mut machine.connect().await?, Stage::Boot).await?;
+    let token = admin.create_token(&TokenRequest { name: "me".into(), lifetime: 600 }).await?.token;
+    let invited = admin.invite(&InviteRequest { name: "m9".into(), voter: true, lifetime: 600 }).await?;
+    let mut secrets: Vec<String> =
+        [HASH, "planted-node-secret", PRIVATE, PASSPHRASE].into_iter().map(str::to_owned).collect();
+    let text = invited.invitation.strip_prefix("moori_").context("no invitation")?;
+    let invitation: serde_json::Value = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(text)?)?;
+    let secret = invitation["secret"].as_str().context("no secret")?.to_owned();
+    secrets.extend([dek.to_hex().to_string(), token, secret, text[text.len() - 40..].to_owned()]);
+    for key in std::fs::read_dir(member.path("state/store/keys"))? {
+        let key = key?.path();
+        if key.extension().is_none_or(|extension| extension != "pem") {
+            let text = std::fs::read_to_string(&key)?;
+            secrets.extend(text.lines().filter(|line| !line.starts_with("---")).map(str::to_owned));
+        }
+    }
+    ensure!(secrets.len() >= 8 + 8, "{} secrets", secrets.len());
+    Ok((member, machine, dek, secrets))
+}
+
+fn holds(bytes: &[u8], secret: &str) -> bool {
+    let secret = secret.as_bytes();
+    let starts = bytes.iter().enumerate().filter(|(_, byte)| **byte == secret[0]);
+    starts.into_iter().any(|(at, _)| bytes[at..].starts_with(secret))
+}
+
+fn none_of(what: &str, bytes: &[u8], secrets: &[String]) -> anyhow::Result<()> {
+    ensure!(!bytes.is_empty(), "{what} is empty");
+    match secrets.iter().find(|secret| holds(bytes, secret)) {
+        Some(secret) => anyhow::bail!("'{secret}' is in {what}"),
+        None => Ok(()),
+    }
+}
+
+/// `moor backup`, with the passphrase in a file; the backup belongs to the user that will restore it.
+fn backup(member: &Member, name: &str) -> anyhow::Result<PathBuf> {
+    let (file, passphrase) = (member.path(name), secret_file(member, &format!("{name}.pass"), PASSPHRASE)?);
+    let arguments = ["--json", "backup", shown_path(&file), "--passphrase-file", shown_path(&passphrase)];
+    let (status, out, err) = shown(&moor(member, &arguments)?.output()?);
+    ensure!(status == Some(0) && err.is_empty(), "{out}{err}");
+    let told: serde_json::Value = serde_json::from_str(&out)?;
+    let meta = std::fs::metadata(&file)?;
+    ensure!(meta.mode() & 0o777 == 0o600, "{:o}", meta.mode());
+    ensure!(told["bytes"] == meta.len() && told["redacted"] == false, "{told}");
+    chown(&file, Some(UID), Some(UID))?;
+    Ok(file)
+}
+
+/// `moord restore` into `member`, by this passphrase.
+fn restore(member: &Member, file: &Path, passphrase: &str, more: &[&str]) -> anyhow::Result<Output> {
+    let name = format!("restore.pass-{}", std::fs::read_dir(member.dir.path())?.count());
+    let pass = secret_file(member, &name, passphrase)?;
+    let arguments = [shown_path(file), "--address", "127.0.0.1", "--passphrase-file", shown_path(&pass)];
+    member.moord("restore", &[&arguments[..], more].concat())
+}
+
+/// A node as an administrator sees it.
+async fn node(member: &Member, name: &str) -> anyhow::Result<NodeView> {
+    member.admin().await?.nodes(Some(name)).await?.pop().context("no node")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_becomes_a_new_collective_that_its_nodes_know() -> anyhow::Result<()> {
+    let (mut member, mut machine, dek, secrets) = planted().await?;
+    let file = backup(&member, "site.backup")?;
+    none_of("the backup", &std::fs::read(&file)?, &secrets)?;
+    let before = node(&member, "n1").await?;
+    define(&member, "later").await?;
+    member.kill();
+
+    // Without the content, it is said what is missing.
+    let bare = Member::prepare()?;
+    let output = restore(&bare, &file, PASSPHRASE, &["--json"])?;
+    ensure!(output.status.success(), "{}", text(&output.stderr));
+    let told: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let missing: Vec<&str> =
+        told["missing"].as_array().context("no list")?.iter().filter_map(|missing| missing["of"].as_str()).collect();
+    for what in ["image 'root' @1", "image 'root' @2", "kernel of image 'root' @", "'motd' of profile 'p' @2"] {
+        ensure!(missing.iter().any(|missing| missing.starts_with(what)), "{what} is not in {missing:?}");
+    }
+    let output = restore(&bare, &file, PASSPHRASE, &[])?;
+    ensure!(text(&output.stderr).contains("holds a member already"), "{}", text(&output.stderr));
+
+    let mut restored = Member::prepare()?;
+    let blobs = member.path("state/blobs");
+    let output = restore(&restored, &file, PASSPHRASE, &["--blobs", shown_path(&blobs)])?;
+    let said = text(&output.stdout);
+    ensure!(output.status.success() && !said.contains("missing"), "{said}{}", text(&output.stderr));
+    ensure!(said.contains("collective test as it was at 20") && said.contains("1 nodes"), "{said}");
+    restored.run()?;
+    knows(&restored, &["n1"]).await?;
+    assert_eq!(node(&restored, "n1").await?, before);
+    // Nobody arms it: it is the machine that it was, and gets what it got.
+    machine.asks(&restored);
+    machine.reboot()?;
+    let mut boot = machine.connect().await?;
+    machine.log_in(&mut boot, Stage::Boot).await?;
+    let got = boot.config().await?.secrets.context("no secrets")?;
+    assert_eq!(got.root_password_hash.as_deref(), Some(HASH));
+    assert_eq!(&boot.file("private/munge.key", 100).await?[..], PRIVATE.as_bytes());
+    assert_eq!(&boot.file("motd", 100).await?[..], b"welcome");
+    let offer = boot.image().await?;
+    assert_eq!(boot.image_key(&KeyRequest { digest: offer.digest }).await?.wrapped.0, dek.as_bytes());
+    assert_eq!(restored.admin().await?.image(offer.digest, 1 << 20).await?.len() as u64, offer.size);
+    // The members and invitations of before are gone; new ones come.
+    let view = restored.admin().await?.collective().await?;
+    assert_eq!((view.members.len(), view.members[0].number, view.invitations.len()), (1, 2, 0));
+    let second = joined(&restored, "m2", true).await?;
+    voters(&restored, 2).await?;
+    knows(&second, &["n1"]).await?;
+    // A backup of a restored collective is restored again.
+    let again = backup(&restored, "again.backup")?;
+    let third = Member::prepare()?;
+    let output = restore(&third, &again, PASSPHRASE, &[])?;
+    ensure!(output.status.success(), "{}", text(&output.stderr));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_planted_secret_lies_on_a_disk_in_the_clear() -> anyhow::Result<()> {
+    let (mut member, _, _, secrets) = planted().await?;
+    let file = backup(&member, "site.backup")?;
+    let redacted = member.path("redacted");
+    let (status, _, err) = shown(&moor(&member, &["backup", "--redact", shown_path(&redacted)])?.output()?);
+    ensure!(status == Some(0), "{err}");
+    let lines = std::fs::read_to_string(&redacted)?;
+    none_of("the redacted backup", lines.as_bytes(), &secrets)?;
+    ensure!(!lines.contains("ciphertext"), "it holds secrets, although sealed");
+    let parsed: Vec<serde_json::Value> = lines.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    let of = |table: &str| parsed.iter().filter(|line| line["table"] == table).count() as u64;
+    assert_eq!((of("nodes"), of("images"), of("tokens"), of("logs")), (1, 2, 0, 0));
+    assert_eq!(parsed.last().context("empty")?["records"], parsed.len() as u64 - 2);
+    let note = |line: &serde_json::Value| line["value"]["attributes"]["info.note"] == "seen";
+    ensure!(parsed.iter().any(note), "what is no secret is to be read");
+    chown(&redacted, Some(UID), Some(UID))?;
+    let elsewhere = Member::prepare()?;
+    let output = restore(&elsewhere, &redacted, PASSPHRASE, &[])?;
+    ensure!(text(&output.stderr).contains("no encrypted backup"), "{}", text(&output.stderr));
+
+    // Of a member that got all by its log, and of one whose log begins with a snapshot.
+    let mut second = joined(&member, "m2", true).await?;
+    voters(&member, 2).await?;
+    knows(&second, &["n1"]).await?;
+    // What is in the tables is in their file once they are closed.
+    for member in [&mut second, &mut member] {
+        ensure!(member.terminate()?, "it does not stop:\n{}", member.log());
+    }
+    let mut restored = Member::prepare()?;
+    let output = restore(&restored, &file, PASSPHRASE, &[])?;
+    ensure!(output.status.success(), "{}", text(&output.stderr));
+    restored.run()?;
+    knows(&restored, &["n1"]).await?;
+    let mut snapshots = 0;
+    for (member, name) in [(&member, "the first"), (&second, "the second"), (&restored, "the restored one")] {
+        for place in ["state/store", "state/store/snapshots"] {
+            for entry in std::fs::read_dir(member.path(place))? {
+                let path = entry?.path();
+                if !path.is_file() {
+                    continue;
+                }
+                let mut bytes = std::fs::read(&path)?;
+                if path.extension().is_some_and(|extension| extension == "snapshot") {
+                    snapshots += 1;
+                    let mut plain = Vec::new();
+                    zstd::Decoder::new(&*bytes)?.read_to_end(&mut plain)?;
+                    bytes = plain;
+                }
+                none_of(&format!("'{}' of {name}", path.display()), &bytes, &secrets)?;
+            }
+        }
+        none_of(&format!("the log of {name}"), member.log().as_bytes(), &secrets)?;
+    }
+    ensure!(snapshots > 0, "there was no snapshot to look into");
+    // The search finds what is there.
+    ensure!(holds(&std::fs::read(second.path("state/store/member.redb"))?, "info.note"), "nothing was searched");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_no_backup_or_no_place_for_one_is_refused_and_leaves_nothing() -> anyhow::Result<()> {
+    let member = Member::start()?;
+    define(&member, "n1").await?;
+    let file = backup(&member, "site.backup")?;
+    let whole = std::fs::read(&file)?;
+    let target = Member::prepare()?;
+    let refused = |what: &str, bytes: &[u8], passphrase: &str, says: &str| {
+        let path = target.path("bad.backup");
+        std::fs::write(&path, bytes)?;
+        chown(&path, Some(UID), Some(UID))?;
+        let output = restore(&target, &path, passphrase, &[])?;
+        let (status, out, err) = shown(&output);
+        ensure!(status == Some(1) && out.is_empty() && err.lines().count() == 1, "{what}: {status:?} {out}{err}");
+        ensure!(err.contains(says), "{what}: {says:?} is not in {err}");
+        ensure!(!target.path("state/store").exists(), "{what}: a store is left");
+        anyhow::Ok(())
+    };
+    let altered = |at: usize| {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 4;
+        bytes
+    };
+    refused("another passphrase", &whole, "another passphrase", "the passphrase is another one")?;
+    refused("nothing", b"", PASSPHRASE, "no encrypted backup")?;
+    refused("something else", b"{\"backup\":\"x\"}\n", PASSPHRASE, "no encrypted backup")?;
+    refused("a newer format", &altered(9), PASSPHRASE, "a newer release wrote it")?;
+    refused("altered salt", &altered(40), PASSPHRASE, "the passphrase is another one")?;
+    refused("altered content", &altered(whole.len() / 2), PASSPHRASE, "damaged at byte")?;
+    refused("altered end", &altered(whole.len() - 1), PASSPHRASE, "damaged at byte")?;
+    refused("cut", &whole[..whole.len() - 1], PASSPHRASE, "damaged at byte")?;
+    refused("cut to its header", &whole[..96], PASSPHRASE, "damaged at byte")?;
+    refused("goes on", &[&whole[..], b"x"].concat(), PASSPHRASE, "damaged at byte")?;
+    let output = restore(&member, &file, PASSPHRASE, &[])?;
+    ensure!(text(&output.stderr).contains("holds a member already"), "{}", text(&output.stderr));
+
+    // On the side that makes one.
+    let short = secret_file(&member, "short", "elevenchars\n")?;
+    let open = secret_file(&member, "open", PASSPHRASE)?;
+    std::fs::set_permissions(&open, std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+    let new = member.path("new.backup");
+    for (what, passphrase, to, says) in [
+        ("a short passphrase", &short, &new, "12 or more"),
+        ("a passphrase that others read", &open, &new, "can be read by others"),
+        ("a file that is there", &short, &file, "exists already"),
+    ] {
+        let arguments = ["backup", shown_path(to), "--passphrase-file", shown_path(passphrase)];
+        said_no(what, &moor(&member, &arguments)?.output()?, &[says]);
+    }
+    said_no("no terminal", &moor(&member, &["backup", shown_path(&new)])?.output()?, &["--passphrase-file"]);
+    ensure!(!new.exists() && std::fs::read(&file)? == whole, "a refused backup left something");
+    // All keys do not go over the network, whoever asks.
+    let bundle = member.site().await?.bundle;
+    let token = member.admin().await?.create_token(&TokenRequest { name: "me".into(), lifetime: 600 }).await?.token;
+    let mut remote = AdminClient::https(&member.url(), &bundle, &token).await?;
+    let request = BackupRequest { passphrase: Some(PASSPHRASE.into()) };
+    assert_eq!(refusal(remote.backup(&request).await.map(drop)).0, Code::Forbidden);
+    let mut parts = remote.backup(&BackupRequest::default()).await?;
+    ensure!(parts.next().await?.is_some(), "a redacted one may be made from afar");
+    Ok(())
+}

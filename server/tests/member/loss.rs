@@ -1,0 +1,118 @@
+//! Members are lost for ever: one is replaced, or the one that survives goes on alone.
+
+use crate::cli::{moor, shown};
+use crate::collective::{PATIENCE, blobs, define, joined, knows, names, text, three, until, view, voters};
+use crate::node_api::prepared;
+use crate::support::{Machine, Member};
+use anyhow::{Context as _, ensure};
+use moor_api::node::Stage;
+use std::time::Instant;
+
+/// The members by number, and whether each votes.
+async fn votes(member: &Member) -> anyhow::Result<Vec<(u64, bool)>> {
+    Ok(view(member).await?.members.iter().map(|member| (member.number, member.votes)).collect())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_member_is_replaced_by_one_command_also_under_its_own_name() -> anyhow::Result<()> {
+    let mut members = three().await?;
+    define(&members[0], "a").await?;
+    // Any but the one that is asked below; the leader among them is the harder case.
+    let leader = view(&members[0]).await?.leader.context("a leader")?;
+    let dead = usize::try_from(leader.max(2) - 1)?;
+    let name = format!("m{}", dead + 1);
+    members[dead].kill();
+    let file = members[0].path("invitation");
+    let out = file.to_str().context("a path")?;
+    let (status, said, err) =
+        shown(&moor(&members[0], &["collective", "replace", &name, &name, "--expires", "5m", "--out", out])?.output()?);
+    ensure!(status == Some(0), "{said}{err}");
+    // As long as nobody came, nobody goes.
+    assert_eq!(votes(&members[0]).await?.len(), 3);
+    let mut new = Member::prepare()?;
+    let output = new.join(&std::fs::read_to_string(&file)?)?;
+    ensure!(output.status.success(), "moord join: {}", text(&output.stderr));
+    new.run()?;
+    let kept: Vec<u64> = [1, 2, 3].into_iter().filter(|number| *number != dead as u64 + 1).collect();
+    let wanted = vec![(kept[0], true), (kept[1], true), (4, true)];
+    until(&members[0], "it does not take the place", async || Ok(votes(&members[0]).await? == wanted)).await?;
+    knows(&new, &["a"]).await?;
+    assert_eq!(view(&new).await?.members.iter().filter(|member| member.name == name).count(), 1);
+    // The three go on without any one of them, once that is through: in the log, not only in the records.
+    let other = if dead == 1 { 2 } else { 1 };
+    let removed = format!("membership: member {} is removed", dead + 1);
+    let is_through =
+        async || Ok([&members[0], &members[other], &new].iter().any(|member| member.log().contains(&removed)));
+    until(&members[0], "it is not removed", is_through).await?;
+    members[other].kill();
+    define(&new, "b").await?;
+    knows(&members[0], &["a", "b"]).await?;
+    let (status, _, err) = shown(&moor(&members[0], &["collective", "replace", "m9", "m9"])?.output()?);
+    ensure!(status == Some(1) && err.contains("no member 'm9'"), "{err}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_survivor_of_three_goes_on_alone_and_the_others_are_none_any_more() -> anyhow::Result<()> {
+    let (mut first, mut machine) = prepared().await?;
+    let mut second = joined(&first, "m2", true).await?;
+    let mut third = joined(&first, "m3", true).await?;
+    voters(&first, 3).await?;
+    first.arm("n1", "once").await?;
+    machine.log_in(&mut machine.connect().await?, Stage::Boot).await?;
+    knows(&third, &["n1"]).await?;
+    until(&third, "the content did not come", async || Ok(blobs(&third)? == blobs(&first)?)).await?;
+    let recover = |member: &Member, more: &[&str]| {
+        let output = member.moord("recover", more)?;
+        anyhow::Ok((output.status.success(), text(&output.stdout), text(&output.stderr)))
+    };
+    // It runs.
+    let (done, _, err) = recover(&third, &["--force"])?;
+    ensure!(!done && err.contains("has to be stopped first"), "{err}");
+    third.kill();
+    first.kill();
+    // Another one answers.
+    let (done, _, err) = recover(&third, &["--force"])?;
+    ensure!(!done && err.contains("member m2 answers") && err.contains("nothing was changed"), "{err}");
+    second.kill();
+    let (done, out, err) = recover(&third, &[])?;
+    ensure!(!done && err.contains("nothing was changed: `--force`"), "{err}");
+    ensure!(out.contains("this member's log ends with entry") && out.contains("is lost"), "{out}");
+    third.run()?;
+    ensure!(!view(&third).await?.majority, "it went on alone without being told to");
+    third.kill();
+    let (done, out, err) = recover(&third, &["--force"])?;
+    ensure!(done && out.contains("the only one of collective test"), "{out}{err}");
+    third.run()?;
+    assert_eq!(votes(&third).await?, [(4, true)]);
+    define(&third, "n2").await?;
+    // The node boots from it as before: nobody armed it.
+    machine.asks(&third);
+    machine.reboot()?;
+    let mut connection = machine.connect().await?;
+    machine.log_in(&mut connection, Stage::Boot).await?;
+    assert_eq!(connection.config().await?.node.name.as_str(), "n1");
+    // Two of the old ones are a majority of the old collective. They go on in that, and reach the new one no more.
+    first.run()?;
+    second.run()?;
+    let end = Instant::now() + PATIENCE;
+    while let Err(error) = define(&first, "old").await {
+        ensure!(Instant::now() < end, "{error}\n{}", first.log());
+    }
+    define(&third, "n3").await?;
+    assert_eq!(names(&third).await?, ["n1", "n2", "n3"]);
+    assert_eq!(names(&second).await?, ["n1", "old"]);
+    assert_eq!(votes(&third).await?, [(4, true)]);
+    // Others join, and get all of it.
+    let fourth = joined(&third, "m2", true).await?;
+    voters(&third, 2).await?;
+    knows(&fourth, &["n1", "n2", "n3"]).await?;
+    let new = Machine::new(&fourth).await?;
+    assert_eq!(new.bundle.collective, machine.bundle.collective);
+    // Who is alone needs no recovery.
+    drop((first, second));
+    let alone = Member::init()?;
+    let (done, _, err) = recover(&alone, &["--force"])?;
+    ensure!(!done && err.contains("it is its own majority"), "{err}");
+    Ok(())
+}
