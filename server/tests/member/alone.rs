@@ -10,6 +10,7 @@ use moord::store::{Store as _, tables};
 use ssh_key::rand_core::OsRng;
 use ssh_key::{Algorithm, PrivateKey};
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 fn status(machine: &Machine, sequence: u64, state: &str) -> StatusReport {
     StatusReport {
@@ -146,6 +147,8 @@ async fn a_member_that_is_cut_off_stops_giving_secrets_and_then_answering() -> a
 
 /// Whether a session is refused because the member has been alone for too long.
 async fn boot_refused(machine: &Machine) -> anyhow::Result<bool> {
+    // Hellos are rate-limited.
+    tokio::time::sleep(Duration::from_millis(500)).await;
     let mut connection = machine.connect().await?;
     match machine.log_in(&mut connection, Stage::Boot).await {
         Ok(_) => Ok(false),
