@@ -376,12 +376,13 @@ fn reason(context: &Context<'_, '_>, doing: &str, tail: Tail) -> BuildError {
     }
     // "  - nothing provides X needed by Y" stands below "Problem: conflicting requests", and "  - conflicting requests" below
     // "Problem: package Y requires X, but none of the providers can be installed".
-    let mut said = tail.lines().filter_map(|line| {
+    let said = |line: &str| -> Option<String> {
         let line = line.trim_start();
-        line.strip_prefix("- ").or_else(|| Some(line.strip_prefix("Problem")?.split_once(": ")?.1))
-    });
-    let conflict = said.find(|what| *what != "conflicting requests");
-    let reason = conflict.map_or_else(|| tail.reason(), str::to_owned);
+        let what = line.strip_prefix("- ").or_else(|| Some(line.strip_prefix("Problem")?.split_once(": ")?.1))?;
+        (what != "conflicting requests").then(|| what.to_owned())
+    };
+    let conflict = tail.lines().find_map(said);
+    let reason = conflict.unwrap_or_else(|| tail.reason());
     BuildError::tool(doing, &reason, tail, context.work.tree())
 }
 
