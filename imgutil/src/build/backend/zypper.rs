@@ -55,7 +55,9 @@ impl Backend for Zypper {
         let root = context.work.root();
         rpm::open_root(context, &root)?;
         context.tools.stage("installing the packages")?;
-        let arguments: Vec<String> = install_arguments().map(str::to_owned).chain(exact()).collect();
+        // What is recommended and wanted is among them.
+        let arguments: Vec<String> =
+            install_arguments().chain(["--no-recommends"]).map(str::to_owned).chain(exact()).collect();
         let command = command(&places, &root, &arguments);
         let (succeeded, tail) = rpm::run(context, &root, &mut Summary::default(), command, None)?;
         if !succeeded {
