@@ -8,6 +8,9 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
+/// shim and GRUB: name and content of each.
+pub(crate) type BootLoaders = [(String, Vec<u8>); 2];
+
 /// More than any kernel or initramfs has.
 const LIMIT: u64 = 1 << 30;
 /// As many symbolic links Linux follows in one path (`path_resolution(7)`).
@@ -106,7 +109,7 @@ impl<S: Source> System<S> {
     }
 
     /// The signed boot loaders, if there are both.
-    pub(crate) fn boot_loaders(&mut self) -> Result<Option<[(String, Vec<u8>); 2]>> {
+    pub(crate) fn boot_loaders(&mut self) -> Result<Option<BootLoaders>> {
         let vendors = self.list(VENDORS)?;
         loaders(&vendors, |path| self.read(path))
     }
@@ -247,7 +250,7 @@ mod tests {
         fs::write(path, content).expect("writes");
     }
 
-    fn names(loaders: Option<[(String, Vec<u8>); 2]>) -> Vec<String> {
+    fn names(loaders: Option<BootLoaders>) -> Vec<String> {
         let shown = |(name, bytes): (String, Vec<u8>)| format!("{name} {}", String::from_utf8_lossy(&bytes));
         loaders.into_iter().flatten().map(shown).collect()
     }

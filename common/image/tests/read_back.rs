@@ -1,6 +1,8 @@
 //! What was sealed is read back before the header is written: a disk or memory that changes a byte, or loses the end, is found, and
 //! named by chunk.
 
+#![allow(missing_docs, clippy::unwrap_used)]
+
 use moor_image::{Dek, ImageError, Metadata, Payload, SealOptions, Sealer};
 use std::io::{self, Cursor, Read, Seek, SeekFrom, Write};
 
@@ -63,7 +65,7 @@ fn sealed(length: usize, key: bool, flip: Option<u64>, end: u64) -> Result<(), I
 #[test]
 fn a_changed_byte_is_found_in_its_chunk() {
     // Three groups of what is read at once, and a last chunk that is not full.
-    let length = 3 << 20 | 1234;
+    let length = (3 << 20) + 1234;
     let chunks = (length as u64).div_ceil(CHUNK);
     for key in [true, false] {
         let size = CHUNK + if key { 16 } else { 0 };

@@ -12,7 +12,7 @@ mod stream;
 mod survey;
 mod tree;
 
-use crate::boot_files::{self, BootFiles, System};
+use crate::boot_files::{self, BootFiles, BootLoaders, System};
 use crate::files::{Existing, NewFile};
 use crate::key_file::NewKeyFile;
 use crate::progress::Progress;
@@ -124,7 +124,7 @@ pub fn capture_to_server(
 }
 
 /// Takes kernel, initramfs and boot loaders out of an image that was captured.
-fn what_boots(sealed: &File, key: &Dek) -> Result<(BootFiles, Option<[(String, Vec<u8>); 2]>)> {
+fn what_boots(sealed: &File, key: &Dek) -> Result<(BootFiles, Option<BootLoaders>)> {
     let options = OpenOptions { key: Some(key.clone()), ..OpenOptions::default() };
     let image = Image::open(sealed.try_clone()?, &options)?;
     let mut system = System::open(SquashfsIn::all(image, Path::new("the captured image"))?)?;
