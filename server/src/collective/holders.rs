@@ -109,9 +109,10 @@ async fn offer_held(member: &Arc<Member>) -> anyhow::Result<()> {
         if holders < wanted(member) {
             continue;
         }
-        match member.store.propose(Command::OfferImage { digest }).await? {
-            Outcome::Refused(problem) => tracing::warn!("offering image {digest}: {problem}"),
-            _ => tracing::info!("image {digest} is on {holders} members: nodes are offered it"),
+        if let Outcome::Refused(problem) = member.store.propose(Command::OfferImage { digest }).await? {
+            tracing::warn!("offering image {digest}: {problem}");
+        } else {
+            tracing::info!("image {digest} is on {holders} members: nodes are offered it");
         }
     }
     Ok(())

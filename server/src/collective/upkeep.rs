@@ -79,10 +79,10 @@ async fn replace(member: &Arc<Member>, records: &BTreeMap<u64, MemberRecord>) ->
         }
     }
     for (number, name) in replaced {
-        match member.store.propose(Command::RemoveMember { number }).await? {
-            Outcome::Refused(problem) => return Err(StoreError::Leader(problem)),
-            _ => tracing::info!("member {number} was removed: {name} has its place"),
+        if let Outcome::Refused(problem) = member.store.propose(Command::RemoveMember { number }).await? {
+            return Err(StoreError::Leader(problem));
         }
+        tracing::info!("member {number} was removed: {name} has its place");
     }
     Ok(())
 }

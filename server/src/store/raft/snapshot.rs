@@ -113,7 +113,7 @@ fn wrong(text: impl Into<String>) -> io::Error {
 /// Writes a snapshot of `view` and gives its path; the file is durable.
 pub(super) fn write(directory: &Path, view: &Snapshot, meta: &SnapshotMeta) -> io::Result<PathBuf> {
     let (file, path) = create(directory)?;
-    match write_to(&file, view, meta).and_then(|file| file.sync_all()) {
+    match write_to(&file, view, meta).and_then(File::sync_all) {
         Ok(()) => Ok(path),
         Err(error) => {
             // The first failure is the one to report.
