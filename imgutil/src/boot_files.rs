@@ -1,38 +1,24 @@
-//! Kernel and initramfs, taken out of an image: its own files, as a server would give them to a boot loader.
+//! Kernel, initramfs and signed boot loaders: where a system has them, and how they are taken out of an image, as a server would give them
+//! to a machine's firmware.
 
 use crate::pack::{initramfs_names, newest_kernel};
 use crate::squashfs::{Inode, InodeKind, Piece, Reader, Source, SquashfsError};
 use anyhow::{Context as _, Result, bail};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 /// More than any kernel or initramfs has.
 const LIMIT: u64 = 1 << 30;
+/// As many symbolic links Linux follows in one path (`path_resolution(7)`).
+const MAX_LINKS: usize = 40;
+/// Where EL and Fedora have boot loaders: on the EFI system partition, each vendor's in a directory of its own.
+pub(crate) const VENDORS: &str = "boot/efi/EFI";
 
 /// The newest kernel of an image with its initramfs.
 pub(crate) struct BootFiles {
     pub(crate) kernel: Vec<u8>,
     pub(crate) initramfs: Vec<u8>,
-}
-
-/// Reads them from an image's file systems with their mount points.
-pub(crate) fn read<S: Source>(parts: Vec<(PathBuf, S)>) -> Result<BootFiles> {
-    let (mut root, mut own) = (None, None);
-    for (mount, source) in parts {
-        if mount == Path::new("/") {
-            root = Some(source);
-        } else if mount == Path::new("/boot") {
-            own = Some(source);
-        }
-    }
-    let is_own = own.is_some();
-    let mut reader = Reader::open(own.or(root).context("the image has no root file system")?)?;
-    let top = reader.root();
-    let top = reader.inode(top)?;
-    let boot =
-        if is_own { top } else { child(&mut reader, &top, "boot")?.context("the image has no directory /boot")? };
-    let names = names(&mut reader, &boot)?;
-    let (kernel, initramfs) = choose(&names)?;
-    Ok(BootFiles { kernel: file(&mut reader, &boot, &kernel)?, initramfs: file(&mut reader, &boot, &initramfs)? })
 }
 
 /// The newest kernel among the names in /boot, and its initramfs.
@@ -47,40 +33,273 @@ pub(crate) fn choose(names: &[String]) -> Result<(String, String)> {
     Ok((format!("vmlinuz-{release}"), initramfs.clone()))
 }
 
-fn names<S: Source>(reader: &mut Reader<S>, directory: &Inode) -> Result<Vec<String>> {
-    let InodeKind::Directory(listing) = &directory.kind else { bail!("/boot is no directory") };
-    let (mut entries, mut names) = (reader.entries(listing), Vec::new());
-    while let Some(entry) = entries.next(reader)? {
-        names.extend(entry.name.to_str().ok().map(str::to_owned));
+/// The distribution's signed boot loaders, which firmware with Secure Boot takes: file name that they look for each other by, and
+/// what `open` makes of the file, which is `None` where there is none. None unless both are there: one of two distributions does not
+/// start the other. `vendors` are the names in [`VENDORS`].
+pub(crate) fn loaders<F>(
+    vendors: &[String],
+    mut open: impl FnMut(&str) -> Result<Option<F>>,
+) -> Result<Option<[(String, F); 2]>> {
+    for (short, long) in [("x64", "x86_64"), ("aa64", "arm64"), ("aa64", "aarch64")] {
+        // Debian and Ubuntu; GRUB's build for the network comes first.
+        let debian_shim =
+            [format!("usr/lib/shim/shim{short}.efi.signed"), format!("usr/lib/shim/shim{short}.efi.signed.latest")];
+        let debian_grub =
+            ["grubnet", "grub"].map(|name| format!("usr/lib/grub/{long}-efi-signed/{name}{short}.efi.signed"));
+        // SUSE.
+        let suse_shim = [format!("usr/share/efi/{long}/shim.efi")];
+        let suse_grub = [format!("usr/share/efi/{long}/grub.efi")];
+        let mut pairs = vec![(debian_shim.to_vec(), debian_grub.to_vec()), (suse_shim.to_vec(), suse_grub.to_vec())];
+        for vendor in vendors {
+            let file = |name: &str| vec![format!("{VENDORS}/{vendor}/{name}{short}.efi")];
+            pairs.push((file("shim"), file("grub")));
+        }
+        for (shims, grubs) in pairs {
+            let mut first = |paths: Vec<String>| -> Result<Option<F>> {
+                for path in paths {
+                    if let Some(file) = open(&path)? {
+                        return Ok(Some(file));
+                    }
+                }
+                Ok(None)
+            };
+            if let (Some(shim), Some(grub)) = (first(shims)?, first(grubs)?) {
+                return Ok(Some([(format!("shim{short}.efi"), shim), (format!("grub{short}.efi"), grub)]));
+            }
+        }
     }
-    Ok(names)
+    Ok(None)
 }
 
-fn child<S: Source>(reader: &mut Reader<S>, directory: &Inode, name: &str) -> Result<Option<Inode>> {
+/// The file systems of an image as the one tree that they are where they are mounted.
+pub(crate) struct System<S> {
+    /// By mount point.
+    parts: Vec<(PathBuf, Reader<S>)>,
+}
+
+/// Something in it.
+#[derive(Clone)]
+struct Place {
+    path: PathBuf,
+    part: usize,
+    inode: Inode,
+}
+
+impl<S: Source> System<S> {
+    /// An image's file systems with their mount points.
+    pub(crate) fn open(parts: Vec<(PathBuf, S)>) -> Result<Self> {
+        let open = |(mount, source)| Ok((mount, Reader::open(source)?));
+        Ok(Self { parts: parts.into_iter().map(open).collect::<Result<_>>()? })
+    }
+
+    /// The newest kernel with its initramfs.
+    pub(crate) fn boot_files(&mut self) -> Result<BootFiles> {
+        let boot = self.find("boot")?.context("the image has no directory /boot")?;
+        if !matches!(boot.inode.kind, InodeKind::Directory(_)) {
+            bail!("/boot is no directory");
+        }
+        let (kernel, initramfs) = choose(&self.list("boot")?)?;
+        let mut file = |name: String| -> Result<Vec<u8>> {
+            self.read(&format!("boot/{name}"))?.with_context(|| format!("/boot/{name} is no regular file"))
+        };
+        Ok(BootFiles { kernel: file(kernel)?, initramfs: file(initramfs)? })
+    }
+
+    /// The signed boot loaders, if there are both.
+    pub(crate) fn boot_loaders(&mut self) -> Result<Option<[(String, Vec<u8>); 2]>> {
+        let vendors = self.list(VENDORS)?;
+        loaders(&vendors, |path| self.read(path))
+    }
+
+    /// What is at a path, which begins at the root; symbolic links are followed as the system itself would.
+    fn find(&mut self, path: &str) -> Result<Option<Place>> {
+        let root = self.mounted(Path::new("/"))?.context("the image has no root file system")?;
+        let (mut here, mut above) = (root.clone(), Vec::new());
+        let mut ahead = backwards(path.as_bytes());
+        let mut links = 0;
+        while let Some(name) = ahead.pop() {
+            match &name[..] {
+                b"" | b"." => continue,
+                b".." => {
+                    here = above.pop().unwrap_or_else(|| root.clone());
+                    continue;
+                }
+                _ => {}
+            }
+            let path = here.path.join(OsStr::from_bytes(&name));
+            let next = match self.mounted(&path)? {
+                Some(place) => place,
+                None => match child(&mut self.parts[here.part].1, &here.inode, &name)? {
+                    Some(inode) => Place { path, part: here.part, inode },
+                    None => return Ok(None),
+                },
+            };
+            let InodeKind::Symlink(target) = &next.inode.kind else {
+                above.push(std::mem::replace(&mut here, next));
+                continue;
+            };
+            links += 1;
+            if links > MAX_LINKS {
+                return Ok(None);
+            }
+            if target.starts_with(b"/") {
+                above.clear();
+                here = root.clone();
+            }
+            ahead.extend(backwards(target));
+        }
+        Ok(Some(here))
+    }
+
+    /// The root of the file system that is mounted there.
+    fn mounted(&mut self, path: &Path) -> Result<Option<Place>> {
+        let Some(part) = self.parts.iter().position(|(mount, _)| mount == path) else { return Ok(None) };
+        let reader = &mut self.parts[part].1;
+        let top = reader.root();
+        Ok(Some(Place { path: path.to_owned(), part, inode: reader.inode(top)? }))
+    }
+
+    /// The names in a directory, sorted; none if there is no such directory.
+    fn list(&mut self, path: &str) -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        if let Some(Place { part, inode: Inode { kind: InodeKind::Directory(listing), .. }, .. }) = self.find(path)? {
+            let reader = &mut self.parts[part].1;
+            let mut entries = reader.entries(&listing);
+            while let Some(entry) = entries.next(reader)? {
+                names.extend(entry.name.to_str().ok().map(str::to_owned));
+            }
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// A regular file's bytes; `None` if there is no such file.
+    fn read(&mut self, path: &str) -> Result<Option<Vec<u8>>> {
+        let Some(Place { part, inode: Inode { kind: InodeKind::File(data), .. }, .. }) = self.find(path)? else {
+            return Ok(None);
+        };
+        if data.size > LIMIT {
+            bail!("/{path} is larger than any boot file");
+        }
+        let mut bytes = Vec::new();
+        self.parts[part].1.contents(&data, |piece| {
+            match piece {
+                // Below LIMIT, so it fits.
+                Piece::Hole(length) => bytes.resize(bytes.len() + usize::try_from(length).unwrap_or_default(), 0),
+                Piece::Data(data) => bytes.extend_from_slice(data),
+            }
+            Ok::<(), SquashfsError>(())
+        })?;
+        Ok(Some(bytes))
+    }
+}
+
+/// The names in a path, the last one first.
+fn backwards(path: &[u8]) -> Vec<Vec<u8>> {
+    path.rsplit(|byte| *byte == b'/').map(<[u8]>::to_vec).collect()
+}
+
+fn child<S: Source>(reader: &mut Reader<S>, directory: &Inode, name: &[u8]) -> Result<Option<Inode>> {
     let InodeKind::Directory(listing) = &directory.kind else { return Ok(None) };
     let mut entries = reader.entries(listing);
     while let Some(entry) = entries.next(reader)? {
-        if entry.name.to_bytes() == name.as_bytes() {
+        if entry.name.to_bytes() == name {
             return Ok(Some(reader.inode(entry.inode)?));
         }
     }
     Ok(None)
 }
 
-fn file<S: Source>(reader: &mut Reader<S>, directory: &Inode, name: &str) -> Result<Vec<u8>> {
-    let inode = child(reader, directory, name)?;
-    let Some(Inode { kind: InodeKind::File(data), .. }) = inode else { bail!("/boot/{name} is no regular file") };
-    if data.size > LIMIT {
-        bail!("/boot/{name} is larger than any boot file");
-    }
-    let mut bytes = Vec::new();
-    reader.contents(&data, |piece| {
-        match piece {
-            // Below LIMIT, so it fits.
-            Piece::Hole(length) => bytes.resize(bytes.len() + usize::try_from(length).unwrap_or_default(), 0),
-            Piece::Data(data) => bytes.extend_from_slice(data),
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::{FileExt as _, symlink};
+    use std::process::Command;
+
+    struct Squashfs(fs::File);
+
+    impl Source for Squashfs {
+        fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
+            self.0.read_exact_at(buffer, offset)
         }
-        Ok::<(), SquashfsError>(())
-    })?;
-    Ok(bytes)
+
+        fn size(&self) -> u64 {
+            self.0.metadata().map_or(0, |metadata| metadata.len())
+        }
+    }
+
+    /// Packs directories of `work` as the file systems of these mount points.
+    fn system(work: &Path, parts: &[(&str, &str)]) -> System<Squashfs> {
+        let pack = |(mount, name): &(&str, &str)| {
+            let file = work.join(format!("{name}.squashfs"));
+            let packed =
+                Command::new("mksquashfs").arg(work.join(name)).arg(&file).args(["-noappend", "-quiet"]).output();
+            assert!(packed.is_ok_and(|output| output.status.success()), "mksquashfs");
+            (PathBuf::from(mount), Squashfs(fs::File::open(file).expect("opens")))
+        };
+        System::open(parts.iter().map(pack).collect()).expect("reads")
+    }
+
+    fn write(work: &Path, name: &str, content: &str) {
+        let path = work.join(name);
+        fs::create_dir_all(path.parent().expect("a parent")).expect("makes");
+        fs::write(path, content).expect("writes");
+    }
+
+    fn names(loaders: Option<[(String, Vec<u8>); 2]>) -> Vec<String> {
+        let shown = |(name, bytes): (String, Vec<u8>)| format!("{name} {}", String::from_utf8_lossy(&bytes));
+        loaders.into_iter().flatten().map(shown).collect()
+    }
+
+    #[test]
+    fn files_are_found_through_links_and_mounts() {
+        let work = tempfile::tempdir().expect("directory");
+        let work = work.path();
+        write(work, "root/boot/hidden-by-the-mount", "");
+        write(work, "root/usr/lib/shim/shimx64.efi.signed.latest", "shim");
+        write(work, "usr/x86_64-efi-signed/grubx64.efi.signed", "grub");
+        write(work, "boot/vmlinuz-1", "kernel");
+        write(work, "boot/real", "initramfs");
+        fs::create_dir_all(work.join("root/etc/alternatives")).expect("makes");
+        fs::create_dir_all(work.join("root/usr/lib/grub")).expect("makes");
+        // As Ubuntu has it; a link that is a circle; one that goes up from a mount point, and beyond the root.
+        for (link, target) in [
+            ("root/usr/lib/shim/shimx64.efi.signed", "/etc/alternatives/shim"),
+            ("root/etc/alternatives/shim", "../../usr/lib/shim/shimx64.efi.signed.latest"),
+            ("root/lib", "usr/lib"),
+            ("root/circle", "/circle"),
+            ("boot/initrd.img-1", "../../../boot/./real"),
+        ] {
+            symlink(target, work.join(link)).expect("links");
+        }
+        let mut system = system(work, &[("/", "root"), ("/boot", "boot"), ("/usr/lib/grub", "usr")]);
+        let boot = system.boot_files().expect("are there");
+        assert_eq!((&boot.kernel[..], &boot.initramfs[..]), (&b"kernel"[..], &b"initramfs"[..]));
+        assert_eq!(system.list("boot").expect("reads"), ["initrd.img-1", "real", "vmlinuz-1"]);
+        assert_eq!(names(system.boot_loaders().expect("reads")), ["shimx64.efi shim", "grubx64.efi grub"]);
+        let read = |system: &mut System<_>, path: &str| system.read(path).expect("reads").is_some();
+        assert!(read(&mut system, "lib/shim/shimx64.efi.signed"));
+        for none in ["circle", "boot", "none/at/all", "boot/real/below"] {
+            assert!(!read(&mut system, none), "{none}");
+        }
+    }
+
+    #[test]
+    fn loaders_are_those_of_one_distribution() {
+        let work = tempfile::tempdir().expect("directory");
+        let work = work.path();
+        // Debian's shim alone, and a vendor's pair on the EFI system partition.
+        write(work, "root/usr/lib/shim/shimx64.efi.signed", "another's shim");
+        fs::create_dir_all(work.join("root/boot/efi")).expect("makes");
+        write(work, "esp/EFI/BOOT/BOOTX64.EFI", "shim");
+        write(work, "esp/EFI/rocky/shimx64.efi", "shim");
+        let mut without = system(work, &[("/", "root"), ("/boot/efi", "esp")]);
+        assert_eq!(names(without.boot_loaders().expect("reads")), Vec::<String>::new());
+        write(work, "esp/EFI/rocky/grubx64.efi", "grub");
+        let mut with = system(work, &[("/", "root"), ("/boot/efi", "esp")]);
+        assert_eq!(names(with.boot_loaders().expect("reads")), ["shimx64.efi shim", "grubx64.efi grub"]);
+        let error = with.boot_files().err().expect("no kernel").to_string();
+        assert_eq!(error, "the image has no kernel (/boot/vmlinuz-*)");
+    }
 }

@@ -56,14 +56,14 @@ pub(crate) struct Upload<'a> {
 }
 
 /// What goes to a server: a sealed image, with the kernel, the initramfs and the boot loaders that are in it.
-pub(crate) struct Parcel<K, I> {
+pub(crate) struct Parcel<R> {
     pub(crate) sealed: File,
     pub(crate) key: Option<Dek>,
     /// With its length.
-    pub(crate) kernel: (K, u64),
-    pub(crate) initramfs: (I, u64),
+    pub(crate) kernel: (R, u64),
+    pub(crate) initramfs: (R, u64),
     /// Shim and GRUB by the names that they look for each other by, or none.
-    pub(crate) boot_loaders: Vec<(String, File)>,
+    pub(crate) boot_loaders: Vec<(String, (R, u64))>,
 }
 
 impl<'a> Upload<'a> {
@@ -99,10 +99,9 @@ impl<'a> Upload<'a> {
     }
 
     /// Sends it, has it imported, and makes and publishes the profile as far as that is wanted.
-    pub(crate) fn send<K, I>(self, parcel: Parcel<K, I>) -> Result<(ImageView, Option<ProfileView>)>
+    pub(crate) fn send<R>(self, parcel: Parcel<R>) -> Result<(ImageView, Option<ProfileView>)>
     where
-        K: Read + Send + 'static,
-        I: Read + Send + 'static,
+        R: Read + Send + 'static,
     {
         let Self { runtime, server, name, profile, .. } = self;
         let Parcel { mut sealed, key, kernel, initramfs, boot_loaders } = parcel;
@@ -114,8 +113,7 @@ impl<'a> Upload<'a> {
             let initramfs = send(&mut client, "the initramfs", initramfs).await?;
             let mut loaders = BTreeMap::new();
             for (name, file) in boot_loaders {
-                let length = file.metadata().with_context(|| format!("cannot send {name}"))?.len();
-                let blob = send(&mut client, &name, (file, length)).await?;
+                let blob = send(&mut client, &name, file).await?;
                 loaders.insert(name, blob);
             }
             let image = send(&mut client, "the image", (sealed, length)).await?;

@@ -8,7 +8,7 @@ use build_tree::{
     error, exec, imgutil, imgutil_alone, mounts, names, payload, payload_elsewhere, processes, scratch, shell, text,
     tied, wait_until,
 };
-use deb_archive::{archive, signing_key};
+use deb_archive::{archive, signing_key, unsigned_archive};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io::{BufRead as _, BufReader};
@@ -39,6 +39,7 @@ impl Kitchen {
         let home = work.path().join("gnupg");
         let key = signing_key(&home);
         archive(&work.path().join("archive"), &home);
+        unsigned_archive(&work.path().join("unsigned"), ("own-free", "3.1"), "free");
         std::fs::create_dir_all(work.path().join("site/skeleton/deep")).unwrap();
         let recipe = format!(
             r#"
@@ -50,10 +51,14 @@ impl Kitchen {
             timezone = "Europe/Berlin"
             run = ["echo ran > /etc/ran", "test \"$(cat /etc/secret)\" = x"]
             [[repository]]
-            uri = "copy:{}/archive"
+            uri = "copy:{0}/archive"
             suites = ["./"]
             key = """
 {key}"""
+            [[repository]]
+            uri = "copy:{0}/unsigned"
+            suites = ["./"]
+            unsigned = true
             [[file]]
             path = "/etc/secret"
             content = "x\n"
@@ -85,7 +90,7 @@ impl Kitchen {
         kitchen.write(
             "site/common.toml",
             r#"
-            packages = ["hello", { name = "less", version = ">=13" }, "own-hello"]
+            packages = ["hello", { name = "less", version = ">=13" }, "own-hello", "own-free"]
             [[file]]
             path = "/etc/issue"
             source = "banner"
@@ -136,7 +141,7 @@ fn a_recipe_becomes_a_tree_and_its_lock_makes_the_same_again() {
     assert!(text(&built.stdout).contains("debian-12 amd64, kernel none, in "), "{}", text(&built.stdout));
     // A log has its lines from the start.
     assert!(text(&built.stderr).starts_with("imgutil: fetching the lists of packages\n"), "{}", text(&built.stderr));
-    let expected = ["archive", "cache", "gnupg", "recipe.lock", "recipe.toml", "site", "tree"];
+    let expected = ["archive", "cache", "gnupg", "recipe.lock", "recipe.toml", "site", "tree", "unsigned"];
     assert_eq!(names(kitchen.path()), expected);
     has_what_the_recipe_says(&kitchen, &kitchen.path().join("tree"));
     let again = kitchen.build(&["--no-cache", "tree"]);
@@ -170,6 +175,8 @@ fn has_what_the_recipe_says(kitchen: &Kitchen, tree: &Path) {
     let read = |path: &str| std::fs::read_to_string(tree.join(path)).unwrap();
     assert_eq!((read("etc/issue"), read("etc/ran")), ("welcome\n".to_owned(), "ran\n".to_owned()));
     assert_eq!((read("etc/default/locale"), read("usr/share/own")), ("LANG=C.UTF-8\n".to_owned(), "own\n".to_owned()));
+    // From a repository of which the recipe says that nobody signs it.
+    assert_eq!(read("usr/share/free"), "free\n");
     let seen = |path: &str| {
         let metadata = tree.join(path).symlink_metadata().unwrap();
         (metadata.mode() & 0o7777, metadata.uid(), metadata.gid())
@@ -192,6 +199,7 @@ fn has_what_the_recipe_says(kitchen: &Kitchen, tree: &Path) {
     assert_eq!(names(&tree.join("var/lib/apt/lists")), ["partial"]);
     let sources = read("etc/apt/sources.list.d/image.sources");
     assert!(sources.contains("bookworm-security") && sources.matches("Signed-By: ").count() == 3, "{sources}");
+    assert_eq!(sources.matches("Trusted: yes").count(), 1, "{sources}");
     assert_eq!(read("etc/apt/keyrings/recipe-0.asc").trim(), kitchen.key.trim());
     // What was built can be built upon.
     assert_eq!(exec(tree, &["dpkg", "--audit"]).stdout, b"");

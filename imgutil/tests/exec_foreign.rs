@@ -4,7 +4,7 @@
 
 mod build_tree;
 
-use build_tree::{imgutil, listing, scratch, text, tied};
+use build_tree::{imgutil, listing, scratch, shell, text, tied};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -127,4 +127,44 @@ fn build_asks_the_same_before_it_fetches_anything() {
     let output = command.output().unwrap();
     assert!(text(&output.stderr).contains("cannot run programs for arm64"), "{}", text(&output.stderr));
     assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0);
+}
+
+/// The agent of this machine in an image for another would be found out by the first node.
+#[test]
+fn node_files_of_another_architecture_are_refused() {
+    let scratch = scratch();
+    let files = scratch.path().join("files");
+    std::fs::create_dir_all(files.join("usr/bin")).unwrap();
+    std::fs::copy("/bin/true", files.join("usr/bin/moor-agent")).unwrap();
+    let mut build = imgutil();
+    build.args(["build", "--no-cache", "--arch", "arm64", "--node-files", "files", "tree"]);
+    let output = build.current_dir(scratch.path()).output().unwrap();
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let reason = "usr/bin/moor-agent' is a program for amd64, and the image for arm64: name a directory";
+    assert!(said.starts_with("imgutil: error: build 'tree': ") && said.contains(reason), "{said}");
+    assert_eq!(build_tree::names(scratch.path()), ["files"]);
+}
+
+/// All of Debian for another processor: its packages' scripts, what a recipe runs, and what is run afterwards.
+#[test]
+#[ignore = "emulated, a build takes minutes: `make test-full` runs it"]
+fn a_tree_of_another_architecture_is_built_and_used() {
+    let scratch = scratch();
+    let recipe = "arch = \"arm64\"\nbase = \"minimal\"\npackages = [\"hello\", { name = \"no-such\", arch = \"amd64\" }]\n\
+                  run = [\"hello > /etc/hello; uname -m >> /etc/hello\"]\n[[user]]\nname = \"op\"\nuid = 1234\n";
+    std::fs::write(scratch.path().join("recipe.toml"), recipe).unwrap();
+    let before = registered();
+    let mut build = imgutil();
+    build.args(["build", "--no-cache", "-f", "recipe.toml", "tree"]).current_dir(scratch.path());
+    let built = build.output().unwrap();
+    assert!(built.status.success(), "{}", text(&built.stderr));
+    assert!(text(&built.stdout).contains("debian-12 arm64"), "{}", text(&built.stdout));
+    let tree = scratch.path().join("tree");
+    assert_eq!(std::fs::read_to_string(tree.join("etc/hello")).unwrap(), "Hello, world!\naarch64\n");
+    let script = "uname -m; dpkg --print-architecture; id -u op; dpkg --audit; hello";
+    assert_eq!(shell(&tree, script), "aarch64\narm64\n1234\nHello, world!\n");
+    let lock = std::fs::read_to_string(scratch.path().join("recipe.lock")).unwrap();
+    assert!(lock.contains("arch = \"arm64\"") && !lock.contains("arch = \"amd64\""), "{lock}");
+    assert_eq!(registered(), before);
 }

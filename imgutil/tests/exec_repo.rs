@@ -2,8 +2,10 @@
 #![allow(clippy::unwrap_used)]
 
 mod build_tree;
+mod rpm_repo;
 
-use build_tree::{imgutil, listing, own_debian, own_tree, scratch, text};
+use build_tree::{imgutil, listing, own_debian, own_rpm, own_tree, scratch, text};
+use rpm_repo::{Key, Package, build as build_packages, index, signed};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -111,4 +113,71 @@ fn rpms_are_shown_to_the_manager_that_the_image_has() {
         assert!(printed.ends_with("<repomd/>\n"), "{printed}");
         assert_eq!(std::fs::read_dir(tree.join(place)).unwrap().count(), 0);
     }
+}
+
+/// dnf and zypper as Debian packs them: how each takes what it is shown is its own.
+#[test]
+#[ignore = "a tree with both takes minutes: `make test-full` runs it"]
+fn dnf_and_zypper_install_from_what_they_are_shown() {
+    const PACKAGES: [Package; 2] = [
+        Package::empty("base"),
+        Package {
+            header: "Requires: base",
+            files: &[("/usr/share/hello", "hello\n", "0644,root,root")],
+            ..Package::empty("hello")
+        },
+    ];
+    let work = scratch();
+    let path = |name: &str| work.path().join(name).display().to_string();
+    build_packages(&work.path().join("unsigned"), &PACKAGES);
+    index(&work.path().join("unsigned"));
+    let (key, other) = (Key::new(), Key::new());
+    signed(&work.path().join("signed"), &PACKAGES, &key);
+    key.export(&work.path().join("key.asc"));
+    other.export(&work.path().join("other.asc"));
+    for name in ["key", "other"] {
+        let source = format!(
+            "[own]\nname=own\nbaseurl=file://{}\nenabled=1\ngpgcheck=1\nrepo_gpgcheck=0\ngpgkey=file://{}\n",
+            path("signed"),
+            path(&format!("{name}.asc"))
+        );
+        std::fs::write(work.path().join(format!("{name}.repo")), source).unwrap();
+    }
+
+    let (_scratch, tree) = own_rpm();
+    // Debian's RPM has its database in the home directory, where libzypp does not look.
+    std::fs::write(tree.join("root/.rpmmacros"), "%_dbpath /var/lib/rpm\n").unwrap();
+    let before = listing(&tree);
+    let alone = ["--net", "none", "--try", "--drop"];
+    let look = "rpm -q --qf '%{NAME} ' base hello; cat /usr/share/hello";
+    // A directory is trusted as whoever names it trusts it.
+    let zypper = "zypper --non-interactive install hello";
+    let output =
+        exec_with(&[&["--repo", &path("unsigned")], &alone[..]].concat(), &tree, &format!("{zypper} >&2; {look}"));
+    assert!(text(&output.stdout).starts_with("base hello hello\n"), "{}{}", text(&output.stdout), text(&output.stderr));
+    assert_eq!(listing(&tree), before, "something is left");
+
+    // The other package manager's place comes first where both have one.
+    std::fs::remove_dir_all(tree.join("etc/zypp")).unwrap();
+    std::fs::create_dir_all(tree.join("etc/yum.repos.d")).unwrap();
+    let before = listing(&tree);
+    let dnf = "dnf -y --releasever=1 install hello";
+    let script = format!("{dnf} >&2; {look}");
+    let output = exec_with(&[&["--repo", &path("unsigned")], &alone[..]].concat(), &tree, &script);
+    assert!(text(&output.stdout).starts_with("base hello hello\n"), "{}{}", text(&output.stdout), text(&output.stderr));
+    // A source file comes with its key, and is held to it.
+    let bound = path("signed");
+    for (name, good) in [("key", true), ("other", false)] {
+        let repository = path(&format!("{name}.repo"));
+        let options = [&["--repo", &repository, "-v", &bound], &alone[..]].concat();
+        let output = exec_with(&options, &tree, &script);
+        let (said, why) = (text(&output.stdout), text(&output.stderr));
+        assert_eq!(
+            (said.starts_with("base hello hello\n"), output.status.success()),
+            (good, good),
+            "{name}: {said}{why}"
+        );
+        assert!(good || why.contains("GPG"), "{why}");
+    }
+    assert_eq!(listing(&tree), before, "something is left");
 }

@@ -1,6 +1,6 @@
 //! The man pages in packaging/man are made from the command line's own definition. `UPDATE_MAN=1` writes them anew.
 
-use clap::CommandFactory as _;
+use clap::{CommandFactory as _, Parser as _};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -40,6 +40,40 @@ fn every_command_has_an_example() {
             "imgutil {} --help shows no example",
             command.get_name()
         );
+    }
+}
+
+/// What help, man pages and documents say can be copied as it stands.
+#[test]
+fn examples_are_commands_that_imgutil_takes() {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let mut texts: Vec<(String, String)> = Vec::new();
+    for command in root().get_subcommands() {
+        let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        texts.push((format!("imgutil {} --help", command.get_name()), help.replace("Example: ", "Example:\n")));
+    }
+    for entry in std::fs::read_dir(top.join("docs")).unwrap() {
+        let path = entry.unwrap().path();
+        texts.push((path.display().to_string(), std::fs::read_to_string(&path).unwrap()));
+    }
+    // A repository is looked at as it is named.
+    let work = tempfile::tempdir().unwrap();
+    std::fs::create_dir(work.path().join("debs")).unwrap();
+    std::fs::write(work.path().join("debs/own.deb"), "").unwrap();
+    std::env::set_current_dir(work.path()).unwrap();
+    for (place, text) in texts {
+        let calls: Vec<&str> = text.lines().map(str::trim).filter(|line| line.starts_with("imgutil ")).collect();
+        assert!(!calls.is_empty() || !place.ends_with("--help"), "{place} shows nothing to copy");
+        for call in calls {
+            // A pipe's other end is not ours. The words and the comments are the shell's.
+            let call = call.split(" | ").next().unwrap_or_default();
+            let script = format!("set -- {call}\nprintf '%s\\n' \"$@\"");
+            let output = std::process::Command::new("sh").args(["-euc", &script]).output().unwrap();
+            let words = String::from_utf8(output.stdout).unwrap();
+            if let Err(error) = imgutil::cmd::Cli::try_parse_from(words.lines()) {
+                panic!("{place}: '{call}': {error}");
+            }
+        }
     }
 }
 

@@ -223,7 +223,7 @@ fn a_build_that_is_stopped_in_the_image_leaves_nothing() {
 #[test]
 #[ignore = "installing both takes minutes: `make test-full` runs it"]
 fn dnf_and_zypper_install_in_an_image() {
-    const PACKAGES: [Package; 3] = [
+    const PACKAGES: [Package; 6] = [
         Package { files: &[("/var/lib/base/list", "one\n", "0640,root,root")], ..Package::empty("base") },
         Package {
             header: "Requires: base\nRecommends: weak",
@@ -231,6 +231,10 @@ fn dnf_and_zypper_install_in_an_image() {
             ..Package::empty("hello")
         },
         Package::empty("weak"),
+        // What of the two it needs is for others to say.
+        Package { header: "Requires: editor", ..Package::empty("desk") },
+        Package { header: "Provides: editor", ..Package::empty("first") },
+        Package { header: "Provides: editor", ..Package::empty("second") },
     ];
     let work = scratch();
     let (key, other) = (Key::new(), Key::new());
@@ -268,9 +272,11 @@ fn dnf_and_zypper_install_in_an_image() {
         assert!(line.contains("is not signed by its key, so nothing of it was used"), "{backend}: {line}");
         assert_eq!(names(work.path()), before, "{backend}");
 
-        let built = build(work.path(), &image, &args("recipe.toml", "hello"));
+        let built = build(work.path(), &image, &args("recipe.toml", "hello,desk,-first"));
         assert!(built.status.success(), "{backend}: {}", text(&built.stderr));
         let tree = work.path().join("tree");
+        let installed = "rpm -qa --qf '%{NAME}\\n' desk first second | sort | xargs";
+        assert_eq!(shell(&tree, installed), "desk second\n", "{backend}");
         assert_eq!(shell(&tree, "cat /usr/share/hello /var/lib/base/list"), "hello\none\n");
         assert_eq!(
             shell(&tree, "rpm -q --qf '%{NAME}\\n' hello base; rpm -q weak || true"),
@@ -278,11 +284,21 @@ fn dnf_and_zypper_install_in_an_image() {
         );
         let repositories =
             if backend == "dnf" { "etc/yum.repos.d/recipe.repo" } else { "etc/zypp/repos.d/recipe-0.repo" };
-        let text = std::fs::read_to_string(tree.join(repositories)).unwrap();
-        assert!(text.contains("gpgkey=file:///etc/pki/rpm-gpg/RPM-GPG-KEY-recipe-0"), "{text}");
+        let written = std::fs::read_to_string(tree.join(repositories)).unwrap();
+        assert!(written.contains("gpgkey=file:///etc/pki/rpm-gpg/RPM-GPG-KEY-recipe-0"), "{written}");
         for gone in ["var/log/dnf.log", "var/log/zypper.log", &work.path().to_str().unwrap()[1..]] {
             assert!(!tree.join(gone).exists(), "{backend}: {gone}");
         }
+        // What an image has of it is taken away; what it has locked itself stays locked.
+        let locks = "\ntype: package\nmatch_type: glob\ncase_sensitive: on\nsolvable_name: none\n";
+        std::fs::create_dir_all(tree.join("etc/zypp")).unwrap();
+        std::fs::write(tree.join("etc/zypp/locks"), locks).unwrap();
+        let with_second = image_of(&tree, &[]);
+        std::fs::remove_dir_all(&tree).unwrap();
+        let built = build(work.path(), &with_second, &args("recipe.toml", "desk,-second"));
+        assert!(built.status.success(), "{backend}: {}", text(&built.stderr));
+        assert_eq!(shell(&tree, installed), "desk first\n", "{backend}");
+        assert_eq!(std::fs::read_to_string(tree.join("etc/zypp/locks")).unwrap(), locks);
         std::fs::remove_dir_all(tree).unwrap();
     }
 }

@@ -370,6 +370,55 @@ fn a_lock_names_every_package_and_is_kept_to() {
     }
 }
 
+/// What is not wanted does not come for another package either: a rival that offers the same does, or it is an error that names it.
+#[test]
+fn what_a_recipe_leaves_out_is_let_in_by_nothing() {
+    let rivals = [
+        Package::empty("base"),
+        Package { header: "Requires: editor\nRecommends: weak", ..Package::empty("desk") },
+        Package { header: "Provides: editor", ..Package::empty("first") },
+        Package { header: "Provides: editor", ..Package::empty("second") },
+        Package::empty("weak"),
+    ];
+    let work = scratch();
+    let key = Key::new();
+    let key_file = work.path().join("key.asc");
+    key.export(&key_file);
+    signed(&work.path().join("repo"), &rivals, &key);
+    let tree = work.path().join("tree");
+    for backend in BACKENDS {
+        let database = if backend == "dnf" { "/var/lib/rpm" } else { "/usr/lib/sysimage/rpm" };
+        let more = format!("[rpm]\ndatabase = \"{database}\"\nweak-dependencies = true\n");
+        describe(work.path(), backend, &format!("file://{}/repo", work.path().display()), &key_file, "");
+        let os = work.path().join("os.toml");
+        let described = std::fs::read_to_string(&os).unwrap();
+        std::fs::write(&os, described + &more).unwrap();
+        for (left_out, expected) in [
+            ("-first", "base desk second weak"),
+            ("-second", "base desk first weak"),
+            ("-first,-weak", "base desk second"),
+        ] {
+            let lock = format!("{backend}{left_out}.lock");
+            let args = ["--lock", &lock, "-p", &format!("desk,{left_out}"), "tree"];
+            // Chosen, and as locked.
+            for locked in [&[][..], &["--locked"]] {
+                let output = build(work.path(), &[&args, locked].concat());
+                assert!(output.status.success(), "{backend} {left_out}: {}", text(&output.stderr));
+                let written = std::fs::read_to_string(work.path().join(&lock)).unwrap();
+                let mut names: Vec<&str> =
+                    written.lines().filter_map(|line| line.strip_prefix("name = \"")?.strip_suffix('"')).collect();
+                names.retain(|name| rivals.iter().any(|package| package.name == *name));
+                assert_eq!(names.join(" "), expected, "{backend} {left_out}");
+                assert!(!tree.join("etc/zypp/locks").exists(), "the image would never have it");
+                std::fs::remove_dir_all(&tree).unwrap();
+            }
+        }
+        let line = error(&build(work.path(), &["-p", "desk,-first,-second", "tree"]));
+        assert!(["desk", "editor"].iter().all(|part| line.contains(part)), "{backend}: {line}");
+        assert!(!tree.exists());
+    }
+}
+
 /// A disk that is full in the middle of it is said so, and nothing is left on it.
 #[test]
 fn a_full_disk_is_named_and_left_empty() {

@@ -1,9 +1,10 @@
-//! No plaintext of a tree reaches a disk while it is packed, also when the packer is killed; and memory stays small.
+//! No plaintext reaches a disk while a tree is packed or a node captured, also when the packer is killed; and memory stays small.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod common;
 
 use common::cli::{imgutil, names};
+use common::node::Node;
 use common::odd_tree::noise;
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -51,15 +52,8 @@ impl Packing {
         Self { child, output, temporary }
     }
 
-    /// Open files of the packer that are not of the tree, and how large the largest is.
     fn open_files(&self, tree: &Path) -> Vec<PathBuf> {
-        let directory = PathBuf::from(format!("/proc/{}/fd", self.child.id()));
-        let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
-        let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-        paths
-            .filter(|path| fs::read_link(path).is_ok_and(|target| !target.starts_with(tree)))
-            .filter(|path| fs::metadata(path).is_ok_and(|meta| meta.is_file()))
-            .collect()
+        open_files(self.child.id(), tree)
     }
 
     /// Peak of resident memory so far, in KiB.
@@ -67,6 +61,16 @@ impl Packing {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;
         status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.trim().parse().ok())
     }
+}
+
+/// Open files of a process that are not of the tree.
+fn open_files(process: u32, tree: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(format!("/proc/{process}/fd")) else { return Vec::new() };
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    paths
+        .filter(|path| fs::read_link(path).is_ok_and(|target| !target.starts_with(tree)))
+        .filter(|path| fs::metadata(path).is_ok_and(|meta| meta.is_file()))
+        .collect()
 }
 
 impl Drop for Packing {
@@ -117,6 +121,56 @@ fn no_plaintext_is_written_while_packing() {
     assert_eq!(names(&packing.output), ["image.key", "image.moor"]);
     assert!(!has_marker(&packing.output.join("image.moor")));
     assert!(names(&packing.temporary).is_empty());
+}
+
+/// Of a node on which nobody can write anything, by a builder that is watched. The key is never on the node: not in a file, and in no command
+/// line and no environment of the programs that run there.
+#[test]
+fn no_plaintext_is_staged_while_a_node_is_captured() {
+    let work = tempfile::tempdir().unwrap();
+    let tree = tree(work.path());
+    let plant =
+        "mkdir -p srv && cp \"$D\"/tree/* home/op/ && cp \"$D/tree/file-0\" srv/ && cp \"$D/tree/file-1\" var/lib/";
+    let node = Node::start(env!("CARGO_BIN_EXE_imgutil"), work.path(), plant);
+    node.make_read_only();
+    let mut command = node.capture(&node.target(), &["--level", "19"]);
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let [output, temporary] = ["out", "tmp"].map(|name| work.path().join(name));
+    let (mut looks, mut seen, mut on_node, before) = (0, 0, Vec::new(), names(work.path()));
+    let status = loop {
+        for path in open_files(child.id(), &tree) {
+            seen = seen.max(fs::metadata(&path).map_or(0, |meta| meta.len()));
+            assert!(!has_marker(&path), "plaintext in an open file: {:?}", fs::read_link(&path));
+        }
+        for path in files_below(&output).into_iter().chain(files_below(&temporary)) {
+            // One is the socket of the connection, which nobody reads.
+            assert!(!path.is_file() || !has_marker(&path), "plaintext in {}", path.display());
+        }
+        assert_eq!(names(work.path()), before, "where the node can write");
+        for (id, line) in node.sessions() {
+            on_node.extend([line.into_bytes(), fs::read(format!("/proc/{id}/environ")).unwrap_or_default()]);
+        }
+        looks += 1;
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+    };
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert!(status.success(), "{said}");
+    assert!(looks > 3 && seen > 1 << 20, "it was too fast to be watched: {looks} looks, {seen} bytes seen");
+    assert_eq!((names(&output), names(&temporary)), (vec!["node.key".into(), "node.moor".into()], Vec::new()));
+    assert!(!has_marker(&output.join("node.moor")));
+    let key = fs::read_to_string(output.join("node.key")).unwrap();
+    let on_node = String::from_utf8_lossy(&on_node.concat()).into_owned();
+    assert!(on_node.contains("tar ") && !on_node.contains(key.trim()), "{on_node}");
+    // It was there to be seen: unpacked, the image has it.
+    let unpacked = work.path().join("unpacked");
+    let mut unpack = imgutil(["unpack".as_ref(), output.join("node.moor").as_os_str(), unpacked.as_os_str()]);
+    assert!(unpack.arg("--key-file").arg(output.join("node.key")).output().unwrap().status.success());
+    for file in ["home/op/file-7", "srv/file-0", "var/lib/file-1"] {
+        assert!(has_marker(&unpacked.join(file)), "{file}");
+    }
 }
 
 /// Where nothing else can be written, nothing else was written: every file system is read-only to the packer but the directory of

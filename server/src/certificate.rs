@@ -2,20 +2,28 @@
 //! that stand keep theirs.
 
 use crate::authority::MemberIssuer;
+use crate::state::now;
 use rustls::SignatureScheme;
 use rustls::client::ResolvesClientCert;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
-/// The certificate is renewed this often.
+/// The certificate is renewed this often, by the clock: also when that was set, because it was made for another time then.
 const RENEWAL: Duration = Duration::from_hours(24);
+/// The clock is looked at this often.
+const LOOK: Duration = Duration::from_secs(10);
 
 /// The certificate.
 #[derive(Debug)]
-pub struct Certificate(RwLock<Arc<CertifiedKey>>);
+pub struct Certificate {
+    key: RwLock<Arc<CertifiedKey>>,
+    /// When it was made, Unix seconds.
+    made: AtomicU64,
+}
 
 impl Certificate {
     /// A first one.
@@ -23,12 +31,13 @@ impl Certificate {
     /// # Errors
     /// The member authority is missing or damaged.
     pub fn new(issuer: &MemberIssuer) -> anyhow::Result<Self> {
-        Ok(Self(RwLock::new(Arc::new(issuer.issue()?))))
+        let made = AtomicU64::new(now());
+        Ok(Self { key: RwLock::new(Arc::new(issuer.issue()?)), made })
     }
 
     fn current(&self) -> Arc<CertifiedKey> {
         // Whoever panicked here had at most replaced it.
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.key.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Renews it until `stop`.
@@ -36,10 +45,16 @@ impl Certificate {
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = tokio::time::sleep(RENEWAL) => {}
+                () = tokio::time::sleep(LOOK) => {}
             }
+            let now = now();
+            if now.abs_diff(self.made.load(Ordering::Relaxed)) < RENEWAL.as_secs() {
+                continue;
+            }
+            // Tried again a day later where it fails, or when the clock is set again.
+            self.made.store(now, Ordering::Relaxed);
             match issuer.issue() {
-                Ok(issued) => *self.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(issued),
+                Ok(issued) => *self.key.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(issued),
                 // The old one is good for weeks: it is tried again, and said each time.
                 Err(error) => tracing::error!("renewing the member's certificate: {error:#}"),
             }

@@ -1,5 +1,6 @@
 //! What all handlers share: who is at the other end, and problems as answers.
 
+use crate::node::token::Known;
 use axum::extract::Request;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -8,12 +9,23 @@ use moor_api::ids::MemberId;
 use moor_api::problem::{CONTENT_TYPE, Code, Problem};
 use moor_api::proof::EXPORTER_LENGTH;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 /// The connection a request came over.
 #[derive(Debug, Clone)]
 pub struct Connection {
     /// From where.
     pub peer: Peer,
+    /// The node's token that came over it.
+    pub token: Arc<Known>,
+}
+
+impl Connection {
+    /// A new one.
+    #[must_use]
+    pub fn new(peer: Peer) -> Self {
+        Self { peer, token: Arc::default() }
+    }
 }
 
 /// Who is at the other end.

@@ -26,6 +26,8 @@ const LOOK: Duration = Duration::from_secs(1);
 const CONFIRM: u64 = 30;
 /// A majority is waited for so long before a member goes on alone: an election is over by then.
 const PATIENCE: Duration = Duration::from_secs(8);
+/// Memory for what was read of the file: what waits is in memory anyway.
+const READ: usize = 1 << 20;
 /// Most bytes that wait.
 const MOST: usize = 64 << 20;
 /// Free space that is left to the store.
@@ -56,7 +58,7 @@ impl Waiting {
     /// # Errors
     /// It cannot be opened, or is damaged.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let database = Database::create(path)?;
+        let database = Database::builder().set_cache_size(READ).create(path)?;
         let transaction = database.begin_write()?;
         transaction.open_table(WAITING)?;
         transaction.open_table(MARKS)?;

@@ -232,7 +232,7 @@ async fn connection<S>(stream: S, peer: Peer, app: Router, permit: OwnedSemaphor
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let service = TowerToHyperService::new(app.layer(Extension(Connection { peer: peer.clone() })));
+    let service = TowerToHyperService::new(app.layer(Extension(Connection::new(peer.clone()))));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)

@@ -81,6 +81,12 @@ pub fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX))
 }
 
+/// A line of the audit log as of now.
+#[must_use]
+pub fn audit_entry(what: &str, fields: &serde_json::Value) -> serde_json::Value {
+    serde_json::json!({ "time_ms": now_ms(), "what": what, "fields": fields })
+}
+
 /// The name of this machine, as far as a member may have it.
 pub(crate) fn host_name() -> String {
     let name = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default();
@@ -350,7 +356,6 @@ impl Member {
     /// # Errors
     /// The store failed: then what was to be recorded must not happen.
     pub async fn audit(&self, what: &str, fields: serde_json::Value) -> Result<(), Problem> {
-        let entry = serde_json::json!({ "time_ms": now_ms(), "what": what, "fields": fields });
-        self.propose(Command::Audit { entry }).await.map(drop)
+        self.propose(Command::Audit { entry: audit_entry(what, &fields) }).await.map(drop)
     }
 }

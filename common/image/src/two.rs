@@ -96,8 +96,8 @@ impl Lane {
     #[inline]
     #[target_feature(enable = "sha,ssse3,sse4.1")]
     fn new(state: [u32; 8]) -> Self {
-        let [a, b, c, d, e, f, g, h] = state.map(u32::cast_signed);
-        Self { abef: _mm_set_epi32(a, b, e, f), cdgh: _mm_set_epi32(c, d, g, h) }
+        let s = state.map(u32::cast_signed);
+        Self { abef: _mm_set_epi32(s[0], s[1], s[4], s[5]), cdgh: _mm_set_epi32(s[2], s[3], s[6], s[7]) }
     }
 
     #[inline]
@@ -141,9 +141,8 @@ impl Lane {
 fn words(block: &[u8; BLOCK]) -> [__m128i; 4] {
     // The most significant byte of each word comes first.
     let order = _mm_set_epi64x(0x0C0D_0E0F_0809_0A0B, 0x0405_0607_0001_0203);
-    let at = block.as_ptr().cast::<__m128i>();
     // SAFETY: a block has four times 16 bytes, and they need not be aligned.
-    let loaded = unsafe { [0, 1, 2, 3].map(|index| at.add(index).read_unaligned()) };
+    let loaded = unsafe { [0, 16, 32, 48].map(|at| block.as_ptr().add(at).cast::<__m128i>().read_unaligned()) };
     [
         _mm_shuffle_epi8(loaded[0], order),
         _mm_shuffle_epi8(loaded[1], order),

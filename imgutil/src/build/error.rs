@@ -155,6 +155,19 @@ pub enum BuildError {
          --node-files, or build with --minimal"
     )]
     NodeFiles(PathBuf, io::Error),
+    /// They are another architecture's.
+    #[error(
+        "the node's file '{}' is a program for {files}, and the image for {image}: name a directory with those for {image} \
+         with --node-files, or build with --minimal", path.display()
+    )]
+    NodeFilesFor {
+        /// The program.
+        path: PathBuf,
+        /// Its architecture.
+        files: &'static str,
+        /// The image's.
+        image: &'static str,
+    },
     /// A tool of the host's is not there.
     #[error("{tool} is not installed: install the package {package}")]
     NoTool {

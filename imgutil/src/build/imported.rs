@@ -118,7 +118,7 @@ fn apply(
     }
     let mut units = Vec::new();
     if let Some(node_files) = &plan.node_files {
-        stage::copy(node_files, &work.stage())?;
+        stage::copy(node_files, &work.stage(), Machine::named(&plan.arch.machine)?)?;
         units = stage::units_to_enable(&work.stage())?;
         // What is installed on a running node later may.
         tree.remove(NO_SERVICES)?;

@@ -31,7 +31,7 @@ pub use os::is_path as is_os_file;
 pub use output::Tail;
 pub(crate) use workdir::empty as empty_directory;
 
-use crate::exec::SignalWatch;
+use crate::exec::{Machine, SignalWatch};
 use crate::oci::{Digest, Source};
 use crate::recipe::Recipe;
 use crate::scrub::LeftOut;
@@ -164,7 +164,7 @@ pub fn build(
     }
     let mut units = Vec::new();
     if let Some(node_files) = &plan.node_files {
-        stage::copy(node_files, &work.stage())?;
+        stage::copy(node_files, &work.stage(), Machine::named(&plan.arch.machine)?)?;
         units = stage::units_to_enable(&work.stage())?;
     }
     let locking = base::Locking::begin(options, &plan, &work)?;

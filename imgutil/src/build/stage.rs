@@ -1,6 +1,7 @@
 //! The node's files (agent, tether, initramfs module, units): checked and copied with root's ownership, ready to be planted.
 
 use super::{BuildError, lay};
+use crate::exec::Machine;
 use std::fs::Permissions;
 use std::io;
 use std::os::unix::fs::{PermissionsExt as _, fchown, lchown, symlink};
@@ -10,16 +11,16 @@ use std::path::{Path, PathBuf};
 const UNIT_DIRECTORIES: [&str; 3] = ["usr/lib/systemd/system", "lib/systemd/system", "etc/systemd/system"];
 
 /// Copies `source` (a directory in the layout of the target's root) to `stage`: everything belongs to root and is writable
-/// by root alone, whoever compiled it.
-pub(super) fn copy(source: &Path, stage: &Path) -> Result<(), BuildError> {
+/// by root alone, whoever compiled it. Programs have to be for `machine`: those of another would be found out by the first node that boots.
+pub(super) fn copy(source: &Path, stage: &Path, machine: Machine) -> Result<(), BuildError> {
     let metadata = source.metadata().map_err(|error| BuildError::NodeFiles(source.to_path_buf(), error))?;
     if !metadata.is_dir() {
         return Err(BuildError::NodeFiles(source.to_path_buf(), io::ErrorKind::NotADirectory.into()));
     }
-    copy_directory(source, stage)
+    copy_directory(source, stage, machine)
 }
 
-fn copy_directory(from: &Path, to: &Path) -> Result<(), BuildError> {
+fn copy_directory(from: &Path, to: &Path, machine: Machine) -> Result<(), BuildError> {
     let failed = |error| BuildError::io("copy the node file", from, error);
     std::fs::create_dir(to).map_err(failed)?;
     std::fs::set_permissions(to, Permissions::from_mode(0o755)).map_err(failed)?;
@@ -29,8 +30,14 @@ fn copy_directory(from: &Path, to: &Path) -> Result<(), BuildError> {
         let (path, target) = (entry.path(), to.join(entry.file_name()));
         let kind = entry.file_type().map_err(failed)?;
         if kind.is_dir() {
-            copy_directory(&path, &target)?;
+            copy_directory(&path, &target, machine)?;
             continue;
+        }
+        if kind.is_file()
+            && let Some(other) = Machine::of_file(&path).map_err(|error| BuildError::io("read", &path, error))?
+            && other != machine
+        {
+            return Err(BuildError::NodeFilesFor { path, files: other.name, image: machine.name });
         }
         let copied = if kind.is_symlink() {
             std::fs::read_link(&path)
@@ -107,13 +114,25 @@ mod tests {
         symlink("moor-agent", source.join("usr/bin/link")).unwrap();
 
         let stage = scratch.path().join("stage");
-        copy(&source, &stage).unwrap();
+        let here = Machine::of_the_host();
+        copy(&source, &stage, here).unwrap();
         let metadata = stage.join("usr/bin/moor-agent").metadata().unwrap();
         assert_eq!((metadata.uid(), metadata.gid(), metadata.mode() & 0o7777), (0, 0, 0o755));
         let unit = stage.join(units.strip_prefix(&source).unwrap()).join("a.service");
         assert_eq!(unit.metadata().unwrap().mode() & 0o7777, 0o644);
         assert_eq!(stage.join("usr/bin/link").read_link().unwrap(), Path::new("moor-agent"));
         assert_eq!(units_to_enable(&stage).unwrap(), ["a.service"]);
-        assert!(matches!(copy(Path::new("/no/such"), &scratch.path().join("s2")), Err(BuildError::NodeFiles(..))));
+        let stage = |name: &str| scratch.path().join(name);
+        assert!(matches!(copy(Path::new("/no/such"), &stage("s2"), here), Err(BuildError::NodeFiles(..))));
+
+        // A real program, of the machine that this runs on.
+        std::fs::copy("/bin/true", &agent).unwrap();
+        copy(&source, &stage("s3"), here).unwrap();
+        let other = Machine::named(if here.name == "arm64" { "amd64" } else { "arm64" }).unwrap();
+        let error = copy(&source, &stage("s4"), other).unwrap_err().to_string();
+        assert!(
+            error.contains(&format!("usr/bin/moor-agent' is a program for {}, and the image", here.name)),
+            "{error}"
+        );
     }
 }

@@ -12,7 +12,7 @@ mod stream;
 mod survey;
 mod tree;
 
-use crate::boot_files::{self, BootFiles};
+use crate::boot_files::{self, BootFiles, System};
 use crate::files::{Existing, NewFile};
 use crate::key_file::NewKeyFile;
 use crate::progress::Progress;
@@ -92,8 +92,8 @@ pub fn capture_to_files(options: &Options, name: String, image: &Path, key_file:
     Ok(captured)
 }
 
-/// Captures a node and imports that as the next generation of the image `name`, with the kernel and the initramfs that are in it. Only a
-/// nameless sealed file is made here.
+/// Captures a node and imports that as the next generation of the image `name`, with the kernel, the initramfs and the signed boot loaders
+/// that are in it. Only a nameless sealed file is made here.
 pub fn capture_to_server(
     options: &Options,
     name: &ImageName,
@@ -103,26 +103,32 @@ pub fn capture_to_server(
     let upload = Upload::begin(server, name, profile)?;
     let wanted = Wanted { name: name.to_string(), lineage: upload.lineage, serial: upload.serial, boots: true };
     let key = Dek::generate()?;
-    let (sealed, captured) = capture(options, wanted, Upload::staging()?, key.clone())?;
-    let boot_files = boot_files_of(&sealed, &key)?;
+    let (sealed, mut captured) = capture(options, wanted, Upload::staging()?, key.clone())?;
+    let (boot_files, boot_loaders) =
+        what_boots(&sealed, &key).context("cannot take kernel and initramfs out of what was captured")?;
+    if boot_loaders.is_none() {
+        captured.notes.push("the node has no signed shim and GRUB: only kernel and initramfs go with the image".into());
+    }
     let measured = |bytes: Vec<u8>| {
         let length = bytes.len() as u64;
         (Cursor::new(bytes), length)
     };
-    let (kernel, initramfs) = (measured(boot_files.kernel), measured(boot_files.initramfs));
-    let (view, published) =
-        upload.send(Parcel { sealed, key: Some(key), kernel, initramfs, boot_loaders: Vec::new() })?;
+    let (view, published) = upload.send(Parcel {
+        sealed,
+        key: Some(key),
+        kernel: measured(boot_files.kernel),
+        initramfs: measured(boot_files.initramfs),
+        boot_loaders: boot_loaders.into_iter().flatten().map(|(name, bytes)| (name, measured(bytes))).collect(),
+    })?;
     Ok((captured, view, published))
 }
 
-/// Takes kernel and initramfs out of an image that was captured.
-fn boot_files_of(sealed: &File, key: &Dek) -> Result<BootFiles> {
+/// Takes kernel, initramfs and boot loaders out of an image that was captured.
+fn what_boots(sealed: &File, key: &Dek) -> Result<(BootFiles, Option<[(String, Vec<u8>); 2]>)> {
     let options = OpenOptions { key: Some(key.clone()), ..OpenOptions::default() };
-    let read = || {
-        let image = Image::open(sealed.try_clone()?, &options)?;
-        boot_files::read(SquashfsIn::all(image, Path::new("the captured image"))?)
-    };
-    read().context("cannot take kernel and initramfs out of what was captured")
+    let image = Image::open(sealed.try_clone()?, &options)?;
+    let mut system = System::open(SquashfsIn::all(image, Path::new("the captured image"))?)?;
+    Ok((system.boot_files()?, system.boot_loaders()?))
 }
 
 fn capture<W: Read + Write + Seek>(options: &Options, wanted: Wanted, out: W, key: Dek) -> Result<(W, Captured)> {

@@ -38,7 +38,7 @@ Then: imgutil exec TREE to change it, imgutil pack TREE to make an image of it. 
 #[derive(Debug, clap::Args)]
 #[command(
     override_usage = "imgutil build [-f RECIPE] [--os OS] [--arch ARCH] [-p PACKAGES…] [OPTIONS] TREE",
-    after_help = "Examples:\n  imgutil build ./tree\n  imgutil build --os debian-12 -p htop,strace ./tree\n  imgutil build -f recipe.toml --locked ./tree"
+    after_help = "Examples:\n  imgutil build ./tree\n  imgutil build --os debian-13 -p htop,strace ./tree\n  imgutil build --arch arm64 --minimal ./arm-tree\n  imgutil build --from oci:./layout:latest -p openssh-server ./tree\n  imgutil build -f recipe.toml --locked ./tree"
 )]
 pub struct Args {
     /// Recipe in TOML: packages, repositories, files, users, services and commands (docs/recipes.md)

@@ -17,10 +17,10 @@ use std::process::ExitCode;
 /// on whatever file system they lie; a private key in any other place is an error that names it. Files that change meanwhile are captured as they were read: stop what writes much.
 ///
 /// With -o the image and its key become files. With PROFILE they go to the server as the next generation of the image of that name,
-/// together with the kernel and the initramfs that the node has in /boot.
+/// together with the kernel and the initramfs that the node has in /boot, and its distribution's signed shim and GRUB.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  imgutil capture n17.cluster -o n17.moor --key-file n17.key\n  imgutil capture n17.cluster compute -b debian-diskless"
+    after_help = "Examples:\n  imgutil capture n17.cluster -o n17.moor --key-file n17.key\n  imgutil capture n17.cluster --root /mnt -o n17.moor --key-file n17.key --exclude not-in-image.txt\n  imgutil capture n17.cluster compute -b debian-diskless"
 )]
 #[command(group = clap::ArgGroup::new("where").required(true).args(["output", "profile"]))]
 pub struct Args {

@@ -21,7 +21,7 @@ use std::sync::Arc;
 /// With --try the tree stays as it is: the command's changes are shown afterwards, and kept or dropped.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  imgutil exec ./tree\n  imgutil exec ./tree -- apt-get install -y htop\n  imgutil exec --try -v /srv/packages ./tree -- dpkg -i /srv/packages/mine.deb"
+    after_help = "Examples:\n  imgutil exec ./tree\n  imgutil exec ./tree -- apt-get install -y htop\n  imgutil exec --repo ./debs ./tree -- apt-get install -y own-package\n  imgutil exec --try -v /srv/packages ./tree -- dpkg -i /srv/packages/mine.deb"
 )]
 pub struct Args {
     /// Show a file or directory of the host in the tree, read-only unless :rw is given; DST is SRC if left out

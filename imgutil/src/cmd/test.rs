@@ -18,7 +18,9 @@ const NO_VERDICT: u8 = 2;
 /// root, its writable layer, its services and its memory are looked at by ssh; of units that failed, the journal is shown. Everything
 /// happens in namespaces that end with the test; moord must be beside imgutil or in PATH, and QEMU, swtpm and ssh be installed.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example: imgutil test node.moor --key-file node.key --json")]
+#[command(
+    after_help = "Examples:\n  imgutil test node.moor --key-file node.key\n  imgutil test node.moor --key-file node.key --trust builder.pub --json"
+)]
 pub struct Args {
     /// The image.
     #[arg(value_name = "FILE.moor")]

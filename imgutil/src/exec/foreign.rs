@@ -135,6 +135,11 @@ impl Machine {
         MACHINES.into_iter().find(|machine| header.starts_with(b"\x7fELF") && machine.elf == (number, wide, big))
     }
 
+    /// The one that a file of the host is a program for; `None` if it is no program that is known.
+    pub(crate) fn of_file(path: &Path) -> std::io::Result<Option<Self>> {
+        Ok(header_of(File::open(path)?).and_then(|header| Self::of_program(&header)))
+    }
+
     /// The one that the tree behind `root` is for; `None` if it holds no program that is known.
     pub(crate) fn of_tree(root: BorrowedFd<'_>) -> Option<Self> {
         ["bin/sh", "usr/bin/env", "bin/true", "usr/lib/systemd/systemd", "sbin/init", "bin/busybox"].iter().find_map(

@@ -1,5 +1,6 @@
 //! What an image says of itself, read from the tree: system, architecture, kernel, packages.
 
+use crate::boot_files::{VENDORS, loaders};
 use crate::in_root;
 use crate::sbom::database::{self, TreeFiles};
 use anyhow::{Context as _, Result, bail};
@@ -79,39 +80,9 @@ pub(super) fn boot_files(root: BorrowedFd<'_>) -> Result<BootFiles> {
     Ok(files)
 }
 
-/// The distribution's signed boot loaders, which firmware with Secure Boot takes: file name that they look for each other by, and
-/// the file. None unless both are there: one of two distributions does not start the other.
+/// The distribution's signed boot loaders, if the tree has both.
 pub(super) fn boot_loaders(root: BorrowedFd<'_>) -> Result<Option<[(String, File); 2]>> {
-    for (short, long) in [("x64", "x86_64"), ("aa64", "arm64"), ("aa64", "aarch64")] {
-        // Debian and Ubuntu; GRUB's build for the network comes first.
-        let debian_shim =
-            [format!("usr/lib/shim/shim{short}.efi.signed"), format!("usr/lib/shim/shim{short}.efi.signed.latest")];
-        let debian_grub =
-            ["grubnet", "grub"].map(|name| format!("usr/lib/grub/{long}-efi-signed/{name}{short}.efi.signed"));
-        // SUSE.
-        let suse_shim = [format!("usr/share/efi/{long}/shim.efi")];
-        let suse_grub = [format!("usr/share/efi/{long}/grub.efi")];
-        let mut pairs = vec![(debian_shim.to_vec(), debian_grub.to_vec()), (suse_shim.to_vec(), suse_grub.to_vec())];
-        // EL and Fedora: on the EFI system partition, in a directory of the vendor's.
-        for vendor in in_root::list(root, "boot/efi/EFI")? {
-            let file = |name: &str| vec![format!("boot/efi/EFI/{vendor}/{name}{short}.efi")];
-            pairs.push((file("shim"), file("grub")));
-        }
-        for (shims, grubs) in pairs {
-            let open = |paths: Vec<String>| -> Result<Option<File>> {
-                for path in paths {
-                    if let Some(file) = in_root::open(root, &path)? {
-                        return Ok(Some(file));
-                    }
-                }
-                Ok(None)
-            };
-            if let (Some(shim), Some(grub)) = (open(shims)?, open(grubs)?) {
-                return Ok(Some([(format!("shim{short}.efi"), shim), (format!("grub{short}.efi"), grub)]));
-            }
-        }
-    }
-    Ok(None)
+    loaders(&in_root::list(root, VENDORS)?, |path| in_root::open(root, path))
 }
 
 /// How an initramfs of a kernel is called in /boot: by initramfs-tools, by dracut on EL, and by dracut on SUSE.

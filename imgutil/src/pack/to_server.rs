@@ -40,6 +40,10 @@ pub fn pack_to_server(
     let (kernel, initramfs) =
         (measured("the kernel", boot_files.kernel)?, measured("the initramfs", boot_files.initramfs)?);
     packed.boot_loaders = Some(!boot_loaders.is_empty());
+    let boot_loaders: Vec<_> = boot_loaders
+        .into_iter()
+        .map(|(name, file)| measured(&name, file).map(|file| (name, file)))
+        .collect::<Result<_>>()?;
     let (view, published) = upload.send(Parcel { sealed, key, kernel, initramfs, boot_loaders })?;
     Ok((packed, view, published))
 }

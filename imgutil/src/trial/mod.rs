@@ -20,7 +20,7 @@ mod verdict;
 pub use cage::{Caged, enclosed};
 pub use verdict::{Check, Verdict};
 
-use crate::boot_files;
+use crate::boot_files::{BootFiles, System};
 use crate::key_file;
 use crate::unpack::{self, SquashfsIn};
 use anyhow::{Context as _, Result, bail};
@@ -53,7 +53,7 @@ struct Subject {
     size: u64,
     signers: Vec<String>,
     signatures: Option<Vec<u8>>,
-    boot_files: boot_files::BootFiles,
+    boot_files: BootFiles,
 }
 
 /// Tests the image; files go to `dir`, what is worth keeping to `dir/logs`. Must run in a cage.
@@ -80,7 +80,7 @@ pub fn run(options: &Options, dir: &Path) -> Result<Verdict> {
     let machine = boot::Machine { namespace: &namespace, dir, memory: options.memory, kvm, limit: options.limit };
     let result = boot::boot(&machine, &mut site, &say).map(|(mut vm, outcome)| {
         let mut verdict = Verdict::new(&subject.path, &subject.digest, kvm);
-        verdict.boot(&outcome, &vm);
+        verdict.boot(&outcome, |lines| vm.console_tail(lines));
         if outcome.is_booted() {
             say("booted; looking at it by ssh");
             let login = checks::Login { namespace: &namespace, vm: &vm, site: &site };
@@ -118,7 +118,8 @@ impl Subject {
         let digest = hex::encode(image.header().digest);
         let size = std::fs::metadata(&options.image).map_or(0, |metadata| metadata.len());
         let root = (PathBuf::from("/"), SquashfsIn::new(image, &options.image)?);
-        let boot_files = boot_files::read(vec![root])
+        let boot_files = System::open(vec![root])
+            .and_then(|mut system| system.boot_files())
             .with_context(|| format!("cannot take kernel and initramfs out of '{}'", options.image.display()))?;
         let mut signers = Vec::new();
         for text in &options.trust {

@@ -1,7 +1,6 @@
 //! What a test found.
 
 use super::boot::Outcome;
-use moor_vm::Vm;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -74,8 +73,8 @@ impl Verdict {
         self.checks.push(Check { name, good, detail: detail.into(), logs });
     }
 
-    /// Takes over how the boot ended.
-    pub(super) fn boot(&mut self, outcome: &Outcome, vm: &Vm) {
+    /// Takes over how the boot ended; `console` gives so many last lines of it.
+    pub(super) fn boot(&mut self, outcome: &Outcome, console: impl FnOnce(usize) -> String) {
         self.states = outcome.states.iter().map(|event| (event.state.clone(), event.uptime_ms)).collect();
         if let Some(last) = outcome.states.last() {
             self.figures.clone_from(&last.figures);
@@ -97,8 +96,14 @@ impl Verdict {
                 }
             }
             Some(reason) => {
-                let console = Log { of: "console".into(), text: vm.console_tail(CONSOLE) };
+                let console = Log { of: "console".into(), text: console(CONSOLE) };
                 self.add("boot", false, reason.clone(), vec![console]);
+                // Before that nothing is known of it.
+                if let Some(state) = &outcome.killed_after {
+                    let detail =
+                        format!("one of two servers was killed in state '{state}', and the node did not come up");
+                    self.add("failover", false, detail, Vec::new());
+                }
             }
         }
     }
@@ -130,6 +135,31 @@ fn printable(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn a_boot_says_how_it_bore_the_loss_of_a_server() {
+        for (failure, killed_after, expected) in [
+            (None, Some("switch-root"), &[("boot", true), ("failover", true)][..]),
+            // Nothing was shown where nobody had need of that server.
+            (None, None, &[("boot", true), ("failover", false)]),
+            (Some("it is not up"), Some("switch-root"), &[("boot", false), ("failover", false)]),
+            (Some("it is not up"), None, &[("boot", false)]),
+        ] {
+            let outcome = Outcome {
+                failure: failure.map(str::to_owned),
+                took: Duration::from_secs(80),
+                killed_after: killed_after.map(str::to_owned),
+                states: Vec::new(),
+            };
+            let mut verdict = Verdict::new(Path::new("a.moor"), "00", false);
+            verdict.boot(&outcome, |lines| format!("the last {lines} lines"));
+            let found: Vec<_> = verdict.checks.iter().map(|check| (check.name, check.good)).collect();
+            assert_eq!((&found[..], verdict.good), (expected, expected.iter().all(|(_, good)| *good)));
+            let logs: Vec<&str> = verdict.checks[0].logs.iter().map(|log| log.text.as_str()).collect();
+            assert_eq!(logs, if failure.is_some() { vec!["the last 40 lines"] } else { Vec::new() });
+        }
+    }
 
     #[test]
     fn one_bad_finding_makes_it_bad_and_its_log_is_shown() {

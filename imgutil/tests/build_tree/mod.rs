@@ -130,6 +130,11 @@ pub fn own_debian() -> (tempfile::TempDir, PathBuf) {
     copy_of(&minimal_tree())
 }
 
+/// A copy of the tree with RPM, dnf and zypper, to be changed.
+pub fn own_rpm() -> (tempfile::TempDir, PathBuf) {
+    copy_of(&rpm_tree())
+}
+
 fn copy_of(source: &Path) -> (tempfile::TempDir, PathBuf) {
     let scratch = scratch();
     let tree = scratch.path().join("image");
@@ -211,10 +216,15 @@ pub fn error(output: &Output, status: i32) -> String {
 
 /// The digest of the plaintext that `imgutil pack` makes of a tree, which is removed.
 pub fn payload(tree: &Path) -> String {
+    payload_with(tree, &[])
+}
+
+/// The same with more options of `pack`.
+pub fn payload_with(tree: &Path, more: &[&str]) -> String {
     let image = tree.with_extension("moor");
     let mut pack = imgutil();
-    let output =
-        pack.args(["pack", "--plain", "--level", "1", "--json"]).arg(tree).arg("-o").arg(&image).output().unwrap();
+    pack.args(["pack", "--plain", "--level", "1", "--json"]).args(more).arg(tree).arg("-o").arg(&image);
+    let output = pack.output().unwrap();
     let payload = payload_of(&output);
     std::fs::remove_file(image).unwrap();
     std::fs::remove_dir_all(tree).unwrap();

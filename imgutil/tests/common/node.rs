@@ -13,6 +13,8 @@ set -eu
 # What tools say goes to standard error: only "ready" is waited for.
 exec 3>&1 >&2
 mount -t tmpfs tmpfs /run
+# sshd's log and the disks are open for writing, each by way of this mount.
+mount --bind "$D" "$D"
 mkdir -p "$D/target" /run/sshd
 for name in root home var; do truncate -s 300M "$D/$name.img"; done
 mkfs.ext4 -q -L ROOT "$D/root.img"
@@ -61,6 +63,21 @@ echo ready >&3
 exec sleep infinity 3>&-
 "#;
 
+/// Makes everything read-only but the folder of log and disks, `$1`, and tries whether that is so in places where programs write. `$0` is the
+/// system's root.
+const READ_ONLY: &str = r#"
+while read -r _ _ _ _ point _; do
+    [ "$point" = "$1" ] || mount -o remount,bind,ro "$(printf %b "$point")" 2> /dev/null || true
+done < /proc/self/mountinfo
+for place in / /tmp /var/tmp /dev/shm /run /root "$0" "$0/home" "$0/var"; do
+    if touch "$place/imgutil-probe" 2> /dev/null; then
+        rm "$place/imgutil-probe"
+        echo "$place can be written" >&2
+        exit 99
+    fi
+done
+"#;
+
 /// The node. Its fields are dropped in order.
 pub struct Node {
     _system: Guard,
@@ -97,6 +114,16 @@ impl Node {
     /// Where the node has its system mounted.
     pub fn target(&self) -> String {
         self.dir.join("target").display().to_string()
+    }
+
+    /// From now on nobody can write anything there but in the folder that it was started in.
+    pub fn make_read_only(&self) {
+        let mut ssh = tied("ssh");
+        let words =
+            format!("sh -euc '{}' '{}' '{}'", READ_ONLY.replace('\'', "'\\''"), self.target(), self.dir.display());
+        ssh.arg("-F").arg(self.dir.join("ssh_config")).args(["-l", "root", "node", &words]);
+        let output = self.namespace.enter(&ssh).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
     /// `imgutil capture` of that system to `DIR/out/node.moor`, not started yet.

@@ -25,17 +25,29 @@ pub fn signing_key(home: &Path) -> String {
 
 /// An archive of one package, `own-hello`, signed by the key in `home`.
 pub fn archive(directory: &Path, home: &Path) {
-    std::fs::create_dir_all(directory.join("p/DEBIAN")).unwrap();
-    std::fs::create_dir_all(directory.join("p/usr/share")).unwrap();
-    std::fs::write(directory.join("p/usr/share/own"), "own\n").unwrap();
-    let control = "Package: own-hello\nVersion: 1:2.0\nArchitecture: all\nMaintainer: t <t@t>\nDescription: t\n";
-    std::fs::write(directory.join("p/DEBIAN/control"), control).unwrap();
+    unsigned_archive(directory, ("own-hello", "2.0"), "own");
     let script = format!(
-        "dpkg-deb --build p own-hello_2.0_all.deb && rm -r p && apt-ftparchive packages . > Packages && \
-         apt-ftparchive -o APT::FTPArchive::Release::Suite=own release . > ../Release && mv ../Release . && \
+        "apt-ftparchive -o APT::FTPArchive::Release::Suite=own release . > ../Release && mv ../Release . && \
          gpg --batch --quiet --homedir {0} --clearsign -o InRelease Release && gpgconf --homedir {0} --kill all",
         home.display()
     );
-    let output = Command::new("sh").args(["-ec", &script]).current_dir(directory).output().unwrap();
+    shell(directory, &script);
+}
+
+/// An archive of one package that puts its file into `/usr/share`. Nobody has signed anything.
+pub fn unsigned_archive(directory: &Path, (package, version): (&str, &str), file: &str) {
+    std::fs::create_dir_all(directory.join("p/DEBIAN")).unwrap();
+    std::fs::create_dir_all(directory.join("p/usr/share")).unwrap();
+    std::fs::write(directory.join("p/usr/share").join(file), format!("{file}\n")).unwrap();
+    let control =
+        format!("Package: {package}\nVersion: 1:{version}\nArchitecture: all\nMaintainer: t <t@t>\nDescription: t\n");
+    std::fs::write(directory.join("p/DEBIAN/control"), control).unwrap();
+    let script =
+        format!("dpkg-deb --build p {package}_{version}_all.deb && rm -r p && apt-ftparchive packages . > Packages");
+    shell(directory, &script);
+}
+
+fn shell(directory: &Path, script: &str) {
+    let output = Command::new("sh").args(["-ec", script]).current_dir(directory).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

@@ -1,5 +1,6 @@
 //! `/admin/v1`: what administrators may do, over the socket by who they are and over HTTPS by a token.
 
+mod audit;
 mod backup;
 mod collective;
 mod content;
@@ -35,14 +36,16 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
     // What is about this member needs no majority, and says itself how it is.
     let of_this_member =
         Router::new().route("/metrics", get(observe::metrics)).route("/admin/v1/collective", get(collective::show));
-    Router::new()
-        .route("/admin/v1/site", get(site))
+    let of_nodes = Router::new()
         .route("/admin/v1/nodes", get(nodes::list).post(nodes::define))
         .route("/admin/v1/nodes/remove", post(nodes::remove))
         .route("/admin/v1/nodes/set", post(nodes::set))
         .route("/admin/v1/nodes/arm", post(nodes::arm))
         .route("/admin/v1/nodes/rearm", post(nodes::rearm))
         .route("/admin/v1/nodes/deploy", post(nodes::deploy))
+        .route_layer(axum::middleware::from_fn_with_state(member.clone(), audit::along));
+    Router::new()
+        .route("/admin/v1/site", get(site))
         .route("/admin/v1/status", get(view::status))
         .route("/admin/v1/why/{subject}", get(view::why))
         .route("/admin/v1/log/{node}", get(view::log))
@@ -59,17 +62,18 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/admin/v1/collective/promote", post(collective::promote))
         .route("/admin/v1/collective/demote", post(collective::demote))
         .route("/admin/v1/collective/remove", post(collective::remove))
+        .route_layer(axum::middleware::from_fn_with_state(member.clone(), audit::first))
+        .merge(of_nodes)
         .route_layer(axum::middleware::from_fn_with_state(member.clone(), up_to_date))
         .merge(of_this_member)
         .route_layer(axum::middleware::from_fn_with_state(member.clone(), authorize))
 }
 
-/// Who may ask: root, the member's own user and the configured ones on the socket; the holder of a token over TLS 1.3. Changes are
-/// audited before they are made.
+/// Who may ask: root, the member's own user and the configured ones on the socket; the holder of a token over TLS 1.3.
 async fn authorize(
     State(member): State<Arc<Member>>,
     Extension(connection): Extension<Connection>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
     let token = request
@@ -77,17 +81,10 @@ async fn authorize(
         .get(header::AUTHORIZATION)
         .and_then(|value| value.to_str().ok())
         .and_then(|value| value.strip_prefix("Bearer "));
-    let who = match administrator(&member, &connection.peer, token) {
-        Ok(who) => who,
+    match administrator(&member, &connection.peer, token) {
+        Ok(who) => request.extensions_mut().insert(audit::Who(who)),
         Err(failure) => return failure.into_response(),
     };
-    if request.method() != Method::GET {
-        let call = format!("{} {}", request.method(), request.uri().path());
-        tracing::info!("{call} by {who}");
-        if let Err(problem) = member.audit("admin", serde_json::json!({ "by": who, "call": call })).await {
-            return Failure(problem).into_response();
-        }
-    }
     next.run(request).await
 }
 

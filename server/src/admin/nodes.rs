@@ -1,13 +1,14 @@
 //! Calls on nodes: each evaluates a range, then proposes one command per node.
 
+use super::audit::Line;
 use crate::http::{Failure, parse};
 use crate::model::{attributes, noderange};
 use crate::secrets::Place;
 use crate::state::{Member, now_ms};
 use crate::store::records::{Armed, Identity, NodeRecord};
-use crate::store::{Command, Outcome, Snapshot, Store as _};
-use axum::Json;
+use crate::store::{Command, Outcome, Snapshot, Store as _, StoreError, tables};
 use axum::extract::{Query, State};
+use axum::{Extension, Json};
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt as _};
 use moor_api::admin::{
@@ -16,7 +17,8 @@ use moor_api::admin::{
 use moor_api::ids::{DeploymentId, NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
 use serde::Deserialize;
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -24,44 +26,67 @@ use time::format_description::well_known::Rfc3339;
 /// Commands of one request that wait at a time.
 const AT_A_TIME: usize = 512;
 
-/// Nodes of a snapshot, for range evaluation.
-struct Nodes(BTreeMap<String, NodeRecord>);
+/// A snapshot as ranges ask it. Names are looked up one by one: a range of one node costs the same however many there are.
+struct Nodes<'a> {
+    view: &'a Snapshot,
+    /// The first failure of the database: what was found after it counts for nothing.
+    failed: RefCell<Option<StoreError>>,
+}
 
-impl Nodes {
-    fn new(view: &Snapshot) -> Result<Self, Failure> {
-        Ok(Self(view.nodes()?.into_iter().map(|node| (node.name.to_string(), node)).collect()))
+impl Nodes<'_> {
+    fn found<T: Default>(&self, found: Result<T, StoreError>) -> T {
+        found.unwrap_or_else(|error| {
+            self.failed.borrow_mut().get_or_insert(error);
+            T::default()
+        })
     }
 }
 
-impl noderange::Lookup for Nodes {
+/// By name, as they are shown.
+fn in_order(mut nodes: Vec<NodeRecord>) -> Vec<NodeRecord> {
+    nodes.sort_by(|one, other| one.name.cmp(&other.name));
+    nodes
+}
+
+impl noderange::Lookup for Nodes<'_> {
     fn all(&self) -> Vec<NodeName> {
-        self.0.values().map(|node| node.name.clone()).collect()
+        in_order(self.found(self.view.nodes())).into_iter().map(|node| node.name).collect()
     }
 
     fn exists(&self, name: &str) -> bool {
-        self.0.contains_key(name)
+        self.found(self.view.get::<NodeId>(tables::NAMES, name)).is_some()
     }
 
     fn group(&self, name: &str) -> Option<Vec<NodeName>> {
         if name == "everything" {
             return Some(self.all());
         }
-        let has = |node: &&NodeRecord| {
+        let has = |node: &NodeRecord| {
             node.attributes.get("groups").is_some_and(|groups| groups.split(',').any(|group| group.trim() == name))
         };
-        let members: Vec<NodeName> = self.0.values().filter(has).map(|node| node.name.clone()).collect();
+        let nodes = in_order(self.found(self.view.nodes()));
+        let members: Vec<NodeName> = nodes.into_iter().filter(has).map(|node| node.name).collect();
         (!members.is_empty()).then_some(members)
     }
 }
 
-/// The nodes of a range, in its order; none: all.
+/// The nodes of a range, each once, in its order; none: all.
 pub(crate) fn select(view: &Snapshot, range: Option<&str>) -> Result<Vec<NodeRecord>, Failure> {
-    let mut nodes = Nodes::new(view)?;
-    let names = match range {
-        Some(range) => noderange::evaluate(range, &nodes)?,
-        None => noderange::Lookup::all(&nodes),
-    };
-    Ok(names.iter().filter_map(|name| nodes.0.remove(name.as_str())).collect())
+    let Some(range) = range else { return Ok(in_order(view.nodes()?)) };
+    let nodes = Nodes { view, failed: RefCell::default() };
+    let names = noderange::evaluate(range, &nodes);
+    if let Some(error) = nodes.failed.into_inner() {
+        return Err(error.into());
+    }
+    let (mut seen, mut out) = (BTreeSet::new(), Vec::new());
+    for name in names? {
+        if let Some(node) = view.node_named(name.as_str())?
+            && seen.insert(name)
+        {
+            out.push(node);
+        }
+    }
+    Ok(out)
 }
 
 /// A range in the query.
@@ -160,6 +185,7 @@ fn canonical(name: &str, value: &str) -> String {
 /// Proposes one command for each node and gathers what was refused. Many at a time, so that the store commits them together.
 async fn each(
     member: &Member,
+    line: &Line,
     nodes: Vec<NodeRecord>,
     command: impl Fn(&NodeRecord) -> Result<Command, Failure>,
 ) -> Result<Json<Changed>, Failure> {
@@ -168,12 +194,18 @@ async fn each(
         let command = command(&node)?;
         commands.push((node.name, command));
     }
-    propose_all(member, commands).await
+    propose_all(member, line, commands).await
 }
 
-async fn propose_all(member: &Member, commands: Vec<(NodeName, Command)>) -> Result<Json<Changed>, Failure> {
+async fn propose_all(
+    member: &Member,
+    line: &Line,
+    changes: Vec<(NodeName, Command)>,
+) -> Result<Json<Changed>, Failure> {
     let mut changed = Changed { nodes: Vec::new(), refused: BTreeMap::new() };
-    let mut outcomes = stream::iter(commands)
+    let (names, mut commands): (Vec<_>, Vec<_>) = changes.into_iter().unzip();
+    line.before(member, &mut commands).await?;
+    let mut outcomes = stream::iter(names.into_iter().zip(commands))
         .map(|(name, command)| async move { (name, member.store.propose(command).await) })
         .buffered(AT_A_TIME);
     while let Some((name, outcome)) = outcomes.next().await {
@@ -187,7 +219,11 @@ async fn propose_all(member: &Member, commands: Vec<(NodeName, Command)>) -> Res
     Ok(Json(changed))
 }
 
-pub(super) async fn define(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<Changed>, Failure> {
+pub(super) async fn define(
+    State(member): State<Arc<Member>>,
+    Extension(line): Extension<Line>,
+    body: Bytes,
+) -> Result<Json<Changed>, Failure> {
     let request: DefineNodes = parse(&body)?;
     check(&request.attributes)?;
     if let Some(name) = request.attributes.keys().find(|name| attributes::is_secret(name)) {
@@ -203,16 +239,24 @@ pub(super) async fn define(State(member): State<Arc<Member>>, body: Bytes) -> Re
         let command = Command::DefineNode { id: NodeId::random(), name: name.clone(), attributes: attributes.clone() };
         (name, command)
     };
-    propose_all(&member, names.into_iter().map(define).collect()).await
+    propose_all(&member, &line, names.into_iter().map(define).collect()).await
 }
 
-pub(super) async fn remove(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<Changed>, Failure> {
+pub(super) async fn remove(
+    State(member): State<Arc<Member>>,
+    Extension(line): Extension<Line>,
+    body: Bytes,
+) -> Result<Json<Changed>, Failure> {
     let request: RangeRequest = parse(&body)?;
     let nodes = select(&member.view()?, Some(&request.range))?;
-    each(&member, nodes, |node| Ok(Command::RemoveNode { id: node.id })).await
+    each(&member, &line, nodes, |node| Ok(Command::RemoveNode { id: node.id })).await
 }
 
-pub(super) async fn set(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<Changed>, Failure> {
+pub(super) async fn set(
+    State(member): State<Arc<Member>>,
+    Extension(line): Extension<Line>,
+    body: Bytes,
+) -> Result<Json<Changed>, Failure> {
     let request: SetAttributes = parse(&body)?;
     check(&request.set)?;
     for name in &request.clear {
@@ -222,10 +266,14 @@ pub(super) async fn set(State(member): State<Arc<Member>>, body: Bytes) -> Resul
     }
     let nodes = select(&member.view()?, Some(&request.range))?;
     check_single(nodes.len(), request.set.keys().filter(|name| !request.set[*name].is_empty()))?;
-    each(&member, nodes, |node| set_command(&member, node.id, &request)).await
+    each(&member, &line, nodes, |node| set_command(&member, node.id, &request)).await
 }
 
-pub(super) async fn arm(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<Changed>, Failure> {
+pub(super) async fn arm(
+    State(member): State<Arc<Member>>,
+    Extension(line): Extension<Line>,
+    body: Bytes,
+) -> Result<Json<Changed>, Failure> {
     let request: ArmRequest = parse(&body)?;
     let armed = match request.until.as_str() {
         "" => Armed::No,
@@ -246,10 +294,14 @@ pub(super) async fn arm(State(member): State<Arc<Member>>, body: Bytes) -> Resul
     };
     let nodes = select(&member.view()?, Some(&request.range))?;
     member.audit("arm", serde_json::json!({ "range": request.range, "until": request.until })).await?;
-    each(&member, nodes, |node| Ok(Command::Arm { id: node.id, armed })).await
+    each(&member, &line, nodes, |node| Ok(Command::Arm { id: node.id, armed })).await
 }
 
-pub(super) async fn rearm(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<Changed>, Failure> {
+pub(super) async fn rearm(
+    State(member): State<Arc<Member>>,
+    Extension(line): Extension<Line>,
+    body: Bytes,
+) -> Result<Json<Changed>, Failure> {
     let request: RangeRequest = parse(&body)?;
     let nodes = select(&member.view()?, Some(&request.range))?;
     if nodes.len() != 1 {
@@ -264,10 +316,14 @@ pub(super) async fn rearm(State(member): State<Arc<Member>>, body: Bytes) -> Res
         .into());
     }
     member.audit("rearm", serde_json::json!({ "node": nodes[0].id, "name": nodes[0].name })).await?;
-    each(&member, nodes, |node| Ok(Command::Rearm { id: node.id })).await
+    each(&member, &line, nodes, |node| Ok(Command::Rearm { id: node.id })).await
 }
 
-pub(super) async fn deploy(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<Changed>, Failure> {
+pub(super) async fn deploy(
+    State(member): State<Arc<Member>>,
+    Extension(line): Extension<Line>,
+    body: Bytes,
+) -> Result<Json<Changed>, Failure> {
     let request: DeployRequest = parse(&body)?;
     let view = member.view()?;
     if view.profile(request.profile.as_str())?.is_none() {
@@ -278,7 +334,7 @@ pub(super) async fn deploy(State(member): State<Arc<Member>>, body: Bytes) -> Re
         .into());
     }
     let nodes = select(&view, Some(&request.range))?;
-    each(&member, nodes, |node| {
+    each(&member, &line, nodes, |node| {
         Ok(Command::Deploy {
             id: node.id,
             deployment: DeploymentId::random(),

@@ -179,7 +179,7 @@ impl Caller {
 }
 
 /// Who the bearer of a token is.
-fn caller(member: &Member, request: &Request, peer: &Peer) -> Result<Caller, (Subject, Failure)> {
+fn caller(member: &Member, request: &Request, connection: &Connection) -> Result<Caller, (Subject, Failure)> {
     let invalid = |subject: Subject, detail: String| (subject, Failure(Problem::new(Code::TokenInvalid, detail)));
     let bearer = request
         .headers()
@@ -189,8 +189,10 @@ fn caller(member: &Member, request: &Request, peer: &Peer) -> Result<Caller, (Su
     let Some(bearer) = bearer else {
         return Err(invalid(Subject::default(), "the call needs a token: open a session first".into()));
     };
-    let client_key = if let Peer::Tls { client_key, .. } = peer { client_key.as_deref() } else { None };
-    let claims = token::read(member.authority.token_public(), member.site.collective, bearer, client_key, now())
+    let client_key = if let Peer::Tls { client_key, .. } = &connection.peer { client_key.as_deref() } else { None };
+    let claims = connection
+        .token
+        .read(member.authority.token_public(), member.site.collective, bearer, client_key, now())
         .map_err(|error| invalid(error.node().map(Subject::node).unwrap_or_default(), error.to_string()))?;
     let subject = Subject::node(claims.node);
     member.fresh(Bound::Nodes).map_err(|problem| (subject.clone(), problem.into()))?;
@@ -236,7 +238,7 @@ async fn authenticate(
     next: Next,
 ) -> Response {
     let call = call_name(&request);
-    let (subject, response) = match caller(&member, &request, &connection.peer) {
+    let (subject, response) = match caller(&member, &request, &connection) {
         Ok(caller) => {
             let subject = Subject::node(caller.node.id);
             request.extensions_mut().insert(caller);

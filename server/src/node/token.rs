@@ -10,6 +10,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64;
 use moor_api::ids::{BootId, CollectiveId, MemberId, NodeId, Sha256Digest};
 use moor_api::node::Stage;
 use serde::{Deserialize, Serialize};
+use std::sync::{Mutex, PoisonError};
 
 /// Says what it is and in which version.
 const PREFIX: &str = "moorn1.";
@@ -95,17 +96,8 @@ pub fn mint(key: &Ed25519KeyPair, claims: &Claims) -> anyhow::Result<String> {
     Ok(format!("{PREFIX}{}.{}", BASE64.encode(&claims), BASE64.encode(signature)))
 }
 
-/// Reads a token that came over a connection with this client key.
-///
-/// # Errors
-/// It is not good there and then.
-pub fn read(
-    public: &[u8],
-    collective: CollectiveId,
-    token: &str,
-    client_key: Option<&[u8]>,
-    now: u64,
-) -> Result<Claims, TokenError> {
+/// What a token of this collective says, by its signature alone.
+fn signed_claims(public: &[u8], token: &str) -> Result<Claims, TokenError> {
     let foreign = TokenError::Foreign;
     if token.len() > MAX_LENGTH {
         return Err(foreign);
@@ -114,17 +106,47 @@ pub fn read(
     let claims = BASE64.decode(claims).map_err(|_| foreign)?;
     let signature = BASE64.decode(signature).map_err(|_| foreign)?;
     UnparsedPublicKey::new(&ED25519, public).verify(&signed(&claims), &signature).map_err(|_| foreign)?;
-    let claims: Claims = serde_json::from_slice(&claims).map_err(|_| foreign)?;
-    if claims.collective != collective {
-        return Err(foreign);
+    serde_json::from_slice(&claims).map_err(|_| foreign)
+}
+
+/// The token that came last over a connection, whose signature was good: it is not checked again with each call. All else about it is.
+#[derive(Debug, Default)]
+pub struct Known(Mutex<Option<(String, Claims)>>);
+
+impl Known {
+    /// Reads a token that came over this connection, which has proven this client key.
+    ///
+    /// # Errors
+    /// It is not good there and then.
+    pub fn read(
+        &self,
+        public: &[u8],
+        collective: CollectiveId,
+        token: &str,
+        client_key: Option<&[u8]>,
+        now: u64,
+    ) -> Result<Claims, TokenError> {
+        // What is there is replaced in one step.
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = last.as_ref().filter(|(known, _)| known == token).map(|(_, claims)| claims.clone());
+        let claims = if let Some(claims) = known {
+            claims
+        } else {
+            let claims = signed_claims(public, token)?;
+            *last = Some((token.to_owned(), claims.clone()));
+            claims
+        };
+        if claims.collective != collective {
+            return Err(TokenError::Foreign);
+        }
+        if now >= claims.expires {
+            return Err(TokenError::Expired(claims.node));
+        }
+        if client_key.map(thumbprint) != Some(claims.key) {
+            return Err(TokenError::OtherKey(claims.node));
+        }
+        Ok(claims)
     }
-    if now >= claims.expires {
-        return Err(TokenError::Expired(claims.node));
-    }
-    if client_key.map(thumbprint) != Some(claims.key) {
-        return Err(TokenError::OtherKey(claims.node));
-    }
-    Ok(claims)
 }
 
 #[cfg(test)]
@@ -133,6 +155,16 @@ mod tests {
     use aws_lc_rs::signature::KeyPair as _;
 
     const KEY: &[u8] = b"a session key";
+
+    fn read(
+        public: &[u8],
+        collective: CollectiveId,
+        token: &str,
+        client_key: Option<&[u8]>,
+        now: u64,
+    ) -> Result<Claims, TokenError> {
+        Known::default().read(public, collective, token, client_key, now)
+    }
 
     fn claims(collective: CollectiveId) -> Claims {
         Claims {
@@ -162,6 +194,31 @@ mod tests {
         assert_eq!(read(public, CollectiveId::random(), &token, Some(KEY), 999), Err(TokenError::Foreign));
         let other = Ed25519KeyPair::generate().unwrap();
         assert_eq!(read(other.public_key().as_ref(), collective, &token, Some(KEY), 999), Err(TokenError::Foreign));
+    }
+
+    #[test]
+    fn a_token_that_is_known_is_judged_anew() {
+        let key = Ed25519KeyPair::generate().unwrap();
+        let public = key.public_key().as_ref();
+        let collective = CollectiveId::random();
+        let claims = claims(collective);
+        let token = mint(&key, &claims).unwrap();
+        let known = Known::default();
+        let read = |token: &str, collective, key, now| known.read(public, collective, token, Some(key), now);
+        for _ in 0..2 {
+            assert_eq!(read(&token, collective, KEY, 999), Ok(claims.clone()));
+            assert_eq!(read(&token, collective, KEY, 1000), Err(TokenError::Expired(claims.node)));
+            assert_eq!(read(&token, collective, b"another key", 999), Err(TokenError::OtherKey(claims.node)));
+            assert_eq!(read(&token, CollectiveId::random(), KEY, 999), Err(TokenError::Foreign));
+        }
+        // One that is not good takes no place of one that is, and gets none of its rights.
+        let changed = format!("{token}A");
+        assert_eq!(read(&changed, collective, KEY, 999), Err(TokenError::Foreign));
+        assert_eq!(read(&token[..token.len() - 1], collective, KEY, 999), Err(TokenError::Foreign));
+        let other = Claims { node: NodeId::random(), ..claims.clone() };
+        let second = mint(&key, &other).unwrap();
+        assert_eq!(read(&second, collective, KEY, 999), Ok(other));
+        assert_eq!(read(&token, collective, KEY, 999), Ok(claims));
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! The state machine: applies a command inside one write transaction. Deterministic: no clock, no randomness, no order of a hash map.
-//! A command that is refused has changed nothing, because every check comes before the first write.
+//! A command that is refused has changed nothing, because every check comes before the first write (that it was asked for may be in the audit log).
 
 use super::command::{Command, Outcome};
 use super::records::{
@@ -101,6 +101,10 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
         Command::Late { member, number, what } => late::apply(write, member, number, what),
         Command::NextCertificate => Ok(Outcome::Number(next(write, "ssh-certificate")?)),
         Command::Audit { entry } => audit(write, &entry),
+        Command::Audited { entry, change } => {
+            audit(write, &entry)?;
+            apply(write, *change)
+        }
     }
 }
 

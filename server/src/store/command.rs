@@ -215,6 +215,13 @@ pub enum Command {
         /// What happened, in JSON.
         entry: serde_json::Value,
     },
+    /// A change, and before it its line of the audit log. The line is written also when the change is refused.
+    Audited {
+        /// What happened, in JSON.
+        entry: serde_json::Value,
+        /// The change.
+        change: Box<Command>,
+    },
 }
 
 /// What a command did.
@@ -261,6 +268,7 @@ impl Command {
             Self::Late { .. } => "late",
             Self::NextCertificate => "next-certificate",
             Self::Audit { .. } => "audit",
+            Self::Audited { change, .. } => change.kind(),
         }
     }
 }
@@ -311,6 +319,7 @@ mod tests {
             Command::Boot { id, boot, evidence: Some(evidence) },
             Command::Status { id, sequence: Some(1), event },
             Command::Arm { id, armed: Armed::Until(7) },
+            Command::Audited { entry: serde_json::json!({ "what": "x" }), change: Box::new(Command::Rearm { id }) },
             Command::Bind { id, identity: soft, boot, now: 1 },
             Command::Refuse {
                 nodes: vec![id],

@@ -253,6 +253,12 @@ async fn it_opens_again_with_everything_and_the_audit_chain_holds() {
     }
     f.done(Command::Status { id, sequence: None, event: event("x") }).await;
     assert_eq!(f.refused(define(NodeId::random(), "a", &[])).await, Code::Conflict);
+    // A change takes its line along, also one that is refused.
+    for (number, name) in [(5, "b"), (6, "b")] {
+        let change = Box::new(define(NodeId::random(), name, &[]));
+        let command = Command::Audited { entry: serde_json::json!({ "number": number }), change };
+        assert_eq!(matches!(f.store.propose(command).await.unwrap(), Outcome::Refused(_)), number == 6);
+    }
     let Fixture { dir, store } = f;
     assert!(open(dir.path()).await.is_err(), "one store has one process");
     store.close().await;
@@ -262,6 +268,8 @@ async fn it_opens_again_with_everything_and_the_audit_chain_holds() {
     assert_eq!(view.node_named("a").unwrap().unwrap().id, id);
     assert_eq!(view.events(id).unwrap().len(), 1);
     let lines: Vec<serde_json::Value> = view.all(super::tables::AUDIT).unwrap();
-    assert_eq!(lines.len(), 5);
+    let numbers: Vec<_> = lines.iter().map(|line| line["entry"]["number"].as_u64().unwrap()).collect();
+    assert_eq!(numbers, [0, 1, 2, 3, 4, 5, 6]);
+    assert!(view.node_named("b").unwrap().is_some());
     assert!(lines.windows(2).all(|pair| pair[1]["previous"] == pair[0]["hash"]));
 }

@@ -1,8 +1,10 @@
 //! Real members, each in a network of its own. Clients come over the unix sockets, which no partition cuts.
 
+use crate::etcd::{self, Gateway};
 use crate::net::{Network, address};
+use crate::shim::{self, Orders};
 use anyhow::{Context as _, ensure};
-use moor_api::admin::{CollectiveView, InviteRequest};
+use moor_api::admin::{CollectiveView, InviteRequest, MemberRequest};
 use moor_api::client::admin::AdminClient;
 use moord::store::Replicated;
 use moord::store::Store as _;
@@ -11,6 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::collections::BTreeMap;
 use std::io::Write as _;
+use std::ops::Range;
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -24,6 +27,7 @@ const UID: u32 = 61_236;
 
 struct Member {
     dir: tempfile::TempDir,
+    orders: Orders,
     child: Option<Child>,
 }
 
@@ -32,6 +36,9 @@ pub(crate) struct Cluster {
     // Before the network: members end first.
     members: Vec<Member>,
     pub(crate) net: Network,
+    is_etcd: bool,
+    library: PathBuf,
+    _files: tempfile::TempDir,
 }
 
 impl Drop for Member {
@@ -44,16 +51,23 @@ impl Drop for Member {
 }
 
 impl Cluster {
-    /// So many members that vote, and one leader.
-    pub(crate) async fn new(count: usize) -> anyhow::Result<Self> {
-        let mut cluster = Self { members: Vec::new(), net: Network::new(count)? };
-        for at in 0..count {
-            cluster.members.push(prepare(at)?);
+    fn empty(count: usize, is_etcd: bool) -> anyhow::Result<Self> {
+        let files = tempfile::Builder::new().prefix("moord-faults-").tempdir()?;
+        std::fs::set_permissions(files.path(), std::fs::Permissions::from_mode(0o755))?;
+        let library = shim::compile(files.path())?;
+        Ok(Self { members: Vec::new(), net: Network::new(count)?, is_etcd, library, _files: files })
+    }
+
+    /// So many members that vote, so many that do not, and one leader.
+    pub(crate) async fn new(voters: usize, others: usize) -> anyhow::Result<Self> {
+        let mut cluster = Self::empty(voters + others, false)?;
+        for at in 0..voters + others {
+            cluster.prepare(at)?;
             if at == 0 {
                 let output = cluster.moord(at, &["init"], &["--address", &address(at)]).output()?;
                 ensure!(output.status.success(), "moord init: {}", String::from_utf8_lossy(&output.stderr));
             } else {
-                let request = InviteRequest { name: format!("m{}", at + 1), voter: true, lifetime: 600 };
+                let request = InviteRequest { name: name(at), voter: at < voters, lifetime: 600 };
                 let invited = cluster.admin(0).await?.invite(&request).await?;
                 let mut join = cluster.moord(at, &["join"], &["--address", &address(at)]);
                 let mut child = join.stdin(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
@@ -64,35 +78,97 @@ impl Cluster {
             cluster.start(at)?;
         }
         let end = Instant::now() + PATIENCE;
-        while cluster.view(0).await?.members.iter().filter(|member| member.votes).count() < count {
-            ensure!(Instant::now() < end, "{count} voters do not come:\n{}", cluster.log(0));
+        while cluster.view(0).await?.members.iter().filter(|member| member.votes).count() < voters {
+            ensure!(Instant::now() < end, "{voters} voters do not come:\n{}", cluster.log(0));
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         Ok(cluster)
     }
 
-    /// `moord` as member `at`, in its network, as nobody.
-    fn moord(&self, at: usize, verb: &[&str], more: &[&str]) -> Command {
-        let mut command = Command::new("nsenter");
-        command.args(["--target", &self.net.holder(at).to_string(), "--net", "--", "setpriv"]);
+    /// So many members of etcd, and one leader.
+    pub(crate) async fn etcd(count: usize) -> anyhow::Result<Self> {
+        let mut cluster = Self::empty(count, true)?;
+        (0..count).try_for_each(|at| cluster.prepare(at))?;
+        cluster.start_all(0..count)?;
+        let end = Instant::now() + PATIENCE;
+        while cluster.leader().await.is_none() {
+            ensure!(Instant::now() < end, "etcd has no leader:\n{}", cluster.log(0));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(cluster)
+    }
+
+    /// A folder with all that member `at` has, and a disk of its own in it.
+    fn prepare(&mut self, at: usize) -> anyhow::Result<()> {
+        let dir = tempfile::Builder::new().prefix("moord-faults-").tempdir()?;
+        let path = dir.path().to_owned();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
+        let state = path.join("state");
+        std::fs::create_dir(&state)?;
+        self.net.mount(at, &state, UID)?;
+        std::fs::write(
+            path.join("moord.toml"),
+            format!(
+                "name = \"test\"\nmember_name = \"{3}\"\nstate_dir = \"{0}/state\"\nsocket = \"{0}/api.sock\"\nlisten = [\"{1}:{PORT}\"]\n\
+                 urls = [\"https://{1}:{PORT}\"]\ntemplates = \"{2}/../profiles\"\n",
+                path.display(),
+                address(at),
+                env!("CARGO_MANIFEST_DIR"),
+                name(at)
+            ),
+        )?;
+        chown(&path, Some(UID), Some(UID))?;
+        let orders = Orders::new(path.join("orders"))?;
+        self.members.push(Member { dir, orders, child: None });
+        Ok(())
+    }
+
+    /// As nobody, in the namespaces of member `at`: the command's words are still to come.
+    fn nobody(&self, at: usize) -> Command {
+        let mut command = self.net.enter(at);
         let id = UID.to_string();
-        command.args(["--reuid", &id, "--regid", &id, "--clear-groups", "--inh-caps=-all", "--pdeathsig", "KILL"]);
-        command.arg("--").arg(env!("CARGO_BIN_EXE_moord")).args(verb).arg("--config").arg(self.path(at, "moord.toml"));
-        command.args(more).stdin(Stdio::null());
+        command.args(["setpriv", "--reuid", &id, "--regid", &id, "--clear-groups", "--inh-caps=-all"]);
+        command.args(["--pdeathsig", "KILL", "--"]).stdin(Stdio::null());
         command
+    }
+
+    /// `moord` as member `at`.
+    fn moord(&self, at: usize, verb: &[&str], more: &[&str]) -> Command {
+        let mut command = self.nobody(at);
+        command.arg(env!("CARGO_BIN_EXE_moord")).args(verb).arg("--config").arg(self.path(at, "moord.toml"));
+        command.args(more);
+        command
+    }
+
+    pub(crate) fn is_etcd(&self) -> bool {
+        self.is_etcd
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.members.len()
     }
 
     fn path(&self, at: usize, name: &str) -> PathBuf {
         self.members[at].dir.path().join(name)
     }
 
-    /// Where the administrators of member `at` come in.
+    /// Where clients of member `at` come in.
     pub(crate) fn socket(&self, at: usize) -> PathBuf {
-        self.path(at, "api.sock")
+        self.path(at, if self.is_etcd { etcd::SOCKET } else { "api.sock" })
     }
 
     pub(crate) fn log(&self, at: usize) -> String {
         std::fs::read_to_string(self.path(at, "log")).unwrap_or_default()
+    }
+
+    /// What happens to the disk and the clock of member `at`.
+    pub(crate) fn orders(&self, at: usize) -> &Orders {
+        &self.members[at].orders
+    }
+
+    /// How many bytes its disk has left; `None`: enough.
+    pub(crate) fn room(&self, at: usize, left: Option<u64>) -> anyhow::Result<()> {
+        self.net.room(at, &self.path(at, "state"), left)
     }
 
     pub(crate) async fn admin(&self, at: usize) -> anyhow::Result<AdminClient> {
@@ -105,15 +181,35 @@ impl Cluster {
 
     /// Starts a member and waits until it answers.
     pub(crate) fn start(&mut self, at: usize) -> anyhow::Result<()> {
-        let log = std::fs::OpenOptions::new().create(true).append(true).open(self.path(at, "log"))?;
-        let mut child = self.moord(at, &["run"], &[]).stdout(log.try_clone()?).stderr(log).spawn()?;
-        let end = Instant::now() + PATIENCE;
-        while std::os::unix::net::UnixStream::connect(self.socket(at)).is_err() {
-            ensure!(child.try_wait()?.is_none(), "moord ended:\n{}", self.log(at));
-            ensure!(Instant::now() < end, "moord does not answer:\n{}", self.log(at));
-            std::thread::sleep(Duration::from_millis(10));
+        self.start_all(at..at + 1)
+    }
+
+    /// The same with several, side by side.
+    pub(crate) fn start_all(&mut self, members: Range<usize>) -> anyhow::Result<()> {
+        for at in members.clone() {
+            let log = std::fs::OpenOptions::new().create(true).append(true).open(self.path(at, "log"))?;
+            let mut command = if self.is_etcd {
+                // It does not remove the socket of one that was killed.
+                let _ = std::fs::remove_file(self.socket(at));
+                let mut command = self.nobody(at);
+                etcd::words(&mut command, at, self.members.len(), self.members[at].dir.path())?;
+                command
+            } else {
+                let mut command = self.moord(at, &["run"], &[]);
+                command.env("LD_PRELOAD", &self.library).env("MOOR_ORDERS", &self.members[at].orders.path);
+                command
+            };
+            self.members[at].child = Some(command.stdout(log.try_clone()?).stderr(log).spawn()?);
         }
-        self.members[at].child = Some(child);
+        let end = Instant::now() + PATIENCE;
+        for at in members {
+            while std::os::unix::net::UnixStream::connect(self.socket(at)).is_err() {
+                let child = self.members[at].child.as_mut().context("not running")?;
+                ensure!(child.try_wait()?.is_none(), "member {at} ended:\n{}", self.log(at));
+                ensure!(Instant::now() < end, "member {at} does not answer:\n{}", self.log(at));
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
         Ok(())
     }
 
@@ -125,6 +221,22 @@ impl Cluster {
         }
     }
 
+    /// Waits until the member has ended by itself, for this reason.
+    pub(crate) fn ended_because(&mut self, at: usize, reason: &str) -> anyhow::Result<()> {
+        let mut child = self.members[at].child.take().context("not running")?;
+        let end = Instant::now() + PATIENCE;
+        while child.try_wait()?.is_none() {
+            if Instant::now() > end {
+                // It is this one's to end as well.
+                self.members[at].child = Some(child);
+                anyhow::bail!("member {at} goes on:\n{}", self.log(at));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        ensure!(self.log(at).contains(reason), "member {at} ended for another reason:\n{}", self.log(at));
+        Ok(())
+    }
+
     /// SIGSTOP and SIGCONT, SIGTERM.
     pub(crate) fn signal(&self, at: usize, signal: Signal) -> anyhow::Result<()> {
         let child = self.members[at].child.as_ref().context("not running")?;
@@ -132,18 +244,52 @@ impl Cluster {
         Ok(())
     }
 
+    /// Says whether member `at` is to vote, and waits until it is so.
+    pub(crate) async fn set_voter(&self, at: usize, votes: bool) -> anyhow::Result<()> {
+        let (action, request) = (if votes { "promote" } else { "demote" }, MemberRequest { member: name(at) });
+        let other = (at + 1) % self.members.len();
+        let end = Instant::now() + PATIENCE;
+        loop {
+            // Whoever led may just have gone: it is asked again.
+            let asked = self.admin(other).await?.change_member(action, &request).await;
+            if asked.is_ok() {
+                break;
+            }
+            ensure!(Instant::now() < end, "{action} of member {at}: {asked:?}\n{}", self.log(other));
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        while self
+            .view(other)
+            .await?
+            .members
+            .iter()
+            .any(|member| member.name == request.member && member.votes != votes)
+        {
+            ensure!(Instant::now() < end, "{action} of member {at} has no effect:\n{}", self.log(other));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    }
+
     /// The place of the leader among the members, if any of them says that it leads.
     pub(crate) async fn leader(&self) -> Option<usize> {
         for at in 0..self.members.len() {
-            let view = tokio::time::timeout(Duration::from_secs(3), self.view(at)).await;
-            if let Ok(Ok(view)) = view
-                && view.majority
-                && view.leader == Some(view.number)
+            if tokio::time::timeout(Duration::from_secs(3), self.leads(at))
+                .await
+                .is_ok_and(|leads| leads.unwrap_or(false))
             {
-                return usize::try_from(view.number).ok()?.checked_sub(1);
+                return Some(at);
             }
         }
         None
+    }
+
+    async fn leads(&self, at: usize) -> anyhow::Result<bool> {
+        if self.is_etcd {
+            return Gateway::new(&self.socket(at)).await?.leads().await;
+        }
+        let view = self.view(at).await?;
+        Ok(view.majority && view.leader == Some(view.number))
     }
 
     /// Waits until all have applied the same, ends them, and gives the digests of each one's tables.
@@ -168,7 +314,7 @@ impl Cluster {
             ensure!(child.wait()?.success(), "member {at} did not end well:\n{}", self.log(at));
         }
         for at in 0..self.members.len() {
-            let places = Places::in_dir(&self.path(at, "state/store"));
+            let places = Places::in_dir(&self.net.outside(at, &self.path(at, "state/store")));
             let store = Replicated::open(&places, at as u64 + 1, Calls::to_nobody()?).await?;
             digests.push(store.snapshot()?.digests()?);
             store.close().await;
@@ -177,24 +323,7 @@ impl Cluster {
     }
 }
 
-fn prepare(at: usize) -> anyhow::Result<Member> {
-    let dir = tempfile::Builder::new().prefix("moord-faults-").tempdir()?;
-    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755))?;
-    let member = Member { dir, child: None };
-    let path = member.dir.path();
-    std::fs::create_dir(path.join("state"))?;
-    std::fs::write(
-        path.join("moord.toml"),
-        format!(
-            "name = \"test\"\nstate_dir = \"{0}/state\"\nsocket = \"{0}/api.sock\"\nlisten = [\"{1}:{PORT}\"]\n\
-             urls = [\"https://{1}:{PORT}\"]\ntemplates = \"{2}/../profiles\"\n",
-            path.display(),
-            address(at),
-            env!("CARGO_MANIFEST_DIR")
-        ),
-    )?;
-    for path in [path.to_owned(), path.join("state")] {
-        chown(path, Some(UID), Some(UID))?;
-    }
-    Ok(member)
+/// What member `at` is called.
+fn name(at: usize) -> String {
+    format!("m{}", at + 1)
 }

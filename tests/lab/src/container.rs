@@ -11,7 +11,21 @@ use std::path::{Path, PathBuf};
 pub const MOTD: &str = "from a container\n";
 
 /// A recipe for a node: `base` is left out.
-const RECIPE: &str = "packages = [\"hello\"]\nrun = [\"hello > /etc/hello\"]\n";
+const RECIPE: &str = r#"
+packages = ["hello"]
+services = ["greeting.service"]
+disable = ["systemd-timesyncd.service"]
+run = ["hello > /etc/hello"]
+[[file]]
+path = "/etc/systemd/system/greeting.service"
+content = """
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/hello
+[Install]
+WantedBy=multi-user.target
+"""
+"#;
 
 /// Makes the image and the node's tree in `work`; the tree.
 ///

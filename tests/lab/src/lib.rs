@@ -5,7 +5,9 @@
 
 pub mod bench;
 pub mod bins;
+pub mod collective;
 pub mod container;
+pub mod crowd;
 pub mod delay;
 pub mod figures;
 pub mod member;
@@ -14,6 +16,7 @@ pub mod scenario;
 pub mod tree;
 
 pub use bins::Bins;
+pub use collective::Collective;
 pub use member::Member;
 pub use moor_vm::{Namespace, Swtpm, Vm, VmOptions, vm};
 pub use scenario::Scenario;

@@ -32,9 +32,21 @@ pub fn cpu(pid: u32) -> anyhow::Result<f64> {
 /// # Errors
 /// It is gone.
 pub fn peak(pid: u32) -> anyhow::Result<u64> {
+    memory(pid, "VmHWM:")
+}
+
+/// The resident memory of a running process now, in bytes.
+///
+/// # Errors
+/// It is gone.
+pub fn resident(pid: u32) -> anyhow::Result<u64> {
+    memory(pid, "VmRSS:")
+}
+
+fn memory(pid: u32, figure: &str) -> anyhow::Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"));
     let status = status.with_context(|| format!("looking at process {pid}"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("a process without memory")?;
-    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().context("reading VmHWM")?;
+    let line = status.lines().find_map(|line| line.strip_prefix(figure)).context("a process without memory")?;
+    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().context("reading its memory")?;
     Ok(kib * 1024)
 }

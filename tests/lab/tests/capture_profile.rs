@@ -1,5 +1,5 @@
-//! `imgutil capture NODE PROFILE`: the image of a node, its kernel and its initramfs reach a real member, and the profile is made from
-//! another one with its scripts.
+//! `imgutil capture NODE PROFILE`: the image of a node, its kernel, its initramfs and its boot loaders reach a real member, and the profile
+//! is made from another one with its scripts.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 #[path = "../../../imgutil/tests/common/node.rs"]
@@ -22,6 +22,12 @@ cp "$D/planted" root/.ssh/id_ed25519
 cp "$D/planted" home/op/.ssh/id_ed25519
 echo 'a token' > var/log/app.log
 cp "$D/planted" srv/tls.key
+# As Ubuntu has it: a link by way of /etc/alternatives.
+mkdir -p usr/lib/shim usr/lib/grub/x86_64-efi-signed etc/alternatives
+echo 'the shim' > usr/lib/shim/shimx64.efi.signed.latest
+ln -s /etc/alternatives/shim usr/lib/shim/shimx64.efi.signed
+ln -s /usr/lib/shim/shimx64.efi.signed.latest etc/alternatives/shim
+echo 'the GRUB' > usr/lib/grub/x86_64-efi-signed/grubnetx64.efi.signed
 "#;
 
 fn said(output: &Output) -> String {
@@ -66,6 +72,9 @@ fn a_captured_image_goes_to_the_server_and_a_profile_is_made_for_it() {
     member.moor_ok(&["profile", "boot-files", "web", "--out", boot.to_str().unwrap()]).unwrap();
     assert_eq!(fs::read(boot.join("vmlinuz")).unwrap(), b"the kernel\n");
     assert!(fs::read(boot.join("initrd.img")).unwrap().starts_with(b"the initramfs\n"));
+    for (name, content) in [("shimx64.efi", "the shim\n"), ("grubx64.efi", "the GRUB\n")] {
+        assert_eq!(fs::read_to_string(boot.join(name)).unwrap(), content, "{name}");
+    }
     assert_eq!(images()[0]["os"], "debian-12");
 
     // The next generation of it: of the same lineage, and published only when that is said.
@@ -75,4 +84,13 @@ fn a_captured_image_goes_to_the_server_and_a_profile_is_made_for_it() {
     assert_eq!((&first["lineage"], &second["serial"]), (&second["lineage"], &Value::from(2)));
     refused(&["web", "-b", "debian-diskless"], "the profile 'web' exists already");
     refused(&["new", "--publish"], "there is no profile 'new' to publish");
+
+    // Another profile from that one, with a script of the administrator's.
+    let scripts = member.profiles().join("web/scripts/onboot");
+    fs::create_dir_all(&scripts).unwrap();
+    fs::write(scripts.join("10-mine"), "#!/bin/sh\necho mine\n").unwrap();
+    let text_of = said(&capture(&[&["db", "-b", "web"], &exclude[..]].concat()));
+    assert!(text_of.contains("profile db: @1 published"), "{text_of}");
+    let carried = member.profiles().join("db/scripts/onboot/10-mine");
+    assert_eq!(fs::read_to_string(carried).unwrap(), "#!/bin/sh\necho mine\n");
 }

@@ -23,6 +23,10 @@ fn check(bins: &Bins, tree: &Path) -> anyhow::Result<()> {
     }
     assert!(in_tree(&format!("lsinitramfs /boot/initrd.img-{kernel}"))?.contains("usr/bin/moor-agent"));
     assert_eq!(in_tree("systemctl is-enabled ssh.service moor-agent.service | sort -u")?, "enabled");
+    assert_eq!(
+        in_tree("systemctl is-enabled greeting.service systemd-timesyncd.service || true")?,
+        "enabled\ndisabled"
+    );
     assert_eq!(in_tree("dpkg --audit; cat /etc/hello")?, "Hello, world!");
     assert_eq!(std::fs::read_to_string(tree.join("etc/motd"))?, container::MOTD);
     assert!(!tree.join("usr/sbin/policy-rc.d").exists(), "services may start on a node");

@@ -1,5 +1,5 @@
-//! `imgutil test`, as a user runs it: a good image passes, one with a unit that fails is bad and the unit's log is shown, a
-//! signature by a trusted key is asked for, and nothing is left behind, also of a test that is interrupted.
+//! `imgutil test`, as a user runs it: a good image passes, one that is broken in many places is bad in each of them and the log of the unit
+//! that failed is shown, a signature by a trusted key is asked for, and nothing is left behind, also of a test that is interrupted.
 
 use anyhow::{Context as _, ensure};
 use moor_lab::Bins;
@@ -16,6 +16,37 @@ use std::time::{Duration, Instant};
 /// A unit that fails and says so, in the way of an administrator who mistyped a path.
 const FAILING_UNIT: &str = "[Unit]\nDescription=A unit that fails\n[Service]\nType=oneshot\nExecStart=/bin/sh -c 'echo no licence \
                             server for $HOSTNAME; exit 3'\n[Install]\nWantedBy=multi-user.target\n";
+
+/// What else may be wrong with an image: its log files and caches lie on a file system of their own, which is no part of the writable layer;
+/// a service takes nearly all memory; the tether speaks of another image.
+const BROKEN: &str = r#"
+set -e
+echo 'tmpfs /var tmpfs mode=755 0 0' >> /etc/fstab
+cat > /etc/systemd/system/leak.service <<X
+[Unit]
+Description=A service that takes all memory
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/local/sbin/leak
+[Install]
+WantedBy=multi-user.target
+X
+cat > /usr/local/sbin/leak <<'X'
+#!/bin/sh -e
+mount -t tmpfs -o size=100% leak /mnt
+while read -r name free unit; do
+    [ "$name" != MemAvailable: ] || head -c $((free - 130000))K /dev/zero > /mnt/leak
+done < /proc/meminfo
+X
+mv /usr/bin/moor-tether /usr/bin/moor-tether.real
+cat > /usr/bin/moor-tether <<'X'
+#!/bin/sh
+/usr/bin/moor-tether.real "$@" | sed 's/"digest": *"[0-9a-f]*"/"digest":"00"/'
+X
+chmod 755 /usr/local/sbin/leak /usr/bin/moor-tether
+systemctl enable licence.service leak.service
+"#;
 
 fn pack(bins: &Bins, tree: &Path, image: &Path, signer: Option<&Path>) -> anyhow::Result<PathBuf> {
     let key = image.with_extension("key");
@@ -163,25 +194,101 @@ fn a_good_image_passes_and_a_failing_unit_is_named_with_its_log() -> anyhow::Res
         std::fs::remove_dir_all(scratch.join(logs))?;
     }
 
-    // A copy of the same tree with a unit that fails.
-    let bad = work.path().join("bad");
-    run(tied("cp").args(["-a", "--reflink=auto"]).arg(&good).arg(&bad))?;
+    // A copy of the same tree with a unit that fails, and more.
+    let bad = copy(&good, &work.path().join("bad"))?;
     std::fs::write(bad.join("etc/systemd/system/licence.service"), FAILING_UNIT)?;
-    run_shown(tied(bins.path("imgutil")).arg("exec").arg(&bad).args(["--", "systemctl", "enable", "licence.service"]))?;
+    run_shown(tied(bins.path("imgutil")).arg("exec").arg(&bad).args(["--", "sh", "-c", BROKEN]))?;
     let image = work.path().join("bad.moor");
     let key = pack(&bins, &bad, &image, None)?;
-    let output = test(&bins, &image, &key, &scratch)?;
+    let verdict = bad_verdict(&test(&bins, &image, &key, &scratch)?)?;
+    for (name, detail) in [
+        ("root", "the root is another image, 00"),
+        ("overlay", "32.0 MiB written took "),
+        ("services", "systemd says 'degraded'; failed: licence.service"),
+        ("memory", " are free for programs"),
+    ] {
+        let check = check(&verdict, name)?;
+        let found = check["detail"].as_str().unwrap_or_default();
+        assert!(check["good"] == false && found.contains(detail), "{verdict:#}");
+    }
+    for name in ["boot", "failover", "ssh"] {
+        assert_eq!(check(&verdict, name)?["good"], true, "{verdict:#}");
+    }
+    let services = check(&verdict, "services")?;
+    assert_eq!(services["logs"][0]["of"], "licence.service", "{services:#}");
+    let log = services["logs"][0]["text"].as_str().unwrap_or_default();
+    assert!(log.contains("no licence server"), "{log}");
+    Ok(())
+}
+
+fn copy(tree: &Path, to: &Path) -> anyhow::Result<PathBuf> {
+    run(tied("cp").args(["-a", "--reflink=auto"]).arg(tree).arg(to))?;
+    Ok(to.to_owned())
+}
+
+/// The verdict of a test that found something bad.
+fn bad_verdict(output: &Output) -> anyhow::Result<Value> {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.code() == Some(1), "{}\n{said}", String::from_utf8_lossy(&output.stdout));
     let verdict: Value = serde_json::from_slice(&output.stdout)?;
     assert_eq!(verdict["good"], false);
-    let services = check(&verdict, "services")?;
-    assert_eq!(services["good"], false);
-    assert_eq!(services["logs"][0]["of"], "licence.service", "{services:#}");
-    let log = services["logs"][0]["text"].as_str().unwrap_or_default();
-    assert!(log.contains("no licence server"), "{log}");
-    assert_eq!(check(&verdict, "root")?["good"], true, "{verdict:#}");
+    Ok(verdict)
+}
+
+/// A node that is up and lets nobody in, and a second server that accepts connections and never answers: what it had to give came from
+/// the first, so that nothing was shown by killing it.
+#[test]
+#[ignore = "minutes of emulation: make test-full"]
+fn a_node_without_ssh_and_a_server_that_gives_nothing_are_bad() -> anyhow::Result<()> {
+    let bins = Bins::find()?;
+    let work = tempfile::Builder::new().prefix("moor-test-").tempdir()?;
+    let scratch = work.path().join("tmp");
+    std::fs::create_dir(&scratch)?;
+    for path in [work.path(), &scratch] {
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
+    }
+    let good = tree::debian(&bins, Initramfs::InitramfsTools, &mut |what| println!("{what}"))?;
+    let bad = copy(&good, &work.path().join("bad"))?;
+    let mask = "systemctl mask ssh.service ssh.socket";
+    run_shown(tied(bins.path("imgutil")).arg("exec").arg(&bad).args(["--", "sh", "-c", mask]))?;
+    let image = work.path().join("bad.moor");
+    let key = pack(&bins, &bad, &image, None)?;
+
+    let mut test = command(&bins, &image, &key, &scratch);
+    let mut child = test.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut lines = BufReader::new(child.stderr.take().context("no standard error")?).lines();
+    while !lines.next().context("it ended before it began")??.contains("switching a machine on") {}
+    let reader = std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| println!("{line}")));
+    let servers = processes_with(&format!("{}/", scratch.display()), "server-2")?;
+    ensure!(!servers.is_empty(), "there is no second server");
+    for server in servers {
+        kill(Pid::from_raw(server), Signal::SIGSTOP)?;
+    }
+    let output = child.wait_with_output()?;
+    ensure!(reader.join().is_ok(), "its standard error could not be read");
+    let verdict = bad_verdict(&output)?;
+    assert_eq!(check(&verdict, "boot")?["good"], true, "{verdict:#}");
+    for (name, part) in [("failover", "the second server had served next to nothing"), ("ssh", "'uname -n' ended with")]
+    {
+        let check = check(&verdict, name)?;
+        let found = check["detail"].as_str().unwrap_or_default();
+        assert!(check["good"] == false && found.contains(part), "{verdict:#}");
+    }
     Ok(())
+}
+
+/// Processes on whose command line both stand.
+fn processes_with(one: &str, other: &str) -> anyhow::Result<Vec<i32>> {
+    let mut found = Vec::new();
+    for process in std::fs::read_dir("/proc")?.flatten() {
+        let Ok(id) = process.file_name().to_string_lossy().parse() else { continue };
+        let words = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&words).replace('\0', " ");
+        if line.contains(one) && line.contains(other) {
+            found.push(id);
+        }
+    }
+    Ok(found)
 }
 
 #[test]

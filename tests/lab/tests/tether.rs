@@ -165,6 +165,7 @@ fn served(member: &Member) -> u64 {
 }
 
 #[test]
+#[ignore = "minutes of emulation: make test-full"]
 fn the_member_in_use_dies_during_the_boot_and_again_under_tar_and_the_node_notices_nothing() -> anyhow::Result<()> {
     let dir = tempfile::Builder::new().prefix("moor-trio-").tempdir()?;
     let mut trio = Trio::prepare(dir.path())?;

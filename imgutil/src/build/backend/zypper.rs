@@ -10,11 +10,14 @@ use crate::build::tree::Tree;
 use crate::build::{BuildError, Event};
 use std::collections::BTreeSet;
 use std::ffi::OsString;
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 const TOOL: &str = "/usr/bin/zypper";
 /// Where zypper keeps the names of packages that nobody asked for, so that they can go when nothing needs them.
 const AUTO_INSTALLED: &str = "/var/lib/zypp/AutoInstalled";
+/// Where it keeps what it must not touch.
+const LOCKS: &str = "/etc/zypp/locks";
 
 /// The back end.
 pub(super) struct Zypper;
@@ -24,7 +27,6 @@ impl Backend for Zypper {
         rpm::check_tool("zypper", TOOL, "zypper")?;
         rpm::check_tool("rpmkeys", "/usr/bin/rpmkeys", "rpm")?;
         rpm::refuse_unsigned(plan)?;
-        refuse_removals(plan)?;
         check_keys_and_machine(plan)
     }
 
@@ -53,7 +55,9 @@ impl Backend for Zypper {
         let root = context.work.root();
         rpm::open_root(context, &root)?;
         context.tools.stage("installing the packages")?;
-        let arguments: Vec<String> = install_arguments().map(str::to_owned).chain(exact()).collect();
+        // What is recommended and wanted is among them.
+        let arguments: Vec<String> =
+            install_arguments().chain(["--no-recommends"]).map(str::to_owned).chain(exact()).collect();
         let command = command(&places, &root, &arguments);
         let (succeeded, tail) = rpm::run(context, &root, &mut Summary::default(), command, None)?;
         if !succeeded {
@@ -75,20 +79,37 @@ impl Backend for Zypper {
 
     fn add(&self, context: &mut Context<'_, '_>) -> Result<(), BuildError> {
         let plan = context.plan;
-        refuse_removals(plan)?;
-        if plan.packages.is_empty() {
+        if plan.packages.is_empty() && plan.remove.is_empty() {
             return Ok(());
         }
         rpm::refuse_unsigned(plan)?;
-        if !Tree::open(&context.work.root())?.exists(TOOL) {
+        let tree = Tree::open(&context.work.root())?;
+        if !tree.exists(TOOL) {
             return Err(BuildError::NoManager { os: plan.os.name.clone(), manager: "zypper" });
         }
         rpm::inside::take_keys(context)?;
+        let unwanted = rpm::inside::unwanted(context)?;
+        if !unwanted.is_empty() {
+            context.tools.stage("removing packages")?;
+            let command: Vec<&str> = ["zypper", "--non-interactive", "remove"]
+                .into_iter()
+                .chain(unwanted.iter().map(String::as_str))
+                .collect();
+            if let Err(tail) = rpm::inside::manage_quietly(context, &command)? {
+                return Err(reason(context, "removing packages", tail));
+            }
+        }
+        if plan.packages.is_empty() {
+            return Ok(());
+        }
         context.tools.stage("fetching the lists of packages")?;
         if let Err(tail) = rpm::inside::manage_quietly(context, &["zypper", "--non-interactive", "refresh"])? {
             return Err(reason(context, "fetching the lists of packages", tail));
         }
         context.tools.stage("installing the packages")?;
+        // For this installation only: what it has locked itself stays locked.
+        let own_locks = tree.open_to_read(LOCKS)?.is_some().then(|| tree.read_text(LOCKS)).transpose()?;
+        lock(&tree, own_locks.as_deref(), &plan.remove)?;
         let mut command = vec!["zypper", "--non-interactive"];
         for argument in install_arguments() {
             command.push(argument);
@@ -108,6 +129,11 @@ impl Backend for Zypper {
             );
             return Err(BuildError::UnknownPackage { name, near, others });
         }
+        match own_locks {
+            Some(text) if !plan.remove.is_empty() => tree.rewrite(LOCKS, &text)?,
+            Some(_) => {}
+            None => tree.remove(LOCKS)?,
+        }
         rpm::inside::settle(context)
     }
 
@@ -126,13 +152,18 @@ impl Backend for Zypper {
     }
 }
 
-/// It has no option for that, neither for one installation nor for a root of one's own.
-fn refuse_removals(plan: &Plan) -> Result<(), BuildError> {
-    match plan.remove.first() {
-        Some(name) => {
-            Err(BuildError::Setting(format!("zypper cannot be told never to choose '{name}': leave the removal out")))
-        }
-        None => Ok(()),
+/// Tells zypper never to choose packages: no option of it does, a list in the root does (zypper(8), "Package Lock Management"). They come
+/// behind those of `own`, which it has already.
+fn lock(tree: &Tree, own: Option<&str>, names: &[String]) -> Result<(), BuildError> {
+    let mut text = own.unwrap_or_default().to_owned();
+    for name in names {
+        // Writing to a String cannot fail. An entry ends with an empty line.
+        let _ = write!(text, "\ntype: package\nmatch_type: exact\ncase_sensitive: on\nsolvable_name: {name}\n");
+    }
+    match own {
+        _ if names.is_empty() => Ok(()),
+        Some(_) => tree.rewrite(LOCKS, &text),
+        None => tree.write_text(LOCKS, &text),
     }
 }
 
@@ -168,6 +199,7 @@ fn choose(context: &mut Context<'_, '_>, places: &Places, wanted: Vec<String>) -
     let arguments: Vec<String> =
         install_arguments().chain(["--download-only"]).map(str::to_owned).chain(wanted).collect();
     let scratch = places.scratch();
+    lock(&Tree::open(&scratch)?, None, &context.plan.remove)?;
     let (mut summary, command) = (Summary::default(), command(places, &scratch, &arguments));
     let (succeeded, tail) = rpm::run(context, &scratch, &mut summary, command, None)?;
     if !succeeded {

@@ -145,7 +145,7 @@ impl Log {
     /// # Errors
     /// It cannot be opened, or is damaged.
     pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
-        Self::over(Database::create(path)?, path.parent().unwrap_or(path).to_owned())
+        Self::over(super::database::open(path, super::database::LOG)?, path.parent().unwrap_or(path).to_owned())
     }
 
     /// The same over a database that is open; whether space is left is asked of the file system of `disk`.
@@ -330,10 +330,13 @@ fn put(transaction: &redb::WriteTransaction, job: &Job) -> Result<(), StoreError
     Ok(())
 }
 
+/// Entries, each with its length on the disk.
+type Measured = Vec<(Entry, usize)>;
+
 /// Entries follow one another, and terms never fall: a hole must not be applied as if it were none.
-fn whole(entries: Vec<Entry>) -> io::Result<Vec<Entry>> {
+fn whole(entries: Measured) -> io::Result<Measured> {
     for pair in entries.windows(2) {
-        let (one, next) = (pair[0].log_id, pair[1].log_id);
+        let (one, next) = (pair[0].0.log_id, pair[1].0.log_id);
         if next.index() != one.index() + 1 || next.committed_leader_id() < one.committed_leader_id() {
             let damage = format!("the log is damaged: entry {next} comes after {one}");
             return Err(io::Error::new(io::ErrorKind::InvalidData, damage));
@@ -358,7 +361,7 @@ fn bounds(range: &impl RangeBounds<u64>) -> (u64, u64) {
 
 impl Log {
     /// The entries from `start` to before `end`, as far as there are.
-    async fn read(&self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
+    async fn read(&self, start: u64, end: u64) -> Result<Measured, io::Error> {
         if start >= end {
             return Ok(Vec::new());
         }
@@ -366,7 +369,7 @@ impl Log {
         // purge removes them, and nobody reads what is being purged.
         let (kept, until) = {
             let memory = self.shared.memory();
-            let kept: Vec<Entry> = memory.tail.range(start..end).map(|(_, (entry, _))| entry.clone()).collect();
+            let kept: Measured = memory.tail.range(start..end).map(|(_, entry)| entry.clone()).collect();
             let until = memory.tail.keys().next().copied().unwrap_or(u64::MAX).min(end);
             (kept, until)
         };
@@ -374,21 +377,30 @@ impl Log {
             return Ok(kept);
         }
         let shared = self.shared.clone();
-        let read = move || -> Result<Vec<Entry>, StoreError> {
+        let read = move || -> Result<Measured, StoreError> {
             let table = shared.database.begin_read()?.open_table(ENTRIES)?;
             let mut entries = Vec::new();
             for item in table.range(start..until)? {
                 let (index, bytes) = item?;
-                entries.push(
-                    entry_from(bytes.value())
-                        .map_err(|error| damaged("entries", &index.value().to_string(), &error))?,
-                );
+                let entry = entry_from(bytes.value())
+                    .map_err(|error| damaged("entries", &index.value().to_string(), &error))?;
+                entries.push((entry, bytes.value().len()));
             }
             Ok(entries)
         };
         let mut entries = tokio::task::spawn_blocking(read).await?.map_err(io::Error::other)?;
         entries.extend(kept);
         Ok(entries)
+    }
+
+    /// The same, without holes.
+    async fn read_whole(&self, start: u64, end: u64) -> Result<Measured, io::Error> {
+        match whole(self.read(start, end).await?) {
+            // The end of the log may have been cut off between what was read from memory and from the disk: a second look tells that
+            // from damage.
+            Err(_) => whole(self.read(start, end).await?),
+            entries => entries,
+        }
     }
 }
 
@@ -398,12 +410,7 @@ impl RaftLogReader<Raft> for Log {
         range: RB,
     ) -> Result<Vec<Entry>, io::Error> {
         let (start, end) = bounds(&range);
-        match whole(self.read(start, end).await?) {
-            // The end of the log may have been cut off between what was read from memory and from the disk: a second look tells that
-            // from damage.
-            Err(_) => whole(self.read(start, end).await?),
-            entries => entries,
-        }
+        Ok(self.read_whole(start, end).await?.into_iter().map(|(entry, _)| entry).collect())
     }
 
     async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {
@@ -412,16 +419,13 @@ impl RaftLogReader<Raft> for Log {
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
         // A follower far behind gets them in pieces.
-        let mut entries = self.try_get_log_entries(start..end.min(start.saturating_add(KEPT as u64))).await?;
+        let entries = self.read_whole(start, end.min(start.saturating_add(KEPT as u64))).await?;
         let mut bytes = 0;
-        for (at, entry) in entries.iter().enumerate() {
-            bytes += entry_bytes(entry).map_err(io::Error::other)?.len();
-            if at > 0 && bytes > PIECE {
-                entries.truncate(at);
-                break;
-            }
-        }
-        Ok(entries)
+        let piece = entries.into_iter().enumerate().take_while(|(at, (_, length))| {
+            bytes += length;
+            *at == 0 || bytes <= PIECE
+        });
+        Ok(piece.map(|(_, (entry, _))| entry).collect())
     }
 }
 

@@ -53,7 +53,7 @@ impl Machine {
     /// # Errors
     /// The database or the directory cannot be opened.
     pub(super) fn open(path: &Path, directory: PathBuf) -> Result<Self, StoreError> {
-        Self::over(Database::create(path)?, directory)
+        Self::over(super::database::open(path, super::database::TABLES)?, directory)
     }
 
     /// The same over a database that is open.

@@ -6,10 +6,12 @@
 mod anew;
 #[cfg(test)]
 mod cuts;
+mod database;
 mod log;
 mod machine;
 mod membership;
 mod network;
+mod rounds;
 mod snapshot;
 #[cfg(test)]
 mod tests;
@@ -33,6 +35,7 @@ use openraft::async_runtime::WatchReceiver as _;
 use openraft::errors::{ClientWriteError, ForwardToLeader, LinearizableReadError, RaftError};
 use openraft::impls::leader_id_std;
 use openraft::{ChangeMembers, Config, Instant as _, ReadPolicy};
+use rounds::Rounds;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -161,6 +164,7 @@ pub struct Replicated {
     number: u64,
     /// When the leader was heard last.
     heard: Mutex<Option<Instant>>,
+    rounds: Rounds,
 }
 
 fn config() -> Config {
@@ -210,7 +214,7 @@ impl Replicated {
         let config = Arc::new(config.validate().map_err(consensus)?);
         let network = network::Network(calls.clone());
         let raft = openraft::Raft::new(number, config, network, log, machine.clone()).await.map_err(consensus)?;
-        let store = Self { raft, machine, calls, number, heard: Mutex::default() };
+        let store = Self { raft, machine, calls, number, heard: Mutex::default(), rounds: Rounds::default() };
         store.recover().await?;
         Ok(store)
     }
@@ -298,12 +302,21 @@ impl Replicated {
     /// # Errors
     /// No majority answers.
     pub async fn linearize(&self) -> Result<(), StoreError> {
+        match tokio::time::timeout(PATIENCE, self.rounds.share(self.ask())).await {
+            Ok(asked) => asked,
+            Err(_) => Err(self.unknown()),
+        }
+    }
+
+    fn unknown(&self) -> StoreError {
+        StoreError::NoLeader(self.standing().no_majority("what is newest is not known"))
+    }
+
+    async fn ask(&self) -> Result<(), StoreError> {
         let until = Instant::now() + PATIENCE;
         loop {
             let asked = tokio::time::timeout(PATIENCE, self.raft.ensure_linearizable(ReadPolicy::ReadIndex)).await;
-            let Ok(asked) = asked else {
-                return Err(StoreError::NoLeader(self.standing().no_majority("what is newest is not known")));
-            };
+            let Ok(asked) = asked else { return Err(self.unknown()) };
             let leader = match asked {
                 Ok(_) => return Ok(()),
                 Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(leader))) => Some(leader),
@@ -333,7 +346,7 @@ impl Replicated {
         match tokio::time::timeout(PATIENCE, self.raft.ensure_linearizable(ReadPolicy::ReadIndex)).await {
             Ok(Ok(read)) => Ok(read.index()),
             Ok(Err(error)) => Err(StoreError::NoLeader(error.to_string())),
-            Err(_) => Err(StoreError::NoLeader(self.standing().no_majority("what is newest is not known"))),
+            Err(_) => Err(self.unknown()),
         }
     }
 

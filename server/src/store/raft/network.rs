@@ -8,6 +8,7 @@ use hyper::body::Frame;
 use moor_api::client::member::MemberConnection;
 use moor_api::client::{Body, ClientError};
 use moor_api::ids::{CollectiveId, MemberId};
+use moor_api::problem::Code;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, VoteRequest, VoteResponse};
@@ -162,7 +163,13 @@ impl Calls {
             connection.patience(limit);
             connection.set_request_id(crate::observe::request_id().as_deref());
             let answer = connection.post(path, body.into(), MAX_ANSWER).await;
-            if !matches!(answer, Err(ClientError::Broken { .. })) {
+            let is_good = match &answer {
+                Err(ClientError::Broken { .. }) => false,
+                // Who this member is to the other one was found when they connected: its clock, or the other's, may have been wrong then.
+                Err(ClientError::Problem(problem)) => problem.code != Code::Forbidden,
+                _ => true,
+            };
+            if is_good {
                 self.put_back(connection).await;
             }
             answer
@@ -304,7 +311,7 @@ pub(super) async fn answer(
 ) -> Result<Vec<u8>, StoreError> {
     match call {
         Call::Append => {
-            let request = AppendEntriesRequest::<Raft>::try_from(parsed::<WireAppend>(body)?)
+            let request = AppendEntriesRequest::<Raft>::try_from(parsed::<WireAppend<Command>>(body)?)
                 .map_err(|error| StoreError::Message(error.to_string()))?;
             answered(&WireAppended::from(raft.append_entries(request).await.map_err(consensus)?))
         }

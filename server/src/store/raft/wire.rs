@@ -115,41 +115,42 @@ impl TryFrom<WireStored> for StoredMembership {
     }
 }
 
+/// `C` is a command: one that is read, or borrowed to be written.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum WirePayload {
+enum WirePayload<C> {
     Blank,
-    Command(Box<Command>),
+    Command(C),
     Membership(WireMembership),
 }
 
 /// An entry of the log.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct WireEntry {
+pub(super) struct WireEntry<C> {
     version: u32,
     id: WireLogId,
-    payload: WirePayload,
+    payload: WirePayload<C>,
 }
 
-impl From<&Entry> for WireEntry {
-    fn from(entry: &Entry) -> Self {
+impl<'a> From<&'a Entry> for WireEntry<&'a Command> {
+    fn from(entry: &'a Entry) -> Self {
         let payload = match &entry.payload {
             EntryPayload::Blank => WirePayload::Blank,
-            EntryPayload::Normal(command) => WirePayload::Command(Box::new(command.clone())),
+            EntryPayload::Normal(command) => WirePayload::Command(command),
             EntryPayload::Membership(membership) => WirePayload::Membership(membership.into()),
         };
         Self { version: VERSION, id: entry.log_id.into(), payload }
     }
 }
 
-impl WireEntry {
+impl WireEntry<Command> {
     fn into_entry(self) -> Result<Entry, WireError> {
         if self.version != VERSION {
             return Err(WireError::Version(self.version));
         }
         let payload = match self.payload {
             WirePayload::Blank => EntryPayload::Blank,
-            WirePayload::Command(command) => EntryPayload::Normal(*command),
+            WirePayload::Command(command) => EntryPayload::Normal(command),
             WirePayload::Membership(membership) => EntryPayload::Membership(membership.try_into()?),
         };
         Ok(Entry { log_id: self.id.into(), payload })
@@ -158,15 +159,15 @@ impl WireEntry {
 
 /// `POST /member/v1/append`.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct WireAppend {
+pub(super) struct WireAppend<C> {
     vote: WireVote,
     previous: Option<WireLogId>,
     commit: Option<WireLogId>,
-    entries: Vec<WireEntry>,
+    entries: Vec<WireEntry<C>>,
 }
 
-impl From<&AppendEntriesRequest<Raft>> for WireAppend {
-    fn from(request: &AppendEntriesRequest<Raft>) -> Self {
+impl<'a> From<&'a AppendEntriesRequest<Raft>> for WireAppend<&'a Command> {
+    fn from(request: &'a AppendEntriesRequest<Raft>) -> Self {
         Self {
             vote: (&request.vote).into(),
             previous: request.prev_log_id.map(Into::into),
@@ -176,9 +177,9 @@ impl From<&AppendEntriesRequest<Raft>> for WireAppend {
     }
 }
 
-impl TryFrom<WireAppend> for AppendEntriesRequest<Raft> {
+impl TryFrom<WireAppend<Command>> for AppendEntriesRequest<Raft> {
     type Error = WireError;
-    fn try_from(wire: WireAppend) -> Result<Self, WireError> {
+    fn try_from(wire: WireAppend<Command>) -> Result<Self, WireError> {
         Ok(Self {
             vote: wire.vote.into(),
             prev_log_id: wire.previous.map(Into::into),
@@ -318,5 +319,5 @@ pub(super) fn entry_bytes(entry: &Entry) -> Result<Vec<u8>, WireError> {
 }
 
 pub(super) fn entry_from(bytes: &[u8]) -> Result<Entry, WireError> {
-    serde_json::from_slice::<WireEntry>(bytes)?.into_entry()
+    serde_json::from_slice::<WireEntry<Command>>(bytes)?.into_entry()
 }

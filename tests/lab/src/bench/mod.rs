@@ -6,13 +6,17 @@
 
 mod boots;
 mod build;
+mod etcd;
 mod faults;
+mod join;
+mod load;
 mod measure;
 mod mounts;
 mod pack;
 mod pairs;
 mod reads;
 mod root;
+mod store;
 mod storm;
 mod sweep;
 mod table;
@@ -50,7 +54,7 @@ impl Lab<'_> {
 pub type Maker = fn(&Lab<'_>) -> anyhow::Result<Table>;
 
 /// All tables by name, in the order in which they run.
-pub const TABLES: [(&str, Maker); 8] = [
+pub const TABLES: [(&str, Maker); 10] = [
     ("pack", pack::table),
     ("pack-15", pack::releases),
     ("memory", pack::memory),
@@ -59,4 +63,6 @@ pub const TABLES: [(&str, Maker); 8] = [
     ("faults", faults::table),
     ("prefetch", boots::table),
     ("storm", storm::table),
+    ("store", store::table),
+    ("join", join::table),
 ];

@@ -374,9 +374,15 @@ fn reason(context: &Context<'_, '_>, doing: &str, tail: Tail) -> BuildError {
     if let Some((address, reason)) = unreachable(plan, &tail) {
         return BuildError::Unreachable { address, reason };
     }
-    // "  - nothing provides X needed by Y" stands below "Problem: conflicting requests".
-    let conflict = tail.lines().find_map(|line| line.trim_start().strip_prefix("- "));
-    let reason = conflict.map_or_else(|| tail.reason(), str::to_owned);
+    // "  - nothing provides X needed by Y" stands below "Problem: conflicting requests", and "  - conflicting requests" below
+    // "Problem: package Y requires X, but none of the providers can be installed".
+    let said = |line: &str| -> Option<String> {
+        let line = line.trim_start();
+        let what = line.strip_prefix("- ").or_else(|| Some(line.strip_prefix("Problem")?.split_once(": ")?.1))?;
+        (what != "conflicting requests").then(|| what.to_owned())
+    };
+    let conflict = tail.lines().find_map(said);
+    let reason = conflict.unwrap_or_else(|| tail.reason());
     BuildError::tool(doing, &reason, tail, context.work.tree())
 }
 
