@@ -83,5 +83,5 @@ fn every_node_boots_while_members_are_killed() -> anyhow::Result<()> {
 #[test]
 #[ignore = "some minutes: make test-full"]
 fn two_hundred_nodes_boot_while_a_member_is_killed_every_20_s() -> anyhow::Result<()> {
-    all_boot(200, Duration::from_secs(60), Duration::from_secs(20))
+    all_boot(200, Duration::from_mins(1), Duration::from_secs(20))
 }

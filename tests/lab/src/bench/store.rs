@@ -198,9 +198,9 @@ fn many_nodes(lab: &Lab<'_>, runtime: &Runtime, table: &mut Table) -> anyhow::Re
         let mut seconds = Vec::new();
         for _ in 0..PAIRS {
             if is_killed {
-                collective.kill(0)
+                collective.kill(0);
             } else {
-                collective.stop(0)
+                collective.stop(0);
             }
             let began = Instant::now();
             collective.start(0)?;
