@@ -284,19 +284,24 @@ fn a_damaged_entry_is_not_used(kitchen: &Kitchen) {
     assert_eq!(names(&base), Vec::<String>::new());
 }
 
+/// Too small for the lists of packages, and too small for the packages.
 #[test]
 fn a_full_disk_is_one_line() {
-    let work = scratch();
-    // Gone with the namespace, whatever happens.
-    let script = format!(
-        "mount -t tmpfs -o size=20m none {0} && {1} build --no-cache --minimal {0}/tree; code=$?; ls -A {0}; exit $code",
-        work.path().display(),
-        env!("CARGO_BIN_EXE_imgutil")
-    );
-    let output = tied("unshare").args(["-m", "sh", "-c", &script]).output().unwrap();
-    let line = error(&output, 1);
-    assert!(line.contains("is full: make room there, or build elsewhere"), "{line}");
-    assert_eq!(text(&output.stdout), "", "nothing is left");
+    for (size, says) in
+        [("20m", " MiB free, too few to begin"), ("160m", "' is full: make room there, or build elsewhere")]
+    {
+        let work = scratch();
+        // Gone with the namespace, whatever happens.
+        let script = format!(
+            "mount -t tmpfs -o size={size} none {0} && {1} build --no-cache --minimal {0}/tree; code=$?; ls -A {0}; exit $code",
+            work.path().display(),
+            env!("CARGO_BIN_EXE_imgutil")
+        );
+        let output = tied("unshare").args(["-m", "sh", "-c", &script]).output().unwrap();
+        let line = error(&output, 1);
+        assert!(line.contains(says), "{line}");
+        assert_eq!(text(&output.stdout), "", "nothing is left");
+    }
 }
 
 #[test]

@@ -128,15 +128,7 @@ impl Trust {
 }
 
 fn members_of(bundle: &SiteBundle, clock: &Arc<OwnClock>) -> Result<Arc<ClientConfig>, String> {
-    let mut config =
-        member_tls_config_at(bundle, None, clock.clone(), provider()).map_err(|error| error.to_string())?;
-    give_out_keys(&mut config);
-    Ok(Arc::new(config))
-}
-
-/// After the handshake the reader decrypts by itself ([`crate::reader`]).
-fn give_out_keys(config: &mut ClientConfig) {
-    config.enable_secret_extraction = true;
+    member_tls_config_at(bundle, None, clock.clone(), provider()).map(Arc::new).map_err(|error| error.to_string())
 }
 
 fn issued_under(pem: &[u8], clock: &Arc<OwnClock>) -> Result<Arc<ClientConfig>, String> {
@@ -154,6 +146,5 @@ fn issued_under(pem: &[u8], clock: &Arc<OwnClock>) -> Result<Arc<ClientConfig>, 
         .with_root_certificates(roots)
         .with_no_client_auth();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    give_out_keys(&mut config);
     Ok(Arc::new(config))
 }

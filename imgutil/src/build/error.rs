@@ -239,6 +239,18 @@ pub enum BuildError {
     /// No room.
     #[error("the file system of '{0}' is full: make room there, or build elsewhere")]
     Full(PathBuf),
+    /// Too little room to begin.
+    #[error(
+        "the file system of '{place}' has {free} MiB free, too few to begin (at least {least}): make room there, or build elsewhere"
+    )]
+    NoRoom {
+        /// Where it is to be built.
+        place: PathBuf,
+        /// MiB that are free there.
+        free: u64,
+        /// MiB that have to be.
+        least: u64,
+    },
     /// A tool failed in another way.
     #[error("{doing} failed: {reason}")]
     Tool {

@@ -325,11 +325,7 @@ impl Attempt {
 
     /// The next bytes of an answer.
     async fn take(&mut self, answer: &mut Answer, size: usize) -> Result<Vec<u8>, Fault> {
-        let bytes = self.member.take_into(answer, size, self.inner.buffers.get(size)).await?;
-        if matches!(self.need, Need::Chunks(..)) {
-            self.inner.counts.fetched.fetch_add(1, Ordering::Relaxed);
-        }
-        Ok(bytes)
+        self.member.take_into(answer, size, self.inner.buffers.get(size)).await
     }
 
     /// The length of a chunk in the file.
@@ -381,6 +377,8 @@ impl Attempt {
         bytes: Vec<u8>,
         sealed: Option<Vec<u8>>,
     ) -> Result<Item, Fault> {
+        // Here, because of two that came together the first may be dropped while the second is still on its way.
+        self.inner.counts.fetched.fetch_add(1, Ordering::Relaxed);
         let landed = match opened {
             Ok(()) => {
                 self.inner.counts.verified.fetch_add(1, Ordering::Relaxed);

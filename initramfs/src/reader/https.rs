@@ -27,14 +27,17 @@ struct Shared {
 impl Https {
     /// Nothing is connected yet.
     #[must_use]
-    pub fn new(address: Address, tls: Arc<ClientConfig>) -> Self {
-        Self { shared: Arc::new(Shared { address, tls }) }
+    pub fn new(address: Address, tls: &ClientConfig) -> Self {
+        let mut tls = tls.clone();
+        // After the handshake the reader decrypts by itself (`record`).
+        tls.enable_secret_extraction = true;
+        Self { shared: Arc::new(Shared { address, tls: Arc::new(tls) }) }
     }
 
     /// The ways to all `addresses`.
     #[must_use]
     pub fn all(addresses: Vec<Address>, tls: &Arc<ClientConfig>) -> Vec<Box<dyn Path>> {
-        addresses.into_iter().map(|address| Box::new(Self::new(address, tls.clone())) as Box<dyn Path>).collect()
+        addresses.into_iter().map(|address| Box::new(Self::new(address, tls)) as Box<dyn Path>).collect()
     }
 }
 

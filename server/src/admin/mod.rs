@@ -89,9 +89,15 @@ async fn authorize(
 }
 
 /// What is read is at least as new as all that was acknowledged anywhere before. Without a majority it is what this member knows, and the
-/// answer says why.
+/// answer says why. Changes read too, which nodes a range means for one: they wait for the same, and without a majority are not begun.
 async fn up_to_date(State(member): State<Arc<Member>>, request: Request, next: Next) -> Response {
-    let stale = if request.method() == Method::GET { may_be_stale(&member).await } else { None };
+    if request.method() != Method::GET {
+        return match member.store.linearize().await {
+            Ok(()) => next.run(request).await,
+            Err(error) => Failure(error.into()).into_response(),
+        };
+    }
+    let stale = may_be_stale(&member).await;
     let mut response = next.run(request).await;
     if let Some(why) = stale {
         response.headers_mut().insert(STALE, why);

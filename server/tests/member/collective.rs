@@ -6,6 +6,7 @@ use moor_api::admin::{CollectiveView, DefineNodes, InviteRequest, MemberRequest}
 use moor_api::client::ClientError;
 use moor_api::node::Stage;
 use moor_api::problem::Code;
+use nix::sys::signal::Signal;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -171,6 +172,26 @@ async fn three_members_agree_also_when_the_leader_dies() -> anyhow::Result<()> {
     knows(&members[at], &["a", "b", "c"]).await?;
     let listed = view(&members[at]).await?;
     assert_eq!(listed.members.iter().map(|member| member.votes).collect::<Vec<_>>(), [true, true, true]);
+    Ok(())
+}
+
+/// Which nodes a change is of is read as late as what is shown: a member that lags behind does not say of a node that another member has just
+/// acknowledged that there is none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_knows_what_was_acknowledged_anywhere_before() -> anyhow::Result<()> {
+    let members = three().await?;
+    let leader = usize::try_from(view(&members[0]).await?.leader.context("a leader")? - 1)?;
+    let lagging = &members[(leader + 1) % 3];
+    for name in ["a", "b", "c", "d", "e"] {
+        // It wakes up with the question before it, and the change that it has missed still on its way.
+        lagging.signal(Signal::SIGSTOP)?;
+        define(&members[leader], name).await?;
+        let wake = async {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            lagging.signal(Signal::SIGCONT)
+        };
+        tokio::try_join!(lagging.arm(name, "once"), wake)?;
+    }
     Ok(())
 }
 

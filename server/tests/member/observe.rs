@@ -1,6 +1,6 @@
 //! Metrics and health of a real member.
 
-use crate::collective::{invite, knows, text};
+use crate::collective::{invite, knows, text, until};
 use crate::support::{Machine, Member};
 use anyhow::ensure;
 use moor_api::node::Stage;
@@ -83,7 +83,12 @@ async fn a_member_says_how_it_is() -> anyhow::Result<()> {
     ] {
         assert_eq!(before.get(name).map(String::as_str), Some(value), "{name}: {before:?}");
     }
-    assert_eq!(before["moord_log_last_index"], before["moord_log_applied_index"]);
+    // What was written last may not be applied yet.
+    until(&member, "the log is not applied", async || {
+        let now = samples(&member.admin().await?.metrics().await?);
+        Ok(now["moord_log_last_index"] == now["moord_log_applied_index"])
+    })
+    .await?;
     let number = |samples: &BTreeMap<String, String>, name: &str| samples[name].parse::<u64>().unwrap();
     assert!(number(&before, "moord_state_free_bytes") > 0);
     assert_eq!(admin.nodes(None).await?.len(), 2);

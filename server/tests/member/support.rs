@@ -20,6 +20,7 @@ use moor_api::trust::SiteBundle;
 use moor_image::{Dek, Metadata, Payload, SealOptions, Sealer};
 use moord::store::Replicated;
 use moord::store::raft::{Calls, FOUNDER, Places};
+use nix::sys::signal::Signal;
 use std::collections::BTreeMap;
 use std::io::{Cursor, Write as _};
 use std::net::TcpListener;
@@ -175,11 +176,16 @@ impl Member {
         }
     }
 
+    /// Sends it a signal.
+    pub(crate) fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        let pid = i32::try_from(self.pid().context("not running")?)?;
+        Ok(nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal)?)
+    }
+
     /// SIGTERM; true when it ended well and in time.
     pub(crate) fn terminate(&mut self) -> anyhow::Result<bool> {
+        self.signal(Signal::SIGTERM)?;
         let mut child = self.child.take().context("not running")?;
-        let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
         let end = Instant::now() + TIMEOUT;
         while Instant::now() < end {
             if let Some(status) = child.try_wait()? {

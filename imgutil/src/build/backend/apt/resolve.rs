@@ -19,6 +19,10 @@ pub(super) const TOOL: &str = "/usr/bin/apt-get";
 /// The package that says that /bin is a link to /usr/bin: where an archive has it, its releases are made so.
 const MERGED: &str = "usr-is-merged";
 
+/// MiB that are free before the lists are fetched; Debian's take some 70. Where the disk becomes full while apt 2.6 unpacks one, it waits for ever
+/// now and then: it and all that it has started wait for each other.
+const ROOM: u64 = 128;
+
 /// The lists as fetched.
 fn lists(work: &WorkDir) -> PathBuf {
     work.indexes().join("lists")
@@ -40,6 +44,11 @@ pub(super) fn update(context: &mut Context<'_, '_>) -> Result<(), BuildError> {
     let failed = |error| BuildError::io("prepare", &directory, error);
     if lists(context.work).exists() {
         return Ok(());
+    }
+    let room = rustix::fs::statvfs(&directory).map_err(|error| failed(error.into()))?;
+    let free = room.f_bavail.saturating_mul(room.f_frsize) >> 20;
+    if free < ROOM {
+        return Err(BuildError::NoRoom { place: directory, free, least: ROOM });
     }
     for name in ["lists/partial", "cache/archives/partial"] {
         std::fs::create_dir_all(directory.join(name)).map_err(failed)?;
