@@ -34,6 +34,7 @@ fn check(made_by: Initramfs, update: &str, list: &str, parts: &[&str]) -> anyhow
 }
 
 #[test]
+#[ignore = "two minutes: `make test-full` runs it"]
 fn the_script_of_a_kernel_package_makes_an_initramfs_that_needs_no_disk() -> anyhow::Result<()> {
     check(Initramfs::InitramfsTools, SCRIPT, "lsinitramfs", &["scripts/moor", "scripts/panic/moor"])
 }
