@@ -20,7 +20,7 @@ use crate::store::{Command, Outcome, Replicated, Snapshot, Store as _, StoreErro
 use crate::traces::Traces;
 use anyhow::Context as _;
 use moor_api::client::tls::peer_tls_config;
-use moor_api::ids::{CollectiveId, MemberId, Sha256Digest};
+use moor_api::ids::{CollectiveId, Sha256Digest};
 use moor_api::node::MemberEndpoint;
 use moor_api::problem::Problem;
 use moor_api::trust::SiteBundle;
@@ -103,18 +103,10 @@ pub async fn init(config: &Config, addresses: Vec<String>) -> anyhow::Result<Ide
     let keys = config.prepare()?;
     let site =
         SiteRecord { collective: CollectiveId::random(), name: config.name.clone(), bundle_version: 1, created: now() };
-    let identity = Identity { number: FOUNDER, id: MemberId::random(), name, addresses, site: site.clone() };
+    let founder = MemberRecord::only(name.clone(), config.urls.clone());
+    let identity = Identity { number: FOUNDER, id: founder.id, name, addresses, site: site.clone() };
     Authority::create(&keys, site.collective, &site.name)?;
     DataKey::create(&keys.join("data.key"))?;
-    let founder = MemberRecord {
-        id: identity.id,
-        name: identity.name.clone(),
-        urls: config.urls.clone(),
-        voter: true,
-        invite: None,
-        removed: false,
-        replaces: None,
-    };
     let Connections { calls, .. } = connections(config, &keys, &identity)?;
     let store = Replicated::open(&config.store(), FOUNDER, calls).await.context("making the store")?;
     store.found(founder.peer()).await.context("making the collective")?;

@@ -29,6 +29,13 @@
 //!
 //! `GET /public/images/DIGEST` (ranges) and `GET /public/boot/PROFILE/{kernel,initramfs,site.cpio}` (and [`BOOT_LOADERS`]) need no token.
 
+mod collective;
+
+pub use collective::{
+    BackupRequest, CollectiveMember, CollectiveView, ContentBlob, ContentView, InviteRequest, Invited, MIN_PASSPHRASE,
+    MemberRequest, ReplaceRequest,
+};
+
 use crate::ids::{
     BootId, CollectiveId, DeploymentId, HwAddr, ImageDigest, ImageName, MemberId, NodeId, NodeName, ProfileName,
     Sha256Digest,
@@ -60,102 +67,6 @@ pub struct SiteInfo {
     pub bundle: SiteBundle,
     /// The `@cert-authority` line for an administrator's `known_hosts`.
     pub known_hosts: Vec<String>,
-}
-
-/// The collective, as one member sees it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CollectiveView {
-    /// The member that answers.
-    pub number: u64,
-    /// The leader, if this member knows one.
-    pub leader: Option<u64>,
-    /// Term of the leader's election.
-    pub term: u64,
-    /// Newest entry of the answering member's log.
-    pub last: u64,
-    /// Newest entry that it has applied.
-    pub applied: u64,
-    /// Whether a majority answers, as far as this member can tell.
-    pub majority: bool,
-    /// All members, by number.
-    pub members: Vec<CollectiveMember>,
-    /// Invitations that were not used: name, and until when (Unix seconds).
-    pub invitations: Vec<(String, u64)>,
-}
-
-/// A member of the collective.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CollectiveMember {
-    /// Its number.
-    pub number: u64,
-    /// Its id.
-    pub id: MemberId,
-    /// Its name.
-    pub name: String,
-    /// Where it is reached.
-    pub urls: Vec<String>,
-    /// Whether it votes now.
-    pub votes: bool,
-    /// Whether it is to vote: it does once it has caught up.
-    pub voter: bool,
-    /// How far its log is; known where the leader answers.
-    pub last: Option<u64>,
-}
-
-/// Asks for an invitation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct InviteRequest {
-    /// Name of the member to be.
-    pub name: String,
-    /// Whether it will vote.
-    pub voter: bool,
-    /// For how many seconds it is good.
-    pub lifetime: u64,
-}
-
-/// Asks for an invitation to take another member's place.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ReplaceRequest {
-    /// Name or number of the member that goes. It is removed once the new one holds its place.
-    pub member: String,
-    /// Name of the member to be; it may be the same.
-    pub name: String,
-    /// For how many seconds it is good.
-    pub lifetime: u64,
-}
-
-/// Characters that the passphrase of a backup has at least: who has the file may try as many as he likes.
-pub const MIN_PASSPHRASE: usize = 12;
-
-/// Asks for a backup. No `Debug`; the passphrase is wiped.
-#[derive(Default, Serialize, Deserialize)]
-pub struct BackupRequest {
-    /// What the backup is encrypted under; none: it is redacted.
-    #[serde(default)]
-    pub passphrase: Option<String>,
-}
-
-impl Drop for BackupRequest {
-    fn drop(&mut self) {
-        use zeroize::Zeroize as _;
-        self.passphrase.zeroize();
-    }
-}
-
-/// An invitation. It is a secret until it is used.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Invited {
-    /// What the new member is given.
-    pub invitation: String,
-    /// Until when it is good, Unix seconds.
-    pub expires: u64,
-}
-
-/// Names a member.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MemberRequest {
-    /// Its name, or its number.
-    pub member: String,
 }
 
 /// Defines nodes; attributes are common to all.
@@ -394,33 +305,6 @@ pub struct ImageView {
     pub os: Option<String>,
     /// Nodes pinned to it.
     pub pins: u64,
-}
-
-/// Which member has which content.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ContentView {
-    /// So many members hold an image before nodes are offered it.
-    pub copies: u64,
-    /// Names of the members.
-    pub members: Vec<String>,
-    /// Those that did not answer: what they have is not known.
-    pub silent: Vec<String>,
-    /// All content that records name.
-    pub blobs: Vec<ContentBlob>,
-}
-
-/// One blob.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ContentBlob {
-    /// Its SHA-256.
-    pub blob: Sha256Digest,
-    /// What it is.
-    pub of: String,
-    /// Names of the members that have it.
-    pub members: Vec<String>,
-    /// For the blob of an image: whether nodes are offered it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub offered: Option<bool>,
 }
 
 /// Makes the working directory of a new profile from a shipped one, or from another one that is there.

@@ -26,15 +26,17 @@ impl Line {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Puts the line in front of these changes: into the one, or before all of several.
-    pub(super) async fn before(&self, member: &Member, changes: &mut [Command]) -> Result<(), Problem> {
-        let Some(entry) = self.take() else { return Ok(()) };
-        if let [change] = changes {
-            let alone = std::mem::replace(change, Command::NextCertificate);
-            *change = Command::Audited { entry, change: Box::new(alone) };
-            return Ok(());
+    /// These changes with the line in front of them: in the one, or written before several.
+    pub(super) async fn before(&self, member: &Member, mut changes: Vec<Command>) -> Result<Vec<Command>, Problem> {
+        let Some(entry) = self.take() else { return Ok(changes) };
+        match changes.pop() {
+            Some(change) if changes.is_empty() => changes.push(Command::Audited { entry, change: Box::new(change) }),
+            last => {
+                changes.extend(last);
+                member.propose(Command::Audit { entry }).await?;
+            }
         }
-        member.propose(Command::Audit { entry }).await.map(drop)
+        Ok(changes)
     }
 }
 

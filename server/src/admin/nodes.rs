@@ -203,8 +203,8 @@ async fn propose_all(
     changes: Vec<(NodeName, Command)>,
 ) -> Result<Json<Changed>, Failure> {
     let mut changed = Changed { nodes: Vec::new(), refused: BTreeMap::new() };
-    let (names, mut commands): (Vec<_>, Vec<_>) = changes.into_iter().unzip();
-    line.before(member, &mut commands).await?;
+    let (names, commands): (Vec<_>, Vec<_>) = changes.into_iter().unzip();
+    let commands = line.before(member, commands).await?;
     let mut outcomes = stream::iter(names.into_iter().zip(commands))
         .map(|(name, command)| async move { (name, member.store.propose(command).await) })
         .buffered(AT_A_TIME);

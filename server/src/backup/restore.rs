@@ -13,7 +13,7 @@ use crate::store::raft::{Calls, Survivor};
 use crate::store::records::MemberRecord;
 use crate::store::{Command, Outcome, Store as _};
 use anyhow::{Context as _, bail, ensure};
-use moor_api::ids::{MemberId, Sha256Digest};
+use moor_api::ids::Sha256Digest;
 use serde::Serialize;
 use std::fs::File;
 use std::io::Read as _;
@@ -82,15 +82,7 @@ async fn make(
     addresses: Vec<String>,
     blobs: Option<PathBuf>,
 ) -> anyhow::Result<Restored> {
-    let member = MemberRecord {
-        id: MemberId::random(),
-        name: name.clone(),
-        urls: config.urls.clone(),
-        voter: true,
-        invite: None,
-        removed: false,
-        replaces: None,
-    };
+    let member = MemberRecord::only(name.clone(), config.urls.clone());
     let id = member.id;
     let survivor = Survivor::open(&config.store()).context("making the store")?;
     let (store, number) = survivor.restore(tables, member.peer(), Calls::to_nobody()?).await?;

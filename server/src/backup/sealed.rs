@@ -241,11 +241,14 @@ impl<R: Read> Decrypting<R> {
         self.piece.clear();
         self.given = 0;
         (&mut self.input).take((PIECE + TAG) as u64).read_to_end(&mut self.piece)?;
-        self.is_last = self.input.fill_buf()?.is_empty();
+        let is_last = self.input.fill_buf()?.is_empty();
         let at = (HEADER + MAC) as u64 + self.number * (PIECE + TAG) as u64;
-        let opened = self.key.open_in_place(nonce(self.number, self.is_last), Aad::empty(), &mut self.piece);
-        let length = opened.map_err(|_| wrong(SealedError::Damaged(at)))?.len();
-        self.piece.truncate(length);
+        let opened = self.key.open_in_place(nonce(self.number, is_last), Aad::empty(), &mut self.piece);
+        let length = opened.map(|plain| plain.len());
+        // Of one that does not open nothing is given out, and no end, also to who reads on after the error.
+        self.piece.truncate(*length.as_ref().unwrap_or(&0));
+        length.map_err(|_| wrong(SealedError::Damaged(at)))?;
+        self.is_last = is_last;
         self.number += 1;
         Ok(())
     }
@@ -344,6 +347,18 @@ mod tests {
         }
         for length in [first, first + 1, first + piece - 1, first + piece, first + 2 * piece, file.len() - 1] {
             assert!(opened(&file[..length], ours()).is_err(), "cut to {length}");
+        }
+        // Who goes on after the error gets nothing either.
+        for at in [first, file.len() - 1] {
+            let mut altered = file.clone();
+            altered[at] ^= 1;
+            let mut reader = Decrypting::over(BufReader::new(&altered[first..]), ours().pieces);
+            while let Ok(count) = reader.read(&mut [0; 1000]) {
+                assert!(count > 0, "byte {at}: an end");
+            }
+            for _ in 0..4 {
+                assert!(reader.read(&mut [0; 1000]).is_err(), "byte {at}");
+            }
         }
         let exchanged = [&file[..first], &file[first + piece..first + 2 * piece], &file[first..first + piece]].concat();
         assert!(opened(&exchanged, ours()).is_err());

@@ -8,7 +8,7 @@ use crate::store::raft::{Calls, Peer, Survivor};
 use crate::store::records::MemberRecord;
 use crate::store::{Command, Outcome, Store as _};
 use anyhow::{Context as _, bail, ensure};
-use moor_api::ids::{MemberId, Sha256Digest};
+use moor_api::ids::Sha256Digest;
 use std::collections::BTreeMap;
 
 /// What there is to go on with, and what is not.
@@ -79,16 +79,8 @@ impl Recovery {
     /// The store is damaged, or failed.
     pub async fn go_on(self, config: &Config) -> anyhow::Result<Identity> {
         let Self { survivor, mut identity, others } = self;
-        identity.id = MemberId::random();
-        let member = MemberRecord {
-            id: identity.id,
-            name: identity.name.clone(),
-            urls: config.urls.clone(),
-            voter: true,
-            invite: None,
-            removed: false,
-            replaces: None,
-        };
+        let member = MemberRecord::only(identity.name.clone(), config.urls.clone());
+        identity.id = member.id;
         let (store, number) = survivor.begin_anew(member.peer(), Calls::to_nobody()?).await?;
         let begun = store.propose(Command::Anew { number, member }).await;
         store.close().await;

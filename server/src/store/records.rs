@@ -48,6 +48,12 @@ pub struct MemberRecord {
 }
 
 impl MemberRecord {
+    /// The only member of a collective that begins.
+    #[must_use]
+    pub fn only(name: String, urls: Vec<String>) -> Self {
+        Self { id: MemberId::random(), name, urls, voter: true, invite: None, removed: false, replaces: None }
+    }
+
     /// As the membership names it.
     #[must_use]
     pub fn peer(&self) -> Peer {

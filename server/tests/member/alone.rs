@@ -4,24 +4,12 @@ use crate::collective::{define, invite, text, three, until, voters};
 use crate::support::{Machine, Member, refusal};
 use anyhow::{Context as _, ensure};
 use moor_api::admin::SetAttributes;
-use moor_api::node::{HostCertificateRequest, KeyRequest, Stage, StageClosed, StatusReport};
+use moor_api::node::{HostCertificateRequest, KeyRequest, Stage, StageClosed};
 use moor_api::problem::Code;
 use moord::store::{Store as _, tables};
 use ssh_key::rand_core::OsRng;
 use ssh_key::{Algorithm, PrivateKey};
-use std::collections::BTreeMap;
 use std::time::Duration;
-
-fn status(machine: &Machine, sequence: u64, state: &str) -> StatusReport {
-    StatusReport {
-        boot: machine.boot,
-        sequence,
-        state: state.into(),
-        detail: String::new(),
-        uptime_ms: sequence * 1000,
-        figures: BTreeMap::new(),
-    }
-}
 
 fn hash() -> String {
     format!("$6$salt${}", "a".repeat(86))
@@ -42,7 +30,7 @@ async fn known_node(member: &Member) -> anyhow::Result<Machine> {
     while let Err(error) = connection.image().await {
         ensure!(error.is_transient(), "{error}");
     }
-    connection.status(&status(&machine, 1, "first")).await?;
+    connection.status(&machine.report(1, "first")).await?;
     connection.stage_closed(&StageClosed { boot: machine.boot }).await?;
     Ok(machine)
 }
@@ -60,13 +48,13 @@ async fn a_known_node_boots_without_a_majority_and_its_reports_are_delivered_onc
     assert_eq!(config.secrets.context("no secrets")?.root_password_hash, Some(hash()));
     let offer = boot.image().await?;
     boot.image_key(&KeyRequest { digest: offer.digest }).await?;
-    boot.status(&status(&machine, 1, "image")).await?;
+    boot.status(&machine.report(1, "image")).await?;
     // What is kept survives the member.
     first.kill();
     first.run()?;
     let mut boot = machine.connect().await?;
     machine.log_in(&mut boot, Stage::Boot).await?;
-    boot.status(&status(&machine, 2, "switch-root")).await?;
+    boot.status(&machine.report(2, "switch-root")).await?;
     boot.stage_closed(&StageClosed { boot: machine.boot }).await?;
     assert_eq!(refusal(boot.image().await).0, Code::StageClosed, "the stage is over here and now");
     let mut run = machine.connect().await?;
@@ -75,8 +63,8 @@ async fn a_known_node_boots_without_a_majority_and_its_reports_are_delivered_onc
     let keys = vec![key.public_key().to_openssh()?];
     let certificates = run.host_certificates(&HostCertificateRequest { public_keys: keys }).await?;
     assert_eq!(certificates.certificates.len(), 1);
-    run.status(&status(&machine, 3, "booted")).await?;
-    run.status(&status(&machine, 3, "booted")).await?;
+    run.status(&machine.report(3, "booted")).await?;
+    run.status(&machine.report(3, "booted")).await?;
     // What is new waits for the others: changes, and machines that nobody knows.
     assert_eq!(refusal(define(&first, "n2").await).0, Code::NoMajority);
     assert_eq!(first.states("n1").await?, ["pending", "first"]);
@@ -85,7 +73,7 @@ async fn a_known_node_boots_without_a_majority_and_its_reports_are_delivered_onc
     until(&first, "the reports are not delivered", async || Ok(first.states("n1").await? == wanted)).await?;
     // To all.
     until(&second, "they are not everywhere", async || Ok(second.states("n1").await? == wanted)).await?;
-    run.status(&status(&machine, 4, "later")).await?;
+    run.status(&machine.report(4, "later")).await?;
     assert_eq!(first.states("n1").await?.last().map(String::as_str), Some("later"));
     let view = &first.admin().await?.nodes(Some("n1")).await?[0];
     assert_eq!((view.pin, view.attributes["deployment.profile"].as_str()), (Some(offer.digest), "p"));
@@ -134,7 +122,7 @@ async fn a_member_that_is_cut_off_stops_giving_secrets_and_then_answering() -> a
     })
     .await?;
     // It still answers.
-    boot.status(&status(&machine, 1, "image")).await?;
+    boot.status(&machine.report(1, "image")).await?;
     until(&first, "it answers for ever", async || boot_refused(&machine).await).await?;
     // Started anew it knows no better.
     first.kill();

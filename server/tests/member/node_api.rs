@@ -32,14 +32,7 @@ async fn armed() -> anyhow::Result<(Member, Machine)> {
 }
 
 fn status(machine: &Machine, sequence: u64, state: &str) -> StatusReport {
-    StatusReport {
-        boot: machine.boot,
-        sequence,
-        state: state.into(),
-        detail: String::new(),
-        uptime_ms: 1234,
-        figures: [("image.bytes_fetched".to_owned(), 5)].into(),
-    }
+    StatusReport { figures: [("image.bytes_fetched".to_owned(), 5)].into(), ..machine.report(sequence, state) }
 }
 
 #[tokio::test]

@@ -13,7 +13,7 @@ use moor_api::client::tls::member_tls_config;
 use moor_api::ids::{BootId, NodeId};
 use moor_api::node::{
     EnrollMethod, EnrollReply, EnrollRequest, Hello, HelloReply, KnownNode, NextStep, SessionProof, SessionReply,
-    SessionRequest, Stage,
+    SessionRequest, Stage, StatusReport,
 };
 use moor_api::proof::{Proof, Purpose};
 use moor_api::trust::SiteBundle;
@@ -344,6 +344,18 @@ pub(crate) fn soft_key() -> anyhow::Result<EcdsaKeyPair> {
 }
 
 impl Machine {
+    /// What it says of its boot.
+    pub(crate) fn report(&self, sequence: u64, state: &str) -> StatusReport {
+        StatusReport {
+            boot: self.boot,
+            sequence,
+            state: state.into(),
+            detail: String::new(),
+            uptime_ms: 1234,
+            figures: BTreeMap::new(),
+        }
+    }
+
     pub(crate) async fn new(member: &Member) -> anyhow::Result<Self> {
         let bundle = member.site().await?.bundle;
         Ok(Self {

@@ -12,6 +12,7 @@ use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 /// A unit that fails and says so, in the way of an administrator who mistyped a path.
 const FAILING_UNIT: &str = "[Unit]\nDescription=A unit that fails\n[Service]\nType=oneshot\nExecStart=/bin/sh -c 'echo no licence \
@@ -126,16 +127,21 @@ fn left(scratch: &Path) -> anyhow::Result<Vec<String>> {
     Ok(left)
 }
 
-#[test]
-fn a_good_image_passes_and_a_failing_unit_is_named_with_its_log() -> anyhow::Result<()> {
-    let bins = Bins::find()?;
+/// A folder for a test, and in it the one for imgutil's own folders, whose servers run as another user.
+fn folders() -> anyhow::Result<(TempDir, PathBuf)> {
     let work = tempfile::Builder::new().prefix("moor-test-").tempdir()?;
-    // imgutil's own folders go here; its servers run as another user.
     let scratch = work.path().join("tmp");
     std::fs::create_dir(&scratch)?;
     for path in [work.path(), &scratch] {
         std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
     }
+    Ok((work, scratch))
+}
+
+#[test]
+fn a_good_image_passes_and_a_failing_unit_is_named_with_its_log() -> anyhow::Result<()> {
+    let bins = Bins::find()?;
+    let (work, scratch) = folders()?;
     let good = tree::debian(&bins, Initramfs::InitramfsTools, &mut |what| println!("{what}"))?;
     let image = work.path().join("good.moor");
     let signer = signing_key(work.path().join("signer"))?;
@@ -241,12 +247,7 @@ fn bad_verdict(output: &Output) -> anyhow::Result<Value> {
 #[ignore = "minutes of emulation: make test-full"]
 fn a_node_without_ssh_and_a_server_that_gives_nothing_are_bad() -> anyhow::Result<()> {
     let bins = Bins::find()?;
-    let work = tempfile::Builder::new().prefix("moor-test-").tempdir()?;
-    let scratch = work.path().join("tmp");
-    std::fs::create_dir(&scratch)?;
-    for path in [work.path(), &scratch] {
-        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
-    }
+    let (work, scratch) = folders()?;
     let good = tree::debian(&bins, Initramfs::InitramfsTools, &mut |what| println!("{what}"))?;
     let bad = copy(&good, &work.path().join("bad"))?;
     let mask = "systemctl mask ssh.service ssh.socket";

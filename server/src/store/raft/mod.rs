@@ -13,6 +13,7 @@ mod membership;
 mod network;
 mod rounds;
 mod snapshot;
+mod standing;
 #[cfg(test)]
 mod tests;
 mod wire;
@@ -21,6 +22,7 @@ pub use anew::Survivor;
 pub(crate) use network::proposed;
 pub use network::{Call, Calls};
 pub use snapshot::SnapshotFile;
+pub use standing::Standing;
 
 use super::records::MemberRecord;
 use super::tables::Snapshot;
@@ -34,7 +36,7 @@ use moor_api::problem::Code;
 use openraft::async_runtime::WatchReceiver as _;
 use openraft::errors::{ClientWriteError, ForwardToLeader, LinearizableReadError, RaftError};
 use openraft::impls::leader_id_std;
-use openraft::{ChangeMembers, Config, Instant as _, ReadPolicy};
+use openraft::{ChangeMembers, Config, ReadPolicy};
 use rounds::Rounds;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -102,57 +104,6 @@ impl Places {
     #[must_use]
     pub fn in_dir(dir: &Path) -> Self {
         Self { state: dir.join("member.redb"), log: dir.join("log.redb"), snapshots: dir.join("snapshots") }
-    }
-}
-
-/// How a member stands in the collective.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Standing {
-    /// This member's number.
-    pub number: u64,
-    /// The leader's, if one is known.
-    pub leader: Option<u64>,
-    /// Term of the last vote.
-    pub term: u64,
-    /// Members by number, and whether they vote.
-    pub members: BTreeMap<u64, (Peer, bool)>,
-    /// Newest entry of this member's log.
-    pub last: u64,
-    /// Newest entry it has applied.
-    pub applied: u64,
-    /// For a leader: how far each other member's log is.
-    pub followers: BTreeMap<u64, u64>,
-    /// For how long this member has not heard of a majority if it leads, or of the leader; none: since it was started.
-    pub unheard: Option<Duration>,
-    /// Whether a change of who votes is half done: until it is through, a majority of the old and one of the new voters are needed.
-    pub is_changing: bool,
-}
-
-impl Standing {
-    fn voters(&self) -> usize {
-        self.members.values().filter(|(_, votes)| *votes).count()
-    }
-
-    /// Whether this leader has reason to believe that it is none any more. Who is the only voter is his own majority.
-    #[must_use]
-    pub fn is_cut_off(&self) -> bool {
-        self.leads() && self.voters() > 1 && self.unheard.is_some_and(|time| time > UNHEARD)
-    }
-
-    fn leads(&self) -> bool {
-        self.leader == Some(self.number)
-    }
-
-    /// Whether a majority answers, as far as this member can tell.
-    #[must_use]
-    pub fn has_majority(&self) -> bool {
-        // Who follows goes on believing in a leader that is gone, until another one is elected.
-        let hears = || self.leader.is_some() && self.unheard.is_some_and(|time| time <= UNHEARD);
-        if self.leads() { !self.is_cut_off() } else { hears() }
-    }
-
-    fn no_majority(&self, then: &str) -> String {
-        format!("no majority of the {} voting members answers: {then} (`moor collective show`)", self.voters())
     }
 }
 
@@ -268,32 +219,6 @@ impl Replicated {
                 changed = running.changed() => if changed.is_err() { return },
                 changed = metrics.changed() => if changed.is_err() { return },
             }
-        }
-    }
-
-    /// How this member stands.
-    #[must_use]
-    pub fn standing(&self) -> Standing {
-        let metrics = self.raft.metrics();
-        let metrics = metrics.borrow_watched().clone();
-        let membership = metrics.membership_config.membership().clone();
-        let voters: BTreeSet<u64> = membership.voter_ids().collect();
-        let members =
-            membership.nodes().map(|(number, peer)| (*number, (peer.clone(), voters.contains(number)))).collect();
-        let followers = metrics.replication.unwrap_or_default();
-        let index = |id: Option<LogId>| id.map_or(0, |id| id.index());
-        let leads = metrics.current_leader == Some(self.number);
-        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner).map(|at| at.elapsed());
-        Standing {
-            number: self.number,
-            leader: metrics.current_leader,
-            term: metrics.current_term,
-            members,
-            last: metrics.last_log_index.unwrap_or(0),
-            applied: index(metrics.last_applied),
-            followers: followers.into_iter().map(|(number, id)| (number, index(id))).collect(),
-            unheard: if leads { metrics.last_quorum_acked.map(|at| at.elapsed()) } else { heard },
-            is_changing: membership.get_joint_config().len() > 1,
         }
     }
 
