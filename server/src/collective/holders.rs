@@ -93,13 +93,18 @@ pub(super) async fn offer(member: &Arc<Member>) {
 }
 
 async fn offer_held(member: &Arc<Member>) -> anyhow::Result<()> {
-    let waiting = waiting(&member.view()?)?;
+    let looker = member.clone();
+    let own = tokio::task::spawn_blocking(move || {
+        let waiting = waiting(&looker.view()?)?;
+        let blobs: Vec<Sha256Digest> = waiting.iter().flat_map(|(_, blobs)| blobs).copied().collect();
+        let lacking = content::lacking(&looker.config.blobs(), blobs.clone());
+        Ok::<_, StoreError>((waiting, blobs, lacking))
+    });
+    let (waiting, blobs, lacking) = own.await??;
     if waiting.is_empty() {
         return Ok(());
     }
-    let blobs: Vec<Sha256Digest> = waiting.iter().flat_map(|(_, blobs)| blobs).copied().collect();
-    let mut answers: Vec<BTreeSet<Sha256Digest>> =
-        vec![content::lacking(&member.config.blobs(), blobs.clone()).into_iter().collect()];
+    let mut answers: Vec<BTreeSet<Sha256Digest>> = vec![lacking.into_iter().collect()];
     for peer in member.others() {
         // Who does not answer holds nothing that anybody could count on.
         answers.extend(ask(member, &peer, &blobs).await.ok());
