@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 const MAGIC: &[u8; 8] = b"MOORCHE1";
@@ -31,6 +32,10 @@ const ENTRY: u64 = 8;
 const FEWEST: u64 = 16;
 /// Chunks that wait to be written; more are not kept.
 const WAITING: usize = 32;
+/// A disk that kept somebody waiting is left alone for so long, and for twice as long each time it does so again.
+const REST: Duration = Duration::from_secs(5);
+/// The longest of these rests.
+const REST_MAX: Duration = Duration::from_mins(10);
 /// A partition that has anything in its first bytes, or its last, belongs to somebody else.
 const LOOKED_AT: u64 = 128 << 10;
 
@@ -76,6 +81,9 @@ pub struct DiskStatus {
     pub hits: u64,
     /// Chunks in it that were not what they should be.
     pub bad: u64,
+    /// How often it kept readers waiting, so that they went to a server.
+    #[serde(default)]
+    pub late: u64,
     /// Why it is not used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -84,7 +92,7 @@ pub struct DiskStatus {
 impl DiskStatus {
     /// One that cannot be used.
     fn unusable(path: &Path, error: &DiskError) -> Self {
-        Self { path: path.to_owned(), slots: 0, held: 0, hits: 0, bad: 0, error: Some(error.to_string()) }
+        Self { path: path.to_owned(), slots: 0, held: 0, hits: 0, bad: 0, late: 0, error: Some(error.to_string()) }
     }
 }
 
@@ -212,6 +220,8 @@ pub struct Disk {
     /// Chunks that were read, the bad ones too.
     hits: AtomicU64,
     bad: AtomicU64,
+    late: AtomicU64,
+    rest: Arc<Mutex<Rest>>,
     is_off: Arc<AtomicBool>,
 }
 
@@ -253,8 +263,8 @@ impl Disk {
         };
         std::thread::Builder::new().name("disk".into()).spawn(run).map_err(failed("write"))?;
         let path = path.to_owned();
-        let (hits, bad) = (AtomicU64::new(0), AtomicU64::new(0));
-        Ok(Self { path, file, layout, index, writes, runtime, hits, bad, is_off })
+        let (hits, bad, late) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+        Ok(Self { path, file, layout, index, writes, runtime, hits, bad, late, rest: Arc::default(), is_off })
     }
 
     fn slot(&self, chunk: u64) -> usize {
@@ -272,7 +282,8 @@ impl Disk {
             held,
             hits: self.hits.load(Ordering::Relaxed).saturating_sub(self.bad.load(Ordering::Relaxed)),
             bad: self.bad.load(Ordering::Relaxed),
-            error: is_off.then(|| "the disk fails or is too slow, and is not used any more".to_owned()),
+            late: self.late.load(Ordering::Relaxed),
+            error: is_off.then(|| "the disk fails, and is not used any more".to_owned()),
         }
     }
 }
@@ -327,12 +338,14 @@ fn clear(file: &File, is_device: bool, layout: Layout, page: &[u8]) -> io::Resul
 
 impl Store for Disk {
     fn has(&self, chunk: u64) -> bool {
-        !self.is_off.load(Ordering::Relaxed) && lock(&self.index).get(self.slot(chunk)) == Some(&(chunk + 1))
+        !self.is_off.load(Ordering::Relaxed)
+            && lock(&self.index).get(self.slot(chunk)) == Some(&(chunk + 1))
+            && !lock(&self.rest).is_on(Instant::now())
     }
 
     fn read(&self, chunk: u64, length: usize) -> Boxed<'static, Option<Vec<u8>>> {
         let offset = self.layout.data() + self.slot(chunk) as u64 * self.layout.length;
-        let (file, is_off) = (self.file.clone(), self.is_off.clone());
+        let (file, is_off, rest) = (self.file.clone(), self.is_off.clone(), self.rest.clone());
         self.hits.fetch_add(1, Ordering::Relaxed);
         let read = self.runtime.spawn_blocking(move || {
             let mut bytes = vec![0; length];
@@ -340,7 +353,10 @@ impl Store for Disk {
         });
         Box::pin(async move {
             match read.await {
-                Ok(Ok(bytes)) => Some(bytes),
+                Ok(Ok(bytes)) => {
+                    lock(&rest).was_in_time(Instant::now());
+                    Some(bytes)
+                }
                 Ok(Err(error)) => {
                     off(&is_off, &error.to_string());
                     None
@@ -360,7 +376,11 @@ impl Store for Disk {
     }
 
     fn was_late(&self) {
-        off(&self.is_off, "it keeps readers waiting");
+        self.hits.fetch_sub(1, Ordering::Relaxed);
+        self.late.fetch_add(1, Ordering::Relaxed);
+        if let Some(rest) = lock(&self.rest).was_late(Instant::now()) {
+            tracing::warn!("the disk cache keeps readers waiting, and is left alone for {} s", rest.as_secs());
+        }
     }
 
     fn keep(&self, chunk: u64, sealed: Vec<u8>) {
@@ -374,6 +394,39 @@ impl Store for Disk {
 fn off(is_off: &AtomicBool, why: &str) {
     if !is_off.swap(true, Ordering::Relaxed) {
         tracing::warn!("the disk cache is not used any more: {why}");
+    }
+}
+
+/// Whether the disk is left alone for a while, because it kept somebody waiting: it may be busy with something else, and what it answers
+/// late is not wrong.
+#[derive(Debug, Default)]
+struct Rest {
+    until: Option<Instant>,
+    /// Rests in a row.
+    row: u32,
+}
+
+impl Rest {
+    fn is_on(&self, now: Instant) -> bool {
+        self.until.is_some_and(|until| now < until)
+    }
+
+    /// A read was given up. Returns for how long the disk rests now; `None`: it does so already.
+    fn was_late(&mut self, now: Instant) -> Option<Duration> {
+        if self.is_on(now) {
+            return None;
+        }
+        let rest = REST.saturating_mul(1 << self.row.min(10)).min(REST_MAX);
+        self.row += 1;
+        self.until = Some(now + rest);
+        Some(rest)
+    }
+
+    /// A read came back that somebody still waited for. One that was begun before the rest says nothing of what comes after it.
+    fn was_in_time(&mut self, now: Instant) {
+        if !self.is_on(now) {
+            self.row = 0;
+        }
     }
 }
 
@@ -408,5 +461,28 @@ impl Writer {
         self.file.write_all_at(&(chunk + 1).to_le_bytes(), PAGE + slot * ENTRY)?;
         set(chunk + 1);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_late_disk_rests_longer_each_time_until_it_is_in_time_again() {
+        let mut rest = Rest::default();
+        let mut now = Instant::now();
+        for expected in [5, 10, 20, 40, 80, 160, 320, 600, 600] {
+            assert_eq!(rest.was_late(now), Some(Duration::from_secs(expected)));
+            // Those that waited beside it.
+            assert_eq!(rest.was_late(now), None);
+            rest.was_in_time(now);
+            now += Duration::from_secs(expected) - Duration::from_millis(1);
+            assert!(rest.is_on(now));
+            now += Duration::from_millis(1);
+            assert!(!rest.is_on(now));
+        }
+        rest.was_in_time(now);
+        assert_eq!(rest.was_late(now), Some(REST));
     }
 }

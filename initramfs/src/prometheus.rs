@@ -65,6 +65,7 @@ impl Text<'_> {
             ("disk_cache_chunks", "gauge", "Chunks in the disk cache.", disk.held),
             ("disk_cache_hits_total", "counter", "Chunks that came from the disk cache.", disk.hits),
             ("disk_cache_bad_total", "counter", "Chunks in the disk cache that did not verify.", disk.bad),
+            ("disk_cache_late_total", "counter", "Reads that the disk cache kept waiting.", disk.late),
         ] {
             head(f, name, kind, help)?;
             writeln!(f, "moor_tether_{name} {value}")?;

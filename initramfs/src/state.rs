@@ -130,8 +130,8 @@ impl fmt::Display for State {
         writeln!(f, "chunks    {} received, {} verified", self.chunks_fetched, self.chunks_verified)?;
         writeln!(f, "cache     {} bytes", self.cache_bytes)?;
         writeln!(f, "hedges    {}, {} of them first", self.hedges, self.hedges_won)?;
-        if let Some(DiskStatus { path, slots, held, hits, bad, error }) = &self.disk {
-            write!(f, "disk      {}: {held} of {slots} chunks, {hits} read, {bad} bad", path.display())?;
+        if let Some(DiskStatus { path, slots, held, hits, bad, late, error }) = &self.disk {
+            write!(f, "disk      {}: {held} of {slots} chunks, {hits} read, {bad} bad, {late} late", path.display())?;
             match error {
                 Some(error) => writeln!(f, "; not used: {error}")?,
                 None => writeln!(f)?,
