@@ -477,10 +477,10 @@ mod tests {
             // Those that waited beside it.
             assert_eq!(rest.was_late(now), None);
             rest.was_in_time(now);
-            now += Duration::from_secs(expected) - Duration::from_millis(1);
-            assert!(rest.is_on(now));
-            now += Duration::from_millis(1);
-            assert!(!rest.is_on(now));
+            let end = now + Duration::from_secs(expected);
+            assert!(rest.is_on(now + Duration::from_secs(expected - 1)));
+            assert!(!rest.is_on(end));
+            now = end;
         }
         rest.was_in_time(now);
         assert_eq!(rest.was_late(now), Some(REST));
