@@ -29,6 +29,10 @@ pub struct Config {
     /// Where shipped profiles are.
     #[serde(default = "default_templates")]
     pub templates: PathBuf,
+    /// Connections of one client (an IPv4 address, or a network of IPv6 of 64 bits) at a time; more are closed at once. Higher where many nodes
+    /// come through one address.
+    #[serde(default = "default_connections")]
+    pub connections_per_address: std::num::NonZeroU32,
     /// User ids that may use the socket, besides root and the member's own.
     #[serde(default)]
     pub admin_uids: Vec<u32>,
@@ -68,6 +72,10 @@ fn default_stale() -> u64 {
 
 fn default_stale_secrets() -> u64 {
     3600
+}
+
+fn default_connections() -> std::num::NonZeroU32 {
+    std::num::NonZeroU32::MIN.saturating_add(1023)
 }
 
 fn default_templates() -> PathBuf {

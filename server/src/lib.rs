@@ -3,6 +3,7 @@
 //! Requests come in by [`listener`], pass [`http`] and end in [`node`] (nodes), [`admin`] (administrators) [`collective`] (members) or [`public`] (anybody).
 //! Each handler reads a snapshot of the [`store`] and proposes commands to it; nothing else changes state.
 
+mod addresses;
 pub mod admin;
 pub mod args;
 pub mod authority;

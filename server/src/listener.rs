@@ -1,13 +1,14 @@
 //! Listening: HTTPS with an accept loop of our own, which hands each request its peer's key and exporter; and the unix socket, which
-//! hands it the peer's user id. A connection that misbehaves ends alone.
+//! hands it the peer's user id. A connection that misbehaves ends alone, and a client that opens many is kept to its share.
 
+use crate::addresses::Addresses;
 use crate::certificate::Certificate;
 use crate::http::{Connection, Peer};
 use crate::state::Member;
 use anyhow::Context as _;
 use axum::{Extension, Router};
-use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::server::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use moor_api::client::tls::MemberVerifier;
 use moor_api::proof::{EXPORTER_LABEL, EXPORTER_LENGTH};
@@ -17,11 +18,13 @@ use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{DigitallySignedStruct, DistinguishedName, Error, ProtocolVersion, ServerConfig, SignatureScheme};
 use rustls_pki_types::{CertificateDer, UnixTime};
 use std::os::unix::fs::PermissionsExt as _;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_io_timeout::TimeoutStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
@@ -35,6 +38,20 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 /// The head of the next request comes within this time. It counts from the answer before, so it is more than two heartbeats: nodes keep
 /// their connection.
 const HEAD: Duration = Duration::from_secs(150);
+/// A client that takes nothing of an answer for so long is gone, or means harm: what is on its way to it costs memory and a connection.
+const TAKES_NOTHING: Duration = Duration::from_mins(1);
+/// Requests of one HTTP/2 connection at a time, and bytes of their heads.
+const STREAMS: u32 = 64;
+const HEADS: u32 = 16 << 10;
+/// An HTTP/2 connection is asked so often whether somebody is there, and ends without an answer in the time of a handshake.
+const PING: Duration = Duration::from_secs(30);
+/// ALPN identifications (RFC 7301 §6).
+const HTTP_1: &[u8] = b"http/1.1";
+const HTTP_2: &[u8] = b"h2";
+
+/// A connection of a client, given up when nothing can be written to it.
+type Guarded<S> = Pin<Box<TimeoutStream<S>>>;
+type Tcp = tokio_rustls::server::TlsStream<Guarded<TcpStream>>;
 
 /// Takes any client certificate whose handshake signature is good: it only says which key the client holds (RFC 8705 §2.2), and
 /// tokens name that key.
@@ -93,7 +110,7 @@ fn tls_config(certificate: Arc<Certificate>) -> anyhow::Result<ServerConfig> {
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
         .with_client_cert_verifier(Arc::new(AnyKey(provider)))
         .with_cert_resolver(certificate);
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    config.alpn_protocols = vec![HTTP_2.to_vec(), HTTP_1.to_vec()];
     // A resumed session has no client certificate of its own: each connection proves its key anew.
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
@@ -108,13 +125,14 @@ pub async fn serve(member: Arc<Member>, app: Router, stop: CancellationToken) ->
     let acceptor = TlsAcceptor::from(Arc::new(tls_config(member.certificate.clone()).context("setting up TLS")?));
     let members = Arc::new(MemberVerifier::new(&member.bundle()?, Arc::new(aws_lc_rs::default_provider()))?);
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let addresses = Addresses::new(member.config.connections_per_address.get());
     let mut loops = tokio::task::JoinSet::new();
     let (renewed, until) = (member.clone(), stop.clone());
     loops.spawn(async move { renewed.certificate.renew(&renewed.issuer, until).await });
     for address in &member.config.listen {
         let listener = TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))?;
         tracing::info!("listening on https://{address}");
-        let tls = Tls { acceptor: acceptor.clone(), members: members.clone() };
+        let tls = Tls { acceptor: acceptor.clone(), members: members.clone(), addresses: addresses.clone() };
         loops.spawn(accept_tls(listener, tls, app.clone(), permits.clone(), stop.clone()));
     }
     let socket = &member.config.socket;
@@ -172,26 +190,43 @@ struct Tls {
     acceptor: TlsAcceptor,
     /// Knows members by their certificates.
     members: Arc<MemberVerifier>,
+    addresses: Arc<Addresses>,
 }
 
 async fn accept_tls(listener: TcpListener, tls: Tls, app: Router, permits: Arc<Semaphore>, stop: CancellationToken) {
     while let Some(permit) = permit(&permits, &stop).await {
         let Some((tcp, address)) = next(&stop, listener.accept()).await else { continue };
+        let Some(place) = tls.addresses.place(address.ip()) else {
+            tracing::debug!("{address}: has as many connections as it may have");
+            continue;
+        };
         let (tls, app, stop) = (tls.clone(), app.clone(), stop.clone());
         tokio::spawn(async move {
             let Some((tls, peer)) = handshake(&tls, tcp, address).await else { return };
-            connection(tls, peer, app, permit, stop).await;
+            if tls.get_ref().1.alpn_protocol() == Some(HTTP_2) {
+                connection_2(tls, peer, app, stop).await;
+            } else {
+                connection(tls, peer, app, stop).await;
+            }
+            drop((place, permit));
         });
     }
 }
 
+/// A stream whose writes fail when they wait for so long.
+fn guarded<S: AsyncRead + AsyncWrite>(stream: S, limit: Duration) -> Guarded<S> {
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(limit));
+    Box::pin(stream)
+}
+
 async fn handshake(
-    Tls { acceptor, members }: &Tls,
+    Tls { acceptor, members, .. }: &Tls,
     tcp: TcpStream,
     address: std::net::SocketAddr,
-) -> Option<(tokio_rustls::server::TlsStream<TcpStream>, Peer)> {
+) -> Option<(Tcp, Peer)> {
     let _ = tcp.set_nodelay(true);
-    let tls = match tokio::time::timeout(HANDSHAKE, acceptor.accept(tcp)).await {
+    let tls = match tokio::time::timeout(HANDSHAKE, acceptor.accept(guarded(tcp, TAKES_NOTHING))).await {
         Ok(Ok(tls)) => tls,
         Ok(Err(error)) => {
             tracing::info!("{address}: no TLS: {error}");
@@ -224,11 +259,15 @@ async fn accept_unix(listener: UnixListener, app: Router, permits: Arc<Semaphore
         let Some((stream, _)) = next(&stop, listener.accept()).await else { continue };
         // A peer whose credentials are not to be had is nobody; the loop goes on.
         let Ok(credentials) = stream.peer_cred() else { continue };
-        tokio::spawn(connection(stream, Peer::Socket { uid: credentials.uid() }, app.clone(), permit, stop.clone()));
+        let (app, stop) = (app.clone(), stop.clone());
+        tokio::spawn(async move {
+            connection(stream, Peer::Socket { uid: credentials.uid() }, app, stop).await;
+            drop(permit);
+        });
     }
 }
 
-async fn connection<S>(stream: S, peer: Peer, app: Router, permit: OwnedSemaphorePermit, stop: CancellationToken)
+async fn connection<S>(stream: S, peer: Peer, app: Router, stop: CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -249,12 +288,54 @@ where
     if let Err(error) = ended {
         tracing::debug!("{peer}: {error}");
     }
-    drop(permit);
+}
+
+async fn connection_2(stream: Tcp, peer: Peer, app: Router, stop: CancellationToken) {
+    let service = TowerToHyperService::new(app.layer(Extension(Connection::new(peer.clone()))));
+    let connection = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .keep_alive_interval(PING)
+        .keep_alive_timeout(HANDSHAKE)
+        .max_concurrent_streams(STREAMS)
+        .max_header_list_size(HEADS)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!("{peer}: {error}");
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    #[tokio::test]
+    async fn who_takes_nothing_is_given_up_and_who_is_slow_is_not() {
+        let (ours, mut theirs) = tokio::io::duplex(1 << 10);
+        let limit = Duration::from_secs(2);
+        let mut stream = guarded(ours, limit);
+        let begun = tokio::time::Instant::now();
+        let writing = tokio::spawn(async move { stream.write_all(&[1; 6 << 10]).await });
+        for _ in 0..5 {
+            tokio::time::sleep(limit / 4).await;
+            theirs.read_exact(&mut [0; 1 << 10]).await.unwrap();
+        }
+        writing.await.unwrap().unwrap();
+        assert!(begun.elapsed() > limit);
+
+        let (ours, _theirs) = tokio::io::duplex(1 << 10);
+        let mut stream = guarded(ours, limit / 20);
+        let error = stream.write_all(&[1; 6 << 10]).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
+    }
 
     #[tokio::test]
     async fn a_full_house_stops() {

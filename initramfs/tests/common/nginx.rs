@@ -1,7 +1,11 @@
 //! A real web server, as a process of its own that can be killed.
 
+#[path = "../../../tests/port.rs"]
+mod port;
+
+use self::port::free_ports;
 use super::authority::Authority;
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -20,7 +24,7 @@ impl Nginx {
 
     /// The same with so many KiB per second on each connection; 0: as many as it can.
     pub(crate) fn limited(dir: &Path, name: &str, authority: &Authority, rate: u32) -> Self {
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+        let port = free_ports(1);
         let home = dir.join(name);
         std::fs::create_dir(&home).unwrap();
         let identity = authority.identity();

@@ -1,6 +1,7 @@
 //! A listener on the bus between processor and TPM: it passes everything on and keeps a copy.
 
-use crate::swtpm::{Swtpm, two_free_ports};
+use crate::port::free_ports;
+use crate::swtpm::Swtpm;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
@@ -16,7 +17,7 @@ pub(crate) struct Bus {
 impl Bus {
     pub(crate) fn of(tpm: &Swtpm) -> Self {
         let heard = Arc::new(Mutex::new(Vec::new()));
-        let port = two_free_ports();
+        let port = free_ports(2);
         for offset in 0..2 {
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port + offset)).unwrap();
             let (target, heard) = (tpm.port() + offset, Arc::clone(&heard));

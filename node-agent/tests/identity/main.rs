@@ -5,6 +5,8 @@ mod attempt;
 mod bus;
 mod enrolments;
 mod member;
+#[path = "../../../tests/port.rs"]
+mod port;
 mod raw;
 mod sessions;
 mod swtpm;

@@ -1,5 +1,6 @@
 //! Enrolment and sessions at a real member (`moord`), with real TPMs and with the soft key.
 
+use crate::port::free_ports;
 use crate::swtpm::{Made, Swtpm};
 use moor_agent::identity::soft::SoftKey;
 use moor_agent::identity::tpm::TpmIdentity;
@@ -15,7 +16,6 @@ use moor_api::node::{Base64, Hello, HelloReply, KnownNode, NextStep, Stage, Stag
 use moor_api::problem::Code;
 use moor_api::trust::SiteBundle;
 use std::fs::Permissions;
-use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -37,7 +37,7 @@ impl Member {
     pub(crate) fn start() -> Self {
         let dir = tempfile::Builder::new().prefix("moor-identity-").tempdir().unwrap();
         std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = free_ports(1);
         let mut member = Self { dir, port, child: None };
         let state = member.path("state");
         std::fs::create_dir(&state).unwrap();

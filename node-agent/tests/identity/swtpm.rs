@@ -1,7 +1,8 @@
 //! A software TPM on two TCP ports, as a chip without a resource manager: three objects, no more.
 
+use crate::port::free_ports;
 use std::fs;
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -67,7 +68,8 @@ impl Swtpm {
 
     fn start(&mut self) {
         for _ in 0..20 {
-            let port = two_free_ports();
+            // libtss2 takes the port after the TPM's for control.
+            let port = free_ports(2);
             let mut child = Command::new("setpriv")
                 .args([
                     "--pdeathsig",
@@ -143,17 +145,6 @@ impl Swtpm {
 impl Drop for Swtpm {
     fn drop(&mut self) {
         self.stop();
-    }
-}
-
-/// libtss2 takes the port after the TPM's for control.
-pub(crate) fn two_free_ports() -> u16 {
-    loop {
-        let first = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let port = first.local_addr().unwrap().port();
-        if port < u16::MAX && TcpListener::bind((Ipv4Addr::LOCALHOST, port + 1)).is_ok() {
-            return port;
-        }
     }
 }
 

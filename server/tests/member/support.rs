@@ -1,5 +1,9 @@
 //! A real `moord` under another uid on loopback, an administrator and a node with a soft key.
 
+#[path = "../../../tests/port.rs"]
+mod port;
+
+use self::port::free_ports;
 use anyhow::{Context as _, ensure};
 use aws_lc_rs::encoding::{AsDer as _, PublicKeyX509Der};
 use aws_lc_rs::rand::SystemRandom;
@@ -23,7 +27,6 @@ use moord::store::raft::{Calls, FOUNDER, Places};
 use nix::sys::signal::Signal;
 use std::collections::BTreeMap;
 use std::io::{Cursor, Write as _};
-use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
@@ -64,8 +67,7 @@ impl Member {
     pub(crate) fn prepare() -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("moord-test-").tempdir()?;
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755))?;
-        // Free now; taken a moment later.
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let port = free_ports(1);
         let member = Self { dir, port, child: None };
         std::fs::create_dir(member.path("state"))?;
         std::fs::write(

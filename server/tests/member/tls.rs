@@ -107,6 +107,65 @@ async fn images_come_whole_or_by_range() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// As curl asks where it may choose.
+#[tokio::test]
+async fn images_come_over_http_2_as_well() -> anyhow::Result<()> {
+    let member = Member::start()?;
+    let (image, _) = member.publish().await?;
+    let whole = member.admin().await?.image(image.digest, 1 << 20).await?;
+    let (roots, got) = (member.path("roots.pem"), member.path("got"));
+    std::fs::write(&roots, member.site().await?.bundle.roots.concat())?;
+    let url = format!("{}/public/images/{}", member.url(), image.digest);
+    let curl = |more: &[&str]| -> anyhow::Result<String> {
+        let mut command = std::process::Command::new("curl");
+        command.args(["-sS", "--http2", "--max-time", "30", "-w", "%{http_version} %{http_code}", "--cacert"]);
+        let output = command.arg(&roots).arg("-o").arg(&got).args(more).arg(&url).output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    assert_eq!(curl(&["-r", "5-9"])?, "2 206");
+    assert!(std::fs::read(&got)? == whole[5..10]);
+    assert_eq!(curl(&[])?, "2 200");
+    assert!(std::fs::read(&got)? == whole);
+    // Two at once on one connection.
+    let second = member.path("second");
+    let more = [url.as_str(), "-o", second.to_str().context("a path")?, "-Z"];
+    assert_eq!(curl(&more)?, "2 2002 200");
+    assert!(std::fs::read(&got)? == whole && std::fs::read(&second)? == whole);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_client_is_kept_to_its_share_of_connections() -> anyhow::Result<()> {
+    let mut member = Member::init()?;
+    member.configure("connections_per_address = 4\n")?;
+    member.run()?;
+    let connect = async |from: &str| -> anyhow::Result<TcpStream> {
+        let socket = tokio::net::TcpSocket::new_v4()?;
+        socket.bind(format!("{from}:0").parse()?)?;
+        Ok(socket.connect(([127, 0, 0, 1], member.port).into()).await?)
+    };
+    // Whether the member wants to hear more, or has closed it.
+    let is_open = async |stream: &mut TcpStream| {
+        tokio::time::timeout(Duration::from_millis(500), stream.read(&mut [0])).await.is_err()
+    };
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        held.push(connect("127.0.0.2").await?);
+    }
+    for stream in &mut held {
+        assert!(is_open(stream).await);
+    }
+    assert!(!is_open(&mut connect("127.0.0.2").await?).await, "a fifth");
+    assert!(is_open(&mut connect("127.0.0.3").await?).await, "another client");
+    held.pop();
+    let end = std::time::Instant::now() + Duration::from_secs(20);
+    while !is_open(&mut connect("127.0.0.2").await?).await {
+        ensure!(std::time::Instant::now() < end, "the place of who has left stays taken");
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_plain_image_comes_over_the_session_key_alone() -> anyhow::Result<()> {
     let member = Member::start()?;

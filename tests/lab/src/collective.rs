@@ -1,5 +1,9 @@
 //! Several members of one collective as real processes on this machine's loopback. They are killed, stopped and started one by one.
 
+#[path = "../../port.rs"]
+pub(crate) mod port;
+
+use self::port::free_ports;
 use crate::bins::Bins;
 use crate::process::{Guard, run, tied_as, wait_for};
 use anyhow::{Context as _, ensure};
@@ -7,7 +11,6 @@ use moor_api::admin::{CollectiveView, InviteRequest};
 use moor_api::client::admin::AdminClient;
 use moor_vm::process::{spawn, tail};
 use std::io::Write as _;
-use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -17,14 +20,6 @@ use std::time::{Duration, Instant};
 const UID: u32 = 61_237;
 /// For what a quiet machine does in a second or two.
 const PATIENCE: Duration = Duration::from_mins(1);
-
-/// A port of the loopback that is free now, and taken a moment later.
-///
-/// # Errors
-/// There is none.
-pub fn free_port() -> std::io::Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
-}
 
 struct Process {
     dir: PathBuf,
@@ -65,12 +60,12 @@ impl Collective {
     pub async fn add(&mut self, votes: bool) -> anyhow::Result<usize> {
         let at = self.members.len();
         let dir = self.dir.join(format!("m{}", at + 1));
-        let port = free_port()?;
+        let port = free_ports(1);
         let state = dir.join("state");
         std::fs::create_dir_all(&state)?;
         let text = format!(
             "name = \"lab\"\nstate_dir = \"{0}/state\"\nsocket = \"{0}/api.sock\"\nlisten = [\"127.0.0.1:{port}\"]\n\
-             urls = [\"https://127.0.0.1:{port}\"]\ntemplates = \"{1}\"\n",
+             connections_per_address = 8192\nurls = [\"https://127.0.0.1:{port}\"]\ntemplates = \"{1}\"\n",
             dir.display(),
             self.bins.workspace.join("profiles").display()
         );

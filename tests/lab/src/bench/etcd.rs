@@ -2,7 +2,7 @@
 
 use super::load::{Client, request};
 use super::web::Authority;
-use crate::collective::free_port;
+use crate::collective::port::free_ports;
 use crate::process::{Guard, text, tied, wait_for};
 use anyhow::{Context as _, ensure};
 use base64::Engine as _;
@@ -34,9 +34,9 @@ impl Etcd {
         let mut ports = Vec::new();
         let mut cluster = String::new();
         for at in 0..COUNT {
-            let peer = free_port()?;
+            let peer = free_ports(1);
             write!(cluster, "{}e{at}=https://127.0.0.1:{peer}", if at == 0 { "" } else { "," })?;
-            ports.push((free_port()?, peer));
+            ports.push((free_ports(1), peer));
         }
         let (good, key, trust) = (keys.join("good.pem"), keys.join("key.pem"), authority.file());
         let mut guards = Vec::new();

@@ -113,6 +113,32 @@ impl Source<'_> {
         })?;
         Ok(remote)
     }
+
+    /// Mounts the sealed image of a folder as a node does, in the background and locked into memory, reads its first bytes, and says how
+    /// large the tether was.
+    #[expect(clippy::cast_precision_loss, reason = "far below 2^52 bytes")]
+    pub(super) fn locked_memory(&self, url: &str, bytes: u64) -> anyhow::Result<f64> {
+        let dir = tempfile::Builder::new().prefix("locked-").tempdir_in(self.lab.dir)?;
+        let (place, state) = (dir.path().join("at"), dir.path().join("state.json"));
+        std::fs::create_dir(&place)?;
+        let tether = self.lab.bins.static_tether();
+        let mut command = tied(&tether);
+        command.args(["mount", "--key-file"]).arg(self.key).arg("--ca").arg(self.authority.file());
+        command.arg("--state").arg(&state).arg("--url").arg(format!("{url}image.moor")).arg(&place);
+        run(&mut match self.namespace {
+            Some(namespace) => namespace.enter(&command),
+            None => command,
+        })?;
+        let measure = || -> anyhow::Result<f64> {
+            let mut dd = tied("dd");
+            dd.arg(format!("if={}", place.join("image").display())).args(["of=/dev/null", "bs=1M", "status=none"]);
+            run(dd.arg(format!("count={}", bytes >> 20)))?;
+            Ok(crate::process::peak(State::read(&state).context("reading a tether's state")?.pid)? as f64)
+        };
+        let measured = measure();
+        run(tied(&tether).arg("unmount").arg(&place))?;
+        measured
+    }
 }
 
 impl Remote {

@@ -37,6 +37,8 @@ const FEW: usize = 3;
 const CARRIER_LIMIT: f64 = 0.5;
 /// Bytes that the tether may take, and its cache.
 const MEMORY: f64 = 40e6 + 8.4e6;
+/// Bytes of the large file that are read in a row through squashfs, beside each peer.
+const PART: u64 = 512 << 20;
 const PEERS: [Kind; 4] = [Kind::Rclone, Kind::RcloneCache, Kind::RcloneSmall, Kind::Httpdirfs];
 /// Makes the links that are named in it, by commas; else all.
 const CHOICE: &str = "MOOR_LINKS";
@@ -215,10 +217,16 @@ impl<'a> Link<'a> {
             ));
         }
         self.sequential(table)?;
+        self.beside(table)?;
         for readers in READERS {
             self.random(table, readers)?;
         }
         self.all_files(table)?;
+        if !self.is_far() {
+            // A node's tether is locked into memory, with all that it maps.
+            let locked = self.locked()?;
+            self.memory.set(self.memory.get().max(locked));
+        }
         table.rows.push(Row::alone(
             &self.row("peak resident memory (cache 8.4 MB)"),
             "MB",
@@ -292,9 +300,61 @@ impl<'a> Link<'a> {
         if self.is_far() {
             let share = super::pairs::median(&carried.take());
             let row = self.row("the delayer's share of a core while curl downloads");
-            table.rows.push(Row::alone(&row, "", share, Bar::None));
+            table.rows.push(Row::alone(&row, "", share, Bar::AtMost(CARRIER_LIMIT)));
         }
         Ok(())
+    }
+
+    /// One reader of the beginning of the large file, through squashfs: ours, each peer, and the local file.
+    fn beside(&self, table: &mut Table) -> anyhow::Result<()> {
+        let row = self.row(&format!("in a row through squashfs, {} MiB", PART >> 20));
+        for kind in PEERS.map(Some).into_iter().chain([None]) {
+            let name = kind.map_or("the local file", Kind::name);
+            let ours = self.part(Some(Kind::Ours))?;
+            let [rate, cpu, memory] = match self.part(kind) {
+                Ok(figures) => figures,
+                Err(error) => {
+                    let why = format!("{error:#}");
+                    table.rows.push(Row::without_peer(&row, "MB/s", name, Some(ours[0]), Bar::None, &why));
+                    continue;
+                }
+            };
+            let figures = Paired { ours: vec![ours[0]], peer: vec![rate] };
+            let figures = Row::paired(&row, "MB/s", name, &figures, Bar::None);
+            table.rows.push(if kind.is_some() {
+                figures.noted(&format!(
+                    "CPU per GB {:.2} s and {cpu:.2} s, memory {:.0} MB and {memory:.0} MB",
+                    ours[1], ours[2]
+                ))
+            } else {
+                figures
+            });
+        }
+        Ok(())
+    }
+
+    /// MB/s, seconds of processor time per GB, and the largest memory in MB, of who serves the tree.
+    #[expect(clippy::cast_precision_loss, reason = "far below 2^52 bytes")]
+    fn part(&self, kind: Option<Kind>) -> anyhow::Result<[f64; 3]> {
+        let mounted = self.fresh(kind, "large")?;
+        let pid = mounted.remote.as_ref().map(Remote::pid).transpose()?;
+        let spent = || pid.map_or(Ok(0.0), cpu);
+        let file = std::fs::read_dir(mounted.tree.path())?.next().context("an empty tree")??.path();
+        let mut command = tied("timeout");
+        command.args(["120", "dd", "of=/dev/null", "bs=1M", "status=none"]);
+        command.arg(format!("if={}", file.display())).arg(format!("count={}", PART >> 20));
+        let (before, begun) = (spent()?, Instant::now());
+        run(&mut command)?;
+        let (took, size) = (begun.elapsed().as_secs_f64(), PART as f64);
+        let memory = pid.map_or(Ok(0), peak)? as f64;
+        Ok([size / 1e6 / took, (spent()? - before) * 1e9 / size, memory / 1e6])
+    }
+
+    /// The largest memory of a tether that runs as on a node, after it was read from.
+    fn locked(&self) -> anyhow::Result<f64> {
+        let key = self.input.cache.join("large/key");
+        let source = Source { lab: self.lab, authority: self.authority, namespace: Some(&self.near), key: &key };
+        source.locked_memory(&self.server.url("large/"), PART)
     }
 
     /// Seconds of processor time of the delayer so far.
@@ -326,19 +386,31 @@ impl<'a> Link<'a> {
             })
             .collect();
         let said = format!("one look: {}", said.join(", "));
-        let best = looks.iter().filter_map(|(kind, found)| Some((*kind, *found.as_ref().ok()?)));
-        let best = best.max_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(kind, _)| kind);
+        let mut best: Vec<_> = looks.iter().filter_map(|(kind, found)| Some((*kind, *found.as_ref().ok()?))).collect();
+        best.sort_by(|(_, a), (_, b)| b.total_cmp(a));
         let is_judged = self.is_judged() && readers == 8;
         let (bar, count) = if is_judged { (Bar::AtLeast(8.0), PAIRS) } else { (Bar::None, FEW) };
         let before = (self.carried()?, Instant::now());
-        if let Some(kind) = best {
-            let both = pairs(count, || self.rate(Some(Kind::Ours), readers), || self.rate(Some(kind), readers))?;
-            let row = Row::paired(&row, "1/s", kind.name(), &Paired::of(&both, |rate| *rate), bar);
-            table.rows.push(row.noted(&said));
-        } else {
-            let ours = Some(self.rate(Some(Kind::Ours), readers)?);
-            table.rows.push(Row::without_peer(&row, "1/s", "every peer", ours, bar, &said));
+        let mut said = said;
+        let mut done = None;
+        for (kind, _) in best {
+            match pairs(count, || self.rate(Some(Kind::Ours), readers), || self.rate(Some(kind), readers)) {
+                Ok(both) => {
+                    done = Some(Row::paired(&row, "1/s", kind.name(), &Paired::of(&both, |rate| *rate), bar));
+                    break;
+                }
+                // The bar holds against the next.
+                Err(error) => said = format!("{said}; beside {}: {error:#}", kind.name()),
+            }
         }
+        let done = match done {
+            Some(row) => row.noted(&said),
+            None => {
+                let ours = self.rate(Some(Kind::Ours), readers).ok();
+                Row::without_peer(&row, "1/s", "every peer", ours, bar, &said)
+            }
+        };
+        table.rows.push(done);
         if is_judged {
             let share = (self.carried()? - before.0) / before.1.elapsed().as_secs_f64();
             let row = self.row("the delayer's share of a core under 8 readers");

@@ -3,8 +3,8 @@
 //! The node API (hello, session, key) has no part in it.
 
 use super::web::{Authority, Conduct, Web};
-use super::{Bar, Lab, Paired, Row, Table, pairs};
-use crate::process::{cpu, peak, text, tied};
+use super::{Bar, Lab, PAIRS, Paired, Row, Table, pairs};
+use crate::process::{cpu, peak, resident, text, tied};
 use crate::{Member, Namespace};
 use anyhow::Context as _;
 use moor_image::{Dek, OpenOptions};
@@ -13,6 +13,7 @@ use moor_tether::tls;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -28,7 +29,7 @@ const READS: u64 = 160;
 const RUN: u64 = 4;
 /// A root is mounted when so many chunks were read: the superblock, the tables at the end, the first directories.
 const MOUNTED: u64 = 6;
-/// Pairs of a comparison.
+/// Pairs where no bar is.
 const FEW: usize = 3;
 /// Cache of one of the nodes: what this machine can hold of two thousand.
 const CACHE: u64 = 1 << 20;
@@ -78,7 +79,8 @@ pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
     ));
     for nodes in CROWDS {
         lab.say(&format!("storm: {nodes} nodes"));
-        let Seen { mounted, .. } = ours(nodes, MOUNTED)?.seen;
+        let cost = ours(nodes, MOUNTED)?;
+        let mounted = &cost.seen.mounted;
         let last = mounted.last().copied().unwrap_or(f64::NAN);
         let row = |what: &str| format!("{nodes} nodes at once, root mounted: {what}");
         let share = |per_cent: usize| mounted[(mounted.len() * per_cent / 100).min(mounted.len() - 1)];
@@ -87,6 +89,8 @@ pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
         table.rows.push(Row::alone(&row("nodes in a second"), "1/s", rate, Bar::None));
         table.rows.push(Row::alone(&row("median"), "s", share(50), Bar::None));
         table.rows.push(Row::alone(&row("99th percentile"), "s", share(99), Bar::None));
+        table.rows.push(Row::alone(&row("processor time of the member"), "s", cost.cpu, Bar::None));
+        table.rows.push(Row::alone(&row("largest memory of the member until then"), "MB", megabytes(pid)?, Bar::None));
     }
     lab.say("storm: beside nginx");
     let start = |name| Web::start((lab.dir, name), ("127.0.0.1", PORT + 1), Some(&place), Conduct::Crowd(input.dir()));
@@ -95,17 +99,21 @@ pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
     let pids = [nginx[0].pid()?, nginx[1].pid()?];
     let peer = |nodes, reads| crowd(&place, &pids, (&theirs, "--ca", &trust, &key), nodes, reads);
     let row = |what: &str| format!("{COMPARED} nodes read {READS} chunks each: {what}");
-    let both = pairs(FEW, || ours(COMPARED, READS), || peer(COMPARED, READS))?;
+    let both = pairs(PAIRS, || ours(COMPARED, READS), || peer(COMPARED, READS))?;
     let rate = Paired::of(&both, Cost::per_second);
     let name = "nginx, a worker per core";
     table.rows.push(Row::paired(&row("bytes for the server's CPU time"), "GB/s", name, &rate, Bar::AtLeast(0.8)));
     let opened = pairs(FEW, || ours(COMPARED, MOUNTED), || peer(COMPARED, MOUNTED))?;
     let cpu = Paired::of(&opened, |cost| cost.cpu * 1e3 / f64::from(u32::try_from(COMPARED).unwrap_or(u32::MAX)));
     table.rows.push(Row::paired("server's CPU time for a node's root to be mounted", "ms", name, &cpu, Bar::None));
-    #[expect(clippy::cast_precision_loss, reason = "far below 2^52 bytes")]
-    let memory = peak(pid)? as f64 / 1e6;
-    table.rows.push(Row::alone("largest memory of the member", "MB", memory, Bar::None));
+    table.rows.push(Row::alone("largest memory of the member", "MB", megabytes(pid)?, Bar::None));
     Ok(table)
+}
+
+/// The largest memory of a process so far.
+#[expect(clippy::cast_precision_loss, reason = "far below 2^52 bytes")]
+fn megabytes(pid: u32) -> anyhow::Result<f64> {
+    Ok(peak(pid)? as f64 / 1e6)
 }
 
 fn many_files() -> anyhow::Result<()> {
@@ -116,6 +124,9 @@ fn many_files() -> anyhow::Result<()> {
 /// A member that serves the image; its URL there, and the file that says whom to trust.
 fn member(lab: &Lab<'_>, place: &Namespace, image: &Path, key: &Path) -> anyhow::Result<(Member, String, PathBuf)> {
     let mut member = Member::init(&lab.bins, &lab.dir.join("member"), PORT)?;
+    // All nodes have one address here.
+    let mut config = std::fs::OpenOptions::new().append(true).open(lab.dir.join("member/moord.toml"))?;
+    config.write_all(b"connections_per_address = 16384\n")?;
     member.start(place)?;
     let boot = lab.dir.join("boot");
     std::fs::create_dir(&boot)?;
