@@ -8,7 +8,7 @@ use crate::state::{Member, now};
 use crate::store::records::{ImageRecord, Manifest, ProfileRecord};
 use crate::store::{Command, Snapshot};
 use moor_api::admin::{CreateProfile, ProfileView};
-use moor_api::deploy::{Overlay, PhaseName, RootMode};
+use moor_api::deploy::{OnFailure, Overlay, PhaseName, RootMode};
 use moor_api::ids::{ImageName, ProfileName, Sha256Digest};
 use moor_api::problem::{Code, Problem};
 use serde::Deserialize;
@@ -34,6 +34,8 @@ struct Settings {
     root: RootMode,
     #[serde(default)]
     overlay: Overlay,
+    #[serde(default)]
+    on_failure: OnFailure,
     #[serde(default)]
     kernel_arguments: String,
     #[serde(default)]
@@ -333,6 +335,7 @@ fn manifest(member: &Member, view: &Snapshot, name: &ProfileName) -> Result<Mani
         image: image.digest,
         root: settings.root,
         overlay: settings.overlay,
+        on_failure: settings.on_failure,
         kernel_arguments: settings.kernel_arguments,
         signers: settings.signers,
         allow_unproven: settings.allow_unproven,
@@ -452,6 +455,7 @@ mod tests {
             format!("signers: ['{key}']"),
             format!("authorized_keys: ['from=\"10.0.0.0/8\" {key}']"),
             "kernel_arguments: quiet console=ttyS0".to_owned(),
+            "on_failure: reboot".to_owned(),
         ] {
             assert_eq!(check(&good), Ok(()), "{good}");
         }

@@ -68,6 +68,20 @@ pub struct ProfileSection {
     /// The writable layer.
     #[serde(default)]
     pub overlay: Overlay,
+    /// What the node does when its boot has failed.
+    #[serde(default)]
+    pub on_failure: OnFailure,
+}
+
+/// What a node does when its boot has failed for a reason that trying again does not mend. The boot stage is closed first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnFailure {
+    /// Gives control back to the initramfs: a shell, or what `panic=` says.
+    #[default]
+    Hold,
+    /// Restarts the machine.
+    Reboot,
 }
 
 /// How the root comes to the node.

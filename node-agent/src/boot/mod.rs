@@ -23,7 +23,7 @@ use engine::{Fault, Machine};
 use kernel_arguments::KernelArguments;
 use moor_api::client::ClientError;
 use moor_api::client::session::SessionKey;
-use moor_api::deploy::{DeployDocument, PhaseName};
+use moor_api::deploy::{DeployDocument, OnFailure, PhaseName};
 use moor_api::ids::BootId;
 use moor_api::node::{Base64, HostCertificates, ImageOffer, KnownNode, SshTrust};
 use moor_api::problem::{Code, Problem};
@@ -86,7 +86,16 @@ pub async fn run(options: Options) -> (EndAction, String) {
     if end == EndAction::Ready {
         return (end, reason);
     }
+    let end = as_the_profile_says(end, boot.document.as_ref().map(|document| document.profile.on_failure));
     boot.give_up(end, &reason).await
+}
+
+/// How a boot ends that has failed, by the profile if it has come that far.
+fn as_the_profile_says(end: EndAction, on_failure: Option<OnFailure>) -> EndAction {
+    match (end, on_failure) {
+        (EndAction::Hold, Some(OnFailure::Reboot)) => EndAction::Reboot,
+        _ => end,
+    }
 }
 
 impl Boot {
@@ -255,6 +264,24 @@ mod tests {
     fn jitter_stays_between_0_and_1() {
         for _ in 0..1000 {
             assert!((0.0..=1.0).contains(&jitter()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_profile_makes_reboots_of_holds_and_of_nothing_else() {
+        for (end, on_failure, expected) in [
+            (EndAction::Hold, None, EndAction::Hold),
+            (EndAction::Hold, Some(OnFailure::Hold), EndAction::Hold),
+            (EndAction::Hold, Some(OnFailure::Reboot), EndAction::Reboot),
+            (EndAction::Reboot, Some(OnFailure::Hold), EndAction::Reboot),
+            (EndAction::Ready, Some(OnFailure::Reboot), EndAction::Ready),
+        ] {
+            assert_eq!(as_the_profile_says(end, on_failure), expected, "{end:?} {on_failure:?}");
         }
     }
 }

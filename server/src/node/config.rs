@@ -99,6 +99,7 @@ fn document(member: &Member, caller: &Caller, profile: &ProfileRecord) -> Result
             generation: profile.generation,
             root: manifest.root,
             overlay: manifest.overlay.clone(),
+            on_failure: manifest.on_failure,
         },
         interfaces: interfaces(node)?,
         dns: DnsSection { servers: list(attributes, "dns.servers"), domain: text(attributes, "dns.domain") },

@@ -3,7 +3,7 @@
 use super::raft::Peer;
 use crate::secrets::SealedSecret;
 use moor_api::admin::Refusal;
-use moor_api::deploy::{Overlay, PhaseName, RootMode};
+use moor_api::deploy::{OnFailure, Overlay, PhaseName, RootMode};
 use moor_api::ids::{
     BootId, CollectiveId, DeploymentId, ImageDigest, ImageName, MemberId, NodeId, NodeName, ProfileName, Sha256Digest,
 };
@@ -315,6 +315,9 @@ pub struct Manifest {
     pub root: RootMode,
     /// The overlay.
     pub overlay: Overlay,
+    /// What nodes do when their boot has failed.
+    #[serde(default)]
+    pub on_failure: OnFailure,
     /// Kernel arguments of the profile.
     pub kernel_arguments: String,
     /// Signers of which one must have signed the image.

@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 use moor_lab::process::wait_for;
-use moor_lab::scenario::{NODE, PROFILE, Scenario};
+use moor_lab::scenario::{BOOT_LIMIT, NODE, PROFILE, Scenario};
 use moor_lab::{Swtpm, Vm};
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt as _;
@@ -53,6 +53,34 @@ fn an_untethered_node_works_when_every_server_is_gone() -> anyhow::Result<()> {
     assert!(on_node("moor-tether status")?.contains("all of it in memory"));
     assert_eq!(on_node("systemctl is-system-running")?, "running", "{}", on_node("systemctl --failed")?);
     scenario.power_off_in_order(&mut vm)
+}
+
+#[test]
+#[ignore = "minutes of emulation: make test-full"]
+fn a_node_with_too_little_memory_says_so_and_does_what_its_profile_says() -> anyhow::Result<()> {
+    let dir = tempfile::Builder::new().prefix("moor-little-").tempdir()?;
+    let scenario = scenario(dir.path())?;
+    let path = scenario.member.profiles().join(PROFILE).join("profile.yaml");
+    let text = std::fs::read_to_string(&path)?;
+    // A quarter of the writable layer has to be free.
+    let changed =
+        text.replace("size_percent: 50", "size_percent: 400").replace("on_failure: hold", "on_failure: reboot");
+    std::fs::write(&path, changed)?;
+    choose(&scenario, "untethered")?;
+    let tpm = Swtpm::start(&dir.path().join("tpm"))?;
+    scenario.member.moor_ok(&["arm", NODE])?;
+    let vm = scenario.power_on("vm", &tpm, 2224)?;
+    let of = |state: &str| -> anyhow::Result<Vec<String>> {
+        Ok(scenario.states()?.into_iter().filter(|told| told.state == state).map(|told| told.detail).collect())
+    };
+    wait_for("a boot that fails", BOOT_LIMIT, || Ok(!of("failed")?.is_empty()))?;
+    let failed = of("failed")?;
+    assert!(failed[0].contains("too little memory for an untethered root"), "{failed:?}");
+    assert!(vm.console().contains("too little memory for an untethered root"), "{}", vm.console_tail(60));
+    let begun = vm.console().matches("Linux version ").count();
+    assert_eq!(begun, 1);
+    wait_for("the reboot", BOOT_LIMIT, || Ok(vm.console().matches("Linux version ").count() > begun))?;
+    Ok(())
 }
 
 /// A disk with one partition of that name.
