@@ -266,11 +266,6 @@ mod tests {
             assert!((0.0..=1.0).contains(&jitter()));
         }
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
 
     #[test]
     fn a_profile_makes_reboots_of_holds_and_of_nothing_else() {
