@@ -1,5 +1,5 @@
 //! Table *build*: `imgutil build` of a diskless Debian 12 beside plain mmdebstrap with the same packages, both from the archive; and
-//! the same build again with another command in its recipe, beside its first time. Ours also works out and writes the lock, checks
+//! the same build again with another command in its recipe, and with another file, beside its first time. Ours also works out and writes the lock, checks
 //! what was installed against it, keeps the base tree in its cache, and syncs the tree.
 
 use super::{Bar, Lab, PAIRS, Paired, Row, Table, Usage, measure, pairs};
@@ -23,18 +23,19 @@ pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
     // The lock says which packages the peer is to install, so one build goes before all others; nothing of it is measured.
     lab.say("build: choosing the packages");
     std::fs::create_dir(lab.dir.join("node-files")).context("making a folder")?;
-    ours(lab, "true", &["--no-cache", "--update-lock"])?;
+    ours(lab, ("true", "first"), &["--no-cache", "--update-lock"])?;
     let packages = locked(&lab.dir.join("recipe.lock"))?;
 
-    let again = RefCell::new(Vec::new());
+    let (commands, files) = (RefCell::new(Vec::new()), RefCell::new(Vec::new()));
     lab.say(&format!("build: {PAIRS} pairs of builds"));
     let first = || {
         let cache = lab.dir.join("cache");
         if cache.exists() {
             std::fs::remove_dir_all(&cache).context("removing the cache")?;
         }
-        let usage = ours(lab, "true", &["--cache", "cache", "--update-lock"])?;
-        again.borrow_mut().push(ours(lab, "echo again > /etc/motd", &["--cache", "cache"])?);
+        let usage = ours(lab, ("true", "first"), &["--cache", "cache", "--update-lock"])?;
+        commands.borrow_mut().push(ours(lab, ("echo again > /etc/motd", "first"), &["--cache", "cache"])?);
+        files.borrow_mut().push(ours(lab, ("true", "again"), &["--cache", "cache"])?);
         Ok(usage)
     };
     let both = pairs(PAIRS, first, || peer(lab, &packages))?;
@@ -48,16 +49,24 @@ pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
     let cpu: fn(&Usage) -> f64 = |usage| usage.cpu;
     table.rows.push(Row::paired("first build: wall", "s", "mmdebstrap", &Paired::of(&both, wall), Bar::AtMost(1.1)));
     table.rows.push(Row::paired("first build: CPU", "s", "mmdebstrap", &Paired::of(&both, cpu), Bar::None));
-    let both = (again.into_inner(), both.0);
-    let name = "another command: wall";
-    table.rows.push(Row::paired(name, "s", "first build", &Paired::of(&both, wall), Bar::AtMost(0.5)));
-    table.rows.push(Row::paired("another command: CPU", "s", "first build", &Paired::of(&both, cpu), Bar::None));
+    let mut first = both.0;
+    for (what, again) in [("another command", commands), ("another file", files)] {
+        let both = (again.into_inner(), first);
+        let row = |figure: &str| format!("{what}: {figure}");
+        let walls = Paired::of(&both, wall);
+        table.rows.push(Row::paired(&row("wall"), "s", "first build", &walls, Bar::AtMost(0.5)));
+        table.rows.push(Row::paired(&row("CPU"), "s", "first build", &Paired::of(&both, cpu), Bar::None));
+        first = both.1;
+    }
     Ok(table)
 }
 
-fn ours(lab: &Lab<'_>, command: &str, more: &[&str]) -> anyhow::Result<Usage> {
-    std::fs::write(lab.dir.join("recipe.toml"), format!("os = \"debian-12\"\nrun = [\"{command}\"]\n"))
-        .context("writing the recipe")?;
+fn ours(lab: &Lab<'_>, (command, text): (&str, &str), more: &[&str]) -> anyhow::Result<Usage> {
+    let recipe = format!(
+        "os = \"debian-12\"\nrun = [\"{command}\"]\n[[file]]\npath = \"/etc/banner\"\nsource = \"banner\"\n"
+    );
+    std::fs::write(lab.dir.join("recipe.toml"), recipe).context("writing the recipe")?;
+    std::fs::write(lab.dir.join("banner"), text).context("writing a file of the recipe")?;
     let mut build = Command::new(lab.bins.path("imgutil"));
     build.args(["build", "-f", "recipe.toml", "--node-files", "node-files"]).args(more).arg("tree");
     let usage = measure(build.current_dir(lab.dir))?;
