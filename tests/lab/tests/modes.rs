@@ -28,6 +28,7 @@ fn choose(scenario: &Scenario, mode: &str) -> anyhow::Result<()> {
 }
 
 #[test]
+#[ignore = "minutes of emulation: make test-full"]
 fn an_untethered_node_works_when_every_server_is_gone() -> anyhow::Result<()> {
     let dir = tempfile::Builder::new().prefix("moor-untethered-").tempdir()?;
     let mut scenario = scenario(dir.path())?;
