@@ -62,9 +62,8 @@ pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
 }
 
 fn ours(lab: &Lab<'_>, (command, text): (&str, &str), more: &[&str]) -> anyhow::Result<Usage> {
-    let recipe = format!(
-        "os = \"debian-12\"\nrun = [\"{command}\"]\n[[file]]\npath = \"/etc/banner\"\nsource = \"banner\"\n"
-    );
+    let recipe =
+        format!("os = \"debian-12\"\nrun = [\"{command}\"]\n[[file]]\npath = \"/etc/banner\"\nsource = \"banner\"\n");
     std::fs::write(lab.dir.join("recipe.toml"), recipe).context("writing the recipe")?;
     std::fs::write(lab.dir.join("banner"), text).context("writing a file of the recipe")?;
     let mut build = Command::new(lab.bins.path("imgutil"));

@@ -4,7 +4,7 @@
 
 use super::web::{Authority, Conduct, Web};
 use super::{Bar, Lab, PAIRS, Paired, Row, Table, pairs};
-use crate::process::{cpu, peak, resident, text, tied};
+use crate::process::{cpu, peak, text, tied};
 use crate::{Member, Namespace};
 use anyhow::Context as _;
 use moor_image::{Dek, OpenOptions};
