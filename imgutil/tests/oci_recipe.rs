@@ -67,7 +67,7 @@ fn an_image_becomes_what_the_recipe_says_by_its_own_package_manager() {
         r#"
         base = "minimal"
         packages = ["hello", "own-hello", "-tzdata", {{ name = "no-such-package", os = "ubuntu" }}]
-        locale = "C.UTF-8"
+        locale = "de_DE.UTF-8"
         run = ["echo ran > /etc/ran", "test \"$(cat /etc/motd)\" = image"]
         [[repository]]
         uri = "copy:{}/archive"
@@ -115,7 +115,8 @@ fn an_image_becomes_what_the_recipe_says_by_its_own_package_manager() {
     assert_eq!(shell(&tree, "hello; cat /usr/share/own; id -u op"), "Hello, world!\nown\n1234\n");
     let read = |path: &str| std::fs::read_to_string(tree.join(path)).unwrap();
     assert_eq!((read("etc/ran"), read("etc/motd")), ("ran\n".to_owned(), "image\n".to_owned()));
-    assert_eq!(read("etc/default/locale"), "LANG=C.UTF-8\n");
+    assert_eq!(read("etc/default/locale"), "LANG=de_DE.UTF-8\n");
+    assert!(shell(&tree, "locale -a").lines().any(|made| made == "de_DE.utf8"));
     let secret = tree.join("etc/secret").metadata().unwrap();
     assert_eq!((secret.uid(), secret.permissions().mode() & 0o7777), (1234, 0o600));
     assert_eq!(read("etc/laid-by-recipe"), "inside\n");
