@@ -118,6 +118,13 @@ fn a_lock_makes_the_same_image_elsewhere_and_without_a_network() {
         let banner = fs::read_to_string(kitchen.path().join("tree/opt/site/banner")).unwrap();
         assert_eq!(banner, "welcome again\n", "{backend}");
         assert_ne!(kitchen.payload(&built), digest, "{backend}");
+
+        // A description of the system that says something else asks for something else.
+        let locale = "locale = { file = \"/etc/other\", packages = [] }";
+        describe(kitchen.path(), backend, &kitchen.server.url, &kitchen.key, locale);
+        let line = error(&kitchen.build(imgutil_alone(), &["--cache", "cache", "--locked", "tree"], None), 1);
+        assert!(line.contains("does not match its lock"), "{backend}: {line}");
+        assert!(line.contains("or the description of its system, have changed"), "{backend}: {line}");
         fs::remove_file(kitchen.path().join("recipe.lock")).unwrap();
     }
 }
