@@ -87,6 +87,7 @@ fn unpack(
     match (unpacked, ended) {
         (Ok(()), _) => Ok(()),
         (Err(OciError::Interrupted), Some(signal)) => Err(BuildError::Interrupted { signal, base_kept: false }),
+        (Err(OciError::Full), _) => Err(BuildError::Full(work.tree().to_path_buf())),
         (Err(error), _) => Err(error.into()),
     }
 }
