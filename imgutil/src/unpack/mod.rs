@@ -144,3 +144,62 @@ impl Drop for Staging {
 pub(crate) fn parent_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, File};
+    use std::io;
+    use std::os::unix::fs::{FileExt as _, symlink};
+    use std::process::Command;
+
+    struct Squashfs(File);
+
+    impl Source for Squashfs {
+        fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+            self.0.read_exact_at(buffer, offset)
+        }
+
+        fn size(&self) -> u64 {
+            self.0.metadata().map_or(0, |metadata| metadata.len())
+        }
+    }
+
+    /// Packs a directory with the tool of the field, which asks nothing of what it packs.
+    fn squashfs(directory: &Path) -> Squashfs {
+        let file = directory.with_extension("squashfs");
+        let packed = Command::new("mksquashfs").arg(directory).arg(&file).args(["-noappend", "-quiet"]).output();
+        assert!(packed.is_ok_and(|output| output.status.success()), "mksquashfs");
+        Squashfs(File::open(file).expect("opens"))
+    }
+
+    #[test]
+    fn a_file_system_whose_mount_point_is_a_link_of_another_is_not_unpacked_through_it() {
+        let work = tempfile::tempdir().expect("directory");
+        let place = |name: &str| work.path().join(name);
+        for name in ["outside", "root", "home", "good/home"] {
+            fs::create_dir_all(place(name)).expect("makes");
+        }
+        fs::write(place("home/file"), "x").expect("writes");
+        symlink(place("outside"), place("root/home")).expect("links");
+        let unpack = |root: &str| {
+            let parts = vec![("/".into(), squashfs(&place(root))), ("/home".into(), squashfs(&place("home")))];
+            unsquash_all(parts, &place("tree"), &Progress::new("unpacking"))
+        };
+        let error = unpack("root").expect_err("is refused");
+        assert!(format!("{error:#}").contains("cannot go to '/home'"), "{error:#}");
+        assert_eq!(names(&place("outside")), Vec::<OsString>::new());
+        // Neither a tree nor what was begun of it.
+        assert_eq!(names(work.path()), ["good", "home", "home.squashfs", "outside", "root", "root.squashfs"]);
+
+        unpack("good").expect("unpacks");
+        assert_eq!(fs::read(place("tree/home/file")).expect("reads"), b"x");
+    }
+
+    fn names(directory: &Path) -> Vec<OsString> {
+        let entries = fs::read_dir(directory).expect("lists");
+        let mut names: Vec<OsString> = entries.map(|entry| entry.expect("entry").file_name()).collect();
+        names.sort();
+        names
+    }
+}
