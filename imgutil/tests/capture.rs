@@ -203,6 +203,14 @@ fn a_capture_that_fails_says_why_and_leaves_neither_image_nor_key() {
         capture(&node, root, &[]).one_line_error(1, &["cannot capture 'node': ", reason]);
         assert_eq!(node.left_here(), Vec::<String>::new());
     }
+    // A key that is there belongs to another image.
+    let key = dir.path().join("out/node.key");
+    std::fs::write(&key, "another image's").unwrap();
+    let reasons = ["node.key' exists already: a key belongs to one image, so its file is never overwritten"];
+    capture(&node, &node.target(), &[]).one_line_error(1, &reasons);
+    assert_eq!(node.left_here(), ["node.key"]);
+    assert_eq!(std::fs::read_to_string(&key).unwrap(), "another image's");
+    std::fs::remove_file(&key).unwrap();
     // Nobody listens there.
     let config = dir.path().join("ssh_config");
     std::fs::write(&config, "Host node\n  HostName 127.0.0.1\n  Port 1\n  BatchMode yes\n").unwrap();
