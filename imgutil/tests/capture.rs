@@ -34,6 +34,7 @@ chown -R 1000:1000 home/op
 mkdir -p usr/share/doc/example
 cp "$D/planted" usr/share/doc/example/key.pem
 md5sum usr/share/doc/example/key.pem > var/lib/dpkg/info/example.md5sums
+printf 'Package: example\nStatus: install ok installed\nArchitecture: all\nVersion: 1\n' > var/lib/dpkg/status
 "#;
 
 /// Those of them that no image may have.
@@ -128,6 +129,12 @@ fn a_system_on_several_file_systems_becomes_one_image_without_its_secrets() {
         let length = rustix::fs::getxattr(out.join("usr/bin/true"), name, &mut value).unwrap();
         assert_eq!(length, expected, "{name}");
     }
+    // Image and tree are the same also to those who look into an image without unpacking it.
+    let compared = results.imgutil(&["diff", out.to_str().unwrap()]);
+    assert!(compared.stdout.ends_with(" packages (+0 B)\n"), "{}", compared.stdout);
+    let sbom: Value = serde_json::from_str(&results.imgutil(&["sbom"]).stdout).unwrap();
+    let packages = sbom["packages"].as_array().unwrap();
+    assert!(packages.iter().any(|package| package["name"] == "example"), "{sbom:#}");
     // Everything else of the system is there.
     let files = std::fs::read(dir.path().join("files")).unwrap();
     for name in files.split(|byte| *byte == b'\n').filter(|name| !name.is_empty()) {

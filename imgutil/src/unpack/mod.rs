@@ -148,30 +148,9 @@ pub(crate) fn parent_of(path: &Path) -> &Path {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs::{self, File};
-    use std::io;
-    use std::os::unix::fs::{FileExt as _, symlink};
-    use std::process::Command;
-
-    struct Squashfs(File);
-
-    impl Source for Squashfs {
-        fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-            self.0.read_exact_at(buffer, offset)
-        }
-
-        fn size(&self) -> u64 {
-            self.0.metadata().map_or(0, |metadata| metadata.len())
-        }
-    }
-
-    /// Packs a directory with the tool of the field, which asks nothing of what it packs.
-    fn squashfs(directory: &Path) -> Squashfs {
-        let file = directory.with_extension("squashfs");
-        let packed = Command::new("mksquashfs").arg(directory).arg(&file).args(["-noappend", "-quiet"]).output();
-        assert!(packed.is_ok_and(|output| output.status.success()), "mksquashfs");
-        Squashfs(File::open(file).expect("opens"))
-    }
+    use crate::squashfs::peer::pack;
+    use std::fs;
+    use std::os::unix::fs::symlink;
 
     #[test]
     fn a_file_system_whose_mount_point_is_a_link_of_another_is_not_unpacked_through_it() {
@@ -183,7 +162,7 @@ mod tests {
         fs::write(place("home/file"), "x").expect("writes");
         symlink(place("outside"), place("root/home")).expect("links");
         let unpack = |root: &str| {
-            let parts = vec![("/".into(), squashfs(&place(root))), ("/home".into(), squashfs(&place("home")))];
+            let parts = vec![("/".into(), pack(&place(root))), ("/home".into(), pack(&place("home")))];
             unsquash_all(parts, &place("tree"), &Progress::new("unpacking"))
         };
         let error = unpack("root").expect_err("is refused");
