@@ -2,19 +2,15 @@
 //! to a machine's firmware.
 
 use crate::pack::{initramfs_names, newest_kernel};
-use crate::squashfs::{Inode, InodeKind, Piece, Reader, Source, SquashfsError};
+use crate::squashfs::Source;
+use crate::system::System;
 use anyhow::{Context as _, Result, bail};
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt as _;
-use std::path::{Path, PathBuf};
 
 /// shim and GRUB: name and content of each.
 pub(crate) type BootLoaders = [(String, Vec<u8>); 2];
 
 /// More than any kernel or initramfs has.
 const LIMIT: u64 = 1 << 30;
-/// As many symbolic links Linux follows in one path (`path_resolution(7)`).
-const MAX_LINKS: usize = 40;
 /// Where EL and Fedora have boot loaders: on the EFI system partition, each vendor's in a directory of its own.
 pub(crate) const VENDORS: &str = "boot/efi/EFI";
 
@@ -74,173 +70,43 @@ pub(crate) fn loaders<F>(
     Ok(None)
 }
 
-/// The file systems of an image as the one tree that they are where they are mounted.
-pub(crate) struct System<S> {
-    /// By mount point.
-    parts: Vec<(PathBuf, Reader<S>)>,
-}
-
-/// Something in it.
-#[derive(Clone)]
-struct Place {
-    path: PathBuf,
-    part: usize,
-    inode: Inode,
-}
-
 impl<S: Source> System<S> {
-    /// An image's file systems with their mount points.
-    pub(crate) fn open(parts: Vec<(PathBuf, S)>) -> Result<Self> {
-        let open = |(mount, source)| Ok((mount, Reader::open(source)?));
-        Ok(Self { parts: parts.into_iter().map(open).collect::<Result<_>>()? })
-    }
-
     /// The newest kernel with its initramfs.
     pub(crate) fn boot_files(&mut self) -> Result<BootFiles> {
-        let boot = self.find("boot")?.context("the image has no directory /boot")?;
-        if !matches!(boot.inode.kind, InodeKind::Directory(_)) {
-            bail!("/boot is no directory");
-        }
-        let (kernel, initramfs) = choose(&self.list("boot")?)?;
+        let names = self.list("boot")?.context("the image has no directory /boot")?;
+        let (kernel, initramfs) = choose(&names)?;
         let mut file = |name: String| -> Result<Vec<u8>> {
-            self.read(&format!("boot/{name}"))?.with_context(|| format!("/boot/{name} is no regular file"))
+            self.boot_file(&format!("boot/{name}"))?.with_context(|| format!("/boot/{name} is no regular file"))
         };
         Ok(BootFiles { kernel: file(kernel)?, initramfs: file(initramfs)? })
     }
 
     /// The signed boot loaders, if there are both.
     pub(crate) fn boot_loaders(&mut self) -> Result<Option<BootLoaders>> {
-        let vendors = self.list(VENDORS)?;
-        loaders(&vendors, |path| self.read(path))
-    }
-
-    /// What is at a path, which begins at the root; symbolic links are followed as the system itself would.
-    fn find(&mut self, path: &str) -> Result<Option<Place>> {
-        let root = self.mounted(Path::new("/"))?.context("the image has no root file system")?;
-        let (mut here, mut above) = (root.clone(), Vec::new());
-        let mut ahead = backwards(path.as_bytes());
-        let mut links = 0;
-        while let Some(name) = ahead.pop() {
-            match &name[..] {
-                b"" | b"." => continue,
-                b".." => {
-                    here = above.pop().unwrap_or_else(|| root.clone());
-                    continue;
-                }
-                _ => {}
-            }
-            let path = here.path.join(OsStr::from_bytes(&name));
-            let next = match self.mounted(&path)? {
-                Some(place) => place,
-                None => match child(&mut self.parts[here.part].1, &here.inode, &name)? {
-                    Some(inode) => Place { path, part: here.part, inode },
-                    None => return Ok(None),
-                },
-            };
-            let InodeKind::Symlink(target) = &next.inode.kind else {
-                above.push(std::mem::replace(&mut here, next));
-                continue;
-            };
-            links += 1;
-            if links > MAX_LINKS {
-                return Ok(None);
-            }
-            if target.starts_with(b"/") {
-                above.clear();
-                here = root.clone();
-            }
-            ahead.extend(backwards(target));
-        }
-        Ok(Some(here))
-    }
-
-    /// The root of the file system that is mounted there.
-    fn mounted(&mut self, path: &Path) -> Result<Option<Place>> {
-        let Some(part) = self.parts.iter().position(|(mount, _)| mount == path) else { return Ok(None) };
-        let reader = &mut self.parts[part].1;
-        let top = reader.root();
-        Ok(Some(Place { path: path.to_owned(), part, inode: reader.inode(top)? }))
-    }
-
-    /// The names in a directory, sorted; none if there is no such directory.
-    fn list(&mut self, path: &str) -> Result<Vec<String>> {
-        let mut names = Vec::new();
-        if let Some(Place { part, inode: Inode { kind: InodeKind::Directory(listing), .. }, .. }) = self.find(path)? {
-            let reader = &mut self.parts[part].1;
-            let mut entries = reader.entries(&listing);
-            while let Some(entry) = entries.next(reader)? {
-                names.extend(entry.name.to_str().ok().map(str::to_owned));
-            }
-        }
-        names.sort_unstable();
-        Ok(names)
+        let vendors = self.list(VENDORS)?.unwrap_or_default();
+        loaders(&vendors, |path| self.boot_file(path))
     }
 
     /// A regular file's bytes; `None` if there is no such file.
-    fn read(&mut self, path: &str) -> Result<Option<Vec<u8>>> {
-        let Some(Place { part, inode: Inode { kind: InodeKind::File(data), .. }, .. }) = self.find(path)? else {
-            return Ok(None);
-        };
-        if data.size > LIMIT {
+    fn boot_file(&mut self, path: &str) -> Result<Option<Vec<u8>>> {
+        if self.size(path)?.is_some_and(|size| size > LIMIT) {
             bail!("/{path} is larger than any boot file");
         }
-        let mut bytes = Vec::new();
-        self.parts[part].1.contents(&data, |piece| {
-            match piece {
-                // Below LIMIT, so it fits.
-                Piece::Hole(length) => bytes.resize(bytes.len() + usize::try_from(length).unwrap_or_default(), 0),
-                Piece::Data(data) => bytes.extend_from_slice(data),
-            }
-            Ok::<(), SquashfsError>(())
-        })?;
-        Ok(Some(bytes))
+        self.read(path, LIMIT)
     }
-}
-
-/// The names in a path, the last one first.
-fn backwards(path: &[u8]) -> Vec<Vec<u8>> {
-    path.rsplit(|byte| *byte == b'/').map(<[u8]>::to_vec).collect()
-}
-
-fn child<S: Source>(reader: &mut Reader<S>, directory: &Inode, name: &[u8]) -> Result<Option<Inode>> {
-    let InodeKind::Directory(listing) = &directory.kind else { return Ok(None) };
-    let mut entries = reader.entries(listing);
-    while let Some(entry) = entries.next(reader)? {
-        if entry.name.to_bytes() == name {
-            return Ok(Some(reader.inode(entry.inode)?));
-        }
-    }
-    Ok(None)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::squashfs::peer::{Packed, pack};
     use std::fs;
-    use std::os::unix::fs::{FileExt as _, symlink};
-    use std::process::Command;
-
-    struct Squashfs(fs::File);
-
-    impl Source for Squashfs {
-        fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
-            self.0.read_exact_at(buffer, offset)
-        }
-
-        fn size(&self) -> u64 {
-            self.0.metadata().map_or(0, |metadata| metadata.len())
-        }
-    }
+    use std::os::unix::fs::symlink;
+    use std::path::{Path, PathBuf};
 
     /// Packs directories of `work` as the file systems of these mount points.
-    fn system(work: &Path, parts: &[(&str, &str)]) -> System<Squashfs> {
-        let pack = |(mount, name): &(&str, &str)| {
-            let file = work.join(format!("{name}.squashfs"));
-            let packed =
-                Command::new("mksquashfs").arg(work.join(name)).arg(&file).args(["-noappend", "-quiet"]).output();
-            assert!(packed.is_ok_and(|output| output.status.success()), "mksquashfs");
-            (PathBuf::from(mount), Squashfs(fs::File::open(file).expect("opens")))
-        };
+    fn system(work: &Path, parts: &[(&str, &str)]) -> System<Packed> {
+        let pack = |(mount, name): &(&str, &str)| (PathBuf::from(mount), pack(&work.join(name)));
         System::open(parts.iter().map(pack).collect()).expect("reads")
     }
 
@@ -279,9 +145,9 @@ mod tests {
         let mut system = system(work, &[("/", "root"), ("/boot", "boot"), ("/usr/lib/grub", "usr")]);
         let boot = system.boot_files().expect("are there");
         assert_eq!((&boot.kernel[..], &boot.initramfs[..]), (&b"kernel"[..], &b"initramfs"[..]));
-        assert_eq!(system.list("boot").expect("reads"), ["initrd.img-1", "real", "vmlinuz-1"]);
+        assert_eq!(system.list("boot").expect("reads").expect("is there"), ["initrd.img-1", "real", "vmlinuz-1"]);
         assert_eq!(names(system.boot_loaders().expect("reads")), ["shimx64.efi shim", "grubx64.efi grub"]);
-        let read = |system: &mut System<_>, path: &str| system.read(path).expect("reads").is_some();
+        let read = |system: &mut System<_>, path: &str| system.boot_file(path).expect("reads").is_some();
         assert!(read(&mut system, "lib/shim/shimx64.efi.signed"));
         for none in ["circle", "boot", "none/at/all", "boot/real/below"] {
             assert!(!read(&mut system, none), "{none}");

@@ -20,6 +20,7 @@ pub mod recipe;
 pub mod sbom;
 pub mod scrub;
 pub mod squashfs;
+mod system;
 mod tar;
 pub mod trial;
 pub mod unpack;

@@ -157,6 +157,7 @@ fn a_recipe_becomes_a_tree_and_its_lock_makes_the_same_again() {
     assert!(text(&built.stdout).contains(", packages as locked on 2"), "{}", text(&built.stdout));
     assert_eq!(kitchen.payload(&built, "third"), digest);
 
+    the_date_decides_the_times(&kitchen, &digest);
     another_command_keeps_the_packages(&kitchen);
     versions_that_are_gone_are_named(&kitchen);
     a_damaged_entry_is_not_used(&kitchen);
@@ -168,6 +169,25 @@ fn a_recipe_becomes_a_tree_and_its_lock_makes_the_same_again() {
     let line = error(&kitchen.build(&["--no-cache", "tree"]), 1);
     assert!(line.contains("is not signed by its key, so nothing of it was used"), "{line}");
     assert_eq!(names(kitchen.path()), before);
+}
+
+/// With a kernel, and an initramfs that each build makes by itself.
+#[test]
+#[ignore = "two nodes take minutes: `make test-full` runs it"]
+fn two_locked_builds_of_a_node_are_the_same_image() {
+    let work = scratch();
+    let write = |name: &str, content: &str| std::fs::write(work.path().join(name), content).unwrap();
+    std::fs::create_dir_all(work.path().join("node-files/usr/lib/site")).unwrap();
+    write("node-files/usr/lib/site/agent", "the agent\n");
+    write("recipe.toml", "os = \"debian-12\"\npackages = [\"hello\"]\n");
+    let recipe = ["-f", "recipe.toml", "--no-cache", "--node-files", "node-files"];
+    let built = build(work.path(), &[&recipe[..], &["tree"]].concat());
+    assert!(built.status.success(), "{}", text(&built.stderr));
+    assert!(text(&built.stdout).contains(", kernel 6."), "{}", text(&built.stdout));
+    let digest = payload(&work.path().join("tree"));
+    let files = ["recipe.toml", "recipe.lock", "node-files"];
+    let elsewhere = payload_elsewhere(work.path(), &files, &[&recipe[..], &["--locked"]].concat());
+    assert_eq!(elsewhere, digest);
 }
 
 fn has_what_the_recipe_says(kitchen: &Kitchen, tree: &Path) {
@@ -216,6 +236,30 @@ fn has_what_the_recipe_says(kitchen: &Kitchen, tree: &Path) {
     let date = lock.lines().find_map(|line| line.strip_prefix("date = ")).unwrap();
     let newer = Command::new("find").arg(tree).args(["-newermt", &format!("@{date}")]).output().unwrap();
     assert_eq!(text(&newer.stdout), "");
+}
+
+/// Nothing is newer than `SOURCE_DATE_EPOCH`, and the date alone decides: not whether its base tree was in the cache already.
+fn the_date_decides_the_times(kitchen: &Kitchen, locked: &str) {
+    const EARLY: u64 = 1_500_000_000;
+    let tree = kitchen.path().join("tree");
+    let build = || {
+        let mut command = imgutil();
+        command.args(["build", "--cache", "dated", "-f", "recipe.toml", "--locked", "tree"]);
+        let built = command.env("SOURCE_DATE_EPOCH", EARLY.to_string()).current_dir(kitchen.path()).output().unwrap();
+        assert!(built.status.success(), "{}", text(&built.stderr));
+    };
+    build();
+    let newer = Command::new("find").arg(&tree).args(["-newermt", &format!("@{EARLY}")]).output().unwrap();
+    assert_eq!(text(&newer.stdout), "");
+    // The days of password changes (shadow(5)), of packages' users and of the recipe's.
+    let shadow = std::fs::read_to_string(tree.join("etc/shadow")).unwrap();
+    let days = shadow.lines().map(|line| line.split(':').nth(2).unwrap().parse::<u64>().unwrap());
+    assert!(days.clone().count() > 10 && days.max() <= Some(EARLY / 86_400), "{shadow}");
+    let fresh = payload(&tree);
+    build();
+    let cached = payload(&tree);
+    assert_eq!((cached == fresh, fresh == locked), (true, false));
+    std::fs::remove_dir_all(kitchen.path().join("dated")).unwrap();
 }
 
 fn another_command_keeps_the_packages(kitchen: &Kitchen) {

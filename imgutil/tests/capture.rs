@@ -34,6 +34,7 @@ chown -R 1000:1000 home/op
 mkdir -p usr/share/doc/example
 cp "$D/planted" usr/share/doc/example/key.pem
 md5sum usr/share/doc/example/key.pem > var/lib/dpkg/info/example.md5sums
+printf 'Package: example\nStatus: install ok installed\nArchitecture: all\nVersion: 1\n' > var/lib/dpkg/status
 "#;
 
 /// Those of them that no image may have.
@@ -128,6 +129,12 @@ fn a_system_on_several_file_systems_becomes_one_image_without_its_secrets() {
         let length = rustix::fs::getxattr(out.join("usr/bin/true"), name, &mut value).unwrap();
         assert_eq!(length, expected, "{name}");
     }
+    // Image and tree are the same also to those who look into an image without unpacking it.
+    let compared = results.imgutil(&["diff", out.to_str().unwrap()]);
+    assert!(compared.stdout.ends_with(" packages (+0 B)\n"), "{}", compared.stdout);
+    let sbom: Value = serde_json::from_str(&results.imgutil(&["sbom"]).stdout).unwrap();
+    let packages = sbom["packages"].as_array().unwrap();
+    assert!(packages.iter().any(|package| package["name"] == "example"), "{sbom:#}");
     // Everything else of the system is there.
     let files = std::fs::read(dir.path().join("files")).unwrap();
     for name in files.split(|byte| *byte == b'\n').filter(|name| !name.is_empty()) {
@@ -203,6 +210,14 @@ fn a_capture_that_fails_says_why_and_leaves_neither_image_nor_key() {
         capture(&node, root, &[]).one_line_error(1, &["cannot capture 'node': ", reason]);
         assert_eq!(node.left_here(), Vec::<String>::new());
     }
+    // A key that is there belongs to another image.
+    let key = dir.path().join("out/node.key");
+    std::fs::write(&key, "another image's").unwrap();
+    let reasons = ["node.key' exists already: a key belongs to one image, so its file is never overwritten"];
+    capture(&node, &node.target(), &[]).one_line_error(1, &reasons);
+    assert_eq!(node.left_here(), ["node.key"]);
+    assert_eq!(std::fs::read_to_string(&key).unwrap(), "another image's");
+    std::fs::remove_file(&key).unwrap();
     // Nobody listens there.
     let config = dir.path().join("ssh_config");
     std::fs::write(&config, "Host node\n  HostName 127.0.0.1\n  Port 1\n  BatchMode yes\n").unwrap();

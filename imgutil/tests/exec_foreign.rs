@@ -120,13 +120,16 @@ fn a_missing_emulator_is_named_with_the_command_that_brings_it() {
 #[test]
 fn build_asks_the_same_before_it_fetches_anything() {
     let scratch = scratch();
-    let tree = scratch.path().join("tree");
-    let script = "mount --bind /dev/null /usr/bin/qemu-aarch64-static; exec \"$0\" build --arch arm64 --minimal \"$1\"";
-    let mut command = tied("unshare");
-    command.args(["-m", "sh", "-ec", script, env!("CARGO_BIN_EXE_imgutil")]).arg(&tree).stdin(Stdio::null());
-    let output = command.output().unwrap();
-    assert!(text(&output.stderr).contains("cannot run programs for arm64"), "{}", text(&output.stderr));
-    assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0);
+    // Also of a container image, which is not even looked for.
+    for more in ["--minimal", "--from oci:. -p hello"] {
+        let script =
+            format!("mount --bind /dev/null /usr/bin/qemu-aarch64-static; exec \"$0\" build --arch arm64 {more} tree");
+        let mut command = tied("unshare");
+        command.args(["-m", "sh", "-ec", &script, env!("CARGO_BIN_EXE_imgutil")]).current_dir(scratch.path());
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        assert!(text(&output.stderr).contains("cannot run programs for arm64"), "{more}: {}", text(&output.stderr));
+        assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0, "{more}");
+    }
 }
 
 /// The agent of this machine in an image for another would be found out by the first node.

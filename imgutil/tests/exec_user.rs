@@ -52,11 +52,16 @@ impl User {
 
     /// `imgutil` as this user, with `before` run as root in the namespace first.
     fn imgutil(&self, before: &str) -> Command {
+        self.command(before, "/mnt/imgutil \"$@\"")
+    }
+
+    /// A shell command as this user, after others as root.
+    fn command(&self, before: &str, line: &str) -> Command {
         let scratch = self.scratch.path().display();
         let script = format!(
             "set -e; for name in passwd subuid subgid; do mount --bind '{scratch}'/$name /etc/$name; done; \
              mount --bind '{scratch}' /mnt; {before}\n\
-             exec setpriv --reuid={UID} --regid={UID} --clear-groups --pdeathsig KILL -- /mnt/imgutil \"$@\""
+             exec setpriv --reuid={UID} --regid={UID} --clear-groups --pdeathsig KILL -- {line}"
         );
         let mut command = tied("unshare");
         command.args(["-m", "sh", "-c", &script, "sh"]).stdin(Stdio::null()).env_remove("HOME");
@@ -112,6 +117,31 @@ fn a_user_is_root_of_his_own_tree() {
 }
 
 #[test]
+fn a_user_at_a_terminal_has_a_terminal_of_the_image() {
+    let user = User::new();
+    let before = listing(&user.tree);
+    // `script` is the terminal's program, as this user: what it starts has that as its controlling terminal.
+    std::fs::write(
+        user.file("session"),
+        "readlink /proc/self/fd/0; test -c /dev/console && echo console; test -t 1 && test -t 2 && echo output; exit 7\n",
+    )
+    .unwrap();
+    let line = "script -qec '/mnt/imgutil exec -v /mnt:/binds /mnt/image -- sh /binds/session' /dev/null";
+    let mut session = user.command("", line);
+    session.env("SHELL", "/bin/sh").env("TERM", "vt100").stdin(Stdio::piped());
+    let mut session = session.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // Nobody types, and the keyboard stays: its end would be typed as a character.
+    let keyboard = session.stdin.take();
+    let output = session.wait_with_output().unwrap();
+    drop(keyboard);
+    let shown = text(&output.stdout);
+    let lines: Vec<&str> = shown.lines().map(str::trim_end).collect();
+    assert_eq!(lines, ["/dev/pts/0", "console", "output"], "{}", text(&output.stderr));
+    assert_eq!(output.status.code(), Some(7));
+    assert_eq!((listing(&user.tree), mounts(&user.tree)), (before, Vec::new()));
+}
+
+#[test]
 fn a_user_does_not_get_out() {
     let user = User::new();
     let secret = user.file("secret");
@@ -124,7 +154,7 @@ fn a_user_does_not_get_out() {
     let attempts = "
         for try in 'cat /binds/secret' 'echo x >/binds/shared/x' 'touch /binds/shared/x' 'mount -o remount,rw,bind /binds' \
             'umount /binds' 'head -c1 /disk' 'mknod /null2 c 1 3' 'chmod 600 /dev/null' 'mount -t tmpfs none /mnt' \
-            'hostname changed' 'echo x >/proc/sys/kernel/hostname' 'touch /sys/x' 'test -e /sys/fs/cgroup/cgroup.procs' \
+            'hostname changed' 'echo x >/proc/sys/kernel/hostname' 'touch /sys/x' 'ls -d /sys/fs/cgroup/*' \
             'nsenter -t 1 -m true' 'chroot /proc/1/root mount -t tmpfs none /mnt' 'test -e /dev/kmsg' 'kill -0 \"$HOST\"' \
             'head -c1 /binds/null-device' 'unshare -Urm sh -c \"umount /binds\"' \
             'unshare -Urm sh -c \"mount -o remount,bind,rw /binds && touch /binds/shared/x\"'; do

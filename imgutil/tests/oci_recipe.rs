@@ -8,7 +8,7 @@ mod oci_image;
 mod rpm_repo;
 
 use build_tree::{
-    error, exec, imgutil, minimal_tree, mounts, names, processes, rpm_tree, scratch, shell, text, wait_until,
+    error, exec, imgutil, minimal_tree, mounts, names, processes, rpm_tree, scratch, shell, text, tied, wait_until,
 };
 use deb_archive::{archive, signing_key};
 use nix::sys::signal::{Signal, kill};
@@ -67,7 +67,7 @@ fn an_image_becomes_what_the_recipe_says_by_its_own_package_manager() {
         r#"
         base = "minimal"
         packages = ["hello", "own-hello", "-tzdata", {{ name = "no-such-package", os = "ubuntu" }}]
-        locale = "C.UTF-8"
+        locale = "de_DE.UTF-8"
         run = ["echo ran > /etc/ran", "test \"$(cat /etc/motd)\" = image"]
         [[repository]]
         uri = "copy:{}/archive"
@@ -115,7 +115,8 @@ fn an_image_becomes_what_the_recipe_says_by_its_own_package_manager() {
     assert_eq!(shell(&tree, "hello; cat /usr/share/own; id -u op"), "Hello, world!\nown\n1234\n");
     let read = |path: &str| std::fs::read_to_string(tree.join(path)).unwrap();
     assert_eq!((read("etc/ran"), read("etc/motd")), ("ran\n".to_owned(), "image\n".to_owned()));
-    assert_eq!(read("etc/default/locale"), "LANG=C.UTF-8\n");
+    assert_eq!(read("etc/default/locale"), "LANG=de_DE.UTF-8\n");
+    assert!(shell(&tree, "locale -a").lines().any(|made| made == "de_DE.utf8"));
     let secret = tree.join("etc/secret").metadata().unwrap();
     assert_eq!((secret.uid(), secret.permissions().mode() & 0o7777), (1234, 0o600));
     assert_eq!(read("etc/laid-by-recipe"), "inside\n");
@@ -211,12 +212,40 @@ fn a_build_that_is_stopped_in_the_image_leaves_nothing() {
         .unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     while !lines.next().expect("it ended before it began").unwrap().contains("running the recipe's commands") {}
-    std::thread::spawn(move || lines.count());
+    let last = std::thread::spawn(move || lines.map(Result::unwrap).last());
     wait_until("the command to run", || !processes("sleep\u{0}98765").is_empty());
     kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), Signal::SIGTERM).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(143));
+    let said = last.join().unwrap().unwrap();
+    assert!(said.ends_with("interrupted by SIGTERM: nothing is left of it, and the next build begins anew"), "{said}");
     assert_eq!(names(work.path()), ["recipe.toml"]);
     assert_eq!((processes(mark), mounts(work.path())), (Vec::new(), Vec::new()));
+}
+
+/// Too small for the layers, and too small for what a command writes.
+#[test]
+fn a_full_disk_is_one_line_and_nothing_is_left() {
+    let outside = scratch();
+    let recipe = outside.path().join("recipe.toml");
+    std::fs::write(&recipe, "base = \"minimal\"\nrun = [\"head -c 2G /dev/zero >/large\"]\n").unwrap();
+    let image = debian_image(&[]);
+    // In the second the log may be what finds no room.
+    for (size, says) in [("40m", "' is full: make room there, or build elsewhere"), ("300m", "make room there, or ")] {
+        let work = scratch();
+        // Gone with the namespace, whatever happens.
+        let script = format!(
+            "mount -t tmpfs -o size={size} none {0} && {1} build --from oci:{2} -f {3} {0}/tree; code=$?; ls -A {0}; exit $code",
+            work.path().display(),
+            env!("CARGO_BIN_EXE_imgutil"),
+            image.path().display(),
+            recipe.display()
+        );
+        let output = tied("unshare").args(["-m", "sh", "-c", &script]).output().unwrap();
+        let line = error(&output, 1);
+        assert!(line.contains(says), "{size}: {line}");
+        let unpacked = text(&output.stderr).contains("running the recipe's commands");
+        assert_eq!((text(&output.stdout), unpacked), (String::new(), size == "300m"), "nothing is left");
+    }
 }
 
 /// dnf and zypper in an image, as Debian packs them: the ways of each are its own, the distribution around it is not.

@@ -1,14 +1,19 @@
 //! Unpack of any image gives back the tree: trees made at random from everything that a file system has. 100 MB and 10,000 files
 //! here; 1 GB files and 100,000 small ones in `make test-full`.
+//!
+//! `MOOR_SEED=N` repeats the trees from seed N on. Otherwise the first seed is taken from the commit, so that every commit tries others.
 #![allow(missing_docs, clippy::unwrap_used)]
 #![allow(clippy::cast_possible_truncation)] // numbers at random, below a limit each
 
 mod common;
+#[path = "../../tests/seed.rs"]
+mod seed;
 
 use common::cli::{pack, run};
 use common::odd_tree::noise;
 use common::snapshot::{assert_same, snapshot};
 use rustix::fs::{CWD, FileType, Mode, XattrFlags};
+use seed::first_seed;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt as _;
@@ -181,9 +186,10 @@ fn comes_back(work: &Path, tree: &Path, name: &str, more: &[&str]) {
 #[test]
 fn any_tree_comes_back_the_same() {
     let work = tempfile::tempdir().unwrap();
-    for (seed, more) in
-        [(1, &[][..]), (2, &["--block-size", "4K"]), (3, &["--block-size", "1M", "--processors", "3"]), (4, &["--xz"])]
-    {
+    let first = first_seed();
+    println!("trees of seed {first} on; MOOR_SEED={first} repeats them");
+    let options: [&[&str]; 4] = [&[], &["--block-size", "4K"], &["--block-size", "1M", "--processors", "3"], &["--xz"]];
+    for (seed, more) in (first..).zip(options) {
         let tree = work.path().join(format!("tree-{seed}"));
         random_tree(&tree, seed, 400);
         // `pack` of the tests sets a level, which xz has not.
@@ -256,7 +262,9 @@ fn a_gigabyte_and_a_hundred_thousand_files_come_back() {
     let tree = work.path().join("tree");
     large(&tree, 1 << 30, 100_000);
     comes_back(work.path(), &tree, "full", &[]);
+    let first = first_seed();
+    println!("a tree of seed {first}; MOOR_SEED={first} repeats it");
     let tree = work.path().join("random");
-    random_tree(&tree, 77, 10_000);
+    random_tree(&tree, first, 10_000);
     comes_back(work.path(), &tree, "random", &[]);
 }

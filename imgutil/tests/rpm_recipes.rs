@@ -118,6 +118,13 @@ fn a_lock_makes_the_same_image_elsewhere_and_without_a_network() {
         let banner = fs::read_to_string(kitchen.path().join("tree/opt/site/banner")).unwrap();
         assert_eq!(banner, "welcome again\n", "{backend}");
         assert_ne!(kitchen.payload(&built), digest, "{backend}");
+
+        // A description of the system that says something else asks for something else.
+        let locale = "locale = { file = \"/etc/other\", packages = [] }";
+        describe(kitchen.path(), backend, &kitchen.server.url, &kitchen.key, locale);
+        let line = error(&kitchen.build(imgutil_alone(), &["--cache", "cache", "--locked", "tree"], None), 1);
+        assert!(line.contains("does not match its lock"), "{backend}: {line}");
+        assert!(line.contains("or the description of its system, have changed"), "{backend}: {line}");
         fs::remove_file(kitchen.path().join("recipe.lock")).unwrap();
     }
 }
@@ -176,6 +183,42 @@ fn the_date_decides_the_times_in_an_image() {
     }
 }
 
+/// Each repository by its own key, which the recipe holds itself.
+#[test]
+fn a_recipe_adds_a_repository_with_a_key_of_its_own() {
+    const OWN: [Package; 1] =
+        [Package { files: &[("/usr/share/own", "own\n", "0644,root,root")], ..Package::empty("own") }];
+    let (kitchen, beside) = (Kitchen::new(), scratch());
+    let key = Key::new();
+    signed(&beside.path().join("repo"), &OWN, &key);
+    key.export(&beside.path().join("key.asc"));
+    let (own, other) = (fs::read_to_string(beside.path().join("key.asc")), fs::read_to_string(&kitchen.key));
+    let (own, other) = (own.unwrap(), other.unwrap());
+    let recipe = |key: &str| {
+        format!(
+            "base = \"minimal\"\npackages = [\"own\", \"hello\"]\n[[repository]]\nuri = \"file://{}/repo\"\nkey = \"\"\"\n{key}\"\"\"\n",
+            beside.path().display()
+        )
+    };
+    for backend in BACKENDS {
+        kitchen.begin(backend, &recipe(&other));
+        let line = error(&kitchen.build(imgutil(), &["--no-cache", "tree"], None), 1);
+        assert!(line.contains("is not signed by its key, so nothing of it was used"), "{backend}: {line}");
+        kitchen.begin(backend, &recipe(&own));
+        let built = kitchen.build(imgutil(), &["--no-cache", "tree"], None);
+        assert!(built.status.success(), "{backend}: {}", text(&built.stderr));
+        let tree = kitchen.path().join("tree");
+        let read = |path: &str| fs::read_to_string(tree.join(path)).unwrap();
+        assert_eq!((read("usr/share/own"), read("usr/share/hello")), ("own\n".to_owned(), "hello\n".to_owned()));
+        // Updates in the image come from both, by the same keys.
+        for (name, key) in [("recipe-0", &own), ("own-1-main", &other)] {
+            assert_eq!(read(&format!("etc/pki/rpm-gpg/RPM-GPG-KEY-{name}")).trim(), key.trim(), "{backend}: {name}");
+        }
+        fs::remove_dir_all(&tree).unwrap();
+        fs::remove_file(kitchen.path().join("recipe.lock")).unwrap();
+    }
+}
+
 #[test]
 fn a_build_that_is_stopped_while_packages_are_installed_leaves_nothing() {
     let kitchen = Kitchen::new();
@@ -212,6 +255,10 @@ fn recipes_that_make_no_image_are_answered_in_one_line_and_leave_nothing() {
         ("packages = [\"vmlinuz\"]\n", "the packages brought no /sbin/init: add one that does"),
         ("packages = [\"vmlinuz\", \"init\"]\n", "the packages brought neither update-initramfs nor dracut"),
         (out.as_str(), "'/out' is a symbolic link that leads to nothing in the tree"),
+        (
+            "base = \"minimal\"\n[[repository]]\nuri = \"http://127.0.0.1:9/x\"\nunsigned = true\n",
+            "repository 'http://127.0.0.1:9/x': packages of RPM are installed only if they are signed",
+        ),
     ];
     let build = || kitchen.build(imgutil(), &["--no-cache", "--node-files", "node-files", "tree"], None);
     for backend in BACKENDS {

@@ -4,8 +4,10 @@
 mod common;
 
 use common::cli::{Files, Ran, finish, imgutil, names};
+use common::odd_tree::noise;
 use common::snapshot::{Snapshot, assert_same, snapshot};
-use std::fs;
+use moor_image::{Dek, Image, OpenOptions};
+use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -200,20 +202,45 @@ fn excluded_files_are_left_out_and_a_pattern_that_matches_nothing_is_named() {
     pack(&tree, work.path(), &["--exclude", exclude.to_str().unwrap()]).0.one_line_error(1, &["line 1", "not closed"]);
 }
 
+/// What the superblock of the squashfs in an image says: compression and block size (Documentation/filesystems/squashfs.rst;
+/// `squashfs_fs.h` has the numbers of the compressions).
+fn method_and_block_size(files: &Files) -> (u16, u32) {
+    let key = Some(Dek::from_hex(&fs::read(&files.key).unwrap()).unwrap());
+    let options = OpenOptions { key, ..OpenOptions::default() };
+    let image = Image::open(File::open(&files.image).unwrap(), &options).unwrap();
+    let mut superblock = [0; 96];
+    assert_eq!(image.read_at(0, &mut superblock).unwrap(), superblock.len());
+    let block_size = u32::from_le_bytes(superblock[12..16].try_into().unwrap());
+    (u16::from_le_bytes(superblock[20..22].try_into().unwrap()), block_size)
+}
+
+/// Words in any order: text that compresses, and the better the harder one tries.
+fn words(count: usize) -> String {
+    let letters = |byte: &u8| ["mo", "ring", "ship", "s", "an", "chor", "har", "bour"][usize::from(byte % 8)];
+    let word = |bytes: &[u8]| bytes.iter().map(letters).chain([" "]).collect();
+    let vocabulary: Vec<String> = noise(800, 1).chunks(4).map(word).collect();
+    noise(count, 2).iter().map(|byte| vocabulary[usize::from(byte % 200)].as_str()).collect()
+}
+
 #[test]
 fn every_level_block_size_and_method_gives_back_the_tree() {
+    const XZ: u16 = 4;
+    const ZSTD: u16 = 6;
     let work = tempfile::tempdir().unwrap();
     let tree = work.path().join("tree");
     fill(&tree, &[("/small", "s"), ("/large", &"some text, ".repeat(300_000)), ("/d/zeros", &"\0".repeat(2_000_000))]);
+    fill(&tree, &[("/text", &words(200_000))]);
     let source = snapshot(&tree);
-    let cases: [&[&str]; 5] = [
-        &["--level", "22", "--block-size", "1M"],
-        &["--level", "1", "--block-size", "4096"],
-        &["--xz"],
-        &["--compression", "xz", "--block-size", "512K", "--processors", "1"],
-        &["--processors", "5"],
+    let cases: [(&[&str], u16, u32); 6] = [
+        (&["--level", "22", "--block-size", "1M"], ZSTD, 1 << 20),
+        (&["--level", "1", "--block-size", "1M"], ZSTD, 1 << 20),
+        (&["--level", "1", "--block-size", "4096"], ZSTD, 4096),
+        (&["--xz"], XZ, 128 << 10),
+        (&["--compression", "xz", "--block-size", "512K", "--processors", "1"], XZ, 512 << 10),
+        (&["--processors", "5"], ZSTD, 128 << 10),
     ];
-    for (index, more) in cases.into_iter().enumerate() {
+    let mut sizes = Vec::new();
+    for (index, (more, method, block_size)) in cases.into_iter().enumerate() {
         let files =
             Files { image: work.path().join(format!("{index}.moor")), key: work.path().join(format!("{index}.key")) };
         let mut command = imgutil(["pack".as_ref(), tree.as_os_str(), "-o".as_ref(), files.image.as_os_str()]);
@@ -224,7 +251,10 @@ fn every_level_block_size_and_method_gives_back_the_tree() {
             &format!("{more:?}"),
             &unpacked(&files, work.path(), &format!("tree-{index}")).1,
         );
+        assert_eq!(method_and_block_size(&files), (method, block_size), "{more:?}");
+        sizes.push(fs::metadata(&files.image).unwrap().len());
     }
+    assert!(sizes[0] * 20 < sizes[1] * 19, "level 22 makes it smaller than level 1: {sizes:?}");
     for (more, reason) in [
         (["--block-size", "3000"], "power of two"),
         (["--block-size", "2M"], "power of two"),

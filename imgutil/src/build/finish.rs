@@ -60,11 +60,19 @@ fn set_locale(context: &mut Context<'_, '_>, tree: &Tree) -> Result<(), BuildErr
     let plan = context.plan;
     let Some(locale) = &plan.locale else { return Ok(()) };
     if !plan::is_built_in(locale) && tree.exists("/usr/sbin/locale-gen") {
-        let charset = locale.split(['.', '@']).nth(1).unwrap_or("ISO-8859-1");
+        let supported = tree.read_text("/usr/share/i18n/SUPPORTED")?;
+        let charset = charset(&supported, locale);
         tree.write_text("/etc/locale.gen", &format!("{locale} {charset}\n"))?;
         in_tree(context, &format!("making the locale '{locale}'"), &["locale-gen"].map(OsString::from))?;
     }
     tree.write_text(&plan.os.locale.file, &format!("LANG={locale}\n"))
+}
+
+/// The character set of a locale, by the lines of `supported` (`de_DE@euro ISO-8859-15`): its name alone does not tell. A name that is
+/// not among them is one of the other spellings of UTF-8 (`de_DE.utf8`).
+fn charset<'a>(supported: &'a str, locale: &str) -> &'a str {
+    let mut pairs = supported.lines().filter_map(|line| line.split_once(' '));
+    pairs.find(|(name, _)| *name == locale).map_or("UTF-8", |(_, charset)| charset.trim())
 }
 
 fn set_timezone(context: &Context<'_, '_>, tree: &Tree) -> Result<(), BuildError> {
@@ -90,4 +98,25 @@ pub(super) fn make_impersonal(tree: &Tree, root: &Path, laid: &[File]) -> Result
     tree.write("/etc/machine-id", 0o444, (0, 0), &mut std::io::empty())?;
     // Debian's root has no usable password from the start ("*"); the agent sets one on the node.
     Ok(taken_out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::charset;
+
+    #[test]
+    fn the_character_set_of_a_locale_is_the_one_that_glibc_pairs_it_with() {
+        let supported = "de_DE.UTF-8 UTF-8\nde_DE ISO-8859-1\nde_DE@euro ISO-8859-15\nja_JP.EUC-JP EUC-JP\n";
+        for (locale, expected) in [
+            ("de_DE.UTF-8", "UTF-8"),
+            ("de_DE", "ISO-8859-1"),
+            ("de_DE@euro", "ISO-8859-15"),
+            ("ja_JP.EUC-JP", "EUC-JP"),
+            ("de_DE.utf8", "UTF-8"),
+            ("de", "UTF-8"),
+        ] {
+            assert_eq!(charset(supported, locale), expected, "{locale}");
+        }
+        assert_eq!(charset("", "de_DE.UTF-8"), "UTF-8");
+    }
 }

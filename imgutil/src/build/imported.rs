@@ -30,6 +30,10 @@ pub(super) fn build(
 ) -> Result<Built, BuildError> {
     let started = Instant::now();
     let machine = options.recipe.arch.as_deref().map_or_else(|| Ok(Machine::of_the_host()), Machine::named)?;
+    if !from.as_it_is {
+        // The image's own programs will be run: before its layers are unpacked, which may take minutes.
+        machine.runner()?;
+    }
     let image = Image::open(&from.source, machine.name)?;
     let work = WorkDir::create(&options.tree)?;
     unpack(&image, &work, progress, signals)?;
@@ -83,6 +87,7 @@ fn unpack(
     match (unpacked, ended) {
         (Ok(()), _) => Ok(()),
         (Err(OciError::Interrupted), Some(signal)) => Err(BuildError::Interrupted { signal, base_kept: false }),
+        (Err(OciError::Full), _) => Err(BuildError::Full(work.tree().to_path_buf())),
         (Err(error), _) => Err(error.into()),
     }
 }

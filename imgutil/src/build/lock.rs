@@ -107,7 +107,8 @@ impl Lock {
             return Err(format!("it is for {} {}, not for {} {}", self.os, self.arch, plan.os.name, plan.arch.name));
         }
         if self.request != wanted.request {
-            return Err("the packages or repositories of the recipe have changed".to_owned());
+            let own = if plan.os.description.is_some() { ", or the description of its system," } else { "" };
+            return Err(format!("the packages or repositories of the recipe{own} have changed"));
         }
         Ok(())
     }
@@ -149,6 +150,10 @@ pub(super) fn request(plan: &Plan) -> Result<String, BuildError> {
         context.update(text.as_bytes());
     };
     for text in [plan.os.name.as_str(), &plan.os.release, &plan.arch.name] {
+        feed(text);
+    }
+    // Which packages are never chosen, which services are enabled: a user's own description says more than its name and release.
+    if let Some(text) = &plan.os.description {
         feed(text);
     }
     for list in [&plan.packages, &plan.remove] {

@@ -77,6 +77,9 @@ pub(super) struct Os {
     pub(super) packages: Packages,
     /// What is enabled.
     pub(super) services: Services,
+    /// The text of the user's own file that says all this; none of a release that is known.
+    #[serde(skip)]
+    pub(super) description: Option<String>,
 }
 
 impl Os {
@@ -273,7 +276,8 @@ fn read(path: &Path) -> Result<Os, String> {
     if length as u64 > SIZE_LIMIT {
         return Err("it is larger than 1 MiB".to_owned());
     }
-    parse(&text)
+    let os = parse(&text)?;
+    Ok(Os { description: Some(text), ..os })
 }
 
 fn parse(text: &str) -> Result<Os, String> {

@@ -12,11 +12,12 @@ mod stream;
 mod survey;
 mod tree;
 
-use crate::boot_files::{self, BootFiles, BootLoaders, System};
+use crate::boot_files::{self, BootFiles, BootLoaders};
 use crate::files::{Existing, NewFile};
 use crate::key_file::NewKeyFile;
 use crate::progress::Progress;
 use crate::scrub::{LeftOut, View, ViewOptions};
+use crate::system::System;
 use crate::unpack::SquashfsIn;
 use crate::upload::{Parcel, ProfileOptions, Server, Upload};
 use anyhow::{Context as _, Result, bail};

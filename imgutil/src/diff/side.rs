@@ -95,9 +95,10 @@ pub struct Side {
 enum Contents {
     Tree(OwnedFd),
     Image {
-        reader: Box<Reader<SquashfsIn>>,
-        places: HashMap<PathBuf, InodePlace>,
-        hashes: HashMap<InodePlace, [u8; 32]>,
+        parts: Vec<Reader<SquashfsIn>>,
+        /// Where each regular file is: in which part, and where there.
+        places: HashMap<PathBuf, (usize, InodePlace)>,
+        hashes: HashMap<(usize, InodePlace), [u8; 32]>,
     },
 }
 
@@ -116,18 +117,28 @@ impl Side {
     }
 
     fn image(path: &Path, key_files: &[PathBuf]) -> Result<Self> {
-        let open = || -> Result<Reader<SquashfsIn>> {
-            Ok(Reader::open(SquashfsIn::new(open_with_any(path, key_files)?, path)?)?)
-        };
+        let open = || SquashfsIn::all(open_with_any(path, key_files)?, path);
         let context = || format!("cannot read image '{}'", path.display());
-        let packages = database::installed(&ImageFiles::new(open()?)).with_context(context)?;
-        let mut walk =
-            Walk { reader: open()?, entries: BTreeMap::new(), places: HashMap::new(), seen: HashSet::new(), bytes: 0 };
-        let root = walk.reader.root();
-        walk.inode(root, PathBuf::from("/")).with_context(context)?;
-        let Walk { reader, entries, places, bytes, .. } = walk;
+        let packages = ImageFiles::open(open()?).and_then(|files| database::installed(&files)).with_context(context)?;
+        let (mut parts, mut entries) = (Vec::new(), BTreeMap::<PathBuf, Entry>::new());
+        let mut places = HashMap::<PathBuf, (usize, InodePlace)>::new();
+        for (mount, source) in open()? {
+            let mut walk = Walk::begin(source).with_context(context)?;
+            let root = walk.reader.root();
+            walk.inode(root, mount.clone()).with_context(context)?;
+            // It covers what the file system that it is mounted in has there.
+            entries.retain(|path, _| !path.starts_with(&mount));
+            places.retain(|path, _| !path.starts_with(&mount));
+            entries.append(&mut walk.entries);
+            places.extend(walk.places.into_iter().map(|(path, place)| (path, (parts.len(), place))));
+            parts.push(walk.reader);
+        }
+        // A file with several names counts once.
+        let mut counted = HashSet::new();
+        let once = places.iter().filter(|(_, place)| counted.insert(**place));
+        let bytes = once.filter_map(|(path, _)| entries.get(path)).map(|entry| entry.size).sum();
         let total = Total { files: entries.len() as u64, bytes, packages: packages.len() };
-        let contents = Contents::Image { reader: Box::new(reader), places, hashes: HashMap::new() };
+        let contents = Contents::Image { parts, places, hashes: HashMap::new() };
         Ok(Self { entries, packages, total, contents })
     }
 
@@ -139,12 +150,14 @@ impl Side {
     pub(super) fn hash(&mut self, path: &Path) -> Result<[u8; 32]> {
         match &mut self.contents {
             Contents::Tree(root) => hash_in_tree(root, path),
-            Contents::Image { reader, places, hashes } => {
+            Contents::Image { parts, places, hashes } => {
                 let place = *places.get(path).context("a file has no place")?;
                 if let Some(hash) = hashes.get(&place) {
                     return Ok(*hash);
                 }
-                let InodeKind::File(file) = reader.inode(place)?.kind else { bail!("it is no regular file") };
+                let (part, inode) = place;
+                let reader = &mut parts[part];
+                let InodeKind::File(file) = reader.inode(inode)?.kind else { bail!("it is no regular file") };
                 let mut context = digest::Context::new(&digest::SHA256);
                 reader.contents::<SquashfsError>(&file, |piece| {
                     match piece {
@@ -191,28 +204,28 @@ fn finish(context: digest::Context) -> [u8; 32] {
     hash
 }
 
-/// Goes through an image.
+/// Goes through a file system of an image.
 struct Walk {
     reader: Reader<SquashfsIn>,
     entries: BTreeMap<PathBuf, Entry>,
     places: HashMap<PathBuf, InodePlace>,
-    /// Directories that were entered, and files that were counted.
+    /// Directories that were entered.
     seen: HashSet<InodePlace>,
-    bytes: u64,
 }
 
 impl Walk {
+    fn begin(source: SquashfsIn) -> Result<Self> {
+        let reader = Reader::open(source)?;
+        Ok(Self { reader, entries: BTreeMap::new(), places: HashMap::new(), seen: HashSet::new() })
+    }
+
     fn inode(&mut self, place: InodePlace, path: PathBuf) -> Result<()> {
         const DEPTH: usize = 1026;
         let inode = self.reader.inode(place)?;
-        let is_new = self.seen.insert(place);
         let entry = self.entry(&inode)?;
-        if is_new {
-            self.bytes += entry.size;
-        }
         match &inode.kind {
             InodeKind::Directory(listing) => {
-                if !is_new || path.components().count() > DEPTH {
+                if !self.seen.insert(place) || path.components().count() > DEPTH {
                     bail!("'{}': a directory contains itself, or they are nested too deep", path.display());
                 }
                 let mut entries = self.reader.entries(listing);

@@ -12,7 +12,7 @@ pub use crate::tar::TarError;
 pub use blobs::Digest;
 
 use crate::tar::{LAYER, Reader};
-use apply::Applier;
+use apply::{Applier, ApplyError};
 use blobs::{Blobs, Part};
 use format::{Configuration, Descriptor, FULL_NAME, Index, Manifest, NAME, Platform, Saved};
 use std::fmt;
@@ -199,6 +199,9 @@ pub enum OciError {
         /// Why.
         reason: String,
     },
+    /// There is no room for its files.
+    #[error("the file system is full")]
+    Full,
     /// The caller ended it.
     #[error("interrupted")]
     Interrupted,
@@ -308,7 +311,11 @@ impl Image {
                     stopped = !observe(progress);
                     !stopped
                 })
-                .map_err(|error| if stopped { OciError::Interrupted } else { failed(error.to_string()) })?;
+                .map_err(|error| match error {
+                    _ if stopped => OciError::Interrupted,
+                    ApplyError::Call { source, .. } if source.kind() == io::ErrorKind::StorageFull => OciError::Full,
+                    error => failed(error.to_string()),
+                })?;
             archive.finish().map_err(|error| failed(error.to_string()))?;
             if !layer.archive.is(hasher) {
                 return Err(OciError::Mismatch(layer.archive.clone()));

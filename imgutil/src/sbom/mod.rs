@@ -1,11 +1,10 @@
 //! What software an image is made of: its packages, as a list that other programs read (SPDX 2.3).
 
 pub mod database;
-pub mod image_files;
+pub(crate) mod image_files;
 mod license;
 pub mod spdx;
 
-use crate::squashfs::Reader;
 use crate::unpack::{SquashfsIn, open_with_any};
 use anyhow::{Context as _, Result};
 use database::{Files, TreeFiles};
@@ -41,7 +40,7 @@ pub fn of_image(path: &Path, key_files: &[PathBuf]) -> Result<Value> {
     let header = image.header();
     let digest = Some((hex::encode(header.digest), metadata.payload_sha256));
     let created = OffsetDateTime::from_unix_timestamp(i64::try_from(header.created)?).with_context(context)?;
-    let files = ImageFiles::new(Reader::open(SquashfsIn::new(image, path)?).with_context(context)?);
+    let files = ImageFiles::open(SquashfsIn::all(image, path)?).with_context(context)?;
     document(&files, metadata.name, digest, created).with_context(context)
 }
 

@@ -10,6 +10,8 @@ mod ffi;
 mod format;
 mod inode;
 mod metadata;
+#[cfg(test)]
+pub(crate) mod peer;
 mod reader;
 mod sink;
 mod tree;

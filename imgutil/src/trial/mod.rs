@@ -20,8 +20,9 @@ mod verdict;
 pub use cage::{Caged, enclosed};
 pub use verdict::{Check, Verdict};
 
-use crate::boot_files::{BootFiles, System};
+use crate::boot_files::BootFiles;
 use crate::key_file;
+use crate::system::System;
 use crate::unpack::{self, SquashfsIn};
 use anyhow::{Context as _, Result, bail};
 use moor_image::{Dek, PublicKey};

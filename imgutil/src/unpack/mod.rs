@@ -144,3 +144,41 @@ impl Drop for Staging {
 pub(crate) fn parent_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::squashfs::peer::pack;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn a_file_system_whose_mount_point_is_a_link_of_another_is_not_unpacked_through_it() {
+        let work = tempfile::tempdir().expect("directory");
+        let place = |name: &str| work.path().join(name);
+        for name in ["outside", "root", "home", "good/home"] {
+            fs::create_dir_all(place(name)).expect("makes");
+        }
+        fs::write(place("home/file"), "x").expect("writes");
+        symlink(place("outside"), place("root/home")).expect("links");
+        let unpack = |root: &str| {
+            let parts = vec![("/".into(), pack(&place(root))), ("/home".into(), pack(&place("home")))];
+            unsquash_all(parts, &place("tree"), &Progress::new("unpacking"))
+        };
+        let error = unpack("root").expect_err("is refused");
+        assert!(format!("{error:#}").contains("cannot go to '/home'"), "{error:#}");
+        assert_eq!(names(&place("outside")), Vec::<OsString>::new());
+        // Neither a tree nor what was begun of it.
+        assert_eq!(names(work.path()), ["good", "home", "home.squashfs", "outside", "root", "root.squashfs"]);
+
+        unpack("good").expect("unpacks");
+        assert_eq!(fs::read(place("tree/home/file")).expect("reads"), b"x");
+    }
+
+    fn names(directory: &Path) -> Vec<OsString> {
+        let entries = fs::read_dir(directory).expect("lists");
+        let mut names: Vec<OsString> = entries.map(|entry| entry.expect("entry").file_name()).collect();
+        names.sort();
+        names
+    }
+}
