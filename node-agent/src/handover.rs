@@ -99,6 +99,16 @@ pub struct TetherDisk {
 pub struct TetherMember {
     /// Where it serves the image.
     pub url: String,
+    /// How it stands.
+    pub state: String,
+}
+
+impl TetherMember {
+    /// Whether it serves, as far as the tether knows.
+    #[must_use]
+    pub fn is_good(&self) -> bool {
+        self.state == "good"
+    }
 }
 
 impl RunDir {

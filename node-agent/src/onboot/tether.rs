@@ -1,7 +1,7 @@
 //! What a heartbeat says of the members reaches the process that serves the root: it has no way of its own to learn of it.
 
 use super::Duty;
-use crate::handover::RunDir;
+use crate::handover::{RunDir, TetherMember};
 use crate::members::Members;
 use moor_api::client::node::parse_https;
 use moor_api::node::{HeartbeatReply, MemberEndpoint, image_url};
@@ -66,7 +66,10 @@ fn tell_members(run: &RunDir, members: &[MemberEndpoint]) -> Result<bool, String
     let Some(tether) = run.tether() else { return Ok(false) };
     let bases = members.iter().flat_map(|member| &member.urls);
     let wanted: BTreeSet<String> = bases.map(|base| image_url(base, tether.digest)).collect();
-    if wanted == tether.members.into_iter().map(|member| member.url).collect() {
+    let is_good = tether.members.iter().all(TetherMember::is_good);
+    let is_other = wanted != tether.members.into_iter().map(|member| member.url).collect();
+    // One that does not serve may have moved and kept its name: only here somebody can look that up.
+    if is_good && !is_other {
         return Ok(false);
     }
     let resolve = |url: String| {
@@ -77,7 +80,7 @@ fn tell_members(run: &RunDir, members: &[MemberEndpoint]) -> Result<bool, String
     };
     let servers = wanted.into_iter().map(resolve).collect::<Result<_, String>>()?;
     ask(run, &Request::Members(servers)).map_err(|error| error.to_string())?;
-    Ok(true)
+    Ok(is_other)
 }
 
 /// The tether tries new servers before it answers: that may take a while.
@@ -91,42 +94,57 @@ mod tests {
     use moor_api::ids::MemberId;
     use std::io::{BufRead as _, BufReader, Write as _};
     use std::os::unix::net::UnixListener;
+    use std::thread::JoinHandle;
+
+    const GRANTED: &str = "{}";
+    const REFUSED: &str = r#"{"error":"none of them serves it"}"#;
+
+    /// A tether that gives these answers; what it was asked.
+    fn tether<const N: usize>(run: &RunDir, answers: [&'static str; N]) -> JoinHandle<[Request; N]> {
+        let listener = UnixListener::bind(run.path(SOCKET)).unwrap();
+        std::thread::spawn(move || {
+            answers.map(|answer| {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut line = String::new();
+                BufReader::new(stream.try_clone().unwrap()).read_line(&mut line).unwrap();
+                writeln!(stream, "{answer}").unwrap();
+                serde_json::from_str(&line).unwrap()
+            })
+        })
+    }
+
+    fn digest() -> String {
+        "ab".repeat(32)
+    }
+
+    /// The state of a tether that reads from one server.
+    fn has(run: &RunDir, url: &str, is_whole: bool, standing: &str) {
+        let digest = digest();
+        let member = format!(r#"{{"url":"{url}/public/images/{digest}","state":"{standing}"}}"#);
+        let text = format!(r#"{{"digest":"{digest}","is_whole":{is_whole},"members":[{member}]}}"#);
+        run.write("tether.json", text.as_bytes()).unwrap();
+    }
+
+    fn members(urls: &[&str]) -> Vec<MemberEndpoint> {
+        let urls = urls.iter().map(|url| (*url).to_owned()).collect();
+        vec![MemberEndpoint { id: MemberId::random(), urls }]
+    }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn the_tether_is_told_of_a_list_that_it_does_not_have() {
         let dir = tempfile::tempdir().unwrap();
         let run = RunDir::new(dir.path());
-        let digest = "ab".repeat(32);
-        let members = |urls: &[&str]| {
-            let urls = urls.iter().map(|url| (*url).to_owned()).collect();
-            vec![MemberEndpoint { id: MemberId::random(), urls }]
-        };
-        let has = |url: &str, whole: bool| {
-            let text = format!(
-                r#"{{"digest":"{digest}","is_whole":{whole},"members":[{{"url":"{url}/public/images/{digest}"}}]}}"#
-            );
-            run.write("tether.json", text.as_bytes()).unwrap();
-        };
         // No tether, one that has the list, one that needs none: nobody is asked, for nobody listens.
         let moved = members(&["https://127.0.0.1:2/", "https://127.0.0.1:3"]);
         assert_eq!(tell_members(&run, &moved), Ok(false));
-        has("https://127.0.0.1:1", false);
+        has(&run, "https://127.0.0.1:1", false, "good");
         assert_eq!(tell_members(&run, &members(&["https://127.0.0.1:1/"])), Ok(false));
-        has("https://127.0.0.1:1", true);
+        has(&run, "https://127.0.0.1:1", true, "good");
         assert_eq!(tell_members(&run, &moved), Ok(false));
-        has("https://127.0.0.1:1", false);
+        has(&run, "https://127.0.0.1:1", false, "good");
         assert!(tell_members(&run, &moved).unwrap_err().contains("no tether answers"));
 
-        let listener = UnixListener::bind(run.path(SOCKET)).unwrap();
-        let tether = std::thread::spawn(move || {
-            ["{}", r#"{"error":"none of them serves it"}"#].map(|answer| {
-                let (mut stream, _) = listener.accept().unwrap();
-                let mut line = String::new();
-                BufReader::new(stream.try_clone().unwrap()).read_line(&mut line).unwrap();
-                writeln!(stream, "{answer}").unwrap();
-                serde_json::from_str::<Request>(&line).unwrap()
-            })
-        });
+        let tether = tether(&run, [GRANTED, REFUSED]);
         assert_eq!(tell_members(&run, &moved), Ok(true));
         let refused = tell_members(&run, &moved).unwrap_err();
         assert_eq!(refused, "the tether refuses: none of them serves it");
@@ -134,11 +152,30 @@ mod tests {
             let Request::Members(servers) = request else { panic!("{request:?}") };
             let told: Vec<_> =
                 servers.iter().map(|server| (server.url.as_str(), server.addresses[0].to_string())).collect();
-            let url = |port: u16| format!("https://127.0.0.1:{port}/public/images/{digest}");
+            let url = |port: u16| format!("https://127.0.0.1:{port}/public/images/{}", digest());
             assert_eq!(
                 told,
                 [(url(2).as_str(), "127.0.0.1:2".to_owned()), (url(3).as_str(), "127.0.0.1:3".to_owned())]
             );
         }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_member_that_does_not_serve_is_looked_up_again_under_its_old_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        let named = members(&["https://localhost:2"]);
+        let tether = tether(&run, [GRANTED]);
+        // One that serves is where it was.
+        has(&run, "https://localhost:2", false, "good");
+        assert_eq!(tell_members(&run, &named), Ok(false));
+        has(&run, "https://localhost:2", false, "backing-off");
+        assert_eq!(tell_members(&run, &named), Ok(false), "the list is the same");
+        let [request] = tether.join().unwrap();
+        let Request::Members(servers) = request else { panic!("{request:?}") };
+        assert_eq!(servers.len(), 1);
+        assert_eq!(servers[0].url, format!("https://localhost:2/public/images/{}", digest()));
+        let addresses = &servers[0].addresses;
+        assert!(!addresses.is_empty() && addresses.iter().all(|address| address.ip().is_loopback()), "{addresses:?}");
     }
 }
