@@ -50,14 +50,20 @@ impl Duty {
         let mut members = Members::new(bundle, &self.session, self.members.urls().to_vec());
         let members = members.as_mut().map_err(|error| error.to_string())?;
         members.connection().await.map_err(|error| error.to_string())?;
-        if self.run.tether().is_some() {
-            ask(&self.run, &Request::Trust(Trust::Site(bundle.clone()))).map_err(|error| error.to_string())?;
-        }
-        self.run.write_site(bundle).map_err(|error| error.to_string())?;
+        hand_on_bundle(&self.run, bundle)?;
         self.bundle = bundle.clone();
         // A session is bound to its connection's trust: the next call opens another one.
         self.members.trust(bundle, &self.session).map_err(|error| error.to_string())
     }
+}
+
+/// First the tether: what it refuses must not be what an agent that is started again begins with.
+fn hand_on_bundle(run: &RunDir, bundle: &SiteBundle) -> Result<(), String> {
+    if run.tether().is_some() {
+        ask(run, &Request::Trust(Trust::Site(bundle.clone()))).map_err(|error| error.to_string())?;
+    }
+    run.write_site(bundle).map_err(|error| error.to_string())?;
+    Ok(())
 }
 
 /// Returns whether the tether had another list.
@@ -91,7 +97,7 @@ fn ask(run: &RunDir, request: &Request) -> Result<(), TetherError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use moor_api::ids::MemberId;
+    use moor_api::ids::{CollectiveId, MemberId};
     use std::io::{BufRead as _, BufReader, Write as _};
     use std::os::unix::net::UnixListener;
     use std::thread::JoinHandle;
@@ -99,16 +105,18 @@ mod tests {
     const GRANTED: &str = "{}";
     const REFUSED: &str = r#"{"error":"none of them serves it"}"#;
 
-    /// A tether that gives these answers; what it was asked.
-    fn tether<const N: usize>(run: &RunDir, answers: [&'static str; N]) -> JoinHandle<[Request; N]> {
+    /// A tether that gives these answers; what it was asked, and what then was in `site.json`.
+    fn tether<const N: usize>(run: &RunDir, answers: [&'static str; N]) -> JoinHandle<[(Request, Option<u64>); N]> {
         let listener = UnixListener::bind(run.path(SOCKET)).unwrap();
+        let run = run.clone();
         std::thread::spawn(move || {
             answers.map(|answer| {
                 let (mut stream, _) = listener.accept().unwrap();
                 let mut line = String::new();
                 BufReader::new(stream.try_clone().unwrap()).read_line(&mut line).unwrap();
+                let site = run.site().ok().map(|bundle| bundle.version);
                 writeln!(stream, "{answer}").unwrap();
-                serde_json::from_str(&line).unwrap()
+                (serde_json::from_str(&line).unwrap(), site)
             })
         })
     }
@@ -148,7 +156,7 @@ mod tests {
         assert_eq!(tell_members(&run, &moved), Ok(true));
         let refused = tell_members(&run, &moved).unwrap_err();
         assert_eq!(refused, "the tether refuses: none of them serves it");
-        for request in tether.join().unwrap() {
+        for (request, _) in tether.join().unwrap() {
             let Request::Members(servers) = request else { panic!("{request:?}") };
             let told: Vec<_> =
                 servers.iter().map(|server| (server.url.as_str(), server.addresses[0].to_string())).collect();
@@ -171,11 +179,42 @@ mod tests {
         assert_eq!(tell_members(&run, &named), Ok(false));
         has(&run, "https://localhost:2", false, "backing-off");
         assert_eq!(tell_members(&run, &named), Ok(false), "the list is the same");
-        let [request] = tether.join().unwrap();
+        let [(request, _)] = tether.join().unwrap();
         let Request::Members(servers) = request else { panic!("{request:?}") };
         assert_eq!(servers.len(), 1);
         assert_eq!(servers[0].url, format!("https://localhost:2/public/images/{}", digest()));
         let addresses = &servers[0].addresses;
         assert!(!addresses.is_empty() && addresses.iter().all(|address| address.ip().is_loopback()), "{addresses:?}");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_trust_bundle_is_the_agent_s_own_only_once_the_tether_has_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        let bundle = |version| SiteBundle {
+            version,
+            collective: CollectiveId::from_bytes([1; 16]),
+            name: "x".into(),
+            roots: Vec::new(),
+            members: Vec::new(),
+            ssh_host_authorities: Vec::new(),
+            built: 0,
+        };
+        let version = || run.site().unwrap().version;
+        // A root in memory has no tether that would have to know.
+        has(&run, "https://127.0.0.1:1", true, "good");
+        assert_eq!(hand_on_bundle(&run, &bundle(1)), Ok(()));
+        assert_eq!(version(), 1);
+
+        has(&run, "https://127.0.0.1:1", false, "good");
+        assert!(hand_on_bundle(&run, &bundle(2)).unwrap_err().contains("no tether answers"));
+        assert_eq!(version(), 1);
+        let tether = tether(&run, [REFUSED, GRANTED]);
+        assert_eq!(hand_on_bundle(&run, &bundle(2)).unwrap_err(), "the tether refuses: none of them serves it");
+        assert_eq!(version(), 1);
+        assert_eq!(hand_on_bundle(&run, &bundle(2)), Ok(()));
+        assert_eq!(version(), 2);
+        let asked = Request::Trust(Trust::Site(bundle(2)));
+        assert_eq!(tether.join().unwrap(), [(asked.clone(), Some(1)), (asked, Some(1))]);
     }
 }
