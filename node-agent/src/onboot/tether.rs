@@ -173,11 +173,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let run = RunDir::new(dir.path());
         let named = members(&["https://localhost:2"]);
-        let tether = tether(&run, [GRANTED]);
-        // One that serves is where it was.
+        // One that serves is where it was: nobody is asked, for nobody listens.
         has(&run, "https://localhost:2", false, "good");
         assert_eq!(tell_members(&run, &named), Ok(false));
         has(&run, "https://localhost:2", false, "backing-off");
+        assert!(tell_members(&run, &named).unwrap_err().contains("no tether answers"));
+        let tether = tether(&run, [GRANTED]);
         assert_eq!(tell_members(&run, &named), Ok(false), "the list is the same");
         let [(request, _)] = tether.join().unwrap();
         let Request::Members(servers) = request else { panic!("{request:?}") };
