@@ -40,6 +40,12 @@ impl fmt::Display for Text<'_> {
             ("received_bytes_total", "counter", "Bytes of answers received from all servers.", state.bytes_fetched),
             ("received_chunks_total", "counter", "Whole chunks received.", state.chunks_fetched),
             ("verified_chunks_total", "counter", "Chunks received that verified.", state.chunks_verified),
+            (
+                "prefetched_chunks_total",
+                "counter",
+                "Chunks that came because earlier boots read them.",
+                state.prefetched,
+            ),
             ("cache_size_bytes", "gauge", "Bytes of verified chunks in memory.", state.cache_bytes),
             ("hedges_total", "counter", "Requests that were sent to a second server too.", state.hedges),
             ("hedges_won_total", "counter", "Of those, the ones that the second answered first.", state.hedges_won),

@@ -64,6 +64,9 @@ pub struct State {
     pub chunks_fetched: u64,
     /// Chunks that verified.
     pub chunks_verified: u64,
+    /// Chunks that came because earlier boots read them.
+    #[serde(default)]
+    pub prefetched: u64,
     /// Bytes of verified chunks in the cache.
     pub cache_bytes: u64,
     /// Requests that were sent to a second member too, because the first one kept somebody waiting.
@@ -84,8 +87,16 @@ impl State {
     #[must_use]
     pub fn of(reader: &Reader, mode: Mode) -> Self {
         let figures = reader.figures();
-        let Figures { bytes_fetched, chunks_fetched, chunks_verified, cache_bytes, hedges, hedges_won, members } =
-            figures;
+        let Figures {
+            bytes_fetched,
+            chunks_fetched,
+            chunks_verified,
+            prefetched,
+            cache_bytes,
+            hedges,
+            hedges_won,
+            members,
+        } = figures;
         Self {
             pid: std::process::id(),
             mode,
@@ -95,6 +106,7 @@ impl State {
             bytes_fetched,
             chunks_fetched,
             chunks_verified,
+            prefetched,
             cache_bytes,
             hedges,
             hedges_won,
@@ -128,6 +140,7 @@ impl fmt::Display for State {
         let share = self.bytes_fetched as f64 * 100.0 / (self.image_size.max(1) as f64);
         writeln!(f, "fetched   {} of {} bytes ({share:.1} %)", self.bytes_fetched, self.image_size)?;
         writeln!(f, "chunks    {} received, {} verified", self.chunks_fetched, self.chunks_verified)?;
+        writeln!(f, "prefetch  {} chunks", self.prefetched)?;
         writeln!(f, "cache     {} bytes", self.cache_bytes)?;
         writeln!(f, "hedges    {}, {} of them first", self.hedges, self.hedges_won)?;
         if let Some(DiskStatus { path, slots, held, hits, bad, late, error }) = &self.disk {

@@ -180,6 +180,31 @@ fn reads_go_on_while_the_only_server_moves() {
 }
 
 #[test]
+fn reads_go_on_while_a_server_gets_another_address_under_its_name() {
+    in_namespace("reads_go_on_while_a_server_gets_another_address_under_its_name", || {
+        let (place, authority) = (Place::new(), Authority::new());
+        fs::write(place.path("ca.pem"), authority.pem()).unwrap();
+        let mut old = place.server(&authority.identity());
+        place.mount(&old, ["--ca", "ca.pem"]);
+        let program = Program::start(&place);
+        program.goes_on();
+
+        let new = place.server(&authority.identity());
+        let request = format!(r#"{{"members":[{{"url":"{}","addresses":["{}"]}}]}}"#, old.url(), new.address());
+        old.stop();
+        for _ in 0..2 {
+            assert_eq!(place.raw(format!("{request}\n").as_bytes()), "{}\n");
+        }
+        let before = new.requests();
+        program.goes_on();
+        assert!(new.requests() > before);
+        assert_eq!(place.urls(), [old.url()]);
+        program.end();
+        good(&place.tether(&["unmount", "mnt"]));
+    });
+}
+
+#[test]
 fn reads_go_on_while_the_authority_is_replaced() {
     in_namespace("reads_go_on_while_the_authority_is_replaced", || {
         let (place, old) = (Place::new(), Collective::new());

@@ -217,6 +217,11 @@ fn a_server_that_is_not_there_or_of_another_authority() {
 }
 
 #[test]
+fn no_server_at_all() {
+    Place::new().refused(&[], &["no server is given", "--url"]);
+}
+
+#[test]
 fn only_members_of_the_collective_are_servers_of_a_site() {
     let place = Place::new();
     let (ours, theirs) = (Collective::new(), Collective::new());

@@ -217,6 +217,30 @@ fn a_mount_ends_when_it_is_unmounted_or_asked_to_and_not_while_it_is_used() {
 }
 
 #[test]
+fn what_earlier_boots_read_is_fetched_before_anybody_reads() {
+    in_namespace("what_earlier_boots_read_is_fetched_before_anybody_reads", || {
+        let place = Place::new();
+        let server = place.nginx("server");
+        // No two are neighbours: read-ahead has no part in this.
+        let list: Vec<u64> = (0..20).map(|index| index * 17).collect();
+        fs::write(place.path("list"), serde_json::to_vec(&list).unwrap()).unwrap();
+        ok(&place.mount_command(&[&server]).args(["--prefetch", "list"]).output().unwrap());
+        wait("the prefetch", || place.state().prefetched == 20);
+        assert!(place.state().chunks_fetched >= 20, "{:?}", place.state());
+        let status = |form: &[&str]| {
+            let arguments = [&["status", "--state", "run/tether.json"], form].concat();
+            ok(&place.tether().args(arguments).output().unwrap())
+        };
+        assert!(status(&[]).contains("\nprefetch  20 chunks\n"), "{}", status(&[]));
+        assert!(status(&["--prometheus"]).contains("\nmoor_tether_prefetched_chunks_total 20\n"));
+
+        // They are the image's bytes like any other.
+        assert!(fs::read(place.path("mnt/image")).unwrap() == fs::read(place.path("squashfs")).unwrap());
+        ok(&place.tether().args(["unmount", "mnt"]).output().unwrap());
+    });
+}
+
+#[test]
 fn a_root_that_cannot_be_made_leaves_nothing_behind() {
     passed(apart_with_disks("a_root_that_cannot_be_made_leaves_nothing_behind", || {
         let place = Place::new();

@@ -22,6 +22,8 @@ use std::time::Duration;
 
 /// Schedules of each kind.
 const SCHEDULES: u64 = 250;
+/// The same where there is time.
+const MANY_SCHEDULES: u64 = 5000;
 /// Hedges that are free at the start.
 const FREE_HEDGES: u64 = 4;
 
@@ -32,8 +34,8 @@ static FILES: LazyLock<Arc<Files>> = LazyLock::new(|| {
 });
 
 /// Runs schedules on all cores, and says which seeds failed, and how.
-fn all(is_guarded: bool, judge: impl Fn(&Outcome) -> Result<(), String> + Sync) {
-    let (first, count) = (first_seed(), number("MOOR_SCHEDULES").unwrap_or(SCHEDULES));
+fn all(schedules: u64, is_guarded: bool, judge: impl Fn(&Outcome) -> Result<(), String> + Sync) {
+    let (first, count) = (first_seed(), number("MOOR_SCHEDULES").unwrap_or(schedules));
     println!("schedules {first} to {}; MOOR_SEED={first} repeats them", first + count - 1);
     let (next, failed) = (Mutex::new(first..first + count), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
@@ -63,9 +65,8 @@ fn hedges_are_few(outcome: &Outcome) -> Result<(), String> {
     Ok(())
 }
 
-#[test]
-fn any_server_may_do_anything() {
-    all(false, |outcome| {
+fn servers_do_anything(schedules: u64) {
+    all(schedules, false, |outcome| {
         hedges_are_few(outcome)?;
         // Once they have been good for a while, all are taken back, but those that lied twice.
         let is_back = |standing| matches!(standing, Standing::Good | Standing::Excluded);
@@ -76,15 +77,36 @@ fn any_server_may_do_anything() {
     });
 }
 
-#[test]
-fn while_one_server_is_good_no_read_takes_a_second() {
-    all(true, |outcome| {
+fn one_server_stays_good(schedules: u64) {
+    all(schedules, true, |outcome| {
         hedges_are_few(outcome)?;
         if outcome.longest >= Duration::from_secs(1) {
             return Err(format!("a read took {:?}", outcome.longest));
         }
         Ok(())
     });
+}
+
+#[test]
+fn any_server_may_do_anything() {
+    servers_do_anything(SCHEDULES);
+}
+
+#[test]
+fn while_one_server_is_good_no_read_takes_a_second() {
+    one_server_stays_good(SCHEDULES);
+}
+
+#[test]
+#[ignore = "minutes: make test-full"]
+fn any_server_may_do_anything_in_thousands_of_schedules() {
+    servers_do_anything(MANY_SCHEDULES);
+}
+
+#[test]
+#[ignore = "minutes: make test-full"]
+fn while_one_server_is_good_no_read_takes_a_second_in_thousands_of_schedules() {
+    one_server_stays_good(MANY_SCHEDULES);
 }
 
 #[test]
@@ -95,10 +117,18 @@ fn a_seed_gives_the_same_run_again() {
     assert_ne!(runs[0].requests, runs[2].requests);
 }
 
+/// Two servers, each so many milliseconds away, with so many bytes per second.
+fn two_of(sim: &Sim, ways: [(u64, u64); 2]) -> [Arc<Server>; 2] {
+    let server = |name: usize| {
+        let (delay, bandwidth) = ways[name];
+        Server::new(sim, name, (&FILES.sample.file, &FILES.other), Duration::from_millis(delay), bandwidth)
+    };
+    [0, 1].map(server)
+}
+
 /// Two servers, 5 ms away each.
 fn two(sim: &Sim) -> [Arc<Server>; 2] {
-    let files = FILES.clone();
-    [0, 1].map(|name| Server::new(sim, name, (&files.sample.file, &files.other), Duration::from_millis(5), 100_000_000))
+    two_of(sim, [(5, 100_000_000); 2])
 }
 
 /// The same, and a reader of both with a small cache.
@@ -199,6 +229,79 @@ fn while_all_are_slow_hardly_a_request_is_sent_twice() {
     let requests = |figures: &Figures| figures.members.iter().map(|member| member.requests).sum::<u64>();
     let (hedges, asked) = (after.hedges - before.hedges, requests(&after) - requests(&before));
     assert!(hedges <= FREE_HEDGES + asked / 50 && asked > 150, "{hedges} hedges in {asked} requests");
+}
+
+/// Places in different chunks, of which no two in a row are near each other: neither the cache nor read-ahead has a part in such reads.
+fn apart(index: u64) -> u64 {
+    (index * 37 % 91) << 14
+}
+
+#[test]
+fn a_read_that_its_server_keeps_waiting_is_answered_by_the_other() {
+    let mut won = 0;
+    for seed in 0..10 {
+        let sim = Sim::new(seed);
+        let world = sim.clone();
+        let result = sim.run(HOUR, async move {
+            let (servers, reader) = pair(&world, Vec::new()).await;
+            for index in 0..40 {
+                reader.read(apart(index), 100).await.unwrap();
+            }
+            let [one, other] = servers.each_ref().map(|server| server.requests().len());
+            servers[usize::from(other > one)].behave(Conduct::Late(150));
+            let begun = world.now();
+            reader.read(apart(40), 100).await.unwrap();
+            (world.since(begun), reader.figures().hedges_won)
+        });
+        let (took, hedges_won) = result.unwrap();
+        assert!(took < Duration::from_millis(100), "{took:?} with seed {seed}");
+        won += hedges_won;
+    }
+    // One request in 32 goes to the other server anyway.
+    assert!(won >= 8, "{won} of 10");
+}
+
+/// How many requests two servers got while so many programs made 300 reads together, of one run after the other.
+fn shares(ways: [(u64, u64); 2], programs: u64) -> Vec<[u64; 2]> {
+    let run = |seed: u64| {
+        let sim = Sim::new(seed);
+        let world = sim.clone();
+        let servers = sim.run(HOUR, async move {
+            let servers = two_of(&world, ways);
+            let reader = open(&world, &servers, Vec::new()).await;
+            let programs = (0..programs).map(|program| {
+                let (reader, (sender, receiver)) = (reader.clone(), tokio::sync::oneshot::channel());
+                world.spawn(Box::pin(async move {
+                    for index in (program..300).step_by(usize::try_from(programs).unwrap()) {
+                        reader.read(apart(index), 100).await.unwrap();
+                    }
+                    _ = sender.send(());
+                }));
+                receiver
+            });
+            for program in programs.collect::<Vec<_>>() {
+                program.await.unwrap();
+            }
+            servers
+        });
+        servers.unwrap().map(|server| server.requests().len() as u64)
+    };
+    (0..10).map(run).collect()
+}
+
+#[test]
+fn the_nearer_server_is_asked() {
+    let shares = shares([(15, 100_000_000), (1, 100_000_000)], 1);
+    let [far, near] = [0, 1].map(|server| shares.iter().map(|share| share[server]).sum::<u64>());
+    assert!(near > 4 * far, "of the requests of each run {shares:?} went to the far and the near server");
+}
+
+#[test]
+fn two_servers_on_slow_lines_share_what_many_programs_read() {
+    for [one, other] in shares([(5, 1_000_000); 2], 8) {
+        let few = (one + other) / 5;
+        assert!(one > few && other > few, "{one} and {other}");
+    }
 }
 
 #[test]

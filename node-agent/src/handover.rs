@@ -51,6 +51,9 @@ pub struct BootRecord {
     /// Whether the run stage reported that the system is up: an agent that is started again does not do it twice.
     #[serde(default)]
     pub is_up: bool,
+    /// Whether a member has taken what this boot read of its image: told twice, it would count for two boots.
+    #[serde(default)]
+    pub is_trace_told: bool,
 }
 
 /// The directory of one boot. Tests use another than [`RUN_DIR`].
@@ -96,6 +99,16 @@ pub struct TetherDisk {
 pub struct TetherMember {
     /// Where it serves the image.
     pub url: String,
+    /// How it stands.
+    pub state: String,
+}
+
+impl TetherMember {
+    /// Whether it serves, as far as the tether knows.
+    #[must_use]
+    pub fn is_good(&self) -> bool {
+        self.state == "good"
+    }
 }
 
 impl RunDir {
@@ -168,9 +181,13 @@ impl RunDir {
         self.write_json("boot.json", record)
     }
 
-    /// What the root read of its image: written by the tether, whole once it is two minutes old. `None`: not yet, or not at all.
+    /// What the root read of its image: written by the tether, whole once it is two minutes old. `None`: not yet, not at all, or
+    /// `record` says that a member has been told.
     #[must_use]
-    pub fn trace(&self) -> Option<Trace> {
+    pub fn untold_trace(&self, record: &BootRecord) -> Option<Trace> {
+        if record.is_trace_told {
+            return None;
+        }
         read_json::<Trace>(&self.path("tether-trace.json")).ok().filter(|trace| trace.is_whole)
     }
 
@@ -210,12 +227,8 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, HandoverError> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn what_is_handed_over_is_private_and_reads_back() {
-        let dir = tempfile::tempdir().unwrap();
-        let run = RunDir::new(dir.path().join("mooring"));
-        run.create().unwrap();
-        let record = BootRecord {
+    fn record() -> BootRecord {
+        BootRecord {
             collective: CollectiveId::random(),
             node: NodeId::random(),
             name: "n1".parse().unwrap(),
@@ -226,18 +239,47 @@ mod tests {
             renew_after: 1_800_000_000,
             interface: "eth0".into(),
             is_up: false,
-        };
+            is_trace_told: false,
+        }
+    }
+
+    fn write_trace(run: &RunDir, is_whole: bool) {
+        let digest = "07".repeat(32);
+        let trace = format!(r#"{{"digest":"{digest}","chunk_size":65536,"reads":[[3,10]],"is_whole":{is_whole}}}"#);
+        run.write("tether-trace.json", trace.as_bytes()).unwrap();
+    }
+
+    #[test]
+    fn what_is_handed_over_is_private_and_reads_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path().join("mooring"));
+        run.create().unwrap();
+        let record = record();
         let path = run.write_boot(&record).unwrap();
         assert_eq!(run.boot().unwrap(), record);
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(std::fs::metadata(run.path("")).unwrap().permissions().mode() & 0o777, 0o700);
-        for (whole, told) in [("false", false), ("true", true)] {
-            let trace =
-                format!(r#"{{"digest":"{}","chunk_size":65536,"reads":[[3,10]],"is_whole":{whole}}}"#, "07".repeat(32));
-            run.write("tether-trace.json", trace.as_bytes()).unwrap();
-            assert_eq!(run.trace().is_some(), told);
-        }
         let error = run.site().unwrap_err().to_string();
         assert!(error.starts_with("cannot read '") && error.contains("site.json"), "{error}");
+    }
+
+    #[test]
+    fn a_trace_is_told_when_it_is_whole_and_once_also_by_an_agent_that_is_started_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        let mut record = record();
+        write_trace(&run, false);
+        assert!(run.untold_trace(&record).is_none());
+        write_trace(&run, true);
+        assert!(run.untold_trace(&record).is_some());
+        record.is_trace_told = true;
+        run.write_boot(&record).unwrap();
+        assert!(run.untold_trace(&run.boot().unwrap()).is_none());
+
+        // What an agent before this one wrote does not say it.
+        let mut older = serde_json::to_value(&record).unwrap();
+        older.as_object_mut().unwrap().remove("is_trace_told");
+        run.write("boot.json", older.to_string().as_bytes()).unwrap();
+        assert!(run.untold_trace(&run.boot().unwrap()).is_some());
     }
 }

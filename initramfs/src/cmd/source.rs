@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result, bail};
 use moor_image::{Dek, OpenOptions, PublicKey};
-use moor_tether::reader::Address;
+use moor_tether::reader::{Address, OpenError};
 use moor_tether::tls::Trust;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ pub(super) struct Source {
     #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
     /// Where the image is: <https://HOST[:PORT]/PATH>. Several serve the same image in turn
-    #[arg(long = "url", value_name = "URL", required = true)]
+    #[arg(long = "url", value_name = "URL")]
     urls: Vec<String>,
     /// The servers' certificates are issued under this authority (PEM), for the names or addresses in the URLs
     #[arg(long, value_name = "FILE", group = "authority")]
@@ -48,6 +48,10 @@ pub(super) struct Source {
 impl Source {
     /// The servers, resolved.
     pub(super) fn addresses(&self) -> Result<Vec<Address>> {
+        // Not left to the parser: whoever calls in a boot shows the first line that it gets, and a usage text has many.
+        if self.urls.is_empty() {
+            return Err(OpenError::NoMember.into());
+        }
         self.urls.iter().map(|url| Ok(Address::resolve(url)?)).collect()
     }
 

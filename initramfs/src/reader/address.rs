@@ -1,6 +1,7 @@
 //! A server's URL, taken apart and resolved at the start: later there may be no resolver, because its files are on the root.
 
 use rustls_pki_types::ServerName;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6, ToSocketAddrs as _};
 
@@ -114,6 +115,13 @@ impl Address {
         &self.name
     }
 
+    /// Whether it is the same server where it was. Resolvers give addresses in any order.
+    #[must_use]
+    pub fn is_where(&self, before: &Self) -> bool {
+        let places = |address: &Self| address.sockets.iter().copied().collect::<BTreeSet<_>>();
+        self.url == before.url && places(self) == places(before)
+    }
+
     /// What its host resolved to.
     #[must_use]
     pub fn sockets(&self) -> &[SocketAddr] {
@@ -165,6 +173,23 @@ mod tests {
             let address = Address::resolve(url).unwrap();
             assert_eq!((address.authority(), address.path()), (authority, path), "{url}");
             assert_eq!(address.sockets()[0].to_string(), socket, "{url}");
+        }
+    }
+
+    #[test]
+    fn a_server_has_moved_when_its_addresses_are_others_and_not_when_they_come_in_another_order() {
+        let at = |url: &str, sockets: &[&str]| {
+            let sockets = sockets.iter().map(|socket| socket.parse().unwrap()).collect();
+            Address::resolved(url, sockets).unwrap()
+        };
+        let before = at("https://h:9/x", &["10.0.0.1:9", "10.0.0.2:9"]);
+        assert!(at("https://h:9/x", &["10.0.0.2:9", "10.0.0.1:9"]).is_where(&before));
+        for other in [
+            at("https://h:9/x", &["10.0.0.1:9"]),
+            at("https://h:9/x", &["10.0.0.1:9", "10.0.0.3:9"]),
+            at("https://i:9/x", &["10.0.0.1:9", "10.0.0.2:9"]),
+        ] {
+            assert!(!other.is_where(&before), "{other:?}");
         }
     }
 

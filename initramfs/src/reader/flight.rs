@@ -1,7 +1,7 @@
 //! Fetching one thing, whatever the members do: a request goes to the best member; when it keeps somebody waiting it goes to another one
 //! too (a *hedge*), or moves there. What verifies first counts, and the other is given up.
 
-use super::class::Ticket;
+use super::class::{Class, Ticket};
 use super::fault::Fault;
 use super::link::Answer;
 use super::member::{Counted, Member, Standing};
@@ -405,6 +405,7 @@ fn missing() -> Fault {
 /// Chunks that one task fetches; those that it did not land when it is dropped are free for others.
 pub(super) struct Run {
     pub(super) inner: Arc<Inner>,
+    pub(super) class: Class,
     pub(super) ticket: Arc<Ticket>,
     pub(super) left: Range<u64>,
 }

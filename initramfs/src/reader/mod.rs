@@ -93,6 +93,8 @@ pub struct Figures {
     pub chunks_fetched: u64,
     /// Chunks that verified.
     pub chunks_verified: u64,
+    /// Chunks that came because earlier boots read them.
+    pub prefetched: u64,
     /// Requests that were sent to a second member too, because the first one kept somebody waiting.
     pub hedges: u64,
     /// Of those, how often the second was first.
@@ -147,6 +149,7 @@ struct Inner {
 struct Counts {
     fetched: AtomicU64,
     verified: AtomicU64,
+    prefetched: AtomicU64,
     hedges: AtomicU64,
     hedges_won: AtomicU64,
     /// A chunk that somebody wanted lately: what a member that comes back is tried with.
@@ -222,6 +225,7 @@ impl Reader {
             bytes_fetched: self.0.fleet.earlier_bytes() + members.iter().map(|member| member.bytes).sum::<u64>(),
             chunks_fetched: self.0.counts.fetched.load(Ordering::Relaxed),
             chunks_verified: self.0.counts.verified.load(Ordering::Relaxed),
+            prefetched: self.0.counts.prefetched.load(Ordering::Relaxed),
             hedges: self.0.counts.hedges.load(Ordering::Relaxed),
             hedges_won: self.0.counts.hedges_won.load(Ordering::Relaxed),
             cache_bytes: lock(&self.0.cache).size(),
@@ -359,7 +363,7 @@ impl Inner {
         let chunks = run.end - run.start;
         lock(&self.lines).begins(class, chunks);
         let place = Place { inner: self.clone(), class, chunks };
-        let run = Run { inner: self.clone(), ticket, left: run };
+        let run = Run { inner: self.clone(), class, ticket, left: run };
         self.world.spawn(Box::pin(async move {
             let inner = place.inner.clone();
             let units = u32::try_from((chunks * inner.verifier.header().chunk_size()).min(BUDGET) / BUDGET_UNIT);

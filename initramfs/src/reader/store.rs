@@ -1,11 +1,13 @@
 //! Chunks that somebody keeps over restarts, as they were sealed: each is verified when it comes back, like one from a server.
 
+use super::class::Class;
 use super::flight::Run;
 use super::world::{Boxed, within};
 use super::{Landed, lock};
 use moor_image::{Header, ImageError, LeafPage};
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// A disk that takes longer is worse than the network.
@@ -72,6 +74,9 @@ impl Run {
     /// A chunk is there.
     pub(super) fn lands(&mut self, chunk: u64, landed: &Landed) {
         self.ticket.arrived(chunk);
+        if self.class == Class::Prefetch {
+            self.inner.counts.prefetched.fetch_add(1, Ordering::Relaxed);
+        }
         lock(&self.inner.cache).land(chunk, landed);
         self.left.start = chunk + 1;
     }

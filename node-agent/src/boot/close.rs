@@ -83,6 +83,7 @@ impl Boot {
             renew_after: self.certificates.as_ref().map_or(0, |certificates| certificates.renew_after),
             interface: way.link.name.clone(),
             is_up: false,
+            is_trace_told: false,
         };
         self.options.run.write_boot(&record).map_err(Fault::again)?;
         Ok(())

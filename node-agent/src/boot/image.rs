@@ -30,18 +30,7 @@ impl Boot {
     pub(super) async fn image(&mut self) -> Result<State, Fault> {
         let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
         let offer = members.call(async |member| member.image().await).await.map_err(|error| call_fault(&error))?;
-        if offer.token_required {
-            return Err(Fault::refused(format!(
-                "image '{}' is not encrypted, and the tether reads sealed images only: pack it without --plain",
-                offer.name
-            )));
-        }
-        if offer.urls.is_empty() {
-            return Err(Fault::refused(format!(
-                "no member says where image '{}' is: give 'urls' in moord.toml, and start the member again",
-                offer.name
-            )));
-        }
+        check_offer(&offer).map_err(Fault::refused)?;
         let request = KeyRequest { digest: offer.digest };
         let envelope = members.call(async |member| member.image_key(&request).await).await;
         let envelope = envelope.map_err(|error| call_fault(&error))?;
@@ -178,6 +167,23 @@ impl Boot {
     }
 }
 
+/// Whether the tether can do something with an offer; if not, who has to mend what.
+fn check_offer(offer: &ImageOffer) -> Result<(), String> {
+    if offer.token_required {
+        return Err(format!(
+            "image '{}' is not encrypted, and the tether reads sealed images only: pack it without --plain",
+            offer.name
+        ));
+    }
+    if offer.urls.is_empty() {
+        return Err(format!(
+            "no member says where image '{}' is: give 'urls' in moord.toml, and start the member again",
+            offer.name
+        ));
+    }
+    Ok(())
+}
+
 /// Waits until a device is there, and no longer than `limit`. Whoever uses it says that it is missing.
 async fn wait_for(path: &Path, limit: Duration) -> &Path {
     let there = async {
@@ -223,6 +229,35 @@ mod tests {
         String::from_utf8(output.stdout).unwrap()
     }
 
+    fn offer(root: RootMode) -> ImageOffer {
+        ImageOffer {
+            name: "root".parse().unwrap(),
+            digest: Sha256Digest([1; 32]),
+            size: 1,
+            lineage: uuid::Uuid::nil(),
+            minimum_serial: 0,
+            signers: Vec::new(),
+            signatures: None,
+            // Nobody listens on port 1.
+            urls: vec!["https://127.0.0.1:1".to_owned()],
+            token_required: false,
+            root,
+            prefetch: vec![1],
+        }
+    }
+
+    #[test]
+    fn an_offer_that_no_tether_can_read_is_refused_with_what_to_do() {
+        let good = offer(RootMode::Tethered);
+        assert_eq!(check_offer(&good), Ok(()));
+        let nowhere = ImageOffer { urls: Vec::new(), ..good.clone() };
+        let plain = ImageOffer { token_required: true, ..good };
+        for (offer, words) in [(nowhere, "give 'urls' in moord.toml"), (plain, "pack it without --plain")] {
+            let reason = check_offer(&offer).unwrap_err();
+            assert!(reason.contains("image 'root' is") && reason.contains(words), "{reason}");
+        }
+    }
+
     /// A boot that has come to its image, with a program in place of the tether, and nobody who listens.
     fn boot(dir: &std::path::Path, tether: &str, root: RootMode) -> Boot {
         let mut boot = Boot::new(Options {
@@ -241,24 +276,11 @@ mod tests {
             ssh_host_authorities: Vec::new(),
             built: 0,
         };
-        // Nobody listens on port 1.
-        let urls = vec!["https://127.0.0.1:1".to_owned()];
-        boot.members = Some(Members::new(&bundle, &SessionKey::generate().unwrap(), urls.clone()).unwrap());
+        let offer = offer(root);
+        boot.members = Some(Members::new(&bundle, &SessionKey::generate().unwrap(), offer.urls.clone()).unwrap());
         boot.bundle = Some(bundle);
         boot.key = Some(Dek::generate().unwrap());
-        boot.offer = Some(ImageOffer {
-            name: "root".parse().unwrap(),
-            digest: Sha256Digest([1; 32]),
-            size: 1,
-            lineage: uuid::Uuid::nil(),
-            minimum_serial: 0,
-            signers: Vec::new(),
-            signatures: None,
-            urls,
-            token_required: false,
-            root,
-            prefetch: vec![1],
-        });
+        boot.offer = Some(offer);
         boot
     }
 

@@ -176,14 +176,14 @@ impl Duty {
     async fn accompany(&mut self) -> Infallible {
         let mut beat = Instant::now();
         let mut renew_at = self.record.renew_after;
-        let mut is_trace_told = false;
         loop {
             if Instant::now() >= beat {
                 beat = Instant::now() + self.heartbeat().await;
             }
-            if !is_trace_told && let Some(trace) = self.run.trace() {
+            if let Some(trace) = self.run.untold_trace(&self.record) {
                 self.tell_trace(trace).await;
-                is_trace_told = true;
+                self.record.is_trace_told = true;
+                self.remember();
             }
             if renew_at != 0 && clock::now() >= renew_at {
                 renew_at = self.renew().await;

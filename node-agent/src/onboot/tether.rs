@@ -1,7 +1,7 @@
 //! What a heartbeat says of the members reaches the process that serves the root: it has no way of its own to learn of it.
 
 use super::Duty;
-use crate::handover::RunDir;
+use crate::handover::{RunDir, TetherMember};
 use crate::members::Members;
 use moor_api::client::node::parse_https;
 use moor_api::node::{HeartbeatReply, MemberEndpoint, image_url};
@@ -50,14 +50,20 @@ impl Duty {
         let mut members = Members::new(bundle, &self.session, self.members.urls().to_vec());
         let members = members.as_mut().map_err(|error| error.to_string())?;
         members.connection().await.map_err(|error| error.to_string())?;
-        if self.run.tether().is_some() {
-            ask(&self.run, &Request::Trust(Trust::Site(bundle.clone()))).map_err(|error| error.to_string())?;
-        }
-        self.run.write_site(bundle).map_err(|error| error.to_string())?;
+        hand_on_bundle(&self.run, bundle)?;
         self.bundle = bundle.clone();
         // A session is bound to its connection's trust: the next call opens another one.
         self.members.trust(bundle, &self.session).map_err(|error| error.to_string())
     }
+}
+
+/// First the tether: what it refuses must not be what an agent that is started again begins with.
+fn hand_on_bundle(run: &RunDir, bundle: &SiteBundle) -> Result<(), String> {
+    if run.tether().is_some() {
+        ask(run, &Request::Trust(Trust::Site(bundle.clone()))).map_err(|error| error.to_string())?;
+    }
+    run.write_site(bundle).map_err(|error| error.to_string())?;
+    Ok(())
 }
 
 /// Returns whether the tether had another list.
@@ -66,7 +72,10 @@ fn tell_members(run: &RunDir, members: &[MemberEndpoint]) -> Result<bool, String
     let Some(tether) = run.tether() else { return Ok(false) };
     let bases = members.iter().flat_map(|member| &member.urls);
     let wanted: BTreeSet<String> = bases.map(|base| image_url(base, tether.digest)).collect();
-    if wanted == tether.members.into_iter().map(|member| member.url).collect() {
+    let is_good = tether.members.iter().all(TetherMember::is_good);
+    let is_other = wanted != tether.members.into_iter().map(|member| member.url).collect();
+    // One that does not serve may have moved and kept its name: only here somebody can look that up.
+    if is_good && !is_other {
         return Ok(false);
     }
     let resolve = |url: String| {
@@ -77,7 +86,7 @@ fn tell_members(run: &RunDir, members: &[MemberEndpoint]) -> Result<bool, String
     };
     let servers = wanted.into_iter().map(resolve).collect::<Result<_, String>>()?;
     ask(run, &Request::Members(servers)).map_err(|error| error.to_string())?;
-    Ok(true)
+    Ok(is_other)
 }
 
 /// The tether tries new servers before it answers: that may take a while.
@@ -88,57 +97,125 @@ fn ask(run: &RunDir, request: &Request) -> Result<(), TetherError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use moor_api::ids::MemberId;
+    use moor_api::ids::{CollectiveId, MemberId};
     use std::io::{BufRead as _, BufReader, Write as _};
     use std::os::unix::net::UnixListener;
+    use std::thread::JoinHandle;
+
+    const GRANTED: &str = "{}";
+    const REFUSED: &str = r#"{"error":"none of them serves it"}"#;
+
+    /// A tether that gives these answers; what it was asked, and what then was in `site.json`.
+    fn tether<const N: usize>(run: &RunDir, answers: [&'static str; N]) -> JoinHandle<[(Request, Option<u64>); N]> {
+        let listener = UnixListener::bind(run.path(SOCKET)).unwrap();
+        let run = run.clone();
+        std::thread::spawn(move || {
+            answers.map(|answer| {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut line = String::new();
+                BufReader::new(stream.try_clone().unwrap()).read_line(&mut line).unwrap();
+                let site = run.site().ok().map(|bundle| bundle.version);
+                writeln!(stream, "{answer}").unwrap();
+                (serde_json::from_str(&line).unwrap(), site)
+            })
+        })
+    }
+
+    fn digest() -> String {
+        "ab".repeat(32)
+    }
+
+    /// The state of a tether that reads from one server.
+    fn has(run: &RunDir, url: &str, is_whole: bool, standing: &str) {
+        let digest = digest();
+        let member = format!(r#"{{"url":"{url}/public/images/{digest}","state":"{standing}"}}"#);
+        let text = format!(r#"{{"digest":"{digest}","is_whole":{is_whole},"members":[{member}]}}"#);
+        run.write("tether.json", text.as_bytes()).unwrap();
+    }
+
+    fn members(urls: &[&str]) -> Vec<MemberEndpoint> {
+        let urls = urls.iter().map(|url| (*url).to_owned()).collect();
+        vec![MemberEndpoint { id: MemberId::random(), urls }]
+    }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn the_tether_is_told_of_a_list_that_it_does_not_have() {
         let dir = tempfile::tempdir().unwrap();
         let run = RunDir::new(dir.path());
-        let digest = "ab".repeat(32);
-        let members = |urls: &[&str]| {
-            let urls = urls.iter().map(|url| (*url).to_owned()).collect();
-            vec![MemberEndpoint { id: MemberId::random(), urls }]
-        };
-        let has = |url: &str, whole: bool| {
-            let text = format!(
-                r#"{{"digest":"{digest}","is_whole":{whole},"members":[{{"url":"{url}/public/images/{digest}"}}]}}"#
-            );
-            run.write("tether.json", text.as_bytes()).unwrap();
-        };
         // No tether, one that has the list, one that needs none: nobody is asked, for nobody listens.
         let moved = members(&["https://127.0.0.1:2/", "https://127.0.0.1:3"]);
         assert_eq!(tell_members(&run, &moved), Ok(false));
-        has("https://127.0.0.1:1", false);
+        has(&run, "https://127.0.0.1:1", false, "good");
         assert_eq!(tell_members(&run, &members(&["https://127.0.0.1:1/"])), Ok(false));
-        has("https://127.0.0.1:1", true);
+        has(&run, "https://127.0.0.1:1", true, "good");
         assert_eq!(tell_members(&run, &moved), Ok(false));
-        has("https://127.0.0.1:1", false);
+        has(&run, "https://127.0.0.1:1", false, "good");
         assert!(tell_members(&run, &moved).unwrap_err().contains("no tether answers"));
 
-        let listener = UnixListener::bind(run.path(SOCKET)).unwrap();
-        let tether = std::thread::spawn(move || {
-            ["{}", r#"{"error":"none of them serves it"}"#].map(|answer| {
-                let (mut stream, _) = listener.accept().unwrap();
-                let mut line = String::new();
-                BufReader::new(stream.try_clone().unwrap()).read_line(&mut line).unwrap();
-                writeln!(stream, "{answer}").unwrap();
-                serde_json::from_str::<Request>(&line).unwrap()
-            })
-        });
+        let tether = tether(&run, [GRANTED, REFUSED]);
         assert_eq!(tell_members(&run, &moved), Ok(true));
         let refused = tell_members(&run, &moved).unwrap_err();
         assert_eq!(refused, "the tether refuses: none of them serves it");
-        for request in tether.join().unwrap() {
+        for (request, _) in tether.join().unwrap() {
             let Request::Members(servers) = request else { panic!("{request:?}") };
             let told: Vec<_> =
                 servers.iter().map(|server| (server.url.as_str(), server.addresses[0].to_string())).collect();
-            let url = |port: u16| format!("https://127.0.0.1:{port}/public/images/{digest}");
+            let url = |port: u16| format!("https://127.0.0.1:{port}/public/images/{}", digest());
             assert_eq!(
                 told,
                 [(url(2).as_str(), "127.0.0.1:2".to_owned()), (url(3).as_str(), "127.0.0.1:3".to_owned())]
             );
         }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_member_that_does_not_serve_is_looked_up_again_under_its_old_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        let named = members(&["https://localhost:2"]);
+        // One that serves is where it was: nobody is asked, for nobody listens.
+        has(&run, "https://localhost:2", false, "good");
+        assert_eq!(tell_members(&run, &named), Ok(false));
+        has(&run, "https://localhost:2", false, "backing-off");
+        assert!(tell_members(&run, &named).unwrap_err().contains("no tether answers"));
+        let tether = tether(&run, [GRANTED]);
+        assert_eq!(tell_members(&run, &named), Ok(false), "the list is the same");
+        let [(request, _)] = tether.join().unwrap();
+        let Request::Members(servers) = request else { panic!("{request:?}") };
+        assert_eq!(servers.len(), 1);
+        assert_eq!(servers[0].url, format!("https://localhost:2/public/images/{}", digest()));
+        let addresses = &servers[0].addresses;
+        assert!(!addresses.is_empty() && addresses.iter().all(|address| address.ip().is_loopback()), "{addresses:?}");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_trust_bundle_is_the_agent_s_own_only_once_the_tether_has_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        let bundle = |version| SiteBundle {
+            version,
+            collective: CollectiveId::from_bytes([1; 16]),
+            name: "x".into(),
+            roots: Vec::new(),
+            members: Vec::new(),
+            ssh_host_authorities: Vec::new(),
+            built: 0,
+        };
+        let version = || run.site().unwrap().version;
+        // A root in memory has no tether that would have to know.
+        has(&run, "https://127.0.0.1:1", true, "good");
+        assert_eq!(hand_on_bundle(&run, &bundle(1)), Ok(()));
+        assert_eq!(version(), 1);
+
+        has(&run, "https://127.0.0.1:1", false, "good");
+        assert!(hand_on_bundle(&run, &bundle(2)).unwrap_err().contains("no tether answers"));
+        assert_eq!(version(), 1);
+        let tether = tether(&run, [REFUSED, GRANTED]);
+        assert_eq!(hand_on_bundle(&run, &bundle(2)).unwrap_err(), "the tether refuses: none of them serves it");
+        assert_eq!(version(), 1);
+        assert_eq!(hand_on_bundle(&run, &bundle(2)), Ok(()));
+        assert_eq!(version(), 2);
+        let asked = Request::Trust(Trust::Site(bundle(2)));
+        assert_eq!(tether.join().unwrap(), [(asked.clone(), Some(1)), (asked, Some(1))]);
     }
 }
