@@ -22,7 +22,7 @@ pub(crate) struct Place {
 fn client(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into(),
-        address => address,
+        IpAddr::V4(address) => address.into(),
     }
 }
 
