@@ -403,12 +403,11 @@ impl<'a> Link<'a> {
                 Err(error) => said = format!("{said}; beside {}: {error:#}", kind.name()),
             }
         }
-        let done = match done {
-            Some(row) => row.noted(&said),
-            None => {
-                let ours = self.rate(Some(Kind::Ours), readers).ok();
-                Row::without_peer(&row, "1/s", "every peer", ours, bar, &said)
-            }
+        let done = if let Some(row) = done {
+            row.noted(&said)
+        } else {
+            let ours = self.rate(Some(Kind::Ours), readers).ok();
+            Row::without_peer(&row, "1/s", "every peer", ours, bar, &said)
         };
         table.rows.push(done);
         if is_judged {
