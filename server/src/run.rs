@@ -29,6 +29,11 @@ const USER: &str = "mooring";
 /// What is logged unless `MOORD_LOG` says otherwise. A member that is down is said once by [`crate::store::raft`], and not four times a second.
 const LOG: &str = "info,openraft=error";
 
+/// What nothing names any more is looked for so often.
+const COLLECT: Duration = Duration::from_hours(24);
+/// Where no majority answered, it is looked for again after this time.
+const AGAIN: Duration = Duration::from_secs(10);
+
 /// Runs a command.
 ///
 /// # Errors
@@ -322,9 +327,15 @@ async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Once a day, and at the start: what nothing names any more goes.
+/// At the start and once a day: what nothing names any more goes. A member that does not know all that was agreed does not know what is named,
+/// so without a majority nothing goes.
 async fn collect(member: Arc<Member>) {
     loop {
+        if let Err(error) = member.store.linearize().await {
+            tracing::debug!("nothing is collected: {error}");
+            tokio::time::sleep(AGAIN).await;
+            continue;
+        }
         let collector = member.clone();
         match tokio::task::spawn_blocking(move || state::collect(&collector)).await {
             Ok(Ok(0)) => {}
@@ -332,6 +343,6 @@ async fn collect(member: Arc<Member>) {
             Ok(Err(error)) => tracing::warn!("collecting blobs: {error:#}"),
             Err(error) => tracing::warn!("collecting blobs: {error}"),
         }
-        tokio::time::sleep(Duration::from_hours(24)).await;
+        tokio::time::sleep(COLLECT).await;
     }
 }

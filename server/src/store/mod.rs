@@ -96,11 +96,16 @@ from_redb!(redb::DatabaseError, redb::TransactionError, redb::TableError, redb::
 
 /// What a watcher is told.
 #[derive(Debug, Clone)]
-pub struct Event {
-    /// The node.
-    pub node: NodeId,
-    /// What happened.
-    pub status: StatusEvent,
+pub enum Event {
+    /// Something happened on a node.
+    Status {
+        /// The node.
+        node: NodeId,
+        /// What happened.
+        status: StatusEvent,
+    },
+    /// A snapshot replaced all records: what happened until then is not told one by one.
+    Reset,
 }
 
 /// The interface of the store.
@@ -112,7 +117,7 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// The database is damaged.
     fn snapshot(&self) -> Result<Snapshot, StoreError>;
-    /// Status events from now on.
+    /// What happens from now on.
     fn watch(&self) -> broadcast::Receiver<Event>;
 }
 

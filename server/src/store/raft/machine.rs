@@ -231,6 +231,8 @@ impl State {
         transaction.commit()?;
         self.unsynced.store(0, Ordering::Relaxed);
         self.keep(meta.clone(), &path);
+        // No watcher is no error.
+        let _ = self.events.send(Event::Reset);
         Ok(())
     }
 }

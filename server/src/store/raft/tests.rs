@@ -121,6 +121,7 @@ async fn a_snapshot_has_everything_and_a_damaged_one_changes_nothing() {
     let machine = Machine::open(&other.path().join("m.redb"), other.path().join("s")).unwrap();
     let bytes = std::fs::read(&path).unwrap();
     let damaged = other.path().join("damaged");
+    let mut watcher = machine.watch();
     for at in (0..bytes.len()).step_by(bytes.len() / 40 + 1) {
         let mut changed = bytes.clone();
         changed[at] ^= 0x10;
@@ -128,7 +129,9 @@ async fn a_snapshot_has_everything_and_a_damaged_one_changes_nothing() {
         assert!(machine.install(&meta, SnapshotFile::open(&damaged).unwrap()).is_err(), "byte {at}");
         assert!(machine.view().unwrap().nodes().unwrap().is_empty());
     }
+    assert!(watcher.try_recv().is_err());
     machine.install(&meta, SnapshotFile::open(&path).unwrap()).unwrap();
+    assert!(matches!(watcher.try_recv(), Ok(Event::Reset)), "who watches was not told that all is another");
     let (mine, theirs) = (machine.view().unwrap(), store.snapshot().unwrap());
     for table in tables::REPLICATED {
         let dump = |view: &Snapshot| {
