@@ -1,6 +1,7 @@
 //! A member without a majority: known nodes go on, for a while, and what they report comes to all later.
 
-use crate::collective::{define, invite, text, three, until, voters};
+use crate::cli::{moor, shown};
+use crate::collective::{define, invite, joined, text, three, until, view, voters};
 use crate::support::{Machine, Member, import, refusal};
 use anyhow::{Context as _, ensure};
 use moor_api::admin::{CreateProfile, DeployRequest, SetAttributes};
@@ -133,6 +134,38 @@ async fn without_a_majority_a_node_boots_what_it_last_booted_and_with_one_what_i
     machine.log_in(&mut boot, Stage::Boot).await?;
     assert_eq!(boot.config().await?.profile.name.as_str(), "q");
     assert_eq!(spread_image(&mut boot).await?.digest, other);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_majority_nobody_enrols_and_what_is_shown_is_said_to_be_old() -> anyhow::Result<()> {
+    let first = Member::start()?;
+    let mut second = joined(&first, "m2", true).await?;
+    voters(&first, 2).await?;
+    first.publish().await?;
+    let machine = Machine::new(&first).await?;
+    first.define("n2", machine.uuid).await?;
+    first.deploy("n2").await?;
+    first.arm("n2", "once").await?;
+    second.kill();
+    until(&first, "it believes in a majority", async || Ok(!view(&first).await?.majority)).await?;
+    // Armed before, and too late all the same.
+    let mut connection = machine.connect().await?;
+    let known = machine.known(&mut connection).await?;
+    let request = machine.enroll_request(&connection, &known)?;
+    let (code, detail) = refusal(connection.enroll(&request).await);
+    assert_eq!(code, Code::NoMajority, "{detail}");
+    for arguments in [&["node", "list"][..], &["status"]] {
+        let (status, out, err) = shown(&moor(&first, arguments)?.output()?);
+        ensure!(status == Some(0) && out.contains("n2"), "{arguments:?}: {status:?} {out}");
+        let is_told = err.starts_with("moor: warning: no majority of the ") && err.contains("may be out of date");
+        ensure!(is_told && err.lines().count() == 1, "{arguments:?}: {err}");
+    }
+    second.run()?;
+    until(&first, "no majority comes back", async || Ok(view(&first).await?.majority)).await?;
+    machine.log_in(&mut machine.connect().await?, Stage::Boot).await?;
+    let (_, _, err) = shown(&moor(&first, &["node", "list"])?.output()?);
+    ensure!(err.is_empty(), "{err}");
     Ok(())
 }
 

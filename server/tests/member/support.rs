@@ -121,10 +121,24 @@ impl Member {
         Ok(as_user(&[&[verb, "--config", &config], more].concat()).output()?)
     }
 
+    /// `moord run` to its end, which comes at once; one that goes on is killed.
+    pub(crate) fn run_to_its_end(&self) -> anyhow::Result<Output> {
+        let config = self.config();
+        let run = as_user(&["run", "--config", &config]);
+        let mut command = Command::new("timeout");
+        command.args(["--signal", "KILL", "30"]).arg(run.get_program()).args(run.get_args());
+        Ok(command.stdin(Stdio::null()).output()?)
+    }
+
     /// Runs `moord join` with this invitation on standard input.
     pub(crate) fn join(&self, invitation: &str) -> anyhow::Result<Output> {
+        self.join_by(invitation, &[])
+    }
+
+    /// The same with more arguments.
+    pub(crate) fn join_by(&self, invitation: &str, more: &[&str]) -> anyhow::Result<Output> {
         let config = self.config();
-        let mut command = as_user(&["join", "--config", &config, "--address", "127.0.0.1"]);
+        let mut command = as_user(&[&["join", "--config", &config, "--address", "127.0.0.1"], more].concat());
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -160,6 +174,18 @@ impl Member {
         }
         self.child = Some(child);
         Ok(())
+    }
+
+    /// Stores that were set aside.
+    pub(crate) fn aside(&self) -> anyhow::Result<Vec<PathBuf>> {
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(self.path("state"))? {
+            let path = entry?.path();
+            if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("store.aside-")) {
+                found.push(path);
+            }
+        }
+        Ok(found)
     }
 
     pub(crate) fn log(&self) -> String {
