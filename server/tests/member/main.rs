@@ -9,6 +9,7 @@ mod cli;
 mod collective;
 mod content;
 mod damage;
+mod disk;
 mod durability;
 mod invitations;
 mod loss;

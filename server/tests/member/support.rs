@@ -29,7 +29,7 @@ use std::collections::BTreeMap;
 use std::io::{Cursor, Write as _};
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
@@ -213,17 +213,21 @@ impl Member {
     /// SIGTERM; true when it ended well and in time.
     pub(crate) fn terminate(&mut self) -> anyhow::Result<bool> {
         self.signal(Signal::SIGTERM)?;
+        Ok(self.wait()?.success())
+    }
+
+    /// Waits for its end; one that does not come in time is made by SIGKILL.
+    pub(crate) fn wait(&mut self) -> anyhow::Result<ExitStatus> {
         let mut child = self.child.take().context("not running")?;
         let end = Instant::now() + TIMEOUT;
         while Instant::now() < end {
             if let Some(status) = child.try_wait()? {
-                return Ok(status.success());
+                return Ok(status);
             }
             std::thread::sleep(Duration::from_millis(20));
         }
         let _ = child.kill();
-        let _ = child.wait();
-        Ok(false)
+        Ok(child.wait()?)
     }
 
     pub(crate) async fn admin(&self) -> anyhow::Result<AdminClient> {
