@@ -27,6 +27,10 @@ pub enum Command {
         /// Name of the collective, instead of the configuration's.
         #[arg(long)]
         name: Option<String>,
+        /// Where there is a member already, move its store aside (to `store.aside-TIME`) instead of refusing. Its content and the working
+        /// directories of its profiles stay.
+        #[arg(long)]
+        set_aside: bool,
     },
     /// Come to a collective as a new member, with an invitation (`moor collective invite NAME` on a member).
     Join {
@@ -39,6 +43,10 @@ pub enum Command {
         /// The file that holds the invitation; '-' is standard input.
         #[arg(long = "invitation", value_name = "FILE", default_value = "-")]
         invitation: PathBuf,
+        /// Where there is a member already, of this or of another collective, move its store aside (to `store.aside-TIME`) instead of
+        /// refusing. Its content and the working directories of its profiles stay.
+        #[arg(long)]
+        set_aside: bool,
     },
     /// Make a new collective with this member as its first out of a backup (`moor backup FILE` on a member).
     Restore {
@@ -56,6 +64,10 @@ pub enum Command {
         /// Take content from here: the directory `blobs` of another member, or one of files named by their SHA-256.
         #[arg(long, value_name = "DIRECTORY")]
         blobs: Option<PathBuf>,
+        /// Where there is a member already, move its store aside (to `store.aside-TIME`) instead of refusing. Its content and the working
+        /// directories of its profiles stay.
+        #[arg(long)]
+        set_aside: bool,
         /// Print JSON instead of text.
         #[arg(long)]
         json: bool,

@@ -1,6 +1,8 @@
 //! `moord.toml`: where the member keeps its state and where it listens.
 
 use crate::store::raft::Places;
+use crate::store::{StoreError, database};
+use anyhow::Context as _;
 use serde::Deserialize;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -83,7 +85,6 @@ fn default_templates() -> PathBuf {
 }
 
 fn make_dir(path: &Path, mode: u32) -> anyhow::Result<()> {
-    use anyhow::Context as _;
     use std::os::unix::fs::DirBuilderExt as _;
     std::fs::DirBuilder::new()
         .recursive(true)
@@ -98,7 +99,6 @@ impl Config {
     /// # Errors
     /// In one line: the file, the place in it, and what is wrong.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
-        use anyhow::Context as _;
         let text =
             std::fs::read_to_string(path).with_context(|| format!("reading the configuration '{}'", path.display()))?;
         let config: Self = toml::from_str(&text)
@@ -132,31 +132,88 @@ impl Config {
         self.state_dir.join("store/member.json")
     }
 
-    /// Makes the directories of a new member, and gives the one for its keys, which is empty.
+    /// Makes a new member: its directories, and by `make`, which is given the one for its keys, what is in them. What has the member's place
+    /// already is moved aside, and back where `make` fails.
     ///
     /// # Errors
-    /// There is a member already; a directory cannot be made.
-    pub fn prepare(&self) -> anyhow::Result<PathBuf> {
-        use anyhow::Context as _;
-        let keys = self.keys();
+    /// There is a member already that is not to be set aside, or one that runs; a directory cannot be made; those of `make`.
+    pub async fn make_member<T>(
+        &self,
+        set_aside: bool,
+        make: impl AsyncFnOnce(&Path) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
         anyhow::ensure!(
-            !self.identity().exists(),
-            "'{}' holds a member already: nothing was changed (to begin anew, move it away)",
+            set_aside || !self.identity().exists(),
+            "'{}' holds a member already: nothing was changed (to begin anew, move it away: `--set-aside` does)",
             self.state_dir.display()
         );
-        make_dir(&self.state_dir, 0o750)?;
         // What an earlier, interrupted try has left belongs to nobody; but it may be more than that.
-        let store = self.state_dir.join("store");
-        if store.exists() {
-            let aside = self.state_dir.join(format!("store.aside-{}", crate::state::now_ms()));
-            std::fs::rename(&store, &aside)
-                .with_context(|| format!("setting '{}' aside as '{}'", store.display(), aside.display()))?;
+        let aside = self.set_store_aside()?;
+        let made = match self.make_directories() {
+            Ok(keys) => make(&keys).await,
+            Err(error) => Err(error),
+        };
+        match made {
+            Ok(made) => {
+                if let Some(aside) = aside {
+                    tracing::info!("what was there before is in '{}'", aside.display());
+                }
+                Ok(made)
+            }
+            Err(error) => {
+                self.put_back(aside).inspect_err(|_| tracing::error!("{error:#}"))?;
+                Err(error)
+            }
         }
-        make_dir(&store, 0o700)?;
+    }
+
+    /// Where it lies now, if there was one.
+    fn set_store_aside(&self) -> anyhow::Result<Option<PathBuf>> {
+        let store = self.state_dir.join("store");
+        if !store.exists() {
+            return Ok(None);
+        }
+        let Places { state, log, .. } = self.store();
+        anyhow::ensure!(
+            ![state, log, self.waiting()].iter().any(|file| database::is_open(file)),
+            "the member in '{}' runs: nothing was changed; stop it first",
+            self.state_dir.display()
+        );
+        let aside = self.state_dir.join(format!("store.aside-{}", crate::state::now_ms()));
+        std::fs::rename(&store, &aside)
+            .with_context(|| format!("setting '{}' aside as '{}'", store.display(), aside.display()))?;
+        Ok(Some(aside))
+    }
+
+    fn make_directories(&self) -> anyhow::Result<PathBuf> {
+        make_dir(&self.state_dir, 0o750)?;
+        make_dir(&self.state_dir.join("store"), 0o700)?;
         make_dir(&self.blobs(), 0o750)?;
         make_dir(&self.profiles(), 0o750)?;
-        make_dir(&keys, 0o700)?;
-        Ok(keys)
+        make_dir(&self.keys(), 0o700)?;
+        Ok(self.keys())
+    }
+
+    /// Takes away what was made a moment ago, by this process, and puts back what lay in its place.
+    fn put_back(&self, aside: Option<PathBuf>) -> anyhow::Result<()> {
+        let store = self.state_dir.join("store");
+        if store.exists() {
+            std::fs::remove_dir_all(&store).with_context(|| format!("removing '{}'", store.display()))?;
+        }
+        if let Some(aside) = aside {
+            std::fs::rename(&aside, &store)
+                .with_context(|| format!("moving '{}' back to '{}'", aside.display(), store.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Makes the files of a new member's store: from then on they are there, or the member does not start.
+    ///
+    /// # Errors
+    /// The directory is not writable.
+    pub fn make_store(&self) -> Result<(), StoreError> {
+        self.store().make()?;
+        database::make(&self.waiting())
     }
 
     /// Private keys and certificates.

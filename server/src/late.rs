@@ -6,7 +6,7 @@ use crate::files::free_space;
 use crate::state::{Member, now, now_ms};
 use crate::store::late::Late;
 use crate::store::records::NodeRecord;
-use crate::store::{Command, Outcome, Snapshot, Store as _, StoreError};
+use crate::store::{Command, Outcome, Snapshot, Store as _, StoreError, database};
 use moor_api::ids::NodeId;
 use moor_api::problem::{Code, Problem};
 use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
@@ -26,8 +26,6 @@ const LOOK: Duration = Duration::from_secs(1);
 const CONFIRM: u64 = 30;
 /// A majority is waited for so long before a member goes on alone: an election is over by then.
 const PATIENCE: Duration = Duration::from_secs(8);
-/// Memory for what was read of the file: what waits is in memory anyway.
-const READ: usize = 1 << 20;
 /// Most bytes that wait.
 const MOST: usize = 64 << 20;
 /// Free space that is left to the store.
@@ -53,12 +51,12 @@ pub struct Waiting {
 }
 
 impl Waiting {
-    /// Opens or makes it.
+    /// Opens it.
     ///
     /// # Errors
-    /// It cannot be opened, or is damaged.
+    /// It cannot be opened, is not there, or is damaged.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let database = Database::builder().set_cache_size(READ).create(path)?;
+        let database = database::open(path, database::LATE)?;
         let transaction = database.begin_write()?;
         transaction.open_table(WAITING)?;
         transaction.open_table(MARKS)?;
@@ -330,6 +328,7 @@ mod tests {
     fn what_waits_is_there_after_a_restart_in_order_and_numbers_never_come_twice() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("late.redb");
+        database::make(&path).unwrap();
         let id = NodeId::from_bytes([1; 16]);
         let waiting = Waiting::open(&path).unwrap();
         assert_eq!((waiting.is_empty(), waiting.age()), (true, None));

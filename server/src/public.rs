@@ -8,7 +8,7 @@ use crate::state::Member;
 use crate::store::records::ImageRecord;
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{Path, State};
+use axum::extract::{self, State};
 use axum::response::Response;
 use axum::routing::get;
 use bytes::Bytes;
@@ -22,6 +22,7 @@ use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Bytes per write: rustls is fastest at 64 KiB. Of what is read at once no more is in memory than this.
@@ -40,7 +41,7 @@ fn not_found(what: impl Into<String>) -> Failure {
 
 async fn image(
     State(member): State<Arc<Member>>,
-    Path(digest): Path<String>,
+    extract::Path(digest): extract::Path<String>,
     method: Method,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
@@ -48,6 +49,16 @@ async fn image(
     let image = member.view()?.image(&digest.to_string())?.filter(|image| image.encrypted);
     let image = image.ok_or_else(|| not_found(format!("no public image {digest} here")))?;
     image_response(&member, &image, &method, &headers)
+}
+
+/// Why content that a record names cannot be read. Nodes hear of all members, and content comes after the record: what is not here yet,
+/// another member has.
+pub(crate) fn unreadable(what: &str, path: &Path, error: &io::Error) -> Failure {
+    if error.kind() == io::ErrorKind::NotFound {
+        let detail = format!("{what} has not come to this member yet: ask another");
+        return Problem { status: 503, ..Problem::new(Code::Other, detail) }.into();
+    }
+    anyhow::anyhow!("reading '{}': {error}", path.display()).into()
 }
 
 /// An image's bytes, whole or by one range.
@@ -58,14 +69,8 @@ pub fn image_response(
     headers: &HeaderMap,
 ) -> Result<Response, Failure> {
     let path = content::path_of(&member.config.blobs(), image.blob);
-    let file = match File::open(&path) {
-        // Nodes hear of all members, and content comes after the record.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let detail = format!("image {} has not come to this member yet: ask another", image.digest);
-            return Err(Problem { status: 503, ..Problem::new(Code::Other, detail) }.into());
-        }
-        opened => opened.map_err(|error| anyhow::anyhow!("opening '{}': {error}", path.display()))?,
-    };
+    let what = format!("image {}", image.digest);
+    let file = File::open(&path).map_err(|error| unreadable(&what, &path, &error))?;
     Ok(ranges(file, image.size, &format!("\"{}\"", image.digest), method, headers))
 }
 
@@ -154,7 +159,7 @@ fn pieces(mut bytes: Bytes) -> impl Iterator<Item = Bytes> {
 
 async fn boot(
     State(member): State<Arc<Member>>,
-    Path((profile, name)): Path<(String, String)>,
+    extract::Path((profile, name)): extract::Path<(String, String)>,
     method: Method,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
@@ -177,7 +182,8 @@ async fn boot(
         })?,
     };
     let path = content::path_of(&member.config.blobs(), blob);
-    let file = File::open(&path).map_err(|error| anyhow::anyhow!("opening '{}': {error}", path.display()))?;
+    let file =
+        File::open(&path).map_err(|error| unreadable(&format!("'{name}' of profile '{profile}'"), &path, &error))?;
     let size = file.metadata().map_err(|error| anyhow::anyhow!("reading '{}': {error}", path.display()))?.len();
     Ok(ranges(file, size, &format!("\"{blob}\""), &method, &headers))
 }

@@ -29,6 +29,11 @@ const USER: &str = "mooring";
 /// What is logged unless `MOORD_LOG` says otherwise. A member that is down is said once by [`crate::store::raft`], and not four times a second.
 const LOG: &str = "info,openraft=error";
 
+/// What nothing names any more is looked for so often.
+const COLLECT: Duration = Duration::from_hours(24);
+/// Where no majority answered, it is looked for again after this time.
+const AGAIN: Duration = Duration::from_secs(10);
+
 /// Runs a command.
 ///
 /// # Errors
@@ -50,10 +55,14 @@ pub fn main(cli: Cli) -> anyhow::Result<()> {
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting")?;
     match cli.command {
-        Command::Init { config, addresses, name } => runtime.block_on(init(&config, addresses, name)),
-        Command::Join { config, addresses, invitation } => runtime.block_on(join(&config, addresses, &invitation)),
-        Command::Restore { file, config, addresses, passphrase_file, blobs, json } => {
-            let from = Source { file, passphrase_file, blobs };
+        Command::Init { config, addresses, name, set_aside } => {
+            runtime.block_on(init(&config, addresses, name, set_aside))
+        }
+        Command::Join { config, addresses, invitation, set_aside } => {
+            runtime.block_on(join(&config, addresses, &invitation, set_aside))
+        }
+        Command::Restore { file, config, addresses, passphrase_file, blobs, set_aside, json } => {
+            let from = Source { file, passphrase_file, blobs, set_aside };
             runtime.block_on(restore(&config, addresses, from, json))
         }
         Command::Recover { config, force } => runtime.block_on(recover(&config, force)),
@@ -89,12 +98,12 @@ fn prepare(path: &Path, addresses: &[String]) -> anyhow::Result<Config> {
     Ok(config)
 }
 
-async fn init(path: &Path, addresses: Vec<String>, name: Option<String>) -> anyhow::Result<()> {
+async fn init(path: &Path, addresses: Vec<String>, name: Option<String>, set_aside: bool) -> anyhow::Result<()> {
     let mut config = prepare(path, &addresses)?;
     if let Some(name) = name {
         config.name = name;
     }
-    let identity = state::init(&config, addresses).await?;
+    let identity = state::init(&config, addresses, set_aside).await?;
     println!(
         "collective {} ({}), member {} ({})",
         identity.site.name, identity.site.collective, identity.name, identity.id
@@ -103,11 +112,11 @@ async fn init(path: &Path, addresses: Vec<String>, name: Option<String>) -> anyh
     Ok(())
 }
 
-async fn join(path: &Path, addresses: Vec<String>, file: &Path) -> anyhow::Result<()> {
+async fn join(path: &Path, addresses: Vec<String>, file: &Path, set_aside: bool) -> anyhow::Result<()> {
     // Read before this process becomes the member's user, whom the file may be hidden from.
     let invitation = read_invitation(file)?;
     let config = prepare(path, &addresses)?;
-    let identity = collective::join::join(&config, &invitation, addresses).await?;
+    let identity = collective::join::join(&config, &invitation, addresses, set_aside).await?;
     println!(
         "this is member {} ({}) of collective {}; start it with `moord run --config {}`",
         identity.name,
@@ -123,6 +132,7 @@ struct Source {
     file: PathBuf,
     passphrase_file: Option<PathBuf>,
     blobs: Option<PathBuf>,
+    set_aside: bool,
 }
 
 async fn restore(path: &Path, addresses: Vec<String>, from: Source, as_json: bool) -> anyhow::Result<()> {
@@ -134,8 +144,8 @@ async fn restore(path: &Path, addresses: Vec<String>, from: Source, as_json: boo
         None => passphrase::ask("Passphrase of the backup: ")?,
     };
     let config = prepare(path, &addresses)?;
-    let restored =
-        backup::restore::restore(&config, file, passphrase, addresses, from.blobs).await.with_context(what)?;
+    let restored = backup::restore::restore(&config, file, passphrase, addresses, from.blobs, from.set_aside);
+    let restored = restored.await.with_context(what)?;
     if as_json {
         println!("{}", serde_json::to_string(&restored)?);
         return Ok(());
@@ -177,7 +187,7 @@ async fn recover(path: &Path, force: bool) -> anyhow::Result<()> {
     for (blob, what) in &prospect.missing {
         println!("missing here, and lost unless it is somewhere else: {what}: {blob}");
     }
-    println!("the others are members no more: if one comes back, set its state aside, and let it join anew");
+    println!("the others are members no more: if one comes back, stop it, and let it join anew with `--set-aside`");
     if !force {
         bail!("nothing was changed: `--force` makes this member a collective of one");
     }
@@ -322,9 +332,15 @@ async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Once a day, and at the start: what nothing names any more goes.
+/// At the start and once a day: what nothing names any more goes. A member that does not know all that was agreed does not know what is named,
+/// so without a majority nothing goes.
 async fn collect(member: Arc<Member>) {
     loop {
+        if let Err(error) = member.store.linearize().await {
+            tracing::debug!("nothing is collected: {error}");
+            tokio::time::sleep(AGAIN).await;
+            continue;
+        }
         let collector = member.clone();
         match tokio::task::spawn_blocking(move || state::collect(&collector)).await {
             Ok(Ok(0)) => {}
@@ -332,6 +348,6 @@ async fn collect(member: Arc<Member>) {
             Ok(Err(error)) => tracing::warn!("collecting blobs: {error:#}"),
             Err(error) => tracing::warn!("collecting blobs: {error}"),
         }
-        tokio::time::sleep(Duration::from_hours(24)).await;
+        tokio::time::sleep(COLLECT).await;
     }
 }

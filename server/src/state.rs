@@ -96,18 +96,22 @@ pub(crate) fn host_name() -> String {
 /// Makes a new collective: its authorities, its store, its first member.
 ///
 /// # Errors
-/// There is one already; the state directory is not writable.
-pub async fn init(config: &Config, addresses: Vec<String>) -> anyhow::Result<Identity> {
+/// There is one already, and it is not to be set aside; the state directory is not writable.
+pub async fn init(config: &Config, addresses: Vec<String>, set_aside: bool) -> anyhow::Result<Identity> {
     let name = config.member_name.clone().unwrap_or_else(host_name);
     identity::check_name(&name)?;
-    let keys = config.prepare()?;
+    config.make_member(set_aside, async |keys| found(config, keys, name, addresses).await).await
+}
+
+async fn found(config: &Config, keys: &Path, name: String, addresses: Vec<String>) -> anyhow::Result<Identity> {
     let site =
         SiteRecord { collective: CollectiveId::random(), name: config.name.clone(), bundle_version: 1, created: now() };
     let founder = MemberRecord::only(name.clone(), config.urls.clone());
     let identity = Identity { number: FOUNDER, id: founder.id, name, addresses, site: site.clone() };
-    Authority::create(&keys, site.collective, &site.name)?;
+    Authority::create(keys, site.collective, &site.name)?;
     DataKey::create(&keys.join("data.key"))?;
-    let Connections { calls, .. } = connections(config, &keys, &identity)?;
+    let Connections { calls, .. } = connections(config, keys, &identity)?;
+    config.make_store().context("making the store")?;
     let store = Replicated::open(&config.store(), FOUNDER, calls).await.context("making the store")?;
     store.found(founder.peer()).await.context("making the collective")?;
     let founded = store.propose(Command::Found { site, founder }).await;
@@ -247,6 +251,20 @@ pub fn collect(member: &Member) -> anyhow::Result<usize> {
     content::collect(&member.config.blobs(), &named, Duration::from_hours(24))
 }
 
+/// What is to be done where a file of the store is damaged. A member never begins anew by itself: see [`database`](crate::store::database).
+pub(crate) fn not_opened(error: StoreError, identity: &Identity) -> anyhow::Error {
+    match error {
+        StoreError::File { file, cause } if cause.is_damage() => anyhow::anyhow!(
+            "'{}' is damaged ({cause}): on another member run `moor collective replace {name} {name}`, and here `moor collective join --set-aside` \
+             with the invitation, which moves '{}' aside (where there is no other member: `moor restore BACKUP --set-aside`)",
+            file.display(),
+            file.parent().unwrap_or(&file).display(),
+            name = identity.name
+        ),
+        error => error.into(),
+    }
+}
+
 impl Member {
     /// Opens what `init` or `join` made.
     ///
@@ -261,15 +279,15 @@ impl Member {
         let identity = Identity::read(&config.identity())?;
         let authority = Authority::open(&config.keys())?;
         let Connections { issuer, certificate, calls } = connections(&config, &config.keys(), &identity)?;
-        let store =
-            Replicated::open(&config.store(), identity.number, calls.clone()).await.context("opening the store")?;
+        let store = Replicated::open(&config.store(), identity.number, calls.clone()).await;
+        let store = store.map_err(|error| not_opened(error, &identity)).context("opening the store")?;
         let site = store.snapshot()?.site()?.unwrap_or_else(|| identity.site.clone());
         let secrets = DataKey::open(&config.keys().join("data.key"), site.collective)?;
         let nonces = Nonces::new(identity.id)?;
         content::sweep(&config.blobs());
         let traces = Traces::new(config.traces());
         let path = config.waiting();
-        let waiting = Waiting::open(&path).with_context(|| format!("opening '{}'", path.display()))?;
+        let waiting = Waiting::open(&path).map_err(|error| not_opened(error.within(&path), &identity))?;
         Ok(Arc::new(Self {
             config,
             store,

@@ -41,7 +41,7 @@ pub(crate) async fn run(client: &mut AdminClient, args: &Status, json: bool) -> 
 fn ended(watch: bool) -> anyhow::Result<ExitCode> {
     anyhow::ensure!(
         !watch,
-        "the member ended the watch, because it stops or because this end was too slow: begin again"
+        "the member ended the watch, because it stops, took in a snapshot of the others, or because this end was too slow: begin again"
     );
     Ok(ExitCode::SUCCESS)
 }

@@ -88,10 +88,14 @@ async fn follow(
     loop {
         let next = match tokio::time::timeout(SIGN_OF_LIFE, events.recv()).await {
             Err(_) => Ok(Bytes::from_static(b"\n")),
-            Ok(Ok(event)) if wanted.as_ref().is_none_or(|wanted| wanted.contains(&event.node)) => line(&event.status),
-            Ok(Ok(_)) => continue,
-            // Too slow: the watcher is cut off and begins anew, rather than being told less than happened.
-            Ok(Err(_)) => return,
+            Ok(Ok(Event::Status { node, status })) => {
+                if wanted.as_ref().is_some_and(|wanted| !wanted.contains(&node)) {
+                    continue;
+                }
+                line(&status)
+            }
+            // Too slow, or this member was: the watcher is cut off and begins anew, rather than being told less than happened.
+            Ok(Ok(Event::Reset) | Err(_)) => return,
         };
         if sender.send(next).await.is_err() {
             return;
@@ -173,4 +177,37 @@ fn advice(
         out.push(format!("a machine with another identity asks under its name: if it is the right one, `moor node trust rearm {name}`"));
     }
     Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moor_api::admin::StatusEvent;
+    use moor_api::ids::NodeId;
+    use std::collections::BTreeMap;
+
+    #[tokio::test]
+    async fn a_watch_ends_where_a_snapshot_took_the_place_of_what_happened() {
+        let (told, events) = broadcast::channel(8);
+        let event = |state: &str| Event::Status {
+            node: NodeId::from_bytes([1; 16]),
+            status: StatusEvent {
+                node: "n1".parse().unwrap(),
+                boot: None,
+                state: state.into(),
+                detail: String::new(),
+                time_ms: 1,
+                uptime_ms: 0,
+                figures: BTreeMap::new(),
+            },
+        };
+        for event in [event("image"), Event::Reset, event("booted")] {
+            told.send(event).unwrap();
+        }
+        let (sender, mut receiver) = mpsc::channel(8);
+        follow(events, None, sender).await;
+        let line = receiver.recv().await.unwrap().unwrap();
+        assert!(std::str::from_utf8(&line).unwrap().contains("image"));
+        assert!(receiver.recv().await.is_none(), "it goes on behind what it did not tell");
+    }
 }

@@ -48,7 +48,8 @@ pub struct Missing {
     pub of: String,
 }
 
-/// Restores `file`; the member's state directory must be without one. Content is taken from the directory `blobs`, where there is one.
+/// Restores `file`; the member's state directory must be without one, unless that is to be set aside. Content is taken from the directory
+/// `blobs`, where there is one.
 ///
 /// # Errors
 /// The directory holds a member; the backup is damaged, of another passphrase or of a newer release. Then nothing is there that was not before.
@@ -58,20 +59,14 @@ pub async fn restore(
     passphrase: Zeroizing<String>,
     addresses: Vec<String>,
     blobs: Option<PathBuf>,
+    set_aside: bool,
 ) -> anyhow::Result<Restored> {
     let name = config.member_name.clone().unwrap_or_else(state::host_name);
     check_name(&name)?;
     // What is wrong with the passphrase shows before anything is made.
     let opened = tokio::task::spawn_blocking(move || super::open(file, passphrase.as_bytes()));
     let (head, tables) = opened.await??;
-    let keys = config.prepare()?;
-    let made = make(config, &keys, (head, tables), name, addresses, blobs).await;
-    if made.is_err() {
-        // It was made a moment ago, by this process: what was there before lies aside.
-        let store = config.state_dir.join("store");
-        std::fs::remove_dir_all(&store).with_context(|| format!("removing '{}'", store.display()))?;
-    }
-    made
+    config.make_member(set_aside, async |keys| make(config, keys, (head, tables), name, addresses, blobs).await).await
 }
 
 async fn make(
@@ -84,6 +79,7 @@ async fn make(
 ) -> anyhow::Result<Restored> {
     let member = MemberRecord::only(name.clone(), config.urls.clone());
     let id = member.id;
+    config.make_store().context("making the store")?;
     let survivor = Survivor::open(&config.store()).context("making the store")?;
     let (store, number) = survivor.restore(tables, member.peer(), Calls::to_nobody()?).await?;
     let begun = store.propose(Command::Anew { number, member }).await;

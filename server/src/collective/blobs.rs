@@ -14,7 +14,9 @@ use moor_api::client::member::MemberConnection;
 use moor_api::ids::{MemberId, Sha256Digest};
 use moor_api::problem::{Code, Problem};
 use std::collections::BTreeMap;
+use std::io;
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -67,16 +69,26 @@ impl Pace {
     }
 }
 
+/// What comes cannot be kept here, whoever sends it.
+#[derive(Debug, thiserror::Error)]
+#[error("content that comes from other members cannot be kept in '{}': {cause}", dir.display())]
+struct CannotKeep {
+    dir: PathBuf,
+    cause: io::Error,
+}
+
 /// Fetches what a member lacks.
 pub(super) struct Fetcher {
     /// Members that were not reached, and until when they are left out.
     silent: BTreeMap<MemberId, Instant>,
     pace: Pace,
+    /// It was said that this member cannot keep what comes.
+    is_stuck: bool,
 }
 
 impl Fetcher {
     pub(super) fn new(member: &Member) -> Self {
-        Self { silent: BTreeMap::new(), pace: Pace::new(member.config.content_mib_per_second) }
+        Self { silent: BTreeMap::new(), pace: Pace::new(member.config.content_mib_per_second), is_stuck: false }
     }
 
     /// Fetches what is missing; returns how many blobs came, and how many are still missing.
@@ -87,14 +99,34 @@ impl Fetcher {
         let looker = member.clone();
         let missing =
             tokio::task::spawn_blocking(move || state::missing(&looker.view()?, &looker.config.blobs())).await??;
-        let (mut came, mut left) = (0, 0);
+        let (mut came, mut left, mut failed) = (0, 0, None);
         for blob in missing {
-            if self.fetch_from_any(member, blob).await { came += 1 } else { left += 1 }
+            match self.fetch_from_any(member, blob).await {
+                Ok(true) => came += 1,
+                Ok(false) => left += 1,
+                Err(error) => {
+                    left += 1;
+                    failed.get_or_insert(error);
+                }
+            }
+        }
+        match failed {
+            // It is tried again every few seconds, and said once.
+            Some(error) if !self.is_stuck => {
+                tracing::warn!("{error}: it is tried again until that is mended");
+                self.is_stuck = true;
+            }
+            None if self.is_stuck && left == 0 => {
+                tracing::info!("content is kept again: all of it is here");
+                self.is_stuck = false;
+            }
+            _ => {}
         }
         Ok((came, left))
     }
 
-    async fn fetch_from_any(&mut self, member: &Arc<Member>, blob: Sha256Digest) -> bool {
+    /// Whether it came.
+    async fn fetch_from_any(&mut self, member: &Arc<Member>, blob: Sha256Digest) -> Result<bool, CannotKeep> {
         for peer in member.others() {
             if self.silent.get(&peer.id).is_some_and(|until| Instant::now() < *until) {
                 continue;
@@ -110,12 +142,17 @@ impl Fetcher {
             match self.fetch(member, connection, blob).await {
                 Ok(from) => {
                     tracing::debug!("blob {blob} came from {}, from byte {from} on", peer.name);
-                    return true;
+                    return Ok(true);
                 }
-                Err(error) => tracing::debug!("blob {blob} from {}: {error:#}", peer.name),
+                Err(error) => {
+                    tracing::debug!("blob {blob} from {}: {error:#}", peer.name);
+                    if let Ok(here) = error.downcast::<CannotKeep>() {
+                        return Err(here);
+                    }
+                }
             }
         }
-        false
+        Ok(false)
     }
 
     /// The whole blob, or what is missing of it; returns where it went on.
@@ -126,11 +163,12 @@ impl Fetcher {
         blob: Sha256Digest,
     ) -> anyhow::Result<u64> {
         let dir = member.config.blobs();
+        let cannot_keep = |cause| CannotKeep { dir: member.config.blobs(), cause };
         let begun = tokio::task::spawn_blocking(move || Incoming::resume(&dir, blob));
-        let mut file = begun.await?.context("making a file for a blob")?;
+        let mut file = begun.await?.map_err(cannot_keep)?;
         let (from, mut body) = connection.get_from(&format!("/member/v1/blobs/{blob}"), file.size()).await?;
         if from != file.size() {
-            file.restart().context("beginning a blob anew")?;
+            file.restart().map_err(cannot_keep)?;
         }
         let mut incoming = Some(file);
         while let Some(frame) = tokio::time::timeout(STALL, body.frame()).await.context("the answer stalled")? {
@@ -138,11 +176,15 @@ impl Fetcher {
             self.pace.take(data.len()).await;
             let mut file = incoming.take().context("a blob that was given up")?;
             let written = tokio::task::spawn_blocking(move || file.write(&data).map(|()| file));
-            incoming = Some(written.await?.context("writing a blob")?);
+            incoming = Some(written.await?.map_err(cannot_keep)?);
         }
         let incoming = incoming.context("a blob that was given up")?;
-        tokio::task::spawn_blocking(move || incoming.finish_as(blob)).await?.context("keeping a blob")?;
-        Ok(from)
+        match tokio::task::spawn_blocking(move || incoming.finish_as(blob)).await? {
+            Ok(()) => Ok(from),
+            // It is not what was asked for: another member may send that.
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => Err(error.into()),
+            Err(error) => Err(cannot_keep(error).into()),
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use moor_api::client::tls::member_tls_config;
 use moor_api::ids::MemberId;
 use moor_api::node::Base64;
 use serde::{Deserialize, Serialize};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
@@ -45,12 +46,22 @@ pub(super) struct JoinReply {
     pub(super) proof: Base64,
 }
 
-/// Joins the collective of the invitation; the member's state directory must be without one.
+/// Joins the collective of the invitation; the member's state directory must be without one, unless that is to be set aside.
 ///
 /// # Errors
 /// The directory holds a member; no member of the collective is reached; the invitation is refused.
-pub async fn join(config: &Config, invitation: &Invitation, addresses: Vec<String>) -> anyhow::Result<Identity> {
-    let keys = config.prepare()?;
+pub async fn join(
+    config: &Config,
+    invitation: &Invitation,
+    addresses: Vec<String>,
+    set_aside: bool,
+) -> anyhow::Result<Identity> {
+    config
+        .make_member(set_aside, async |keys| settle(config, keys, ask_any(config, invitation).await?, addresses))
+        .await
+}
+
+async fn ask_any(config: &Config, invitation: &Invitation) -> anyhow::Result<(MemberId, JoinReply)> {
     let bundle = &invitation.bundle;
     let tls = Arc::new(member_tls_config(bundle, None)?);
     let mut last = None;
@@ -58,8 +69,7 @@ pub async fn join(config: &Config, invitation: &Invitation, addresses: Vec<Strin
         let connected = MemberConnection::connect(url, bundle.collective, tls.clone(), ANSWER).await;
         match connected {
             Ok(connection) => {
-                let reply = ask(connection, config, invitation).await.with_context(|| format!("asking {url}"))?;
-                return settle(config, &keys, reply, addresses);
+                return ask(connection, config, invitation).await.with_context(|| format!("asking {url}"));
             }
             Err(error) => {
                 tracing::warn!("{error}");
@@ -105,11 +115,12 @@ async fn ask(
 
 fn settle(
     config: &Config,
-    keys: &std::path::Path,
+    keys: &Path,
     (id, reply): (MemberId, JoinReply),
     addresses: Vec<String>,
 ) -> anyhow::Result<Identity> {
     authority::import(keys, &reply.keys)?;
+    config.make_store().context("making the store")?;
     let JoinReply { number, name, site, .. } = reply;
     let identity = Identity { number, id, name, addresses, site };
     // It comes last: where it exists, everything else does.

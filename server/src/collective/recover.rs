@@ -38,6 +38,7 @@ impl Recovery {
         let identity = Identity::read(&config.identity())?;
         let Connections { calls, .. } = connections(config, &config.keys(), &identity)?;
         let survivor = Survivor::open(&config.store())
+            .map_err(|error| state::not_opened(error, &identity))
             .context("opening the store (a member that runs has to be stopped first)")?;
         let view = survivor.view()?;
         let records = view.members()?;

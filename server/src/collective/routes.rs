@@ -27,7 +27,7 @@ use tokio::io::AsyncWriteExt as _;
 /// Longest call; a batch of entries, of which one may be large.
 const MAX_BODY: usize = 128 << 20;
 /// To a member that is none any more.
-const REMOVED: &str = "this member was removed from the collective: set its state aside and join anew";
+pub(super) const REMOVED: &str = "this member was removed from the collective: `moor collective join --set-aside` with a new invitation lets it in anew";
 /// To one that shows a good certificate and stands in no record here.
 const UNKNOWN: &str = "the member that was asked has not heard of this one yet: it may be behind; try again";
 

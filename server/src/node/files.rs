@@ -3,6 +3,7 @@
 use super::Caller;
 use crate::content;
 use crate::http::Failure;
+use crate::public::unreadable;
 use crate::secrets::Place;
 use crate::state::Member;
 use axum::body::Body;
@@ -25,11 +26,9 @@ fn bytes(content: impl Into<Body>) -> Result<Response, Failure> {
     response.body(content.into()).map_err(|error| anyhow::Error::from(error).into())
 }
 
-async fn blob(member: &Member, blob: Sha256Digest) -> Result<Response, Failure> {
+async fn blob(member: &Member, blob: Sha256Digest, what: &str) -> Result<Response, Failure> {
     let path = content::path_of(&member.config.blobs(), blob);
-    let content =
-        tokio::fs::read(&path).await.map_err(|error| anyhow::anyhow!("reading '{}': {error}", path.display()))?;
-    bytes(content)
+    bytes(tokio::fs::read(&path).await.map_err(|error| unreadable(what, &path, &error))?)
 }
 
 pub(super) async fn file(
@@ -52,7 +51,8 @@ pub(super) async fn file(
         return bytes(content.to_vec());
     }
     let found = profile.manifest.files.get(&path).copied();
-    blob(&member, found.ok_or_else(|| not_found(format!("profile '{}' has no file '{path}'", profile.name)))?).await
+    let found = found.ok_or_else(|| not_found(format!("profile '{}' has no file '{path}'", profile.name)))?;
+    blob(&member, found, &format!("'{path}' of profile '{}'", profile.name)).await
 }
 
 /// The phase that a word names.
@@ -72,6 +72,6 @@ pub(super) async fn script(
         phase(&word).ok_or_else(|| not_found(format!("'{word}' is no phase: pre, post, firstboot or onboot")))?;
     let scripts = profile.manifest.scripts.get(&phase).map(Vec::as_slice).unwrap_or_default();
     let found = scripts.iter().find(|(name, _)| *name == path).map(|(_, blob)| *blob);
-    blob(&member, found.ok_or_else(|| not_found(format!("profile '{}' has no script '{word}/{path}'", profile.name)))?)
-        .await
+    let found = found.ok_or_else(|| not_found(format!("profile '{}' has no script '{word}/{path}'", profile.name)))?;
+    blob(&member, found, &format!("'{word}/{path}' of profile '{}'", profile.name)).await
 }

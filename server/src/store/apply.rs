@@ -3,7 +3,7 @@
 
 use super::command::{Command, Outcome};
 use super::records::{
-    Armed, BootRecord, Evidence, Identity, ImageRecord, MAX_BOOTS, MAX_EVENTS, MAX_LOG_BYTES, MAX_LOGS, MAX_REFUSALS,
+    Armed, BOOTED, BootRecord, Evidence, Identity, ImageRecord, MAX_EVENTS, MAX_LOG_BYTES, MAX_LOGS, MAX_REFUSALS,
     MAX_STRANGERS, NodeRecord, Order, Plan, ProfileRecord, Refusals,
 };
 use super::tables::{self, Write};
@@ -180,10 +180,8 @@ pub(super) fn boot_record(node: &mut NodeRecord, boot: BootId, closed: bool) -> 
     let at = if let Some(at) = node.boots.iter().position(|record| record.boot == boot) {
         at
     } else {
-        if node.boots.len() == MAX_BOOTS {
-            node.boots.remove(0);
-        }
-        node.boots.push(BootRecord { boot, closed, sequence: None, plan: None, evidence: None });
+        node.forget_oldest_boot();
+        node.boots.push(BootRecord::new(boot, closed));
         node.boots.len() - 1
     };
     &mut node.boots[at]
@@ -265,7 +263,8 @@ pub(super) fn status(
             return Ok(Outcome::Done);
         }
         record.sequence = Some(sequence);
-        let booted = record.plan.as_ref().filter(|_| event.state == "booted").map(|plan| plan.profile.to_string());
+        record.booted |= event.state == BOOTED;
+        let booted = record.plan.as_ref().filter(|_| event.state == BOOTED).map(|plan| plan.profile.to_string());
         if let Some(profile) = booted {
             node.attributes.insert("deployment.profile".into(), profile);
         }
@@ -303,7 +302,7 @@ pub(super) fn tell(write: &Write<'_>, id: NodeId, event: StatusEvent) -> Result<
         list.drain(..=list.len() - MAX_EVENTS);
     }
     list.push(event.clone());
-    write.tell(Event { node: id, status: event });
+    write.tell(Event::Status { node: id, status: event });
     write.put(tables::EVENTS, &key, &list)
 }
 

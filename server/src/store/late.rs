@@ -4,7 +4,7 @@
 use super::StoreError;
 use super::apply::{audit, boot_record, log, node, put_node, refused, tell};
 use super::command::{Command, Outcome};
-use super::records::{BootRecord, Evidence, ImageRecord, MAX_BOOTS, NodeRecord, Plan, ProfileRecord};
+use super::records::{BOOTED, BootRecord, Evidence, ImageRecord, NodeRecord, Plan};
 use super::tables::{self, Snapshot, Write};
 use moor_api::admin::{LogEvent, StatusEvent};
 use moor_api::ids::{BootId, ImageDigest, NodeId};
@@ -78,10 +78,7 @@ impl Late {
         Ok(Some(match command {
             Command::Boot { id, boot, evidence } => {
                 let Some(node) = of(id)? else { return Ok(None) };
-                let plan = match &node.deployment {
-                    None => None,
-                    Some(order) => view.profile(order.profile.as_str())?.map(|profile| plan(order.id, profile)),
-                };
+                let plan = plan(&node, view)?;
                 let after = node.boots.last().map(|record| record.boot).filter(|last| *last != boot);
                 Self::Boot { id, boot, plan, evidence, after }
             }
@@ -124,6 +121,7 @@ impl Late {
                 if let Some(boot) = event.boot {
                     let record = boot_record(node, boot, true);
                     record.sequence = record.sequence.max(Some(*sequence));
+                    record.booted |= event.state == BOOTED;
                 }
             }
             Self::Status { .. } | Self::Log { .. } | Self::Audit { .. } => {}
@@ -131,8 +129,15 @@ impl Late {
     }
 }
 
-fn plan(deployment: moor_api::ids::DeploymentId, profile: ProfileRecord) -> Plan {
-    Plan { deployment, profile: profile.name, generation: profile.generation }
+/// What a node boots without a majority: what it last booted to the end. A newer order and a newer generation wait for the others, who may have
+/// taken them back. A node that has never booted has nothing to go back to, and carries out the order that is known here.
+fn plan(node: &NodeRecord, view: &Snapshot) -> Result<Option<Plan>, StoreError> {
+    if let Some(plan) = node.last_booted() {
+        return Ok(Some(plan.clone()));
+    }
+    let Some(order) = &node.deployment else { return Ok(None) };
+    let profile = view.profile(order.profile.as_str())?;
+    Ok(profile.map(|profile| Plan { deployment: order.id, profile: profile.name, generation: profile.generation }))
 }
 
 /// Takes what `member` did, unless it was taken before.
@@ -174,21 +179,22 @@ pub(super) fn apply(write: &Write<'_>, member: u64, number: u64, late: Late) -> 
 
 /// A boot that began before the newest one.
 fn insert_closed(node: &mut NodeRecord, boot: BootId, plan: Option<Plan>, evidence: Option<Evidence>) {
-    if node.boots.len() == MAX_BOOTS {
-        node.boots.remove(0);
-    }
+    node.forget_oldest_boot();
     let at = node.boots.len().saturating_sub(1);
-    node.boots.insert(at, BootRecord { boot, closed: true, sequence: None, plan, evidence });
+    node.boots.insert(at, BootRecord { plan, evidence, ..BootRecord::new(boot, true) });
 }
 
 /// A report that was taken while newer ones came in elsewhere is kept all the same, once.
 fn status(write: &Write<'_>, id: NodeId, sequence: Option<u64>, event: StatusEvent) -> Result<Outcome, StoreError> {
-    let Some(record) = node(write, id)? else { return Ok(refused(Code::NotFound, "the node was removed meanwhile")) };
-    let boot = record.boots.iter().find(|record| Some(record.boot) == event.boot);
-    let is_behind = sequence.is_some() && boot.is_some_and(|boot| boot.sequence >= sequence);
-    if !is_behind {
+    let Some(mut record) = node(write, id)? else {
+        return Ok(refused(Code::NotFound, "the node was removed meanwhile"));
+    };
+    let boot = record.boots.iter_mut().find(|record| Some(record.boot) == event.boot);
+    let Some(boot) = boot.filter(|boot| sequence.is_some() && boot.sequence >= sequence) else {
         return super::apply::status(write, id, sequence, event);
-    }
+    };
+    boot.booted |= event.state == BOOTED;
+    put_node(write, &record)?;
     let kept: Vec<StatusEvent> = write.get(tables::EVENTS, &id.to_string())?.unwrap_or_default();
     let same = |other: &StatusEvent| {
         (other.boot, &other.state, other.uptime_ms) == (event.boot, &event.state, event.uptime_ms)
@@ -202,17 +208,12 @@ fn status(write: &Write<'_>, id: NodeId, sequence: Option<u64>, event: StatusEve
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::records::Armed;
+    use crate::store::records::{Armed, MAX_BOOTS};
+    use moor_api::ids::{DeploymentId, Sha256Digest};
     use std::collections::BTreeMap;
 
     fn record(boots: &[(u8, bool)]) -> NodeRecord {
-        let boots = boots.iter().map(|(boot, closed)| BootRecord {
-            boot: BootId::from_bytes([*boot; 16]),
-            closed: *closed,
-            sequence: None,
-            plan: None,
-            evidence: None,
-        });
+        let boots = boots.iter().map(|(boot, closed)| BootRecord::new(BootId::from_bytes([*boot; 16]), *closed));
         NodeRecord {
             id: NodeId::from_bytes([1; 16]),
             name: "n1".parse().unwrap(),
@@ -269,6 +270,27 @@ mod tests {
         ] {
             assert_eq!(stages(&applied(&record(&before), &[(1, late)])), after, "{name}");
         }
+    }
+
+    #[test]
+    fn the_newest_boot_that_came_to_its_end_is_not_forgotten() {
+        let plan = |number: u8| Plan {
+            deployment: DeploymentId::random(),
+            profile: format!("p{number}").parse().unwrap(),
+            generation: Sha256Digest([number; 32]),
+        };
+        let mut node = record(&[(1, true), (2, true), (3, true)]);
+        for (number, record) in (1..).zip(&mut node.boots) {
+            record.plan = Some(plan(number));
+            record.booted = number < 3;
+        }
+        let last = node.boots[1].plan.clone();
+        for number in 4..60 {
+            boot_record(&mut node, BootId::from_bytes([number; 16]), false).plan = Some(plan(number));
+        }
+        assert_eq!(node.boots.len(), MAX_BOOTS);
+        assert_eq!(node.boots.last().map(|record| record.boot), Some(BootId::from_bytes([59; 16])));
+        assert!(last.is_some() && node.last_booted() == last.as_ref());
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 mod apply;
 pub mod command;
+pub(crate) mod database;
 pub mod index;
 pub mod late;
 mod members;
@@ -78,8 +79,31 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    fn within(self, file: &std::path::Path) -> Self {
+    pub(crate) fn within(self, file: &std::path::Path) -> Self {
         Self::File { file: file.to_owned(), cause: Box::new(self) }
+    }
+
+    /// Whether a file that was opened is not the one that was closed: it is gone, or something in it is another.
+    pub(crate) fn is_damage(&self) -> bool {
+        use redb::Error;
+        use std::io::ErrorKind;
+        match self {
+            Self::Record { .. } => true,
+            Self::File { cause, .. } => cause.is_damage(),
+            Self::Database(error) => match &**error {
+                // What is empty or begins with something else, redb calls invalid data.
+                Error::Io(error) => {
+                    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::InvalidData | ErrorKind::UnexpectedEof)
+                }
+                Error::Corrupted(_)
+                | Error::UpgradeRequired(_)
+                | Error::TableTypeMismatch { .. }
+                | Error::TypeDefinitionChanged { .. }
+                | Error::TableIsMultimap(_) => true,
+                _ => false,
+            },
+            _ => false,
+        }
     }
 }
 
@@ -96,11 +120,16 @@ from_redb!(redb::DatabaseError, redb::TransactionError, redb::TableError, redb::
 
 /// What a watcher is told.
 #[derive(Debug, Clone)]
-pub struct Event {
-    /// The node.
-    pub node: NodeId,
-    /// What happened.
-    pub status: StatusEvent,
+pub enum Event {
+    /// Something happened on a node.
+    Status {
+        /// The node.
+        node: NodeId,
+        /// What happened.
+        status: StatusEvent,
+    },
+    /// A snapshot replaced all records: what happened until then is not told one by one.
+    Reset,
 }
 
 /// The interface of the store.
@@ -112,7 +141,7 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// The database is damaged.
     fn snapshot(&self) -> Result<Snapshot, StoreError>;
-    /// Status events from now on.
+    /// What happens from now on.
     fn watch(&self) -> broadcast::Receiver<Event>;
 }
 

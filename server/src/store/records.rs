@@ -104,7 +104,7 @@ pub struct NodeRecord {
     /// The image generation it last got the key of.
     #[serde(default)]
     pub pin: Option<ImageDigest>,
-    /// Its last boots, newest last, at most [`MAX_BOOTS`].
+    /// Its last boots, newest last, at most [`MAX_BOOTS`], and among them the newest that came to its end.
     #[serde(default)]
     pub boots: Vec<BootRecord>,
 }
@@ -127,6 +127,37 @@ pub struct BootRecord {
     /// What the TPM said of it.
     #[serde(default)]
     pub evidence: Option<Evidence>,
+    /// Whether it came to its end.
+    #[serde(default)]
+    pub booted: bool,
+}
+
+/// The state that a node reports at the end of its boot.
+pub const BOOTED: &str = "booted";
+
+impl BootRecord {
+    /// One of which nothing is known yet.
+    #[must_use]
+    pub fn new(boot: BootId, closed: bool) -> Self {
+        Self { boot, closed, sequence: None, plan: None, evidence: None, booted: false }
+    }
+}
+
+impl NodeRecord {
+    /// What the newest boot booted that came to its end.
+    #[must_use]
+    pub fn last_booted(&self) -> Option<&Plan> {
+        self.boots.iter().rev().filter(|record| record.booted).find_map(|record| record.plan.as_ref())
+    }
+
+    /// Makes room for another boot. The newest that came to its end stays: it is what the node goes back to without a majority.
+    pub fn forget_oldest_boot(&mut self) {
+        if self.boots.len() < MAX_BOOTS {
+            return;
+        }
+        let kept = self.boots.iter().rposition(|record| record.booted && record.plan.is_some());
+        self.boots.remove(usize::from(kept == Some(0)));
+    }
 }
 
 /// What one boot boots.

@@ -2,7 +2,7 @@
 
 use super::raft::{Calls, FOUNDER, Peer, Places};
 use super::records::{Armed, Identity, MAX_BOOTS, MAX_LOG_BYTES, MAX_STRANGERS};
-use super::{Command, Outcome, Replicated, Store as _, index};
+use super::{Command, Outcome, Replicated, Store as _, database, index};
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
 use moor_api::ids::{BootId, MemberId, NodeId};
 use moor_api::node::PcrBank;
@@ -63,6 +63,7 @@ async fn open(dir: &std::path::Path) -> Result<Replicated, super::StoreError> {
 impl Fixture {
     async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
+        Places::in_dir(dir.path()).make().unwrap();
         let store = open(dir.path()).await.unwrap();
         store.found(Peer { id: MemberId::random(), name: "m1".into(), urls: Vec::new() }).await.unwrap();
         Self { dir, store }
@@ -263,6 +264,9 @@ async fn it_opens_again_with_everything_and_the_audit_chain_holds() {
     assert!(open(dir.path()).await.is_err(), "one store has one process");
     store.close().await;
     drop(store);
+    let places = Places::in_dir(dir.path());
+    database::released(&places.log).await;
+    database::released(&places.state).await;
     let store = open(dir.path()).await.unwrap();
     let view = store.snapshot().unwrap();
     assert_eq!(view.node_named("a").unwrap().unwrap().id, id);

@@ -1,11 +1,14 @@
 //! A member without a majority: known nodes go on, for a while, and what they report comes to all later.
 
-use crate::collective::{define, invite, text, three, until, voters};
-use crate::support::{Machine, Member, refusal};
+use crate::cli::{moor, shown};
+use crate::collective::{define, invite, joined, text, three, until, view, voters};
+use crate::support::{Machine, Member, import, refusal};
 use anyhow::{Context as _, ensure};
-use moor_api::admin::SetAttributes;
-use moor_api::node::{HostCertificateRequest, KeyRequest, Stage, StageClosed};
+use moor_api::admin::{CreateProfile, DeployRequest, SetAttributes};
+use moor_api::client::node::NodeConnection;
+use moor_api::node::{HostCertificateRequest, ImageOffer, KeyRequest, Stage, StageClosed};
 use moor_api::problem::Code;
+use moor_image::Dek;
 use moord::store::{Store as _, tables};
 use ssh_key::rand_core::OsRng;
 use ssh_key::{Algorithm, PrivateKey};
@@ -26,13 +29,20 @@ async fn known_node(member: &Member) -> anyhow::Result<Machine> {
     member.arm("n1", "once").await?;
     let mut connection = machine.connect().await?;
     machine.log_in(&mut connection, Stage::Boot).await?;
-    // It is spreading.
-    while let Err(error) = connection.image().await {
-        ensure!(error.is_transient(), "{error}");
-    }
+    spread_image(&mut connection).await?;
     connection.status(&machine.report(1, "first")).await?;
     connection.stage_closed(&StageClosed { boot: machine.boot }).await?;
     Ok(machine)
+}
+
+/// The image that the node is to boot, once enough members hold it.
+async fn spread_image(connection: &mut NodeConnection) -> anyhow::Result<ImageOffer> {
+    loop {
+        match connection.image().await {
+            Err(error) if error.is_transient() => {}
+            answer => return Ok(answer?),
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -88,6 +98,74 @@ async fn a_known_node_boots_without_a_majority_and_its_reports_are_delivered_onc
         lines.iter().filter(|line| line["entry"]["what"] == what).filter(of_this_boot).count()
     };
     assert_eq!((count("image-key"), count("node-secrets"), count("host-certificates")), (1, 1, 1));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_majority_a_node_boots_what_it_last_booted_and_with_one_what_is_ordered() -> anyhow::Result<()> {
+    let [first, mut second, mut third] = three().await?;
+    let mut machine = known_node(&first).await?;
+    let mut run = machine.connect().await?;
+    machine.log_in(&mut run, Stage::Run).await?;
+    run.status(&machine.report(2, "booted")).await?;
+    let mut admin = first.admin().await?;
+    let booted = admin.images().await?.pop().context("no image")?.digest;
+    // A newer generation of what it booted, and an order for something else.
+    first.write_profile("p", "files/motd", "newer")?;
+    admin.publish(&"p".parse()?).await?;
+    let other = import(&mut admin, "other", [8; 16], 1, Some(&Dek::generate()?)).await?.digest;
+    let template = "debian-diskless".to_owned();
+    admin.create_profile(&CreateProfile { name: "q".parse()?, image: "other".parse()?, template }).await?;
+    admin.publish(&"q".parse()?).await?;
+    admin.deploy(&DeployRequest { range: "n1".into(), profile: "q".parse()? }).await?;
+    second.kill();
+    third.kill();
+    machine.reboot()?;
+    let mut boot = machine.connect().await?;
+    machine.log_in(&mut boot, Stage::Boot).await?;
+    assert_eq!(boot.config().await?.profile.name.as_str(), "p");
+    assert_eq!(boot.image().await?.digest, booted);
+    assert_eq!(refusal(boot.file("motd", 100).await).0, Code::NotFound, "it boots what it has never booted");
+    // What was kept is delivered before anything newer.
+    second.run()?;
+    until(&first, "nothing is delivered", async || Ok(first.log().contains("a majority is back"))).await?;
+    machine.reboot()?;
+    let mut boot = machine.connect().await?;
+    machine.log_in(&mut boot, Stage::Boot).await?;
+    assert_eq!(boot.config().await?.profile.name.as_str(), "q");
+    assert_eq!(spread_image(&mut boot).await?.digest, other);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_majority_nobody_enrols_and_what_is_shown_is_said_to_be_old() -> anyhow::Result<()> {
+    let first = Member::start()?;
+    let mut second = joined(&first, "m2", true).await?;
+    voters(&first, 2).await?;
+    first.publish().await?;
+    let machine = Machine::new(&first).await?;
+    first.define("n2", machine.uuid).await?;
+    first.deploy("n2").await?;
+    first.arm("n2", "once").await?;
+    second.kill();
+    until(&first, "it believes in a majority", async || Ok(!view(&first).await?.majority)).await?;
+    // Armed before, and too late all the same.
+    let mut connection = machine.connect().await?;
+    let known = machine.known(&mut connection).await?;
+    let request = machine.enroll_request(&connection, &known)?;
+    let (code, detail) = refusal(connection.enroll(&request).await);
+    assert_eq!(code, Code::NoMajority, "{detail}");
+    for arguments in [&["node", "list"][..], &["status"]] {
+        let (status, out, err) = shown(&moor(&first, arguments)?.output()?);
+        ensure!(status == Some(0) && out.contains("n2"), "{arguments:?}: {status:?} {out}");
+        let is_told = err.starts_with("moor: warning: no majority of the ") && err.contains("may be out of date");
+        ensure!(is_told && err.lines().count() == 1, "{arguments:?}: {err}");
+    }
+    second.run()?;
+    until(&first, "no majority comes back", async || Ok(view(&first).await?.majority)).await?;
+    machine.log_in(&mut machine.connect().await?, Stage::Boot).await?;
+    let (_, _, err) = shown(&moor(&first, &["node", "list"])?.output()?);
+    ensure!(err.is_empty(), "{err}");
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use crate::node_api::prepared;
 use crate::support::{Machine, Member, UID, refusal};
 use anyhow::{Context as _, ensure};
 use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 use moor_api::admin::{BackupRequest, InviteRequest, NodeView, SetAttributes, TokenRequest};
 use moor_api::client::admin::AdminClient;
 use moor_api::node::{KeyRequest, Stage};
@@ -16,6 +16,9 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::process::Output;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 const PASSPHRASE: &str = "a passphrase of the test";
 const HASH: &str = "$6$planted$qwertzuiop";
@@ -34,7 +37,7 @@ fn shown_path(path: &Path) -> &str {
 }
 
 /// A member whose node has an identity and has booted, with secrets of each kind in its store.
-async fn planted() -> anyhow::Result<(Member, Machine, Dek, Vec<String>)> {
+async fn planted() -> anyhow::Result<(Member, Machine, Dek, Vec<Secret>)> {
     let (member, machine) = prepared().await?;
     let mut admin = member.admin().await?;
     let dek = Dek::generate()?;
@@ -49,33 +52,71 @@ async fn planted() -> anyhow::Result<(Member, Machine, Dek, Vec<String>)> {
     machine.log_in(&mut machine.connect().await?, Stage::Boot).await?;
     let token = admin.create_token(&TokenRequest { name: "me".into(), lifetime: 600 }).await?.token;
     let invited = admin.invite(&InviteRequest { name: "m9".into(), voter: true, lifetime: 600 }).await?;
-    let mut secrets: Vec<String> =
-        [HASH, "planted-node-secret", PRIVATE, PASSPHRASE].into_iter().map(str::to_owned).collect();
+    let mut secrets = Vec::new();
+    for text in [HASH, "planted-node-secret", PRIVATE, PASSPHRASE] {
+        secrets.extend(forms(text, text.as_bytes()));
+    }
     let text = invited.invitation.strip_prefix("moori_").context("no invitation")?;
     let invitation: serde_json::Value = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(text)?)?;
-    let secret = invitation["secret"].as_str().context("no secret")?.to_owned();
-    secrets.extend([dek.to_hex().to_string(), token, secret, text[text.len() - 40..].to_owned()]);
+    secrets.push(("the end of an invitation".into(), text.as_bytes()[text.len() - 40..].to_vec()));
+    secrets.extend(forms("the secret of an invitation", &hex::decode(invitation["secret"].as_str().context("none")?)?));
+    secrets.extend(forms("the key of an image", dek.as_bytes()));
+    secrets.extend(forms("a token", &hex::decode(token.strip_prefix("moora_").context("no token")?)?));
     for key in std::fs::read_dir(member.path("state/store/keys"))? {
         let key = key?.path();
         if key.extension().is_none_or(|extension| extension != "pem") {
-            let text = std::fs::read_to_string(&key)?;
-            secrets.extend(text.lines().filter(|line| !line.starts_with("---")).map(str::to_owned));
+            secrets.extend(key_forms(&key)?);
         }
     }
-    ensure!(secrets.len() >= 8 + 8, "{} secrets", secrets.len());
+    ensure!(secrets.len() >= 36 + 8 * 6, "{} secrets", secrets.len());
     Ok((member, machine, dek, secrets))
 }
 
-fn holds(bytes: &[u8], secret: &str) -> bool {
-    let secret = secret.as_bytes();
-    let starts = bytes.iter().enumerate().filter(|(_, byte)| **byte == secret[0]);
-    starts.into_iter().any(|(at, _)| bytes[at..].starts_with(secret))
+/// What must not be found: what it is, and how it may lie somewhere.
+type Secret = (String, Vec<u8>);
+
+/// As it is, hexadecimal, and as base64, as far as that does not depend on what follows.
+fn forms(what: &str, secret: &[u8]) -> Vec<Secret> {
+    let whole = &secret[..secret.len() / 3 * 3];
+    let forms = [
+        secret.to_vec(),
+        hex::encode(secret).into_bytes(),
+        hex::encode_upper(secret).into_bytes(),
+        STANDARD_NO_PAD.encode(whole).into_bytes(),
+        URL_SAFE_NO_PAD.encode(whole).into_bytes(),
+    ];
+    forms.into_iter().map(|form| (what.to_owned(), form)).collect()
 }
 
-fn none_of(what: &str, bytes: &[u8], secrets: &[String]) -> anyhow::Result<()> {
+/// A key file: each of its lines, and what they stand for.
+fn key_forms(path: &Path) -> anyhow::Result<Vec<Secret>> {
+    let (what, text) = (path.display().to_string(), std::fs::read_to_string(path)?);
+    let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with("---")).collect();
+    let body = lines.concat();
+    let bytes = hex::decode(&body).or_else(|_| STANDARD.decode(&body))?;
+    let mut secrets = forms(&what, &bytes);
+    let long = lines.into_iter().filter(|line| line.len() >= 16);
+    secrets.extend(long.map(|line| (what.clone(), line.as_bytes().to_vec())));
+    Ok(secrets)
+}
+
+/// Looks for all of them in one go; what one is that is there.
+fn found<'a>(bytes: &[u8], secrets: &'a [Secret]) -> Option<&'a str> {
+    let start = |bytes: &[u8]| usize::from(u16::from_be_bytes([bytes[0], bytes[1]]));
+    let mut beginning = vec![Vec::new(); 1 << 16];
+    for secret in secrets {
+        beginning[start(&secret.1)].push(secret);
+    }
+    bytes.windows(2).enumerate().find_map(|(at, pair)| {
+        let here = beginning[start(pair)].iter().find(|(_, form)| bytes[at..].starts_with(form));
+        here.map(|(what, _)| what.as_str())
+    })
+}
+
+fn none_of(what: &str, bytes: &[u8], secrets: &[Secret]) -> anyhow::Result<()> {
     ensure!(!bytes.is_empty(), "{what} is empty");
-    match secrets.iter().find(|secret| holds(bytes, secret)) {
-        Some(secret) => anyhow::bail!("'{secret}' is in {what}"),
+    match found(bytes, secrets) {
+        Some(secret) => anyhow::bail!("{secret} is in {what}"),
         None => Ok(()),
     }
 }
@@ -100,6 +141,48 @@ fn restore(member: &Member, file: &Path, passphrase: &str, more: &[&str]) -> any
     let pass = secret_file(member, &name, passphrase)?;
     let arguments = [shown_path(file), "--address", "127.0.0.1", "--passphrase-file", shown_path(&pass)];
     member.moord("restore", &[&arguments[..], more].concat())
+}
+
+/// A client counts in two nodes, one step after the other in each: what is restored is of one moment.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_that_is_made_while_changes_go_on_is_of_one_moment() -> anyhow::Result<()> {
+    let member = Member::start()?;
+    for name in ["n1", "n2"] {
+        define(&member, name).await?;
+    }
+    let is_over = Arc::new(AtomicBool::new(false));
+    let (mut admin, over) = (member.admin().await?, is_over.clone());
+    let counting = tokio::spawn(async move {
+        let mut count = 0_u64;
+        while !over.load(Ordering::Relaxed) {
+            count += 1;
+            for name in ["n1", "n2"] {
+                let set = [("info.note".to_owned(), count.to_string())].into();
+                admin.set(&SetAttributes { range: name.into(), set, clear: Vec::new() }).await?;
+            }
+        }
+        anyhow::Ok(count)
+    });
+    let mut files = Vec::new();
+    for name in ["one", "two", "three"] {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        files.push(tokio::task::block_in_place(|| backup(&member, name))?);
+    }
+    is_over.store(true, Ordering::Relaxed);
+    let end = counting.await??;
+    let mut last = 0;
+    for file in files {
+        let mut restored = Member::prepare()?;
+        let output = restore(&restored, &file, PASSPHRASE, &[])?;
+        ensure!(output.status.success(), "{}", text(&output.stderr));
+        restored.run()?;
+        let counted = async |name| anyhow::Ok(node(&restored, name).await?.attributes["info.note"].parse::<u64>()?);
+        let (one, other) = (counted("n1").await?, counted("n2").await?);
+        ensure!(one == other || one == other + 1, "n1 is at {one} and n2 at {other}");
+        ensure!(last < one && one <= end, "{last}, {one}, {end}: nothing was counted meanwhile");
+        last = one;
+    }
+    Ok(())
 }
 
 /// A node as an administrator sees it.
@@ -128,6 +211,16 @@ async fn a_backup_becomes_a_new_collective_that_its_nodes_know() -> anyhow::Resu
     }
     let output = restore(&bare, &file, PASSPHRASE, &[])?;
     ensure!(text(&output.stderr).contains("holds a member already"), "{}", text(&output.stderr));
+    // Told so, it is set aside; not by a try that comes to nothing.
+    let stands = || std::fs::read_to_string(bare.path("state/store/member.json"));
+    let before_it = stands()?;
+    let output = restore(&bare, &file, "another passphrase", &["--set-aside"])?;
+    ensure!(!output.status.success() && stands()? == before_it, "{}", text(&output.stderr));
+    let output = restore(&bare, &file, PASSPHRASE, &["--set-aside"])?;
+    ensure!(output.status.success() && stands()? != before_it, "{}", text(&output.stderr));
+    let aside = bare.aside()?;
+    ensure!(aside.len() == 1, "{aside:?}");
+    assert_eq!(std::fs::read_to_string(aside[0].join("member.json"))?, before_it);
 
     let mut restored = Member::prepare()?;
     let blobs = member.path("state/blobs");
@@ -220,7 +313,12 @@ async fn no_planted_secret_lies_on_a_disk_in_the_clear() -> anyhow::Result<()> {
     }
     ensure!(snapshots > 0, "there was no snapshot to look into");
     // The search finds what is there.
-    ensure!(holds(&std::fs::read(second.path("state/store/member.redb"))?, "info.note"), "nothing was searched");
+    let note = [("a note".to_owned(), b"info.note".to_vec())];
+    ensure!(found(&std::fs::read(second.path("state/store/member.redb"))?, &note).is_some(), "nothing was searched");
+    let key = std::fs::read(member.path("state/store/keys/data.key"))?;
+    for form in [key.trim_ascii().to_vec(), hex::decode(key.trim_ascii())?] {
+        ensure!(found(&[b"before ", &form[..], b" behind"].concat(), &secrets).is_some(), "no key would be found");
+    }
     Ok(())
 }
 

@@ -1,14 +1,21 @@
 //! Content among members: who has what, when nodes are offered an image, and a blob that came in part.
 
 use crate::cli::{moor, shown};
-use crate::collective::{blobs, invite, text, until, view, voters};
-use crate::support::{Machine, Member, UID, import, refusal};
+use crate::collective::{blobs, invite, joined, text, until, view, voters};
+use crate::node_api::prepared;
+use crate::support::{Machine, Member, UID, import, refusal, sealed};
 use anyhow::{Context as _, ensure};
-use moor_api::admin::CreateProfile;
+use moor_api::admin::{CreateProfile, ImportImage};
+use moor_api::client::admin::AdminClient;
+use moor_api::deploy::PhaseName;
 use moor_api::node::Stage;
 use moor_image::Dek;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Cursor;
 use std::os::unix::fs::chown;
-use std::time::Instant;
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime};
 
 /// A further member, with more in its configuration; not started.
 async fn invited(host: &Member, name: &str, more: &str) -> anyhow::Result<Member> {
@@ -17,6 +24,138 @@ async fn invited(host: &Member, name: &str, more: &str) -> anyhow::Result<Member
     let output = member.join(&invite(host, name, true, 60).await?)?;
     ensure!(output.status.success(), "moord join: {}", text(&output.stderr));
     Ok(member)
+}
+
+/// Where a member keeps a blob.
+fn place(member: &Member, blob: &str) -> PathBuf {
+    member.path("state/blobs").join(&blob[..2]).join(blob)
+}
+
+/// Sends what nothing names; its digest.
+async fn orphan(admin: &mut AdminClient) -> anyhow::Result<String> {
+    Ok(admin.add_blob(Cursor::new(b"an upload that was given up".to_vec()), |_| {}).await?.blob.to_string())
+}
+
+/// Makes all that a member has older than any import that may be under way.
+fn age(member: &Member) -> anyhow::Result<()> {
+    for blob in blobs(member)?.keys() {
+        File::open(place(member, blob))?.set_modified(SystemTime::now() - Duration::from_hours(25))?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_generation_that_a_boot_began_with_outlives_the_collection_and_what_nothing_names_does_not()
+-> anyhow::Result<()> {
+    let (mut member, machine) = prepared().await?;
+    let mut admin = member.admin().await?;
+    member.write_profile("p", "files/motd", "the first")?;
+    admin.publish(&"p".parse()?).await?;
+    member.arm("n1", "once").await?;
+    let mut boot = machine.connect().await?;
+    let token = machine.log_in(&mut boot, Stage::Boot).await?.token;
+    member.write_profile("p", "files/motd", "the second")?;
+    admin.publish(&"p".parse()?).await?;
+    let named = blobs(&member)?;
+    let orphan = orphan(&mut admin).await?;
+    age(&member)?;
+    ensure!(member.terminate()?, "it does not stop:\n{}", member.log());
+    member.run()?;
+    until(&member, "what nothing names stays", async || Ok(!blobs(&member)?.contains_key(&orphan))).await?;
+    assert_eq!(blobs(&member)?, named);
+    let mut boot = machine.connect().await?;
+    boot.set_token(&token)?;
+    assert_eq!(&boot.file("motd", 100).await?[..], b"the first");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_collected_without_a_majority() -> anyhow::Result<()> {
+    let mut first = Member::start()?;
+    let mut second = joined(&first, "m2", true).await?;
+    voters(&first, 2).await?;
+    let orphan = orphan(&mut first.admin().await?).await?;
+    age(&first)?;
+    second.kill();
+    first.kill();
+    first.run_loud()?;
+    until(&first, "it does not say so", async || Ok(first.log().contains("nothing is collected"))).await?;
+    ensure!(blobs(&first)?.contains_key(&orphan), "it collects what others may have named meanwhile");
+    second.run()?;
+    until(&first, "it is never collected", async || Ok(!blobs(&first)?.contains_key(&orphan))).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_has_not_come_to_a_member_yet_is_to_be_asked_of_another() -> anyhow::Result<()> {
+    let (member, machine) = prepared().await?;
+    member.write_profile("p", "files/motd", "welcome")?;
+    member.write_profile("p", "scripts/pre/10-x", "true")?;
+    let (mut admin, profile) = (member.admin().await?, "p".parse()?);
+    admin.publish(&profile).await?;
+    member.arm("n1", "once").await?;
+    let mut boot = machine.connect().await?;
+    machine.log_in(&mut boot, Stage::Boot).await?;
+    let image = boot.image().await?.digest;
+    boot.file("motd", 100).await?;
+    boot.script(PhaseName::Pre, "10-x", 100).await?;
+    for blob in blobs(&member)?.keys() {
+        std::fs::remove_file(place(&member, blob))?;
+    }
+    for (what, answer) in [
+        ("a file", boot.file("motd", 100).await),
+        ("a script", boot.script(PhaseName::Pre, "10-x", 100).await),
+        ("the kernel", admin.boot_file(&profile, "kernel", 100).await),
+        ("the initramfs", admin.boot_file(&profile, "initramfs", 100).await),
+        ("the image", admin.image(image, 1 << 20).await),
+    ] {
+        let problem =
+            answer.err().and_then(|error| error.problem().cloned()).with_context(|| format!("{what} is there"))?;
+        ensure!(problem.status == 503, "{what}: {problem:?}");
+        ensure!(problem.detail.contains("has not come to this member yet: ask another"), "{what}: {problem}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_cannot_keep_content_says_so_once_and_has_it_when_it_can() -> anyhow::Result<()> {
+    let first = Member::start()?;
+    let mut second = invited(&first, "m2", "").await?;
+    second.run()?;
+    voters(&first, 2).await?;
+    // As good as a full disk: nothing can be written.
+    let place = second.path("state/blobs");
+    chown(&place, Some(0), Some(0))?;
+    first.publish().await?;
+    let says = || second.log().matches("cannot be kept in").count();
+    until(&second, "it does not say so", async || Ok(says() > 0)).await?;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(says(), 1, "it is said again and again:\n{}", second.log());
+    chown(&place, Some(UID), Some(UID))?;
+    until(&second, "the content did not come", async || Ok(blobs(&second)? == blobs(&first)?)).await?;
+    until(&second, "it does not say so", async || Ok(second.log().contains("content is kept again"))).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn content_comes_no_faster_than_its_bound() -> anyhow::Result<()> {
+    let first = Member::start()?;
+    let mut admin = first.admin().await?;
+    let dek = Dek::generate()?;
+    let image = admin.add_blob(Cursor::new(sealed("root", [7; 16], 1, Some(&dek))?), |_| {}).await?.blob;
+    let kernel = admin.add_blob(Cursor::new(b"kernel".to_vec()), |_| {}).await?.blob;
+    let initramfs = admin.add_blob(Cursor::new(vec![7; 4 << 20]), |_| {}).await?.blob;
+    let boot_loaders = BTreeMap::new();
+    let (name, key) = ("root".parse()?, Some(dek.to_hex().to_string()));
+    let request = ImportImage { name, image, key, signatures: None, kernel, initramfs, boot_loaders };
+    admin.import_image(&request).await?;
+    let mut second = invited(&first, "m2", "content_mib_per_second = 1\n").await?;
+    second.run()?;
+    let began = Instant::now();
+    until(&second, "the content did not come", async || Ok(blobs(&second)? == blobs(&first)?)).await?;
+    let took = began.elapsed();
+    ensure!(took >= Duration::from_secs(3), "4 MiB at 1 MiB/s came in {took:?}");
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -29,7 +29,7 @@ use std::collections::BTreeMap;
 use std::io::{Cursor, Write as _};
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
@@ -121,10 +121,24 @@ impl Member {
         Ok(as_user(&[&[verb, "--config", &config], more].concat()).output()?)
     }
 
+    /// `moord run` to its end, which comes at once; one that goes on is killed.
+    pub(crate) fn run_to_its_end(&self) -> anyhow::Result<Output> {
+        let config = self.config();
+        let run = as_user(&["run", "--config", &config]);
+        let mut command = Command::new("timeout");
+        command.args(["--signal", "KILL", "30"]).arg(run.get_program()).args(run.get_args());
+        Ok(command.stdin(Stdio::null()).output()?)
+    }
+
     /// Runs `moord join` with this invitation on standard input.
     pub(crate) fn join(&self, invitation: &str) -> anyhow::Result<Output> {
+        self.join_by(invitation, &[])
+    }
+
+    /// The same with more arguments.
+    pub(crate) fn join_by(&self, invitation: &str, more: &[&str]) -> anyhow::Result<Output> {
         let config = self.config();
-        let mut command = as_user(&["join", "--config", &config, "--address", "127.0.0.1"]);
+        let mut command = as_user(&[&["join", "--config", &config, "--address", "127.0.0.1"], more].concat());
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -162,6 +176,18 @@ impl Member {
         Ok(())
     }
 
+    /// Stores that were set aside.
+    pub(crate) fn aside(&self) -> anyhow::Result<Vec<PathBuf>> {
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(self.path("state"))? {
+            let path = entry?.path();
+            if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("store.aside-")) {
+                found.push(path);
+            }
+        }
+        Ok(found)
+    }
+
     pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(self.path("log")).unwrap_or_default()
     }
@@ -187,17 +213,21 @@ impl Member {
     /// SIGTERM; true when it ended well and in time.
     pub(crate) fn terminate(&mut self) -> anyhow::Result<bool> {
         self.signal(Signal::SIGTERM)?;
+        Ok(self.wait()?.success())
+    }
+
+    /// Waits for its end; one that does not come in time is made by SIGKILL.
+    pub(crate) fn wait(&mut self) -> anyhow::Result<ExitStatus> {
         let mut child = self.child.take().context("not running")?;
         let end = Instant::now() + TIMEOUT;
         while Instant::now() < end {
             if let Some(status) = child.try_wait()? {
-                return Ok(status.success());
+                return Ok(status);
             }
             std::thread::sleep(Duration::from_millis(20));
         }
         let _ = child.kill();
-        let _ = child.wait();
-        Ok(false)
+        Ok(child.wait()?)
     }
 
     pub(crate) async fn admin(&self) -> anyhow::Result<AdminClient> {

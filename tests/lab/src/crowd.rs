@@ -169,6 +169,12 @@ impl Machine {
         Ok(member_tls_config(site, Some(&self.session))?)
     }
 
+    /// The boot that it is in.
+    #[must_use]
+    pub fn boot_id(&self) -> BootId {
+        self.boot
+    }
+
     /// Its session key.
     #[must_use]
     pub fn session(&self) -> &SessionKey {

@@ -28,10 +28,10 @@ pub struct Survivor {
 }
 
 impl Survivor {
-    /// Opens or makes them.
+    /// Opens them.
     ///
     /// # Errors
-    /// A database cannot be opened (the member runs), or is damaged.
+    /// A database cannot be opened (the member runs), is not there, or is damaged.
     pub fn open(places: &Places) -> Result<Self, StoreError> {
         let log = Log::open(&places.log).map_err(|error| error.within(&places.log))?;
         let machine =

@@ -6,7 +6,7 @@
 use super::wire::{WireLogId, WireVote, entry_bytes, entry_from};
 use super::{Entry, LogId, Raft, Vote};
 use crate::files::free_space;
-use crate::store::StoreError;
+use crate::store::{StoreError, database};
 use openraft::OptionalSend;
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use redb::{Database, ReadableDatabase as _, TableDefinition};
@@ -140,12 +140,12 @@ fn json<T: Serialize>(value: &T) -> Result<Vec<u8>, StoreError> {
 }
 
 impl Log {
-    /// Opens or makes it. Its thread ends with the last handle.
+    /// Opens it. Its thread ends with the last handle.
     ///
     /// # Errors
     /// It cannot be opened, or is damaged.
     pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
-        Self::over(super::database::open(path, super::database::LOG)?, path.parent().unwrap_or(path).to_owned())
+        Self::over(database::open(path, database::LOG)?, path.parent().unwrap_or(path).to_owned())
     }
 
     /// The same over a database that is open; whether space is left is asked of the file system of `disk`.
@@ -170,8 +170,7 @@ impl Log {
             if let (Some(first), Some(last)) = (first, last)
                 && redb::ReadableTableMetadata::len(&entries)? != last.index() - first + 1
             {
-                let cause = "entries are missing: remove this member and let it join anew, the others have them";
-                return Err(damaged("entries", &format!("{first} to {}", last.index()), &cause));
+                return Err(damaged("entries", &format!("{first} to {}", last.index()), &"entries are missing"));
             }
             Memory {
                 flushed: last.map(|id| id.index()),

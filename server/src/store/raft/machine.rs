@@ -7,7 +7,7 @@ use super::snapshot::{self, SnapshotFile};
 use super::wire::{WireLogId, WireStored};
 use super::{Entry, LogId, Membership, Peer, Raft, SnapshotMeta, StoredMembership};
 use crate::store::tables::{self, Snapshot, Write};
-use crate::store::{Event, Outcome, StoreError, apply};
+use crate::store::{Event, Outcome, StoreError, apply, database};
 use futures_util::{Stream, StreamExt as _};
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
@@ -48,12 +48,12 @@ impl std::ops::Deref for Machine {
 }
 
 impl Machine {
-    /// Opens or makes the tables; snapshots that an interrupted member left in `directory` are removed.
+    /// Opens the tables; snapshots that an interrupted member left in `directory` are removed.
     ///
     /// # Errors
     /// The database or the directory cannot be opened.
     pub(super) fn open(path: &Path, directory: PathBuf) -> Result<Self, StoreError> {
-        Self::over(super::database::open(path, super::database::TABLES)?, directory)
+        Self::over(database::open(path, database::TABLES)?, directory)
     }
 
     /// The same over a database that is open.
@@ -231,6 +231,8 @@ impl State {
         transaction.commit()?;
         self.unsynced.store(0, Ordering::Relaxed);
         self.keep(meta.clone(), &path);
+        // No watcher is no error.
+        let _ = self.events.send(Event::Reset);
         Ok(())
     }
 }

@@ -6,7 +6,6 @@
 mod anew;
 #[cfg(test)]
 mod cuts;
-mod database;
 mod log;
 mod machine;
 mod membership;
@@ -26,7 +25,7 @@ pub use standing::Standing;
 
 use super::records::MemberRecord;
 use super::tables::Snapshot;
-use super::{Command, Event, Outcome, Store, StoreError};
+use super::{Command, Event, Outcome, Store, StoreError, database};
 use log::Log;
 use machine::Machine;
 use membership::{Change, next_change};
@@ -105,6 +104,15 @@ impl Places {
     pub fn in_dir(dir: &Path) -> Self {
         Self { state: dir.join("member.redb"), log: dir.join("log.redb"), snapshots: dir.join("snapshots") }
     }
+
+    /// Makes the files of a new store, with nothing in them.
+    ///
+    /// # Errors
+    /// The directory is not writable.
+    pub fn make(&self) -> Result<(), StoreError> {
+        database::make(&self.log)?;
+        database::make(&self.state)
+    }
 }
 
 /// The store of a member.
@@ -143,10 +151,10 @@ fn consensus(error: impl std::fmt::Display) -> StoreError {
 }
 
 impl Replicated {
-    /// Opens or makes the store of member `number`; other members are called by `calls`.
+    /// Opens the store of member `number`, which was [made](Places::make) once; other members are called by `calls`.
     ///
     /// # Errors
-    /// A database cannot be opened, or is damaged.
+    /// A database cannot be opened, is not there, or is damaged.
     pub async fn open(places: &Places, number: u64, calls: Arc<Calls>) -> Result<Self, StoreError> {
         let (log, machine) = (
             Log::open(&places.log).map_err(|error| error.within(&places.log))?,

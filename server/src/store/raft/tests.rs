@@ -21,6 +21,7 @@ impl StoreBuilder<Raft, Log, Machine, tempfile::TempDir> for Builder {
     async fn build(&self) -> Result<(tempfile::TempDir, Log, Machine), StorageError<Raft>> {
         let dir = tempfile::tempdir().unwrap();
         let places = Places::in_dir(dir.path());
+        places.make().unwrap();
         Ok((dir, Log::open(&places.log).unwrap(), Machine::open(&places.state, places.snapshots).unwrap()))
     }
 }
@@ -91,8 +92,16 @@ fn the_membership_follows_the_records_one_step_at_a_time() {
     assert_eq!(next_change(&half, &removed), Some(Change::Finish([1].into())));
 }
 
-async fn alone(dir: &Path) -> Replicated {
+async fn open(dir: &Path) -> Replicated {
     Replicated::open(&Places::in_dir(dir), FOUNDER, Calls::to_nobody().unwrap()).await.unwrap()
+}
+
+/// A new collective of one.
+async fn alone(dir: &Path) -> Replicated {
+    Places::in_dir(dir).make().unwrap();
+    let store = open(dir).await;
+    store.found(peer(1)).await.unwrap();
+    store
 }
 
 fn define(number: u64) -> Command {
@@ -107,7 +116,6 @@ fn define(number: u64) -> Command {
 async fn a_snapshot_has_everything_and_a_damaged_one_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let store = alone(dir.path()).await;
-    store.found(peer(1)).await.unwrap();
     for number in 0..50 {
         assert_eq!(store.propose(define(number)).await.unwrap(), Outcome::Done);
     }
@@ -118,9 +126,12 @@ async fn a_snapshot_has_everything_and_a_damaged_one_changes_nothing() {
     assert_eq!(snapshot::meta(&std::fs::File::open(&path).unwrap()).unwrap(), meta);
 
     let other = tempfile::tempdir().unwrap();
-    let machine = Machine::open(&other.path().join("m.redb"), other.path().join("s")).unwrap();
+    let tables = other.path().join("m.redb");
+    database::make(&tables).unwrap();
+    let machine = Machine::open(&tables, other.path().join("s")).unwrap();
     let bytes = std::fs::read(&path).unwrap();
     let damaged = other.path().join("damaged");
+    let mut watcher = machine.watch();
     for at in (0..bytes.len()).step_by(bytes.len() / 40 + 1) {
         let mut changed = bytes.clone();
         changed[at] ^= 0x10;
@@ -128,7 +139,9 @@ async fn a_snapshot_has_everything_and_a_damaged_one_changes_nothing() {
         assert!(machine.install(&meta, SnapshotFile::open(&damaged).unwrap()).is_err(), "byte {at}");
         assert!(machine.view().unwrap().nodes().unwrap().is_empty());
     }
+    assert!(watcher.try_recv().is_err());
     machine.install(&meta, SnapshotFile::open(&path).unwrap()).unwrap();
+    assert!(matches!(watcher.try_recv(), Ok(Event::Reset)), "who watches was not told that all is another");
     let (mine, theirs) = (machine.view().unwrap(), store.snapshot().unwrap());
     for table in tables::REPLICATED {
         let dump = |view: &Snapshot| {
@@ -152,16 +165,17 @@ async fn a_store_that_lost_what_was_not_synced_has_it_again_from_the_log() {
     let dir = tempfile::tempdir().unwrap();
     let places = Places::in_dir(dir.path());
     let store = alone(dir.path()).await;
-    store.found(peer(1)).await.unwrap();
     let before = std::fs::read(&places.state).unwrap();
     for number in 0..100 {
         assert_eq!(store.propose(define(number)).await.unwrap(), Outcome::Done);
     }
     store.close().await;
     drop(store);
+    database::released(&places.log).await;
+    database::released(&places.state).await;
     // As if the machine had lost its power: the tables of long ago, the log of now.
     std::fs::write(&places.state, before).unwrap();
-    let store = alone(dir.path()).await;
+    let store = open(dir.path()).await;
     assert_eq!(store.snapshot().unwrap().nodes().unwrap().len(), 100);
     store.close().await;
 }

@@ -1,12 +1,13 @@
 //! Table *join*: what nodes notice while a new member fills itself with the collective's content.
 
-use super::load::{Client, p99, request, times};
+use super::load::{Answers, Client, Running, request};
 use super::store::boot_stage;
 use super::{Bar, Lab, Row, Table};
 use crate::Collective;
 use crate::crowd::{Machine, boot_all, image, machines};
 use anyhow::{Context as _, ensure};
 use moor_api::trust::SiteBundle;
+use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,17 +18,19 @@ use tokio::runtime::Runtime;
 /// Images, and bytes of each: five gigabytes together.
 const IMAGES: u64 = 20;
 const SIZE: usize = 256_000_000;
-/// Connections that call, and the pause of each between two calls.
+/// Nodes that call, and the pause of each between two calls for its settings, and between two reports.
 const CALLERS: usize = 32;
 const PAUSE: Duration = Duration::from_millis(50);
+const REPORT: Duration = Duration::from_secs(1);
 /// Machines that boot meanwhile, over and over, and what each reads of its image.
 const BOOTING: usize = 20;
 const READS: u64 = 40;
-/// So long calls are looked at before the new member comes.
+/// So long calls are looked at before the new member comes, after their connections have been in use for a while.
 const BEFORE: Duration = Duration::from_secs(20);
-const WINDOW: Duration = Duration::from_secs(2);
-/// The new member has everything within this time.
+const WARM: Duration = Duration::from_secs(2);
+/// The new member has everything within this time, and is looked at this often.
 const LIMIT: Duration = Duration::from_mins(5);
+const LOOK: Duration = Duration::from_millis(200);
 
 pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
     let mut table = Table::new("join");
@@ -45,10 +48,11 @@ pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
         machines(&mut admin, &keys[1], "b", BOOTING, &BTreeMap::new()).await
     })?;
     table.facts.push(format!(
-        "one member with {IMAGES} images of {} MB; a second one joins; {CALLERS} nodes ask for their settings every {} ms, and {BOOTING} boot over and over; \
-         everything on two cores and one disk",
+        "one member with {IMAGES} images of {} MB; a second one joins; {CALLERS} nodes ask for their settings every {} ms and report their state every {} ms, \
+         and {BOOTING} boot over and over; everything on two cores and one disk",
         SIZE / 1_000_000,
-        PAUSE.as_millis()
+        PAUSE.as_millis(),
+        REPORT.as_millis()
     ));
     let is_over = AtomicBool::new(false);
     let urls = collective.urls();
@@ -60,10 +64,19 @@ pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
         figures.map(|figures| (figures, boots))
     });
     let ((before, during, filled), boots) = figures?;
-    let row = |what: &str| format!("settings of a node, 99th percentile: {what}");
-    table.rows.push(Row::alone(&row("before"), "ms", before, Bar::None));
-    table.rows.push(Row::alone(&row("while a member joins"), "ms", during, Bar::None));
-    table.rows.push(Row::alone(&row("that over before"), "", during / before, Bar::AtMost(2.0)));
+    for (call, before, during) in [
+        ("settings of a node", before.settings, during.settings),
+        ("reports of a node", before.reports, during.reports),
+    ] {
+        let row = |what: &str, answers: &Answers| {
+            let row = format!("{call}, 99th percentile: {what}");
+            anyhow::Ok(with_failures(Row::alone(&row, "ms", answers.p99()?, Bar::None), answers))
+        };
+        table.rows.push(row("before", &before)?);
+        table.rows.push(row("while a member joins", &during)?);
+        let ratio = during.p99()? / before.p99()?;
+        table.rows.push(Row::alone(&format!("{call}, that over before"), "", ratio, Bar::AtMost(2.0)));
+    }
     #[expect(clippy::cast_precision_loss, reason = "far below 2^52 bytes")]
     let megabytes = (IMAGES * SIZE as u64) as f64 / 1e6;
     table.rows.push(Row::alone("the new member takes in", "MB/s", megabytes / filled.as_secs_f64(), Bar::None));
@@ -72,38 +85,79 @@ pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
     Ok(table)
 }
 
-/// The 99th percentile before a member joins and while it does, and how long it takes until it has everything.
+fn with_failures(row: Row, answers: &Answers) -> Row {
+    match answers.failures() {
+        Some(failures) => row.noted(&failures),
+        None => row,
+    }
+}
+
+/// What the nodes that call were answered.
+struct Answered {
+    settings: Answers,
+    reports: Answers,
+}
+
+/// The nodes that call, each by two connections.
+struct Calls {
+    settings: Running,
+    reports: Running,
+}
+
+impl Calls {
+    /// Their reports are numbered from `first` on.
+    async fn start(port: u16, site: &SiteBundle, callers: &[(Machine, String)], first: u64) -> anyhow::Result<Self> {
+        let (mut settings, mut reports) = (Vec::new(), Vec::new());
+        for (machine, token) in callers {
+            let tls = Arc::new(machine.tls(site)?);
+            let requests = vec![request("GET", "/node/v1/config", Some(token), "")];
+            settings.push(Client { tls: tls.clone(), port, requests, expected: "interfaces", pause: PAUSE });
+            // A report that comes a second time is taken for done, which costs less: there are enough of them.
+            let count = (BEFORE + LIMIT).as_secs() / REPORT.as_secs();
+            let report = |sequence: u64| {
+                let body = json!({ "boot": machine.boot_id(), "sequence": sequence, "state": "image", "uptime_ms": 1000 });
+                request("POST", "/node/v1/status", Some(token), &body.to_string())
+            };
+            let requests = (first..first + count).map(report).collect();
+            reports.push(Client { tls, port, requests, expected: "", pause: REPORT });
+        }
+        Ok(Self { settings: Running::start(settings, WARM).await?, reports: Running::start(reports, WARM).await? })
+    }
+
+    async fn stop(self) -> anyhow::Result<Answered> {
+        Ok(Answered { settings: self.settings.stop().await?, reports: self.reports.stop().await? })
+    }
+}
+
+/// What nodes are answered before a member joins and while it does, and how long it takes until it has everything.
 fn join(
     lab: &Lab<'_>,
     runtime: &Runtime,
     collective: &mut Collective,
     (site, callers): (&SiteBundle, &[(Machine, String)]),
-) -> anyhow::Result<(f64, f64, Duration)> {
+) -> anyhow::Result<(Answered, Answered, Duration)> {
     let port = collective.port(0);
-    let clients = || {
-        let client = |(machine, token): &(Machine, String)| {
-            let requests = vec![request("GET", "/node/v1/config", Some(token), "")];
-            anyhow::Ok(Client {
-                tls: Arc::new(machine.tls(site)?),
-                port,
-                requests,
-                expected: "interfaces",
-                pause: PAUSE,
-            })
-        };
-        callers.iter().map(client).collect::<anyhow::Result<Vec<_>>>()
-    };
-    let before = p99(runtime.block_on(times(clients()?, WINDOW, BEFORE))?)?;
+    let before = runtime.block_on(async {
+        let calls = Calls::start(port, site, callers, 1).await?;
+        tokio::time::sleep(WARM + BEFORE).await;
+        calls.stop().await
+    })?;
     lab.say("join: a second member comes");
     let wanted = blobs(&collective.dir(0).join("state/blobs"))?;
+    // The connections are in use for as long before anything is counted as they were before.
+    let calls = runtime.block_on(async {
+        let calls = Calls::start(port, site, callers, 1_000_000).await?;
+        tokio::time::sleep(WARM).await;
+        anyhow::Ok(calls)
+    })?;
     let at = runtime.block_on(collective.add(true))?;
     let began = Instant::now();
-    let mut during = Vec::new();
     while blobs(&collective.dir(at).join("state/blobs"))? < wanted {
         ensure!(began.elapsed() < LIMIT, "the new member does not fill itself: {}", collective.log_tail(at));
-        during.extend(runtime.block_on(times(clients()?, Duration::ZERO, WINDOW))?);
+        std::thread::sleep(LOOK);
     }
-    Ok((before, p99(during)?, began.elapsed()))
+    let filled = began.elapsed();
+    Ok((before, runtime.block_on(calls.stop())?, filled))
 }
 
 /// Boots all machines over and over until it is over; how many boots that were.

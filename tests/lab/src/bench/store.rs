@@ -1,11 +1,11 @@
-//! Table *store*: changes and reads on three members, beside etcd with the same clients; what ten thousand nodes take; how often nodes get their
-//! settings.
+//! Table *store*: changes and reads on three members, beside etcd with the same clients; how soon changes go on when the leader dies; what ten
+//! thousand nodes take; how often nodes get their settings.
 //!
 //! A change of ours is what an administrator's call makes: an attribute set over HTTPS, with the token checked and the call in the audit log. etcd's
 //! is a key set through its JSON gateway, over HTTPS as well. Clients of both talk to the leader, which is the quickest way for both.
 
 use super::etcd::{self, Etcd};
-use super::load::{Client, Rate, drive, request};
+use super::load::{Client, Rate, drive, failures, request};
 use super::web::Authority;
 use super::{Bar, Lab, PAIRS, Paired, Row, Table, pairs};
 use crate::Collective;
@@ -30,6 +30,10 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 use tower::ServiceExt as _;
 
+/// Members of a collective.
+const MEMBERS: usize = 3;
+/// Leaders that are killed.
+const DEATHS: usize = 10;
 /// Clients that change something at a time.
 const WRITERS: [usize; 3] = [1, 16, 128];
 /// Clients that read at a time.
@@ -51,6 +55,7 @@ pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
     let mut table = Table::new("store");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     beside_etcd(lab, &runtime, &mut table)?;
+    leaders_die(lab, &runtime, &mut table)?;
     many_nodes(lab, &runtime, &mut table)?;
     Ok(table)
 }
@@ -110,14 +115,71 @@ fn beside_etcd(lab: &Lab<'_>, runtime: &Runtime, table: &mut Table) -> anyhow::R
 
 fn rows(table: &mut Table, what: &str, both: &(Vec<Rate>, Vec<Rate>), bar: Bar) {
     let rate = Paired::of(both, |rate| rate.per_second);
-    table.rows.push(Row::paired(&format!("{what}: in a second"), "1/s", "etcd", &rate, bar));
+    let mut row = Row::paired(&format!("{what}: in a second"), "1/s", "etcd", &rate, bar);
+    for (who, rates) in [("ours", &both.0), ("etcd", &both.1)] {
+        if let Some(failures) = failures(rates) {
+            row = row.noted(&format!("{who}: {failures}"));
+        }
+    }
+    table.rows.push(row);
     let slowest = Paired::of(both, |rate| rate.p99);
     table.rows.push(Row::paired(&format!("{what}: 99th percentile"), "ms", "etcd", &slowest, Bar::None));
 }
 
+/// Kills the leader over and over; how long the next change took that another member was asked for, at worst.
+fn leaders_die(lab: &Lab<'_>, runtime: &Runtime, table: &mut Table) -> anyhow::Result<()> {
+    lab.say(&format!("store: {DEATHS} leaders die"));
+    let dir = lab.dir.join("deaths");
+    std::fs::create_dir(&dir)?;
+    let seconds = runtime.block_on(async {
+        let mut collective = Collective::new(&lab.bins, &dir, MEMBERS).await?;
+        let define = DefineNodes { range: node(0), attributes: BTreeMap::new() };
+        collective.admin(0).await?.define(&define).await?;
+        let mut seconds = Vec::with_capacity(DEATHS);
+        for death in 0..DEATHS {
+            let leader = collective.leader().await?;
+            let mut admin = collective.admin((leader + 1) % MEMBERS).await?;
+            let set = [("info.note".to_owned(), format!("death {death}"))].into();
+            let change = SetAttributes { range: node(0), set, clear: Vec::new() };
+            collective.kill(leader);
+            let began = Instant::now();
+            // A refusal is one that an administrator would see: it is tried again, as he would.
+            while let Err(error) = admin.set(&change).await {
+                ensure!(error.is_transient(), "{error}");
+                ensure!(began.elapsed() < Duration::from_mins(1), "changes do not go on: {error}");
+            }
+            seconds.push(began.elapsed().as_secs_f64());
+            collective.start(leader)?;
+            caught_up(&collective, leader).await?;
+        }
+        anyhow::Ok(seconds)
+    })?;
+    let worst = seconds.iter().copied().fold(0.0, f64::max);
+    table.facts.push(format!(
+        "deaths of leaders: {DEATHS} times SIGKILL to the one of {MEMBERS} members that leads, and a change through another one at once, tried again until it is \
+         acknowledged; middle {:.2} s",
+        super::pairs::median(&seconds)
+    ));
+    table.rows.push(Row::alone("changes go on after a leader's death, at worst", "s", worst, Bar::AtMost(3.0)));
+    Ok(())
+}
+
+/// Waits until a member that was started has what the leader has: the next death would find no majority before.
+async fn caught_up(collective: &Collective, at: usize) -> anyhow::Result<()> {
+    let end = Instant::now() + Duration::from_mins(1);
+    loop {
+        let (own, leads) = (collective.view(at).await?, collective.view(collective.leader().await?).await?);
+        if own.majority && own.applied >= leads.applied {
+            return Ok(());
+        }
+        ensure!(Instant::now() < end, "it does not catch up: {}", collective.log_tail(at));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
 /// Three members with nodes; what is known of them, an administrator's token, and the leader's port.
 async fn three(lab: &Lab<'_>) -> anyhow::Result<(Collective, SiteBundle, String, u16)> {
-    let collective = Collective::new(&lab.bins, lab.dir, 3).await?;
+    let collective = Collective::new(&lab.bins, lab.dir, MEMBERS).await?;
     let leader = collective.leader().await?;
     let mut admin = collective.admin(leader).await?;
     let range = format!("n[0000-{:04}]", KEYS - 1);
@@ -187,7 +249,11 @@ fn many_nodes(lab: &Lab<'_>, runtime: &Runtime, table: &mut Table) -> anyhow::Re
     }
     let middle = |figure: fn(&Rate) -> f64| super::pairs::median(&rates.iter().map(figure).collect::<Vec<_>>());
     let row = format!("settings of a node, {READERS} connections: in a second");
-    table.rows.push(Row::alone(&row, "1/s", middle(|rate| rate.per_second), Bar::AtLeast(20_000.0)));
+    let mut row = Row::alone(&row, "1/s", middle(|rate| rate.per_second), Bar::AtLeast(20_000.0));
+    if let Some(failures) = failures(&rates) {
+        row = row.noted(&failures);
+    }
+    table.rows.push(row);
     let row = format!("settings of a node, {READERS} connections: 99th percentile");
     table.rows.push(Row::alone(&row, "ms", middle(|rate| rate.p99), Bar::None));
     let row = format!("{what}: resident memory after that");
