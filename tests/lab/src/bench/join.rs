@@ -115,7 +115,8 @@ impl Calls {
             // A report that comes a second time is taken for done, which costs less: there are enough of them.
             let count = (BEFORE + LIMIT).as_secs() / REPORT.as_secs();
             let report = |sequence: u64| {
-                let body = json!({ "boot": machine.boot_id(), "sequence": sequence, "state": "image", "uptime_ms": 1000 });
+                let body =
+                    json!({ "boot": machine.boot_id(), "sequence": sequence, "state": "image", "uptime_ms": 1000 });
                 request("POST", "/node/v1/status", Some(token), &body.to_string())
             };
             let requests = (first..first + count).map(report).collect();
