@@ -1,7 +1,7 @@
 //! What the tether tells others: a small JSON file in `/run/mooring`, replaced atomically while something changes.
 
 use crate::disk::DiskStatus;
-use crate::reader::{Figures, MemberStatus, Reader};
+use crate::reader::{MemberStatus, Reader};
 use rustix::fs::{AtFlags, Mode as Bits, OFlags, open, openat, renameat, unlinkat};
 use serde::{Deserialize, Serialize};
 use std::convert::Infallible;
@@ -87,31 +87,21 @@ impl State {
     #[must_use]
     pub fn of(reader: &Reader, mode: Mode) -> Self {
         let figures = reader.figures();
-        let Figures {
-            bytes_fetched,
-            chunks_fetched,
-            chunks_verified,
-            prefetched,
-            cache_bytes,
-            hedges,
-            hedges_won,
-            members,
-        } = figures;
         Self {
             pid: std::process::id(),
             mode,
             is_whole: false,
             digest: hex::encode(reader.header().digest()),
             image_size: reader.header().file_length(),
-            bytes_fetched,
-            chunks_fetched,
-            chunks_verified,
-            prefetched,
-            cache_bytes,
-            hedges,
-            hedges_won,
+            bytes_fetched: figures.bytes_fetched,
+            chunks_fetched: figures.chunks_fetched,
+            chunks_verified: figures.chunks_verified,
+            prefetched: figures.prefetched,
+            cache_bytes: figures.cache_bytes,
+            hedges: figures.hedges,
+            hedges_won: figures.hedges_won,
             disk: None,
-            members,
+            members: figures.members,
         }
     }
 

@@ -141,15 +141,21 @@ impl Program {
     }
 }
 
+/// A mount of the image from one server, and a program that reads it.
+fn one_server() -> (Place, Authority, Server, Program) {
+    let (place, authority) = (Place::new(), Authority::new());
+    fs::write(place.path("ca.pem"), authority.pem()).unwrap();
+    let server = place.server(&authority.identity());
+    place.mount(&server, ["--ca", "ca.pem"]);
+    let program = Program::start(&place);
+    program.goes_on();
+    (place, authority, server, program)
+}
+
 #[test]
 fn reads_go_on_while_the_only_server_moves() {
     in_namespace("reads_go_on_while_the_only_server_moves", || {
-        let (place, authority) = (Place::new(), Authority::new());
-        fs::write(place.path("ca.pem"), authority.pem()).unwrap();
-        let mut old = place.server(&authority.identity());
-        place.mount(&old, ["--ca", "ca.pem"]);
-        let program = Program::start(&place);
-        program.goes_on();
+        let (place, authority, mut old, program) = one_server();
 
         // In good order: the new one is there before the old one goes.
         let mut new = place.server(&authority.identity());
@@ -182,12 +188,7 @@ fn reads_go_on_while_the_only_server_moves() {
 #[test]
 fn reads_go_on_while_a_server_gets_another_address_under_its_name() {
     in_namespace("reads_go_on_while_a_server_gets_another_address_under_its_name", || {
-        let (place, authority) = (Place::new(), Authority::new());
-        fs::write(place.path("ca.pem"), authority.pem()).unwrap();
-        let mut old = place.server(&authority.identity());
-        place.mount(&old, ["--ca", "ca.pem"]);
-        let program = Program::start(&place);
-        program.goes_on();
+        let (place, authority, mut old, program) = one_server();
 
         let new = place.server(&authority.identity());
         let request = format!(r#"{{"members":[{{"url":"{}","addresses":["{}"]}}]}}"#, old.url(), new.address());

@@ -204,9 +204,9 @@ async fn accept_tls(listener: TcpListener, tls: Tls, app: Router, permits: Arc<S
         tokio::spawn(async move {
             let Some((tls, peer)) = handshake(&tls, tcp, address).await else { return };
             if tls.get_ref().1.alpn_protocol() == Some(HTTP_2) {
-                connection_2(tls, peer, app, stop).await;
+                serve_http_2(tls, peer, app, stop).await;
             } else {
-                connection(tls, peer, app, stop).await;
+                serve_http_1(tls, peer, app, stop).await;
             }
             drop((place, permit));
         });
@@ -261,49 +261,52 @@ async fn accept_unix(listener: UnixListener, app: Router, permits: Arc<Semaphore
         let Ok(credentials) = stream.peer_cred() else { continue };
         let (app, stop) = (app.clone(), stop.clone());
         tokio::spawn(async move {
-            connection(stream, Peer::Socket { uid: credentials.uid() }, app, stop).await;
+            serve_http_1(stream, Peer::Socket { uid: credentials.uid() }, app, stop).await;
             drop(permit);
         });
     }
 }
 
-async fn connection<S>(stream: S, peer: Peer, app: Router, stop: CancellationToken)
+/// What answers on a connection of this peer.
+fn service(app: Router, peer: &Peer) -> TowerToHyperService<Router> {
+    TowerToHyperService::new(app.layer(Extension(Connection::new(peer.clone()))))
+}
+
+async fn serve_http_1<S>(stream: S, peer: Peer, app: Router, stop: CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let service = TowerToHyperService::new(app.layer(Extension(Connection::new(peer.clone()))));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)
         .max_headers(64)
-        .serve_connection(TokioIo::new(stream), service);
-    tokio::pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = stop.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    if let Err(error) = ended {
-        tracing::debug!("{peer}: {error}");
-    }
+        .serve_connection(TokioIo::new(stream), service(app, &peer));
+    until_stopped(connection, http1::Connection::graceful_shutdown, &peer, stop).await;
 }
 
-async fn connection_2(stream: Tcp, peer: Peer, app: Router, stop: CancellationToken) {
-    let service = TowerToHyperService::new(app.layer(Extension(Connection::new(peer.clone()))));
+async fn serve_http_2(stream: Tcp, peer: Peer, app: Router, stop: CancellationToken) {
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .keep_alive_interval(PING)
         .keep_alive_timeout(HANDSHAKE)
         .max_concurrent_streams(STREAMS)
         .max_header_list_size(HEADS)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(stream), service(app, &peer));
+    until_stopped(connection, http2::Connection::graceful_shutdown, &peer, stop).await;
+}
+
+/// Drives a connection to its end. Once the member stops, `shut_down` tells it to take no more requests.
+async fn until_stopped<C: Future<Output = hyper::Result<()>>>(
+    connection: C,
+    shut_down: impl FnOnce(Pin<&mut C>),
+    peer: &Peer,
+    stop: CancellationToken,
+) {
     tokio::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
         () = stop.cancelled() => {
-            connection.as_mut().graceful_shutdown();
+            shut_down(connection.as_mut());
             connection.await
         }
     };

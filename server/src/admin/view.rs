@@ -182,25 +182,13 @@ fn advice(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use moor_api::admin::StatusEvent;
+    use crate::store::tests::event as status;
     use moor_api::ids::NodeId;
-    use std::collections::BTreeMap;
 
     #[tokio::test]
     async fn a_watch_ends_where_a_snapshot_took_the_place_of_what_happened() {
         let (told, events) = broadcast::channel(8);
-        let event = |state: &str| Event::Status {
-            node: NodeId::from_bytes([1; 16]),
-            status: StatusEvent {
-                node: "n1".parse().unwrap(),
-                boot: None,
-                state: state.into(),
-                detail: String::new(),
-                time_ms: 1,
-                uptime_ms: 0,
-                figures: BTreeMap::new(),
-            },
-        };
+        let event = |state| Event::Status { node: NodeId::from_bytes([1; 16]), status: status(state) };
         for event in [event("image"), Event::Reset, event("booted")] {
             told.send(event).unwrap();
         }

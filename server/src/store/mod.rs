@@ -12,7 +12,7 @@ pub mod raft;
 pub mod records;
 pub mod tables;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use command::{Command, Outcome};
 pub use raft::Replicated;

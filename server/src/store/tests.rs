@@ -39,7 +39,7 @@ fn refusal(detail: &str) -> Refusal {
     }
 }
 
-fn event(state: &str) -> StatusEvent {
+pub(crate) fn event(state: &str) -> StatusEvent {
     StatusEvent {
         node: "a".parse().unwrap(),
         boot: None,

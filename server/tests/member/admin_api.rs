@@ -1,6 +1,7 @@
 //! What administrators may do, over the socket and over HTTPS, and what anybody may fetch.
 
-use crate::support::{Machine, Member, UID, import, refusal};
+use crate::machine::Machine;
+use crate::support::{Member, UID, import, refusal};
 use anyhow::{Context as _, ensure};
 use moor_api::admin::{
     CreateProfile, DefineNodes, DeployRequest, ImportImage, RangeRequest, SetAttributes, TokenRequest,

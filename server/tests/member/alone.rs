@@ -2,7 +2,8 @@
 
 use crate::cli::{moor, shown};
 use crate::collective::{define, invite, joined, text, three, until, view, voters};
-use crate::support::{Machine, Member, import, refusal};
+use crate::machine::Machine;
+use crate::support::{Member, import, refusal};
 use anyhow::{Context as _, ensure};
 use moor_api::admin::{CreateProfile, DeployRequest, SetAttributes};
 use moor_api::client::node::NodeConnection;

@@ -2,8 +2,9 @@
 
 use crate::cli::{moor, said_no, shown};
 use crate::collective::{define, joined, knows, text, voters};
+use crate::machine::Machine;
 use crate::node_api::prepared;
-use crate::support::{Machine, Member, UID, refusal};
+use crate::support::{Member, UID, refusal};
 use anyhow::{Context as _, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD, URL_SAFE_NO_PAD};

@@ -2,7 +2,8 @@
 //! left under a final name.
 
 use crate::cli::{moor, program, said_no, shown};
-use crate::support::{Machine, Member, UID, as_user, sealed};
+use crate::machine::Machine;
+use crate::support::{Member, UID, as_user, sealed};
 use anyhow::{Context as _, ensure};
 use moor_api::admin::{CreateProfile, TokenRequest};
 use moor_api::trust::SiteBundle;

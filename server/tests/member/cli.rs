@@ -1,6 +1,7 @@
 //! `moor` as an administrator types it, against a running member.
 
-use crate::support::{Machine, Member};
+use crate::machine::Machine;
+use crate::support::Member;
 use anyhow::ensure;
 use moor_api::node::{Stage, StatusReport};
 use std::path::PathBuf;

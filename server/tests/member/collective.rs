@@ -1,6 +1,7 @@
 //! Several real members on loopback: joining, replication, the leader's death, no majority, removal.
 
-use crate::support::{Machine, Member, refusal};
+use crate::machine::Machine;
+use crate::support::{Member, refusal};
 use anyhow::{Context as _, ensure};
 use moor_api::admin::{CollectiveView, DefineNodes, InviteRequest, MemberRequest};
 use moor_api::client::ClientError;

@@ -2,8 +2,9 @@
 
 use crate::cli::{moor, shown};
 use crate::collective::{blobs, invite, joined, text, until, view, voters};
+use crate::machine::Machine;
 use crate::node_api::prepared;
-use crate::support::{Machine, Member, UID, import, refusal, sealed};
+use crate::support::{Member, UID, import, refusal, sealed};
 use anyhow::{Context as _, ensure};
 use moor_api::admin::{CreateProfile, ImportImage};
 use moor_api::client::admin::AdminClient;

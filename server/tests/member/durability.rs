@@ -1,6 +1,7 @@
 //! A member is killed with SIGKILL again and again while a client makes changes: everything that was acknowledged is there afterwards.
 
-use crate::support::{Machine, Member};
+use crate::machine::Machine;
+use crate::support::Member;
 use anyhow::ensure;
 use moor_api::admin::{ArmRequest, DefineNodes, SetAttributes};
 use moor_api::client::node::NodeConnection;

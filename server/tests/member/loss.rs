@@ -2,8 +2,9 @@
 
 use crate::cli::{moor, shown};
 use crate::collective::{PATIENCE, blobs, define, joined, knows, names, text, three, until, view, voters};
+use crate::machine::Machine;
 use crate::node_api::prepared;
-use crate::support::{Machine, Member};
+use crate::support::Member;
 use anyhow::{Context as _, ensure};
 use moor_api::node::Stage;
 use std::time::Instant;

@@ -13,6 +13,7 @@ mod disk;
 mod durability;
 mod invitations;
 mod loss;
+mod machine;
 mod node_api;
 mod observe;
 mod strangers;

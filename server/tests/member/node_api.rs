@@ -1,6 +1,7 @@
 //! What a node may ask, in which order, and what it is refused.
 
-use crate::support::{Machine, Member, import, refusal, soft_key};
+use crate::machine::{Machine, soft_key};
+use crate::support::{Member, import, refusal};
 use moor_api::admin::{RangeRequest, SetAttributes, TrustState};
 use moor_api::client::session::SessionKey;
 use moor_api::deploy::PhaseName;

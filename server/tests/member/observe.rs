@@ -1,7 +1,8 @@
 //! Metrics and health of a real member.
 
 use crate::collective::{invite, knows, text, until};
-use crate::support::{Machine, Member};
+use crate::machine::Machine;
+use crate::support::Member;
 use anyhow::ensure;
 use moor_api::node::Stage;
 use std::collections::BTreeMap;

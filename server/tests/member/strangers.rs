@@ -1,7 +1,8 @@
 //! Who is refused before he is known, and what is kept of it.
 
+use crate::machine::Machine;
 use crate::node_api::prepared;
-use crate::support::{Machine, refusal};
+use crate::support::refusal;
 use moor_api::deploy::PhaseName;
 use moor_api::ids::NodeId;
 use moor_api::node::Stage;

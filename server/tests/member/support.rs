@@ -1,26 +1,13 @@
-//! A real `moord` under another uid on loopback, an administrator and a node with a soft key.
+//! A real `moord` under another uid on loopback, and an administrator.
 
 #[path = "../../../tests/port.rs"]
 mod port;
 
 use self::port::free_ports;
 use anyhow::{Context as _, ensure};
-use aws_lc_rs::encoding::{AsDer as _, PublicKeyX509Der};
-use aws_lc_rs::rand::SystemRandom;
-use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair as _};
 use moor_api::admin::{ArmRequest, DefineNodes, DeployRequest, ImageView, ImportImage, SiteInfo};
 use moor_api::client::ClientError;
 use moor_api::client::admin::AdminClient;
-use moor_api::client::node::NodeConnection;
-use moor_api::client::session::SessionKey;
-use moor_api::client::tls::member_tls_config;
-use moor_api::ids::{BootId, NodeId};
-use moor_api::node::{
-    EnrollMethod, EnrollReply, EnrollRequest, Hello, HelloReply, KnownNode, NextStep, SessionProof, SessionReply,
-    SessionRequest, Stage, StatusReport,
-};
-use moor_api::proof::{Proof, Purpose};
-use moor_api::trust::SiteBundle;
 use moor_image::{Dek, Metadata, Payload, SealOptions, Sealer};
 use moord::store::Replicated;
 use moord::store::raft::{Calls, FOUNDER, Places};
@@ -30,13 +17,12 @@ use std::io::{Cursor, Write as _};
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// Nobody's uid.
 pub(crate) const UID: u32 = 61_235;
-const TIMEOUT: Duration = Duration::from_secs(20);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A member in a folder of its own.
 pub(crate) struct Member {
@@ -359,152 +345,6 @@ pub(crate) async fn import(
             boot_loaders: BTreeMap::new(),
         })
         .await?)
-}
-
-/// A machine with a soft key.
-pub(crate) struct Machine {
-    pub(crate) uuid: Uuid,
-    pub(crate) key: EcdsaKeyPair,
-    pub(crate) boot: BootId,
-    pub(crate) session: SessionKey,
-    pub(crate) bundle: SiteBundle,
-    url: String,
-}
-
-pub(crate) fn soft_key() -> anyhow::Result<EcdsaKeyPair> {
-    EcdsaKeyPair::generate(&ECDSA_P256_SHA256_ASN1_SIGNING).context("making a key")
-}
-
-impl Machine {
-    /// What it says of its boot.
-    pub(crate) fn report(&self, sequence: u64, state: &str) -> StatusReport {
-        StatusReport {
-            boot: self.boot,
-            sequence,
-            state: state.into(),
-            detail: String::new(),
-            uptime_ms: 1234,
-            figures: BTreeMap::new(),
-        }
-    }
-
-    pub(crate) async fn new(member: &Member) -> anyhow::Result<Self> {
-        let bundle = member.site().await?.bundle;
-        Ok(Self {
-            uuid: Uuid::new_v4(),
-            key: soft_key()?,
-            boot: BootId::random(),
-            session: SessionKey::generate()?,
-            bundle,
-            url: member.url(),
-        })
-    }
-
-    /// From now on it asks this member.
-    pub(crate) fn asks(&mut self, member: &Member) {
-        self.url = member.url();
-    }
-
-    /// Power cycle: another boot, another session key.
-    pub(crate) fn reboot(&mut self) -> anyhow::Result<()> {
-        self.boot = BootId::random();
-        self.session = SessionKey::generate()?;
-        Ok(())
-    }
-
-    pub(crate) async fn connect_with(&self, session: &SessionKey) -> Result<NodeConnection, ClientError> {
-        let config = Arc::new(member_tls_config(&self.bundle, Some(session))?);
-        let mut connection = NodeConnection::connect(&self.url, self.bundle.collective, config, TIMEOUT).await?;
-        connection.set_request_id(&self.boot.to_string());
-        Ok(connection)
-    }
-
-    pub(crate) async fn connect(&self) -> Result<NodeConnection, ClientError> {
-        self.connect_with(&self.session).await
-    }
-
-    pub(crate) fn hello(&self) -> Hello {
-        Hello {
-            agent_version: "0.1.0".into(),
-            capabilities: vec!["soft-key".into()],
-            uuid: Some(self.uuid),
-            serial: None,
-            macs: Vec::new(),
-            arch: "x86_64".into(),
-            boot: self.boot,
-        }
-    }
-
-    /// Who it is; the member must know it.
-    pub(crate) async fn known(&self, connection: &mut NodeConnection) -> anyhow::Result<KnownNode> {
-        let reply: HelloReply = connection.hello(&self.hello()).await?;
-        reply.node.with_context(|| format!("refused: {:?}", reply.refusal))
-    }
-
-    pub(crate) fn sign(
-        &self,
-        connection: &NodeConnection,
-        purpose: Purpose,
-        node: NodeId,
-        nonce: &[u8],
-    ) -> anyhow::Result<Vec<u8>> {
-        let digest = Proof {
-            purpose,
-            collective: self.bundle.collective,
-            member: connection.member(),
-            node,
-            boot: self.boot,
-            nonce,
-            session_public_key: &self.session.public_key(),
-            exporter: connection.exporter(),
-        }
-        .digest();
-        Ok(self.key.sign(&SystemRandom::new(), &digest).context("signing")?.as_ref().to_vec())
-    }
-
-    pub(crate) fn enroll_request(
-        &self,
-        connection: &NodeConnection,
-        known: &KnownNode,
-    ) -> anyhow::Result<EnrollRequest> {
-        let public: PublicKeyX509Der<'_> = self.key.public_key().as_der().context("encoding a key")?;
-        let signature = self.sign(connection, Purpose::Enroll, known.id, &known.nonce.0)?.into();
-        let method = EnrollMethod::Soft { public_key: public.as_ref().to_vec().into(), signature };
-        Ok(EnrollRequest { node: known.id, boot: self.boot, nonce: known.nonce.clone(), method })
-    }
-
-    pub(crate) fn session_request(
-        &self,
-        connection: &NodeConnection,
-        node: NodeId,
-        nonce: &[u8],
-        stage: Stage,
-    ) -> anyhow::Result<SessionRequest> {
-        let signature = self.sign(connection, Purpose::Session, node, nonce)?.into();
-        Ok(SessionRequest {
-            node,
-            boot: self.boot,
-            nonce: nonce.to_vec().into(),
-            stage,
-            proof: SessionProof::Soft { signature },
-        })
-    }
-
-    /// hello, enrolment where the member asks for it, session; the token is in use.
-    pub(crate) async fn log_in(&self, connection: &mut NodeConnection, stage: Stage) -> anyhow::Result<SessionReply> {
-        let known = self.known(connection).await?;
-        let nonce = if known.next == NextStep::Enroll {
-            match connection.enroll(&self.enroll_request(connection, &known)?).await? {
-                EnrollReply::Enrolled(enrolled) => enrolled.nonce,
-                EnrollReply::Challenge { .. } => anyhow::bail!("a challenge for a soft key"),
-            }
-        } else {
-            known.nonce
-        };
-        let reply = connection.session(&self.session_request(connection, known.id, &nonce.0, stage)?).await?;
-        connection.set_token(&reply.token)?;
-        Ok(reply)
-    }
 }
 
 /// The code and the sentence of a refusal.

@@ -1,6 +1,7 @@
 //! Who may act as a member, and over what.
 
-use crate::support::{Machine, Member};
+use crate::machine::Machine;
+use crate::support::Member;
 use anyhow::{Context as _, ensure};
 use moor_api::client::node::NodeConnection;
 use moor_api::client::tls::member_tls_config;

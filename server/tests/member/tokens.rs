@@ -1,6 +1,7 @@
 //! Tokens that the member's own key signed, and that are refused all the same.
 
-use crate::support::{Machine, Member, refusal};
+use crate::machine::Machine;
+use crate::support::{Member, refusal};
 use moor_api::ids::{BootId, NodeId};
 use moor_api::node::Stage;
 use moor_api::problem::Code;
