@@ -7,6 +7,11 @@ use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, ExitCode, Stdio};
 
+/// How the C library gives out memory in the background process. All of it is locked, and of locked memory the library can give nothing back from
+/// the middle of its heaps: what was taken once stays. Buffers of a chunk are therefore pieces of their own (from 64 KiB on), which go back whole,
+/// and small things lie in two heaps, not in one for each thread. Set from here, because the library reads it when a program starts.
+const MEMORY: (&str, &str) = ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=65536:glibc.malloc.arena_max=2");
+
 /// What the background process says once it serves.
 const READY: &str = "ready";
 
@@ -24,7 +29,12 @@ pub fn is_background() -> bool {
 pub fn start() -> io::Result<ExitCode> {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     // Not by its path: the program may be unlinked, as everything in an initramfs will be.
-    let mut child = Command::new("/proc/self/exe").arg0(NAME).args(arguments).stdout(Stdio::piped()).spawn()?;
+    let mut child = Command::new("/proc/self/exe")
+        .arg0(NAME)
+        .args(arguments)
+        .env(MEMORY.0, MEMORY.1)
+        .stdout(Stdio::piped())
+        .spawn()?;
     let mut line = String::new();
     if let Some(out) = child.stdout.take() {
         BufReader::new(out).read_line(&mut line)?;

@@ -8,6 +8,10 @@ use tracing_subscriber::fmt::MakeWriter;
 /// Longest record. The kernel refuses longer ones as a whole (linux/kernel/printk: `LOG_LINE_MAX`, 1024 less its own prefix).
 const LONGEST: usize = 960;
 
+/// Messages with this target are for the kernel's log alone, whatever their level: of one server among several, which rests or is back, the console
+/// says nothing.
+pub const ASIDE: &str = "moor_tether::aside";
+
 /// Writes to /dev/kmsg with the priority of the message, so that errors reach the console also where the kernel is `quiet`.
 pub struct Kmsg(File);
 
@@ -64,7 +68,10 @@ impl<'a> MakeWriter<'a> for Kmsg {
 
     fn make_writer_for(&'a self, meta: &Metadata<'_>) -> Self::Writer {
         self.record(match *meta.level() {
-            Level::ERROR => 3,
+            // Debugging, to the kernel: the least that `loglevel` keeps from the console.
+            _ if meta.target() == ASIDE => 7,
+            // Critical: a `quiet` kernel shows errors on some distributions' consoles (loglevel 4), on others (RHEL's: 3) nothing less than this.
+            Level::ERROR => 2,
             Level::WARN => 4,
             Level::INFO => 6,
             _ => 7,

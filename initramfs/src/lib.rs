@@ -5,6 +5,7 @@
 //! * [`ram`]: the whole image in memory instead. [`disk`]: sealed chunks that stay over restarts.
 //! * [`daemon`] and [`survive`]: how the process that serves the root outlives `switch_root`, memory pressure and shutdown. [`apart`] and
 //!   [`seccomp`]: what it can see and do meanwhile.
+//! * [`pressure`]: memory that is given back while the machine is short of it, as [`meminfo`] tells.
 //! * [`control`]: the socket by which other members and other trust are taken up while it serves; [`tls`] is that trust, [`clock`] the time
 //!   by which it is judged.
 //! * [`state`]: what it tells others, and [`prometheus`] in another form. [`kmsg`]: where it logs when there is nobody to read its standard error.
@@ -15,7 +16,9 @@ pub mod control;
 pub mod daemon;
 pub mod disk;
 pub mod kmsg;
+mod meminfo;
 pub mod mount;
+pub mod pressure;
 pub mod prometheus;
 pub mod ram;
 pub mod reader;

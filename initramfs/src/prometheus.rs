@@ -47,6 +47,12 @@ impl fmt::Display for Text<'_> {
                 state.prefetched,
             ),
             ("cache_size_bytes", "gauge", "Bytes of verified chunks in memory.", state.cache_bytes),
+            (
+                "cache_limit_bytes",
+                "gauge",
+                "Bytes that they may take: less while the machine is short of memory.",
+                state.cache_limit,
+            ),
             ("hedges_total", "counter", "Requests that were sent to a second server too.", state.hedges),
             ("hedges_won_total", "counter", "Of those, the ones that the second answered first.", state.hedges_won),
         ];

@@ -69,6 +69,9 @@ pub struct State {
     pub prefetched: u64,
     /// Bytes of verified chunks in the cache.
     pub cache_bytes: u64,
+    /// Bytes that it may have just now: less while the machine is short of memory.
+    #[serde(default)]
+    pub cache_limit: u64,
     /// Requests that were sent to a second member too, because the first one kept somebody waiting.
     #[serde(default)]
     pub hedges: u64,
@@ -98,6 +101,7 @@ impl State {
             chunks_verified: figures.chunks_verified,
             prefetched: figures.prefetched,
             cache_bytes: figures.cache_bytes,
+            cache_limit: figures.cache_limit,
             hedges: figures.hedges,
             hedges_won: figures.hedges_won,
             disk: None,
@@ -131,7 +135,7 @@ impl fmt::Display for State {
         writeln!(f, "fetched   {} of {} bytes ({share:.1} %)", self.bytes_fetched, self.image_size)?;
         writeln!(f, "chunks    {} received, {} verified", self.chunks_fetched, self.chunks_verified)?;
         writeln!(f, "prefetch  {} chunks", self.prefetched)?;
-        writeln!(f, "cache     {} bytes", self.cache_bytes)?;
+        writeln!(f, "cache     {} of {} bytes", self.cache_bytes, self.cache_limit)?;
         writeln!(f, "hedges    {}, {} of them first", self.hedges, self.hedges_won)?;
         if let Some(DiskStatus { path, slots, held, hits, bad, late, error }) = &self.disk {
             write!(f, "disk      {}: {held} of {slots} chunks, {hits} read, {bad} bad, {late} late", path.display())?;

@@ -9,7 +9,7 @@ use common::place::{
     Place, Root, apart_with_disks, devices, drop_caches, fails, is_gone, mounts_under, none_but, ok, wait,
 };
 use moor_tether::reader::Standing;
-use nix::mount::{MntFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs;
@@ -236,6 +236,57 @@ fn what_earlier_boots_read_is_fetched_before_anybody_reads() {
 
         // They are the image's bytes like any other.
         assert!(fs::read(place.path("mnt/image")).unwrap() == fs::read(place.path("squashfs")).unwrap());
+        ok(&place.tether().args(["unmount", "mnt"]).output().unwrap());
+    });
+}
+
+/// Resident memory of a process in KiB.
+fn resident(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// The test says how much memory there is, where the kernel would.
+#[test]
+fn a_machine_short_of_memory_gets_the_cache_back_until_it_is_not_short_any_more() {
+    in_namespace("a_machine_short_of_memory_gets_the_cache_back_until_it_is_not_short_any_more", || {
+        let place = Place::new();
+        let server = place.nginx("server");
+        let has = |mib: u64| {
+            let text = format!("MemTotal: {} kB\nMemAvailable: {} kB\n", 2048 << 10, mib << 10);
+            fs::write(place.path("meminfo"), text).unwrap();
+        };
+        has(1000);
+        let here = None::<&str>;
+        mount(Some(&place.path("meminfo")), "/proc/meminfo", here, MsFlags::MS_BIND, here).unwrap();
+        ok(&place.mount_command(&[&server]).output().unwrap());
+        let squashfs = fs::read(place.path("squashfs")).unwrap();
+        let reads = || assert!(fs::read(place.path("mnt/image")).unwrap() == squashfs);
+        reads();
+        wait("a full cache", || place.state().cache_bytes > 7 << 20);
+        let pid = place.state().pid;
+        let before = resident(pid);
+
+        has(63);
+        wait("a small cache", || place.state().cache_limit == 1 << 20);
+        let short = place.state();
+        assert!(short.cache_bytes <= 1 << 20, "{short:?}");
+        // It is the kernel's again, although all of the process is locked.
+        let during = resident(pid);
+        println!("{before} KiB, {during} KiB while memory is short");
+        assert!(during + (6 << 10) <= before, "{before} KiB, {during} KiB while memory is short");
+        // Reads go on, and what is small does not make them fetch twice.
+        reads();
+        let chunks = squashfs.len() as u64 / (64 << 10) + 1;
+        let fetched = place.state().chunks_fetched - short.chunks_fetched;
+        assert!(fetched <= chunks + chunks / 20, "{fetched} of {chunks} chunks");
+        assert!(place.state().cache_bytes <= 1 << 20, "{:?}", place.state());
+
+        has(1000);
+        wait("a large bound", || place.state().cache_limit == 8 << 20);
+        reads();
+        wait("a full cache", || place.state().cache_bytes > 7 << 20);
         ok(&place.tether().args(["unmount", "mnt"]).output().unwrap());
     });
 }

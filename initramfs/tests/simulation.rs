@@ -413,6 +413,31 @@ fn a_minute_without_any_server_is_one_line_on_the_console_and_no_error() {
 }
 
 #[test]
+fn while_memory_is_short_nothing_is_fetched_on_a_guess() {
+    let sim = Sim::new(6);
+    let world = sim.clone();
+    let counts = sim.run(HOUR, async move {
+        let (_servers, reader) = pair(&world, Vec::new()).await;
+        let mut counts = Vec::new();
+        // In a row, each time in another part of the image.
+        for (is_short, from) in [(true, 0), (false, 30), (true, 60)] {
+            reader.save_memory(is_short);
+            let before = reader.figures().chunks_fetched;
+            for chunk in from..from + 16 {
+                reader.read(chunk << 14, 100).await.unwrap();
+            }
+            // The member that was not asked yet is looked at a second after the start.
+            world.sleep(Duration::from_millis(50)).await;
+            counts.push(reader.figures().chunks_fetched - before);
+        }
+        counts
+    });
+    let counts = counts.unwrap();
+    assert_eq!((counts[0], counts[2]), (16, 16), "{counts:?}");
+    assert!(counts[1] > 16, "read-ahead has no part in this: {counts:?}");
+}
+
+#[test]
 fn what_earlier_boots_read_is_there_before_it_is_asked_for() {
     // No two are neighbours: read-ahead has no part in this.
     let list: Vec<u64> = (0..40).map(|index| index * 17 % 45 * 2).collect();

@@ -7,11 +7,13 @@ use moor_tether::control::{self, Control, Servers};
 use moor_tether::disk::DiskCache;
 use moor_tether::kmsg::{self, Kmsg};
 use moor_tether::mount::{ImageFile, Mount};
+use moor_tether::pressure::Pressure;
 use moor_tether::reader::{Https, Reader, Real, Settings};
 use moor_tether::state::{DEFAULT_PATH, Mode, State, StateFile};
 use moor_tether::survive::Shutdown;
 use moor_tether::{daemon, seccomp, survive};
 use nix::mount::{MntFlags, umount2};
+use std::convert::Infallible;
 use std::fs::File;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -54,6 +56,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let state = StateFile::new(&args.state).with_context(|| format!("cannot write to '{}'", args.state.display()))?;
     let cache = args.disk_cache.as_ref().map(|path| DiskCache::new(path, args.disk_cache_size));
     let (kernel_log, null) = (Kmsg::open(), File::options().read(true).write(true).open("/dev/null"));
+    let pressure = Pressure::open().inspect_err(|error| refused.push(format!("an eye on the memory: {error}"))).ok();
     let outside = if args.foreground {
         kmsg::log_to_stderr();
         Outside::here()
@@ -119,6 +122,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let ended = runtime.block_on(async {
         tokio::select! {
             never = state.follow(&reader, now) => match never {},
+            never = follow(pressure.as_ref(), &reader) => match never {},
             ended = control.serve(servers) => match ended {
                 Ok(never) => match never {},
                 Err(error) => Err(error),
@@ -131,6 +135,13 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     runtime.shutdown_background();
     ended.context("the mount ended")?;
     Ok(ExitCode::SUCCESS)
+}
+
+async fn follow(pressure: Option<&Pressure>, reader: &Reader) -> Infallible {
+    match pressure {
+        Some(pressure) => pressure.follow(reader).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// A tether that has more rights than it needs serves all the same.

@@ -2,10 +2,13 @@
 //! and each page is cleared first.
 
 use bytes::Bytes;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Buffers that are kept: 2 MiB at the default chunk size.
 const KEPT: usize = 32;
+/// The same while memory is short: what a single reader in a row uses in turn.
+const KEPT_WHEN_SHORT: usize = 4;
 
 /// The buffers that nobody uses.
 #[derive(Clone)]
@@ -13,6 +16,7 @@ pub(super) struct Buffers(Arc<Shared>);
 
 struct Shared {
     size: usize,
+    kept: AtomicUsize,
     spare: Mutex<Vec<Vec<u8>>>,
 }
 
@@ -35,12 +39,16 @@ impl Drop for Used {
 }
 
 impl Shared {
+    fn spare(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn give(&self, mut buffer: Vec<u8>) {
         if buffer.capacity() != self.size {
             return;
         }
-        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
-        if spare.len() < KEPT {
+        let mut spare = self.spare();
+        if spare.len() < self.kept.load(Ordering::Relaxed) {
             buffer.clear();
             spare.push(buffer);
         }
@@ -50,7 +58,7 @@ impl Shared {
 impl Buffers {
     /// Of `size` bytes.
     pub(super) fn new(size: usize) -> Self {
-        Self(Arc::new(Shared { size, spare: Mutex::new(Vec::with_capacity(KEPT)) }))
+        Self(Arc::new(Shared { size, kept: KEPT.into(), spare: Mutex::new(Vec::with_capacity(KEPT)) }))
     }
 
     /// An empty one with room for `length` bytes.
@@ -58,13 +66,20 @@ impl Buffers {
         if length > self.0.size {
             return Vec::with_capacity(length);
         }
-        let spare = self.0.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let spare = self.0.spare().pop();
         spare.unwrap_or_else(|| Vec::with_capacity(self.0.size))
     }
 
     /// Its bytes, which many may share.
     pub(super) fn share(&self, buffer: Vec<u8>) -> Bytes {
         Bytes::from_owner(Used { buffer, shared: self.0.clone() })
+    }
+
+    /// Keeps only a few, or many again.
+    pub(super) fn keep_few(&self, few: bool) {
+        let kept = if few { KEPT_WHEN_SHORT } else { KEPT };
+        self.0.kept.store(kept, Ordering::Relaxed);
+        self.0.spare().truncate(kept);
     }
 }
 
@@ -95,6 +110,11 @@ mod tests {
         let buffers = Buffers::new(10);
         let many: Vec<_> = (0..100).map(|_| buffers.share(buffers.get(10))).collect();
         drop(many);
-        assert_eq!(buffers.0.spare.lock().unwrap().len(), KEPT);
+        assert_eq!(buffers.0.spare().len(), KEPT);
+        buffers.keep_few(true);
+        assert_eq!(buffers.0.spare().len(), KEPT_WHEN_SHORT);
+        let many: Vec<_> = (0..100).map(|_| buffers.share(buffers.get(10))).collect();
+        drop(many);
+        assert_eq!(buffers.0.spare().len(), KEPT_WHEN_SHORT);
     }
 }

@@ -110,6 +110,21 @@ impl Cache {
             self.size -= old.len() as u64;
         }
         self.by_use.insert(self.clock, chunk);
+        self.evict();
+    }
+
+    /// Bytes that it holds at most.
+    pub(super) fn limit(&self) -> u64 {
+        self.limit
+    }
+
+    /// It holds no more than so many bytes from now on.
+    pub(super) fn set_limit(&mut self, limit: u64) {
+        self.limit = limit;
+        self.evict();
+    }
+
+    fn evict(&mut self) {
         while self.size > self.limit
             && let Some((_, oldest)) = self.by_use.pop_first()
         {
@@ -144,6 +159,22 @@ mod tests {
         }
         cache.land(3, &Ok(chunk(4)));
         assert_eq!(cache.size(), 30);
+    }
+
+    #[test]
+    fn a_lower_bound_holds_at_once_and_a_higher_one_later() {
+        let mut cache = Cache::new(30);
+        for index in 0..3 {
+            cache.land(index, &Ok(chunk(0)));
+        }
+        cache.set_limit(15);
+        assert_eq!((cache.size(), cache.limit()), (10, 15));
+        assert!(matches!(cache.lookup(2), Lookup::Cached(_)), "the last one stays");
+        cache.land(3, &Ok(chunk(0)));
+        assert_eq!(cache.size(), 10);
+        cache.set_limit(30);
+        cache.land(4, &Ok(chunk(0)));
+        assert_eq!(cache.size(), 20);
     }
 
     fn flight(class: Class, first: u64) -> Arc<Ticket> {

@@ -96,6 +96,11 @@ impl Lines {
         }
     }
 
+    /// Nothing waits to be fetched ahead any more.
+    pub(super) fn clear(&mut self) {
+        self.ahead.clear();
+    }
+
     /// The next chunks to fetch ahead, if there is room for it.
     pub(super) fn ahead(&mut self) -> Option<Range<u64>> {
         if self.ahead_bytes >= AHEAD_BYTES {

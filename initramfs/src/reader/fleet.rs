@@ -3,6 +3,7 @@
 use super::fault::Fault;
 use super::member::{Member, Standing};
 use super::world::{World, within};
+use crate::kmsg::ASIDE;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -249,7 +250,10 @@ impl Fleet {
             Standing::Excluded if before != Standing::Excluded => {
                 tracing::error!("{} is excluded, it served wrong bytes twice: {fault}", member.url());
             }
-            _ if before == Standing::Good => tracing::warn!("{} fails and rests: {fault}", member.url()),
+            // Where it was the last one, the outage is told.
+            _ if before == Standing::Good => {
+                tracing::warn!(target: ASIDE, "{} fails and rests: {fault}", member.url());
+            }
             _ => tracing::debug!("{} still fails: {fault}", member.url()),
         }
         before == Standing::Good
@@ -258,7 +262,7 @@ impl Fleet {
     /// A verified read has shown that a member is good again.
     pub(super) fn passed(&self, member: &Member) {
         if member.passed() {
-            tracing::info!("{} is back, a verified read succeeded", member.url());
+            tracing::info!(target: ASIDE, "{} is back, a verified read succeeded", member.url());
             self.recount();
         }
     }

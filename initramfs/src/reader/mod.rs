@@ -58,7 +58,7 @@ use prefetch::Prefetch;
 use std::future::poll_fn;
 use std::ops::Range;
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use table::Table;
@@ -68,6 +68,8 @@ use world::{Path, World};
 
 /// Bound of the cache of verified chunks, in bytes.
 pub const DEFAULT_CACHE: u64 = 8 << 20;
+/// The same while memory is short, unless two chunks are more: the longest read of the kernel, so that neighbours which share a chunk still fetch it once.
+const SHORT_CACHE: u64 = 1 << 20;
 /// Bytes of all requests that somebody waits for and that run at one time.
 const BUDGET: u64 = 8 << 20;
 /// Unit of the budget's semaphore.
@@ -101,6 +103,8 @@ pub struct Figures {
     pub hedges_won: u64,
     /// Bytes of verified chunks in the cache.
     pub cache_bytes: u64,
+    /// Bytes that it may have just now.
+    pub cache_limit: u64,
     /// Each member.
     pub members: Vec<MemberStatus>,
 }
@@ -132,6 +136,10 @@ struct Inner {
     fleet: Arc<Fleet>,
     buffers: Buffers,
     cache: Mutex<Cache>,
+    /// Bound of the cache while there is memory.
+    cache_limit: u64,
+    /// Whether the machine is short of memory.
+    is_short: AtomicBool,
     store: Option<Arc<dyn Store>>,
     table: Mutex<Table>,
     /// Held while a page is fetched, so that each is fetched once.
@@ -185,6 +193,8 @@ impl Reader {
             fleet: fleet.clone(),
             buffers: Buffers::new(usize::try_from(chunk_size + TAG_LENGTH).unwrap_or(usize::MAX)),
             cache: Mutex::new(Cache::new(settings.cache)),
+            cache_limit: settings.cache,
+            is_short: AtomicBool::new(false),
             store,
             table: Mutex::new(Table::new()),
             table_flight: tokio::sync::Mutex::new(()),
@@ -221,6 +231,10 @@ impl Reader {
     #[must_use]
     pub fn figures(&self) -> Figures {
         let members: Vec<_> = self.0.fleet.members().iter().map(|member| member.status()).collect();
+        let (cache_bytes, cache_limit) = {
+            let cache = lock(&self.0.cache);
+            (cache.size(), cache.limit())
+        };
         Figures {
             bytes_fetched: self.0.fleet.earlier_bytes() + members.iter().map(|member| member.bytes).sum::<u64>(),
             chunks_fetched: self.0.counts.fetched.load(Ordering::Relaxed),
@@ -228,7 +242,8 @@ impl Reader {
             prefetched: self.0.counts.prefetched.load(Ordering::Relaxed),
             hedges: self.0.counts.hedges.load(Ordering::Relaxed),
             hedges_won: self.0.counts.hedges_won.load(Ordering::Relaxed),
-            cache_bytes: lock(&self.0.cache).size(),
+            cache_bytes,
+            cache_limit,
             members,
         }
     }
@@ -259,6 +274,22 @@ impl Reader {
     /// As [`Read::wait`].
     pub async fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>, ReadError> {
         Ok(self.start(offset, length).wait().await?.concat())
+    }
+
+    /// The machine is short of memory, or not any more. While it is, the cache is small, and nothing is fetched on a guess: it would fall out of
+    /// the cache before it is read. What somebody waits for is read as ever.
+    pub fn save_memory(&self, is_short: bool) {
+        let inner = &self.0;
+        inner.is_short.store(is_short, Ordering::Relaxed);
+        if is_short {
+            lock(&inner.lines).clear();
+        }
+        let small = SHORT_CACHE.max(2 * self.header().chunk_size());
+        let limit = if is_short { small.min(inner.cache_limit) } else { inner.cache_limit };
+        lock(&inner.cache).set_limit(limit);
+        // What fell out of the cache came back as buffers.
+        inner.buffers.keep_few(is_short);
+        inner.pump();
     }
 
     /// From now on an outage of all members ends reads with an error after half a minute: the machine shuts down, and what waits for a
@@ -325,7 +356,7 @@ impl Inner {
     /// Looks chunks `first` to `last` up, and starts flights for what is missing and for what is likely to be wanted next.
     fn order(self: &Arc<Self>, first: u64, last: u64) -> Vec<Lookup> {
         lock(&self.trace).wanted(first, last, self.world.now());
-        let ahead = lock(&self.ahead).observe(first, last);
+        let ahead = if self.is_short() { 0..0 } else { lock(&self.ahead).observe(first, last) };
         let mut missing = Vec::new();
         let mut lookups = Vec::new();
         let runs: Vec<_> = {
@@ -379,10 +410,14 @@ impl Inner {
         }));
     }
 
+    fn is_short(&self) -> bool {
+        self.is_short.load(Ordering::Relaxed)
+    }
+
     /// Starts what may be fetched without anybody waiting for it, as far as there is room.
     fn pump(self: &Arc<Self>) {
         // While nothing is served, guesses would only stand in the way of what is wanted.
-        while !self.fleet.is_down() {
+        while !self.fleet.is_down() && !self.is_short() {
             let (class, chunks) = {
                 let mut lines = lock(&self.lines);
                 match lines.ahead() {

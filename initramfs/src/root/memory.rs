@@ -1,7 +1,7 @@
 //! Whether the machine has room for the writable layer, and for an image in memory. A memory disk that runs out of memory turns writes into
 //! I/O errors, so this is asked before, not found out later.
 
-use std::io;
+use crate::meminfo::Memory;
 
 /// Smallest writable layer that a system boots with.
 const SMALLEST: u64 = 64 << 20;
@@ -88,27 +88,7 @@ fn mib(bytes: u64) -> u64 {
     bytes >> 20
 }
 
-/// The machine's memory in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Memory {
-    total: u64,
-    available: u64,
-}
-
 impl Memory {
-    pub(super) fn read() -> io::Result<Self> {
-        Self::parse(&std::fs::read_to_string("/proc/meminfo")?).ok_or_else(|| io::ErrorKind::InvalidData.into())
-    }
-
-    fn parse(text: &str) -> Option<Self> {
-        let field = |name: &str| {
-            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-            let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-            kib.checked_mul(1024)
-        };
-        Some(Self { total: field("MemTotal")?, available: field("MemAvailable")? })
-    }
-
     /// Size of a writable layer of `percent` of the memory, in whole megabytes.
     fn layer(self, percent: u16) -> Result<u64, MemoryError> {
         if percent == 0 || percent > MOST {
@@ -169,15 +149,6 @@ mod tests {
 
     fn memory(total: u64, available: u64) -> Memory {
         Memory { total: total << 20, available: available << 20 }
-    }
-
-    #[test]
-    fn meminfo_is_read() {
-        let text = "MemTotal:        2030632 kB\nMemFree:  1 kB\nMemAvailable:     985412 kB\n";
-        assert_eq!(Memory::parse(text), Some(Memory { total: 2_030_632 * 1024, available: 985_412 * 1024 }));
-        assert_eq!(Memory::parse("MemTotal: 5 kB\n"), None);
-        assert_eq!(Memory::parse("MemTotal: x kB\nMemAvailable: 1 kB\n"), None);
-        assert!(Memory::read().unwrap().total > 0);
     }
 
     #[test]

@@ -10,9 +10,9 @@ mod unpack;
 
 pub use memory::MemoryError;
 
+use crate::meminfo::Memory;
 use crate::{mount, ram};
 use device::{LoopDevice, Zram};
-use memory::Memory;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, umount2};
 use std::io;

@@ -16,6 +16,7 @@ mod loss;
 mod machine;
 mod node_api;
 mod observe;
+mod shares;
 mod strangers;
 mod support;
 mod tls;

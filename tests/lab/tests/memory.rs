@@ -1,13 +1,15 @@
 //! What a root over the network costs a node in memory: beside a machine that runs the same tree from its disk.
 
-use anyhow::Context as _;
-use moor_lab::process::{run, tied};
+use anyhow::{Context as _, ensure};
+use moor_lab::process::{run, tied, wait_for};
 use moor_lab::scenario::{BOOT_LIMIT, MAC, NODE, Scenario, UUID};
 use moor_lab::tree::{self, Initramfs};
 use moor_lab::{Bins, Namespace, Swtpm, Vm, VmOptions};
 use std::collections::BTreeSet;
+use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 /// Memory of the nodes in MiB.
@@ -22,6 +24,33 @@ const WHERE: &str = "grep -E '^(AnonPages|Shmem|Mlocked|Slab|SUnreclaim|KernelSt
                      grep -H -E '^VmRSS' /proc/[0-9]*/status | sort -k2 -n -r | head -n 12 | \
                      while IFS=/: read -r _ _ pid _ _ rss; do echo \"$(cat /proc/$pid/comm) $rss\"; done; \
                      cat /sys/block/zram*/mm_stat 2>/dev/null";
+
+/// As the disk's unit does it, and not under somebody who is logged in: a login has processes of its own.
+const UNIT: &str = "cat >/run/look.sh && systemd-run -q --unit=look sh -c 'sh /run/look.sh >/run/look 2>&1'";
+/// Until it has looked: a login meanwhile would be measured too.
+const LOOKS: Duration = Duration::from_secs(90);
+
+fn look() -> String {
+    format!("{LOOK}; {WHERE}; echo LOOKED")
+}
+
+/// What a node by network has in use, and what for.
+fn on_node(scenario: &Scenario, vm: &Vm) -> anyhow::Result<String> {
+    let mut begin = scenario.shell_on_node(vm, UNIT);
+    let mut child = begin.stdin(Stdio::piped()).spawn()?;
+    child.stdin.take().context("ssh without an input")?.write_all(look().as_bytes())?;
+    ensure!(child.wait()?.success(), "the node does not begin to look");
+    std::thread::sleep(LOOKS);
+    let mut said = String::new();
+    wait_for("the node to look", BOOT_LIMIT, || {
+        said = scenario.on_node(vm, "cat /run/look")?;
+        if !said.contains("LOOKED") {
+            std::thread::sleep(Duration::from_secs(10));
+        }
+        Ok(said.contains("LOOKED"))
+    })?;
+    Ok(said)
+}
 
 fn in_use(text: &str) -> anyhow::Result<i64> {
     let (_, rest) = text.split_once("KIB-IN-USE ").with_context(|| format!("nothing was measured: {text}"))?;
@@ -42,7 +71,7 @@ fn disk(tree: &Path, dir: &Path) -> anyhow::Result<PathBuf> {
         }
     }
     // The console is opened when there is something to say: a getty that begins meanwhile hangs up whoever has it open.
-    let script = format!("({LOOK}; {WHERE}; echo LOOKED) >/run/look 2>&1\ncat /run/look >/dev/console\n");
+    let script = format!("({}) >/run/look 2>&1\ncat /run/look >/dev/console\n", look());
     std::fs::write(copy.join("usr/local/sbin/look"), script)?;
     let unit = "[Unit]\nAfter=multi-user.target\n[Service]\nType=oneshot\nExecStart=/bin/sh /usr/local/sbin/look\n";
     std::fs::write(units.join("look.service"), unit)?;
@@ -95,7 +124,7 @@ fn a_node_of_8_gb_needs_at_most_40_mb_more_than_one_that_runs_from_its_disk() ->
     scenario.member.moor_ok(&["arm", NODE])?;
     let mut vm = scenario.power_on("vm", &tpm, 2251)?;
     scenario.wait_booted(&mut vm, &BTreeSet::new())?;
-    let said = scenario.on_node(&vm, &format!("{LOOK}; {WHERE}"))?;
+    let said = on_node(&scenario, &vm)?;
     println!("by network: {said}");
     let by_network = in_use(&said)?;
     vm.power_off();

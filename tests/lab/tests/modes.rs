@@ -78,6 +78,8 @@ fn a_node_with_too_little_memory_says_so_and_does_what_its_profile_says() -> any
     let failed = of("failed")?;
     assert!(failed[0].contains("too little memory for an untethered root"), "{failed:?}");
     assert!(vm.console().contains("too little memory for an untethered root"), "{}", vm.console_tail(60));
+    // By the profile, and not by `panic=`, with which a node that holds reboots as well.
+    wait_for("the word that it reboots", BOOT_LIMIT, || Ok(vm.console().contains("; rebooting in 20 s")))?;
     let begun = vm.console().matches("Linux version ").count();
     assert_eq!(begun, 1);
     wait_for("the reboot", BOOT_LIMIT, || Ok(vm.console().matches("Linux version ").count() > begun))?;
