@@ -1,6 +1,6 @@
 //! The member: what every handler needs. One value, shared.
 
-use crate::authority::{Addresses, Authority, MemberIssuer};
+use crate::authority::{self, Addresses, Authority, MemberIssuer};
 use crate::certificate::Certificate;
 use crate::collective::identity::{self, Identity};
 use crate::config::Config;
@@ -106,8 +106,17 @@ pub async fn init(config: &Config, addresses: Vec<String>, set_aside: bool) -> a
 async fn found(config: &Config, keys: &Path, name: String, addresses: Vec<String>) -> anyhow::Result<Identity> {
     let site =
         SiteRecord { collective: CollectiveId::random(), name: config.name.clone(), bundle_version: 1, created: now() };
-    let founder = MemberRecord::only(name.clone(), config.urls.clone());
-    let identity = Identity { number: FOUNDER, id: founder.id, name, addresses, site: site.clone() };
+    let key = authority::create_member_key(keys)?;
+    let founder = MemberRecord::only(key.into(), name.clone(), config.urls.clone());
+    let identity = Identity {
+        number: FOUNDER,
+        id: founder.id,
+        name,
+        addresses,
+        site: site.clone(),
+        met: Vec::new(),
+        introduction: Vec::new(),
+    };
     Authority::create(keys, site.collective, &site.name)?;
     DataKey::create(&keys.join("data.key"))?;
     let Connections { calls, .. } = connections(config, keys, &identity)?;
@@ -143,7 +152,11 @@ pub(crate) fn connections(config: &Config, keys: &Path, identity: &Identity) -> 
     let authority = Authority::open(keys)?;
     let bundle = bundle(&identity.site, &authority, Vec::new())?;
     let tls = Arc::new(peer_tls_config(&bundle, certificate.clone())?);
-    let calls = Arc::new(Calls::new(identity.site.collective, tls));
+    let introduction = match &identity.introduction[..] {
+        [] => None,
+        vouchers => Some(serde_json::to_vec(vouchers)?.into()),
+    };
+    let calls = Arc::new(Calls::new(identity.site.collective, tls, introduction));
     Ok(Connections { issuer, certificate, calls })
 }
 

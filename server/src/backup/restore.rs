@@ -77,7 +77,8 @@ async fn make(
     addresses: Vec<String>,
     blobs: Option<PathBuf>,
 ) -> anyhow::Result<Restored> {
-    let member = MemberRecord::only(name.clone(), config.urls.clone());
+    let key = authority::create_member_key(keys)?;
+    let member = MemberRecord::only(key.into(), name.clone(), config.urls.clone());
     let id = member.id;
     config.make_store().context("making the store")?;
     let survivor = Survivor::open(&config.store()).context("making the store")?;
@@ -114,7 +115,8 @@ async fn make(
         missing,
     };
     // It comes last: where it exists, everything else does.
-    Identity { number, id, name, addresses, site }.write(&config.identity())?;
+    let identity = Identity { number, id, name, addresses, site, met: Vec::new(), introduction: Vec::new() };
+    identity.write(&config.identity())?;
     Ok(restored)
 }
 

@@ -2,6 +2,7 @@
 //! with them, so this is never done by itself, and not while another member answers.
 
 use super::identity::Identity;
+use crate::authority;
 use crate::config::Config;
 use crate::state::{self, Connections, connections};
 use crate::store::raft::{Calls, Peer, Survivor};
@@ -80,7 +81,8 @@ impl Recovery {
     /// The store is damaged, or failed.
     pub async fn go_on(self, config: &Config) -> anyhow::Result<Identity> {
         let Self { survivor, mut identity, others } = self;
-        let member = MemberRecord::only(identity.name.clone(), config.urls.clone());
+        let key = authority::member_public(&config.keys())?;
+        let member = MemberRecord::only(key.into(), identity.name.clone(), config.urls.clone());
         identity.id = member.id;
         let (store, number) = survivor.begin_anew(member.peer(), Calls::to_nobody()?).await?;
         let begun = store.propose(Command::Anew { number, member }).await;
@@ -89,6 +91,9 @@ impl Recovery {
             return Err(problem.into());
         }
         identity.number = number;
+        // It is a founder now: nobody of before vouches for it, or is believed.
+        identity.introduction.clear();
+        identity.met.clear();
         identity.write(&config.identity())?;
         tracing::warn!(
             "member {} goes on alone as number {number}; {} others were removed",

@@ -112,7 +112,7 @@ async fn announce(member: &Arc<Member>) {
             // It has not heard of itself yet.
             None => {}
             Some(record) if record.removed => {
-                tracing::error!("{}", super::routes::REMOVED);
+                tracing::error!("{}", super::gate::REMOVED);
                 return;
             }
             Some(record) if record.urls == member.config.urls => return,

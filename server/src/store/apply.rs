@@ -33,7 +33,7 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
         }
         Command::Anew { number, member } => members::anew(write, number, &member),
         Command::Invite { id, invite, now } => members::invite(write, id, &invite, now),
-        Command::Join { invite, member, urls, now } => members::join(write, invite, member, urls, now),
+        Command::Join { invite, member, key, urls, now } => members::join(write, invite, (member, key), urls, now),
         Command::MoveMember { number, urls } => members::change(write, number, |member| member.urls = urls),
         Command::SetVoter { number, voter } => members::set_voter(write, number, voter),
         Command::RemoveMember { number } => members::remove(write, number),

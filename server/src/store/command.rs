@@ -8,6 +8,7 @@ use super::records::{
 use crate::secrets::SealedSecret;
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
 use moor_api::ids::{BootId, DeploymentId, ImageDigest, MemberId, NodeId, NodeName, ProfileName};
+use moor_api::node::Base64;
 use moor_api::problem::Problem;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -46,6 +47,9 @@ pub enum Command {
         invite: Uuid,
         /// Drawn by the member.
         member: MemberId,
+        /// Its public key, DER `SubjectPublicKeyInfo`.
+        #[serde(default)]
+        key: Base64,
         /// Where it is reached.
         urls: Vec<String>,
         /// Unix seconds.

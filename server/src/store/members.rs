@@ -6,6 +6,7 @@ use super::command::Outcome;
 use super::records::{InviteRecord, MemberRecord};
 use super::tables::{self, Write};
 use moor_api::ids::MemberId;
+use moor_api::node::Base64;
 use moor_api::problem::Code;
 use uuid::Uuid;
 
@@ -52,14 +53,20 @@ pub(super) fn anew(write: &Write<'_>, number: u64, member: &MemberRecord) -> Res
         record.removed = true;
         write.put(tables::MEMBERS, &key, &record)?;
     }
-    for (key, _) in write.pairs::<InviteRecord>(tables::INVITES)? {
-        write.remove(tables::INVITES, &key)?;
-    }
+    withdraw_invitations(write)?;
     for counter in ["epoch", "ssh-certificate"] {
         let value = write.get::<u64>(tables::COUNTERS, counter)?.unwrap_or(0);
         write.put(tables::COUNTERS, counter, &(value + JUMP))?;
     }
     found(write, member)
+}
+
+/// Who was a member knows the secrets of those that wait, and could come by one.
+fn withdraw_invitations(write: &Write<'_>) -> Result<(), StoreError> {
+    for (key, _) in write.pairs::<InviteRecord>(tables::INVITES)? {
+        write.remove(tables::INVITES, &key)?;
+    }
+    Ok(())
 }
 
 pub(super) fn invite(write: &Write<'_>, id: Uuid, invite: &InviteRecord, now: u64) -> Result<Outcome, StoreError> {
@@ -88,12 +95,16 @@ pub(super) fn invite(write: &Write<'_>, id: Uuid, invite: &InviteRecord, now: u6
 pub(super) fn join(
     write: &Write<'_>,
     invite: Uuid,
-    member: MemberId,
+    (member, key): (MemberId, Base64),
     urls: Vec<String>,
     now: u64,
 ) -> Result<Outcome, StoreError> {
     if write.all::<MemberRecord>(tables::MEMBERS)?.iter().any(|record| record.invite == Some(invite)) {
         return Ok(refused(Code::Forbidden, "the invitation was used already: `moor collective invite` makes another"));
+    }
+    // Members are known by id and key: nobody comes under those that another one has or had.
+    if write.all::<MemberRecord>(tables::MEMBERS)?.iter().any(|record| record.id == member || record.key == key) {
+        return Ok(refused(Code::Conflict, "there is or was a member of this id or key: try again with new ones"));
     }
     let Some(found) = write.get::<InviteRecord>(tables::INVITES, &invite.to_string())? else {
         return Ok(refused(Code::Forbidden, "there is no such invitation: `moor collective invite` makes one"));
@@ -110,6 +121,7 @@ pub(super) fn join(
     let number = next(write, "member")?;
     let record = MemberRecord {
         id: member,
+        key,
         name: found.name,
         urls,
         voter: found.voter,
@@ -153,5 +165,9 @@ pub(super) fn remove(write: &Write<'_>, number: u64) -> Result<Outcome, StoreErr
     if last_voter(write, number)? {
         return Ok(refused(Code::Conflict, "it is the only member that votes: promote another one first"));
     }
-    change(write, number, |member| member.removed = true)
+    let removed = change(write, number, |member| member.removed = true)?;
+    if removed == Outcome::Done {
+        withdraw_invitations(write)?;
+    }
+    Ok(removed)
 }

@@ -30,6 +30,9 @@ pub struct SiteRecord {
 pub struct MemberRecord {
     /// Its id, as its certificate says.
     pub id: MemberId,
+    /// Its public key, DER `SubjectPublicKeyInfo`; who shows another one is not this member. Empty: nobody is.
+    #[serde(default)]
+    pub key: Base64,
     /// Its name; no two that are present have the same.
     pub name: String,
     /// Where nodes and members reach it: `https://ADDRESS:PORT`.
@@ -50,14 +53,14 @@ pub struct MemberRecord {
 impl MemberRecord {
     /// The only member of a collective that begins.
     #[must_use]
-    pub fn only(name: String, urls: Vec<String>) -> Self {
-        Self { id: MemberId::random(), name, urls, voter: true, invite: None, removed: false, replaces: None }
+    pub fn only(key: Base64, name: String, urls: Vec<String>) -> Self {
+        Self { id: MemberId::random(), key, name, urls, voter: true, invite: None, removed: false, replaces: None }
     }
 
     /// As the membership names it.
     #[must_use]
     pub fn peer(&self) -> Peer {
-        Peer { id: self.id, name: self.name.clone(), urls: self.urls.clone() }
+        Peer { id: self.id, key: self.key.clone(), name: self.name.clone(), urls: self.urls.clone() }
     }
 }
 

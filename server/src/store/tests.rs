@@ -65,7 +65,8 @@ impl Fixture {
         let dir = tempfile::tempdir().unwrap();
         Places::in_dir(dir.path()).make().unwrap();
         let store = open(dir.path()).await.unwrap();
-        store.found(Peer { id: MemberId::random(), name: "m1".into(), urls: Vec::new() }).await.unwrap();
+        let peer = Peer { id: MemberId::random(), key: vec![1].into(), name: "m1".into(), urls: Vec::new() };
+        store.found(peer).await.unwrap();
         Self { dir, store }
     }
 

@@ -11,6 +11,7 @@ mod content;
 mod damage;
 mod disk;
 mod durability;
+mod forged;
 mod invitations;
 mod loss;
 mod machine;
