@@ -1,9 +1,8 @@
-//! The authorities of the collective: the X.509 root with its three intermediates, the token key, the two SSH authorities. Made by
+//! The authorities of the collective: the X.509 root with its three intermediates, and the two SSH authorities. Made by
 //! `moord init`, each private key in a 0600 file of its own. Beside them lies the member's own key, which no other member ever has.
 
 use crate::files;
 use anyhow::{Context as _, ensure};
-use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair as _};
 use moor_api::ids::{CollectiveId, MemberId};
 use moor_api::trust::{authority_uri, member_uri};
 use rcgen::{
@@ -25,7 +24,7 @@ use zeroize::{Zeroize, Zeroizing};
 /// Roles of the intermediates, as their URI names them.
 const ROLES: [&str; 3] = ["member", "node", "token"];
 /// All files of the key directory, and whether they are secret.
-const FILES: [(&str, bool); 13] = [
+const FILES: [(&str, bool); 10] = [
     ("root.key", true),
     ("root.pem", false),
     ("member-ca.key", true),
@@ -34,11 +33,8 @@ const FILES: [(&str, bool); 13] = [
     ("node-ca.pem", false),
     ("token-ca.key", true),
     ("token-ca.pem", false),
-    ("token.key", true),
-    ("token.pem", false),
     ("ssh-host-ca", true),
     ("ssh-user-ca", true),
-    ("data.key", true),
 ];
 /// The file of the member's own key.
 const MEMBER_KEY: &str = "member.key";
@@ -64,8 +60,6 @@ pub struct Addresses {
 pub struct Authority {
     /// Root certificate, PEM.
     pub root_pem: String,
-    /// Signs tokens.
-    pub token: Ed25519KeyPair,
     /// Signs host certificates.
     pub ssh_host: PrivateKey,
     /// Signs user certificates.
@@ -271,12 +265,6 @@ impl Authority {
             files.write(&format!("{role}-ca.key"), &key.serialize_pem(), 0o600)?;
             files.write(&format!("{role}-ca.pem"), &certificate.pem(), 0o644)?;
         }
-        let token = KeyPair::generate_for(&rcgen::PKCS_ED25519)?;
-        let mut token_params = params(&format!("{name} tokens"), INTERMEDIATE_DAYS)?;
-        token_params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        let token_certificate = token_params.signed_by(&token, &files.issuer("token")?)?;
-        files.write("token.key", &token.serialize_pem(), 0o600)?;
-        files.write("token.pem", &token_certificate.pem(), 0o644)?;
         for (file, comment) in [("ssh-host-ca", "host authority"), ("ssh-user-ca", "user authority")] {
             let mut key = PrivateKey::random(&mut OsRng, Algorithm::Ed25519).context("making an SSH authority")?;
             key.set_comment(format!("{name} {comment}"));
@@ -291,18 +279,9 @@ impl Authority {
     /// A key file is missing or damaged.
     pub fn open(dir: &Path) -> anyhow::Result<Self> {
         let files = Files(dir.to_owned());
-        let token_key = files.key("token.key")?;
-        let token = Ed25519KeyPair::from_pkcs8(&token_key.serialize_der())
-            .map_err(|error| anyhow::anyhow!("the token key is not usable: {error}"))?;
         let ssh_host = files.ssh("ssh-host-ca")?;
         ensure!(ssh_host.algorithm() == Algorithm::Ed25519, "the SSH host authority is not an Ed25519 key");
-        Ok(Self { root_pem: files.read("root.pem")?.to_string(), token, ssh_host, ssh_user: files.ssh("ssh-user-ca")? })
-    }
-
-    /// The key that checks tokens.
-    #[must_use]
-    pub fn token_public(&self) -> &[u8] {
-        self.token.public_key().as_ref()
+        Ok(Self { root_pem: files.read("root.pem")?.to_string(), ssh_host, ssh_user: files.ssh("ssh-user-ca")? })
     }
 
     /// `ssh-ed25519 …` line of the host authority.
@@ -388,7 +367,6 @@ mod tests {
             assert_eq!(mode & 0o777, if public { 0o644 } else { 0o600 }, "{name}");
         }
         let (first, second) = (Authority::open(dir.path()).unwrap(), Authority::open(dir.path()).unwrap());
-        assert_eq!(first.token_public(), second.token_public());
         assert_eq!(first.ssh_host_line().unwrap(), second.ssh_host_line().unwrap());
         std::fs::remove_file(dir.path().join("ssh-user-ca")).unwrap();
         let error = format!("{:#}", Authority::open(dir.path()).err().unwrap());

@@ -108,6 +108,8 @@ pub struct Subject<'a> {
     pub member: MemberId,
     /// Its public key, DER `SubjectPublicKeyInfo`.
     pub key: &'a [u8],
+    /// Public half of the key that the collective's keys are encrypted to for it.
+    pub unwrap: &'a [u8],
     /// Exporter value of the connection.
     pub exporter: &'a [u8; EXPORTER_LENGTH],
 }
@@ -118,10 +120,10 @@ impl Subject<'_> {
             Side::Guest => b"moor/v1 join guest\0",
             Side::Host => b"moor/v1 join host\0",
         };
-        let key = digest(&SHA256, self.key);
+        let (key, unwrap) = (digest(&SHA256, self.key), digest(&SHA256, self.unwrap));
         // All parts have a fixed length.
-        [label, self.collective.as_bytes(), self.invite.as_bytes(), self.member.as_bytes(), self.exporter, key.as_ref()]
-            .concat()
+        let ids: [&[u8]; 3] = [self.collective.as_bytes(), self.invite.as_bytes(), self.member.as_bytes()];
+        [label, &ids.concat(), self.exporter, key.as_ref(), unwrap.as_ref()].concat()
     }
 
     /// The proof of one side.
@@ -180,6 +182,7 @@ mod tests {
             invite: invitation.id,
             member: MemberId::random(),
             key: b"a key",
+            unwrap: b"another one",
             exporter: &exporter,
         };
         let proof = subject.prove(&secret, Side::Guest);
@@ -189,6 +192,7 @@ mod tests {
         assert!(!Subject { exporter: &[8; EXPORTER_LENGTH], ..subject }.verify(&secret, Side::Guest, &proof));
         assert!(!Subject { member: MemberId::random(), ..subject }.verify(&secret, Side::Guest, &proof));
         assert!(!Subject { key: b"another", ..subject }.verify(&secret, Side::Guest, &proof));
+        assert!(!Subject { unwrap: b"another", ..subject }.verify(&secret, Side::Guest, &proof));
         assert!(!Subject { invite: Uuid::new_v4(), ..subject }.verify(&secret, Side::Guest, &proof));
         assert!(!subject.verify(&secret, Side::Guest, &proof[1..]));
     }

@@ -1,11 +1,13 @@
-//! `moord join`: a new member's side of an invitation. What it gets (authorities, data key) comes over the connection that both sides
-//! have proven, and lies in 0600 files before anything says that there is a member. Its own key is made here, and stays here.
+//! `moord join`: a new member's side of an invitation. What it gets (the authorities) comes over the connection that both sides
+//! have proven, and lies in 0600 files before anything says that there is a member. Its own keys are made here, and
+//! stay here; the collective's keys are in the store, encrypted to one of them.
 
 use super::identity::Identity;
 use super::invite::{Invitation, Side, Subject};
 use super::voucher::{Acquaintance, Voucher};
 use crate::authority::{self, KeyFiles};
 use crate::config::Config;
+use crate::secrets::UnwrapKey;
 use crate::store::records::SiteRecord;
 use anyhow::{Context as _, bail, ensure};
 use bytes::Bytes;
@@ -34,6 +36,8 @@ pub(super) struct JoinRequest {
     pub(super) member: MemberId,
     /// The new member's public key, DER `SubjectPublicKeyInfo`.
     pub(super) key: Base64,
+    /// Public half of the key that the collective's keys are encrypted to for it.
+    pub(super) unwrap: Base64,
     pub(super) urls: Vec<String>,
     pub(super) proof: Base64,
 }
@@ -65,13 +69,16 @@ pub async fn join(
 ) -> anyhow::Result<Identity> {
     config
         .make_member(set_aside, async |keys| {
-            let key = authority::create_member_key(keys)?;
-            settle(config, keys, ask_any(config, invitation, &key).await?, addresses)
+            let own = (authority::create_member_key(keys)?.into(), UnwrapKey::create(keys)?);
+            settle(config, keys, ask_any(config, invitation, &own).await?, addresses)
         })
         .await
 }
 
-async fn ask_any(config: &Config, invitation: &Invitation, key: &[u8]) -> anyhow::Result<(MemberId, JoinReply)> {
+/// Public halves of the keys that the new member has made.
+type OwnKeys = (Base64, Base64);
+
+async fn ask_any(config: &Config, invitation: &Invitation, own: &OwnKeys) -> anyhow::Result<(MemberId, JoinReply)> {
     let bundle = &invitation.bundle;
     let tls = Arc::new(member_tls_config(bundle, None)?);
     let mut last = None;
@@ -79,7 +86,7 @@ async fn ask_any(config: &Config, invitation: &Invitation, key: &[u8]) -> anyhow
         let connected = MemberConnection::connect(url, bundle.collective, tls.clone(), ANSWER).await;
         match connected {
             Ok(connection) => {
-                return ask(connection, config, invitation, key).await.with_context(|| format!("asking {url}"));
+                return ask(connection, config, invitation, own).await.with_context(|| format!("asking {url}"));
             }
             Err(error) => {
                 tracing::warn!("{error}");
@@ -97,16 +104,23 @@ async fn ask(
     mut connection: MemberConnection,
     config: &Config,
     invitation: &Invitation,
-    key: &[u8],
+    (key, unwrap): &OwnKeys,
 ) -> anyhow::Result<(MemberId, JoinReply)> {
     let (secret, member) = (invitation.secret()?, MemberId::random());
     let exporter = *connection.exporter();
-    let subject =
-        Subject { collective: invitation.bundle.collective, invite: invitation.id, member, key, exporter: &exporter };
+    let subject = Subject {
+        collective: invitation.bundle.collective,
+        invite: invitation.id,
+        member,
+        key: &key.0,
+        unwrap: &unwrap.0,
+        exporter: &exporter,
+    };
     let request = JoinRequest {
         invite: invitation.id,
         member,
-        key: key.to_vec().into(),
+        key: key.clone(),
+        unwrap: unwrap.clone(),
         urls: config.urls.clone(),
         proof: subject.prove(&secret, Side::Guest).into(),
     };

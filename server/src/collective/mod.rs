@@ -7,6 +7,7 @@ pub mod identity;
 pub mod invite;
 pub mod join;
 pub mod recover;
+pub(crate) mod rotation;
 mod routes;
 pub mod upkeep;
 pub mod voucher;

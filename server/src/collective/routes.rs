@@ -183,12 +183,13 @@ async fn let_in(
     };
     let invite = member.view()?.invite(request.invite)?.ok_or_else(refused)?;
     let place = invite_place(&request.invite);
-    let secret = member.secrets.open_secret(place.as_place(), &invite.secret)?;
+    let secret = member.open_secret(place.as_place(), &invite.secret)?;
     let subject = Subject {
         collective: member.site.collective,
         invite: request.invite,
         member: request.member,
         key: &request.key.0,
+        unwrap: &request.unwrap.0,
         exporter,
     };
     if !subject.verify(&secret, Side::Guest, &request.proof.0) {
@@ -199,16 +200,7 @@ async fn let_in(
     member
         .audit("join", serde_json::json!({ "name": invite.name, "member": request.member, "urls": request.urls }))
         .await?;
-    let command = Command::Join {
-        invite: request.invite,
-        member: request.member,
-        key: request.key.clone(),
-        urls: request.urls.clone(),
-        now: now(),
-    };
-    let Outcome::Number(number) = member.propose(command).await? else {
-        return Err(anyhow::anyhow!("a join has no number").into());
-    };
+    let number = take_in(&member, &request).await?;
     let own = &member.identity;
     let guest = Acquaintance { id: request.member, key: request.key.clone() };
     let introduction = extend(&own.introduction, own.id, &member.config.keys(), subject.collective, guest)?;
@@ -223,6 +215,31 @@ async fn let_in(
         introduction,
         proof: subject.prove(&secret, Side::Host).into(),
     }))
+}
+
+/// The join itself; returns the new member's number. Where the keys are rotated at the same moment, it is tried again with the new ones.
+async fn take_in(member: &Member, request: &JoinRequest) -> Result<u64, Failure> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let keys = member.ring()?.wrap_all(request.member, &request.unwrap);
+        let keys = keys.map_err(|_| Problem::new(Code::BadRequest, "a member's key for the keys is one on X25519"))?;
+        let command = Command::Join {
+            invite: request.invite,
+            member: request.member,
+            key: request.key.clone(),
+            unwrap: request.unwrap.clone(),
+            keys: keys.into_iter().collect(),
+            urls: request.urls.clone(),
+            now: now(),
+        };
+        match member.propose(command).await {
+            Ok(Outcome::Number(number)) => return Ok(number),
+            Ok(_) => return Err(anyhow::anyhow!("a join has no number").into()),
+            Err(problem) if problem.code == Code::Conflict && tries < 3 => member.store.linearize().await?,
+            Err(problem) => return Err(problem.into()),
+        }
+    }
 }
 
 /// Where the secret of an invitation belongs.

@@ -78,6 +78,7 @@ pub fn extend(
 
 /// Whether `chain` leads from `member` to one that is a member as far as it is known here. The first in it of whom anything is known
 /// decides: who was removed introduces nobody.
+#[must_use]
 pub fn introduces(
     chain: &[Voucher],
     collective: CollectiveId,

@@ -49,13 +49,13 @@ impl Insider {
     }
 
     /// A member's certificate of this id, for this key.
-    fn issue(&self, id: MemberId, key: KeyPair) -> anyhow::Result<Identity> {
+    fn issue(&self, id: MemberId, key: &KeyPair) -> anyhow::Result<Identity> {
         issue_for(key, &self.keys, "member", &[member_uri(self.collective(), id)], &["member-ca.pem"])
     }
 
     /// As it says of itself, by its own key.
     fn itself(&self) -> anyhow::Result<Identity> {
-        self.issue(self.own.id, self.key()?)
+        self.issue(self.own.id, &self.key()?)
     }
 }
 
@@ -79,7 +79,7 @@ async fn calls(connection: &mut MemberConnection) -> anyhow::Result<Vec<(&'stati
         ("append", "/member/v1/append", append.to_string()),
         ("vote", "/member/v1/vote", asked.to_string()),
         ("pre-vote", "/member/v1/pre-vote", asked.to_string()),
-        ("snapshot", &snapshot, "no snapshot".into()),
+        ("snapshot", snapshot.as_str(), "no snapshot".into()),
         ("propose", "/member/v1/propose", define.to_string()),
         ("read-index", "/member/v1/read-index", String::new()),
         ("lacking", "/member/v1/lacking", "[]".into()),
@@ -133,7 +133,7 @@ async fn a_removed_member_comes_back_under_no_id_key_or_voucher() -> anyhow::Res
     for host in [&first, &third] {
         let is_out = async || {
             let mut connection = connect(host, &bundle, gone.itself()?).await?;
-            Ok(is_a_member(&mut connection).await.is_err() && may_vote(&mut connection).await.is_err())
+            anyhow::Ok(is_a_member(&mut connection).await.is_err() && may_vote(&mut connection).await.is_err())
         };
         until(host, "it is not removed", is_out).await?;
     }
@@ -153,7 +153,7 @@ async fn a_removed_member_comes_back_under_no_id_key_or_voucher() -> anyhow::Res
             ("a member's id with the removed one's key", stays.own.id, gone.key()?, another),
         ];
         for (what, id, key, says) in cases {
-            let mut connection = connect(host, &bundle, gone.issue(id, key)?).await?;
+            let mut connection = connect(host, &bundle, gone.issue(id, &key)?).await?;
             all_refused(what, &mut connection, says).await?;
             // It may show by which chain it came itself.
             show(&mut connection, &gone.own.introduction).await?;
@@ -164,7 +164,7 @@ async fn a_removed_member_comes_back_under_no_id_key_or_voucher() -> anyhow::Res
             let key = KeyPair::generate()?;
             let guest = Acquaintance { id: stranger, key: key.subject_public_key_info().into() };
             let vouchers = extend(&gone.own.introduction, by, &gone.keys, gone.collective(), guest)?;
-            let mut connection = connect(host, &bundle, gone.issue(stranger, key)?).await?;
+            let mut connection = connect(host, &bundle, gone.issue(stranger, &key)?).await?;
             show(&mut connection, &vouchers).await?;
             all_refused("a forged voucher", &mut connection, unknown).await?;
         }
@@ -195,7 +195,7 @@ async fn a_newcomer_without_records_takes_nothing_from_who_is_no_member() -> any
         ("the founder's id with another key", founder.own.id, "is another key than"),
     ];
     for (what, id, says) in cases {
-        let mut connection = connect(&second, &bundle, founder.issue(id, KeyPair::generate()?)?).await?;
+        let mut connection = connect(&second, &bundle, founder.issue(id, &KeyPair::generate()?)?).await?;
         all_refused(what, &mut connection, says).await?;
     }
     is_a_member(&mut connect(&second, &bundle, founder.itself()?).await?).await?;
@@ -212,7 +212,7 @@ async fn a_member_says_nothing_to_one_with_another_key_at_a_member_s_address() -
     let [first, second, mut third] = three().await?;
     let (insider, id) = (Insider::of(&second)?, Insider::of(&third)?.own.id);
     third.kill();
-    let (chain, key) = insider.issue(id, KeyPair::generate()?)?;
+    let (chain, key) = insider.issue(id, &KeyPair::generate()?)?;
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let config = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?

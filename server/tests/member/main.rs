@@ -17,6 +17,7 @@ mod loss;
 mod machine;
 mod node_api;
 mod observe;
+mod rotation;
 mod strangers;
 mod support;
 mod tls;

@@ -206,12 +206,12 @@ pub(crate) type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>
 
 /// A certificate with these URI names by an authority of a member, and that authority's own.
 fn issue(keys: &Path, authority: &str, uris: &[String], shown: &[&str]) -> anyhow::Result<Identity> {
-    issue_for(KeyPair::generate()?, keys, authority, uris, shown)
+    issue_for(&KeyPair::generate()?, keys, authority, uris, shown)
 }
 
 /// The same for a key that is there.
 pub(crate) fn issue_for(
-    key: KeyPair,
+    key: &KeyPair,
     keys: &Path,
     authority: &str,
     uris: &[String],
@@ -228,7 +228,7 @@ pub(crate) fn issue_for(
     for uri in uris {
         params.subject_alt_names.push(SanType::URI(uri.clone().try_into()?));
     }
-    let mut chain = vec![params.signed_by(&key, &issuer)?.der().clone()];
+    let mut chain = vec![params.signed_by(key, &issuer)?.der().clone()];
     for name in shown {
         chain.push(CertificateDer::from_pem_slice(read(name)?.as_bytes())?);
     }

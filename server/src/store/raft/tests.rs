@@ -42,7 +42,7 @@ fn peer(number: u8) -> Peer {
 
 fn record(number: u8, voter: bool) -> MemberRecord {
     let Peer { id, key, name, urls } = peer(number);
-    MemberRecord { id, key, name, urls, voter, invite: None, removed: false, replaces: None }
+    MemberRecord { id, key, unwrap: Base64::default(), name, urls, voter, invite: None, removed: false, replaces: None }
 }
 
 /// A leader, number 1, whose log has 1000 entries; members vote or not; followers are as far as is said.
