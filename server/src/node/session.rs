@@ -142,6 +142,8 @@ async fn open(member: &Arc<Member>, peer: &Peer, request: &SessionRequest) -> Re
         key: token::thumbprint(channel.client_key),
     };
     tracing::info!("{peer}: {} is in its {:?} stage", node.name, request.stage);
+    // Those of now: a token by older ones would be refused in a moment.
+    member.ring()?;
     let keys = super::token_keys(member)?;
     Ok(SessionReply { token: token::mint(keys.token()?, &claims)?, expires, stage: request.stage })
 }
