@@ -157,6 +157,9 @@ pub enum Collective {
         /// Its name or number.
         member: String,
     },
+    /// Rotate the keys of the collective: new ones for those who are members, and all secrets are sealed anew in the background. Done by itself
+    /// when a member is removed.
+    RotateKey,
     /// Remove a member for good; a dead one, to make room for its replacement.
     Remove {
         /// Its name or number.

@@ -1,14 +1,13 @@
-//! The authorities of the collective: the X.509 root with its three intermediates, the token key, the two SSH authorities. Made by
-//! `moord init`, each private key in a 0600 file of its own.
+//! The authorities of the collective: the X.509 root with its three intermediates, and the two SSH authorities. Made by
+//! `moord init`, each private key in a 0600 file of its own. Beside them lies the member's own key, which no other member ever has.
 
 use crate::files;
 use anyhow::{Context as _, ensure};
-use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair as _};
 use moor_api::ids::{CollectiveId, MemberId};
 use moor_api::trust::{authority_uri, member_uri};
 use rcgen::{
     BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
+    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData as _, SanType, SigningKey as _,
 };
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::pem::PemObject as _;
@@ -25,7 +24,7 @@ use zeroize::{Zeroize, Zeroizing};
 /// Roles of the intermediates, as their URI names them.
 const ROLES: [&str; 3] = ["member", "node", "token"];
 /// All files of the key directory, and whether they are secret.
-const FILES: [(&str, bool); 13] = [
+const FILES: [(&str, bool); 10] = [
     ("root.key", true),
     ("root.pem", false),
     ("member-ca.key", true),
@@ -34,12 +33,11 @@ const FILES: [(&str, bool); 13] = [
     ("node-ca.pem", false),
     ("token-ca.key", true),
     ("token-ca.pem", false),
-    ("token.key", true),
-    ("token.pem", false),
     ("ssh-host-ca", true),
     ("ssh-user-ca", true),
-    ("data.key", true),
 ];
+/// The file of the member's own key.
+const MEMBER_KEY: &str = "member.key";
 /// Days that a root is valid.
 const ROOT_DAYS: i64 = 3650;
 /// Days that an intermediate is valid.
@@ -62,8 +60,6 @@ pub struct Addresses {
 pub struct Authority {
     /// Root certificate, PEM.
     pub root_pem: String,
-    /// Signs tokens.
-    pub token: Ed25519KeyPair,
     /// Signs host certificates.
     pub ssh_host: PrivateKey,
     /// Signs user certificates.
@@ -87,13 +83,13 @@ pub struct MemberIssuer {
 }
 
 impl MemberIssuer {
-    /// A new key with its certificate.
+    /// A new certificate of the member's key.
     ///
     /// # Errors
-    /// The member authority is missing or damaged; no randomness.
+    /// The key or the member authority is missing or damaged; no randomness.
     pub fn issue(&self) -> anyhow::Result<CertifiedKey> {
         let files = Files(self.keys.clone());
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let key = files.key(MEMBER_KEY)?;
         let mut leaf = params(&format!("member {}", self.member), MEMBER_DAYS)?;
         let created = OffsetDateTime::from_unix_timestamp(i64::try_from(self.created)?)?;
         leaf.not_before = leaf.not_before.min(created - GRACE);
@@ -103,6 +99,12 @@ impl MemberIssuer {
             let dns = name.clone().try_into().with_context(|| format!("'{name}' is not a DNS name"))?;
             leaf.subject_alt_names.push(SanType::DnsName(dns));
         }
+        // Drawn: rcgen takes the key's hash, and some clients refuse two certificates of one issuer with the same number.
+        let mut serial = [0; 16];
+        aws_lc_rs::rand::fill(&mut serial).context("making a serial number")?;
+        // Positive, and of one length.
+        serial[0] = (serial[0] & 0x3f) | 0x40;
+        leaf.serial_number = Some(serial.to_vec().into());
         leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         let certificate = leaf.signed_by(&key, &files.issuer("member")?)?;
@@ -172,6 +174,34 @@ fn authority_params(name: &str, days: i64, constraint: BasicConstraints) -> anyh
     Ok(params)
 }
 
+/// Makes the key of a new member in `dir`; returns its public half, DER `SubjectPublicKeyInfo`. Other members know it by that: a
+/// certificate of the member authority alone makes nobody a member, because whoever was one once can issue it.
+///
+/// # Errors
+/// The directory is not writable; no randomness.
+pub fn create_member_key(dir: &Path) -> anyhow::Result<Vec<u8>> {
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+    let pem = Zeroizing::new(key.serialize_pem());
+    Files(dir.to_owned()).write(MEMBER_KEY, &pem, 0o600)?;
+    Ok(key.subject_public_key_info())
+}
+
+/// The public half of the member's own key, DER `SubjectPublicKeyInfo`.
+///
+/// # Errors
+/// The key is missing or damaged.
+pub fn member_public(dir: &Path) -> anyhow::Result<Vec<u8>> {
+    Ok(Files(dir.to_owned()).key(MEMBER_KEY)?.subject_public_key_info())
+}
+
+/// Signs by the member's own key: ECDSA on P-256 with SHA-256, in DER.
+///
+/// # Errors
+/// The key is missing or damaged; no randomness.
+pub fn sign_as_member(dir: &Path, message: &[u8]) -> anyhow::Result<Vec<u8>> {
+    Files(dir.to_owned()).key(MEMBER_KEY)?.sign(message).context("signing by the member's key")
+}
+
 /// Files of the key directory by name. No `Debug`; what it held is wiped.
 #[derive(Serialize, Deserialize)]
 #[serde(transparent)]
@@ -183,7 +213,7 @@ impl Drop for KeyFiles {
     }
 }
 
-/// All keys of a member, for one that joins: equal members hold the same.
+/// All keys that members share, for one that joins: equal members hold the same.
 ///
 /// # Errors
 /// A file is missing.
@@ -196,7 +226,7 @@ pub fn export(dir: &Path) -> anyhow::Result<KeyFiles> {
     Ok(keys)
 }
 
-/// Writes what [`export`] gave into `dir`, which must be empty.
+/// Writes what [`export`] gave into `dir`, where at most the member's own key is.
 ///
 /// # Errors
 /// A file is missing, or one that nobody knows is there; the directory is not writable.
@@ -235,12 +265,6 @@ impl Authority {
             files.write(&format!("{role}-ca.key"), &key.serialize_pem(), 0o600)?;
             files.write(&format!("{role}-ca.pem"), &certificate.pem(), 0o644)?;
         }
-        let token = KeyPair::generate_for(&rcgen::PKCS_ED25519)?;
-        let mut token_params = params(&format!("{name} tokens"), INTERMEDIATE_DAYS)?;
-        token_params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        let token_certificate = token_params.signed_by(&token, &files.issuer("token")?)?;
-        files.write("token.key", &token.serialize_pem(), 0o600)?;
-        files.write("token.pem", &token_certificate.pem(), 0o644)?;
         for (file, comment) in [("ssh-host-ca", "host authority"), ("ssh-user-ca", "user authority")] {
             let mut key = PrivateKey::random(&mut OsRng, Algorithm::Ed25519).context("making an SSH authority")?;
             key.set_comment(format!("{name} {comment}"));
@@ -255,18 +279,9 @@ impl Authority {
     /// A key file is missing or damaged.
     pub fn open(dir: &Path) -> anyhow::Result<Self> {
         let files = Files(dir.to_owned());
-        let token_key = files.key("token.key")?;
-        let token = Ed25519KeyPair::from_pkcs8(&token_key.serialize_der())
-            .map_err(|error| anyhow::anyhow!("the token key is not usable: {error}"))?;
         let ssh_host = files.ssh("ssh-host-ca")?;
         ensure!(ssh_host.algorithm() == Algorithm::Ed25519, "the SSH host authority is not an Ed25519 key");
-        Ok(Self { root_pem: files.read("root.pem")?.to_string(), token, ssh_host, ssh_user: files.ssh("ssh-user-ca")? })
-    }
-
-    /// The key that checks tokens.
-    #[must_use]
-    pub fn token_public(&self) -> &[u8] {
-        self.token.public_key().as_ref()
+        Ok(Self { root_pem: files.read("root.pem")?.to_string(), ssh_host, ssh_user: files.ssh("ssh-user-ca")? })
     }
 
     /// `ssh-ed25519 …` line of the host authority.
@@ -290,12 +305,18 @@ impl Authority {
 mod tests {
     use super::*;
     use std::process::Command;
+    use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+    fn certificate<'a>(der: &'a CertificateDer<'_>) -> X509Certificate<'a> {
+        X509Certificate::from_der(der).unwrap().1
+    }
 
     #[test]
     fn openssl_verifies_the_chain_also_by_a_clock_that_stands_at_the_beginning() {
         let dir = tempfile::tempdir().unwrap();
         let collective = CollectiveId::random();
         Authority::create(dir.path(), collective, "site").unwrap();
+        let public = create_member_key(dir.path()).unwrap();
         let created = crate::state::now();
         let addresses = Addresses { ips: vec!["10.0.0.1".parse().unwrap()], names: vec!["m1.example".into()] };
         let member = MemberId::random();
@@ -322,9 +343,14 @@ mod tests {
         for part in [format!("URI:{}", member_uri(collective, member)), "DNS:m1.example".into()] {
             assert!(text.contains(&part), "{part} is missing in {text}");
         }
-        // A member that was made later has certificates of the same beginning.
+        // Renewed, it is of the same key under another number; one of a collective that was made earlier begins earlier.
         let later = MemberIssuer { created: created - 86_400, ..issuer }.issue().unwrap();
-        assert_ne!(later.cert[0], issued.cert[0]);
+        let (one, other) = (certificate(&issued.cert[0]), certificate(&later.cert[0]));
+        assert_ne!(one.raw_serial(), other.raw_serial());
+        assert_ne!(one.validity().not_before, other.validity().not_before);
+        for certificate in [one, other] {
+            assert_eq!(certificate.public_key().raw, public);
+        }
     }
 
     #[test]
@@ -332,6 +358,7 @@ mod tests {
         use std::os::unix::fs::MetadataExt as _;
         let dir = tempfile::tempdir().unwrap();
         Authority::create(dir.path(), CollectiveId::random(), "site").unwrap();
+        create_member_key(dir.path()).unwrap();
         for entry in std::fs::read_dir(dir.path()).unwrap() {
             let entry = entry.unwrap();
             let name = entry.file_name().into_string().unwrap();
@@ -340,7 +367,6 @@ mod tests {
             assert_eq!(mode & 0o777, if public { 0o644 } else { 0o600 }, "{name}");
         }
         let (first, second) = (Authority::open(dir.path()).unwrap(), Authority::open(dir.path()).unwrap());
-        assert_eq!(first.token_public(), second.token_public());
         assert_eq!(first.ssh_host_line().unwrap(), second.ssh_host_line().unwrap());
         std::fs::remove_file(dir.path().join("ssh-user-ca")).unwrap();
         let error = format!("{:#}", Authority::open(dir.path()).err().unwrap());

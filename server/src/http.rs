@@ -1,5 +1,6 @@
 //! What all handlers share: who is at the other end, and problems as answers.
 
+use crate::collective::voucher::Voucher;
 use crate::node::token::Known;
 use axum::extract::Request;
 use axum::middleware::Next;
@@ -9,7 +10,7 @@ use moor_api::ids::MemberId;
 use moor_api::problem::{CONTENT_TYPE, Code, Problem};
 use moor_api::proof::EXPORTER_LENGTH;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// The connection a request came over.
 #[derive(Debug, Clone)]
@@ -18,13 +19,15 @@ pub struct Connection {
     pub peer: Peer,
     /// The node's token that came over it.
     pub token: Arc<Known>,
+    /// The vouchers that a member has shown over it.
+    pub vouchers: Arc<OnceLock<Vec<Voucher>>>,
 }
 
 impl Connection {
     /// A new one.
     #[must_use]
     pub fn new(peer: Peer) -> Self {
-        Self { peer, token: Arc::default() }
+        Self { peer, token: Arc::default(), vouchers: Arc::default() }
     }
 }
 

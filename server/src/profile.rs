@@ -312,10 +312,8 @@ fn manifest(member: &Member, view: &Snapshot, name: &ProfileName) -> Result<Mani
                 )));
             }
             let place = Place { table: "profiles", id: name.as_str(), field: path };
-            let sealed = member
-                .secrets
-                .seal(place, &bytes)
-                .map_err(|error| Problem::new(Code::Internal, format!("{error:#}")))?;
+            let sealed =
+                member.seal(place, &bytes).map_err(|error| Problem::new(Code::Internal, format!("{error:#}")))?;
             private.insert(path.to_owned(), sealed);
         } else if let Some((phase, script)) = phase_of(&source.path) {
             let blob = content::add(&blobs, &source.read(&dir)?).map_err(io(&blobs))?;

@@ -1,6 +1,6 @@
 //! The member: what every handler needs. One value, shared.
 
-use crate::authority::{Addresses, Authority, MemberIssuer};
+use crate::authority::{self, Addresses, Authority, MemberIssuer};
 use crate::certificate::Certificate;
 use crate::collective::identity::{self, Identity};
 use crate::config::Config;
@@ -12,7 +12,7 @@ use crate::node::rate::RateLimit;
 use crate::node::refusals::Throttle;
 use crate::node::report::Heartbeats;
 use crate::observe::Requests;
-use crate::secrets::DataKey;
+use crate::secrets::{Keyring, Place, Ring, SealedSecret, UnwrapKey};
 use crate::store::raft::{Calls, FOUNDER, Peer};
 use crate::store::records::{MemberRecord, ProfileRecord, SiteRecord};
 use crate::store::tables;
@@ -28,6 +28,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use zeroize::Zeroizing;
 
 /// A running member.
 pub struct Member {
@@ -43,8 +44,8 @@ pub struct Member {
     pub issuer: MemberIssuer,
     /// Its certificate as it is now.
     pub certificate: Arc<Certificate>,
-    /// The data key.
-    pub secrets: DataKey,
+    /// The collective's keys.
+    pub secrets: Keyring,
     /// The collective.
     pub site: SiteRecord,
     /// This member.
@@ -106,15 +107,24 @@ pub async fn init(config: &Config, addresses: Vec<String>, set_aside: bool) -> a
 async fn found(config: &Config, keys: &Path, name: String, addresses: Vec<String>) -> anyhow::Result<Identity> {
     let site =
         SiteRecord { collective: CollectiveId::random(), name: config.name.clone(), bundle_version: 1, created: now() };
-    let founder = MemberRecord::only(name.clone(), config.urls.clone());
-    let identity = Identity { number: FOUNDER, id: founder.id, name, addresses, site: site.clone() };
+    let (key, unwrap) = (authority::create_member_key(keys)?, UnwrapKey::create(keys)?);
+    let founder = MemberRecord::only(key.into(), unwrap, name.clone(), config.urls.clone());
+    let versions = Ring::first(site.collective)?.record_for(&founder)?;
+    let identity = Identity {
+        number: FOUNDER,
+        id: founder.id,
+        name,
+        addresses,
+        site: site.clone(),
+        met: Vec::new(),
+        introduction: Vec::new(),
+    };
     Authority::create(keys, site.collective, &site.name)?;
-    DataKey::create(&keys.join("data.key"))?;
     let Connections { calls, .. } = connections(config, keys, &identity)?;
     config.make_store().context("making the store")?;
     let store = Replicated::open(&config.store(), FOUNDER, calls).await.context("making the store")?;
     store.found(founder.peer()).await.context("making the collective")?;
-    let founded = store.propose(Command::Found { site, founder }).await;
+    let founded = store.propose(Command::Found { site, founder, keys: versions }).await;
     store.close().await;
     if let Outcome::Refused(problem) = founded? {
         return Err(problem.into());
@@ -143,7 +153,11 @@ pub(crate) fn connections(config: &Config, keys: &Path, identity: &Identity) -> 
     let authority = Authority::open(keys)?;
     let bundle = bundle(&identity.site, &authority, Vec::new())?;
     let tls = Arc::new(peer_tls_config(&bundle, certificate.clone())?);
-    let calls = Arc::new(Calls::new(identity.site.collective, tls));
+    let introduction = match &identity.introduction[..] {
+        [] => None,
+        vouchers => Some(serde_json::to_vec(vouchers)?.into()),
+    };
+    let calls = Arc::new(Calls::new(identity.site.collective, tls, introduction));
     Ok(Connections { issuer, certificate, calls })
 }
 
@@ -282,7 +296,8 @@ impl Member {
         let store = Replicated::open(&config.store(), identity.number, calls.clone()).await;
         let store = store.map_err(|error| not_opened(error, &identity)).context("opening the store")?;
         let site = store.snapshot()?.site()?.unwrap_or_else(|| identity.site.clone());
-        let secrets = DataKey::open(&config.keys().join("data.key"), site.collective)?;
+        let secrets = Keyring::open(&config.keys(), site.collective, identity.id)?;
+        secrets.refresh(&store.snapshot()?.key_versions()?)?;
         let nonces = Nonces::new(identity.id)?;
         content::sweep(&config.blobs());
         let traces = Traces::new(config.traces());
@@ -348,6 +363,33 @@ impl Member {
     /// The database is damaged.
     pub fn view(&self) -> Result<Snapshot, StoreError> {
         self.store.snapshot()
+    }
+
+    /// The collective's keys as this member knows them now.
+    ///
+    /// # Errors
+    /// The database is damaged; a version that is for this member does not open.
+    pub fn ring(&self) -> anyhow::Result<Arc<Ring>> {
+        self.secrets.refresh(&self.view()?.key_versions()?)
+    }
+
+    /// Encrypts a secret.
+    ///
+    /// # Errors
+    /// This member has not the current keys; no randomness.
+    pub fn seal(&self, place: Place<'_>, plaintext: &[u8]) -> anyhow::Result<SealedSecret> {
+        self.ring()?.seal(place, plaintext)
+    }
+
+    /// Decrypts one.
+    ///
+    /// # Errors
+    /// This member has not the keys that it is under; another place, or changed bytes.
+    pub fn open_secret(&self, place: Place<'_>, secret: &SealedSecret) -> anyhow::Result<Zeroizing<Vec<u8>>> {
+        let known = self.secrets.ring();
+        // It may be under keys that this member has heard of a moment ago.
+        let ring = if known.has(secret.key_version()) { known } else { self.ring()? };
+        ring.open_secret(place, secret)
     }
 
     /// Proposes a change; a refusal becomes an error.

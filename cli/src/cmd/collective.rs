@@ -27,6 +27,16 @@ pub(crate) async fn run(client: &mut AdminClient, command: Collective, json: boo
             let request = ReplaceRequest { member: dead, name, lifetime: lifetime(&expires)? };
             return invite(out.as_deref(), async || client.replace(&request).await).await;
         }
+        Collective::RotateKey => {
+            let rotated = client.rotate_key().await?;
+            if json {
+                output::json(&rotated)?;
+            } else {
+                let version = rotated.version;
+                output::line(format_args!("the keys have version {version}; secrets are sealed anew in the background"))?;
+            }
+            return Ok(ExitCode::SUCCESS);
+        }
         Collective::Promote { member } => ("promote", member, true),
         Collective::Demote { member } => ("demote", member, true),
         Collective::Remove { member, yes } => ("remove", member, yes),
@@ -36,6 +46,9 @@ pub(crate) async fn run(client: &mut AdminClient, command: Collective, json: boo
     }
     client.change_member(action, &MemberRequest { member: member.clone() }).await?;
     output::line(format_args!("{member}: {action}d"))?;
+    if action == "remove" {
+        eprintln!("the keys of the collective are rotated now; `moor collective show` says when all secrets are under the new ones");
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -93,6 +106,13 @@ fn show(view: &CollectiveView) -> anyhow::Result<ExitCode> {
     for (name, expires) in &view.invitations {
         let until = output::time_ms(expires.saturating_mul(1000));
         output::line(format_args!("{name}: invited until {until}"))?;
+    }
+    if let Some((current, older)) = view.keys.split_last() {
+        let older: Vec<String> = older.iter().map(u32::to_string).collect();
+        match &older[..] {
+            [] => output::line(format_args!("keys: version {current}"))?,
+            _ => output::line(format_args!("keys: version {current}, secrets are left under {}", older.join(", ")))?,
+        }
     }
     if view.majority {
         return Ok(ExitCode::SUCCESS);

@@ -25,6 +25,7 @@
 //! | `POST collective/invite` (socket only) | [`InviteRequest`] → [`Invited`] |
 //! | `POST collective/replace` (socket only) | [`ReplaceRequest`] → [`Invited`] |
 //! | `POST collective/{promote,demote,remove}` | [`MemberRequest`] → empty |
+//! | `POST collective/rotate-key` | empty → [`KeysRotated`] |
 //! | `POST backup` (socket only, but for a redacted one) | [`BackupRequest`] → the backup |
 //!
 //! `GET /public/images/DIGEST` (ranges) and `GET /public/boot/PROFILE/{kernel,initramfs,site.cpio}` (and [`BOOT_LOADERS`]) need no token.
@@ -32,8 +33,8 @@
 mod collective;
 
 pub use collective::{
-    BackupRequest, CollectiveMember, CollectiveView, ContentBlob, ContentView, InviteRequest, Invited, MIN_PASSPHRASE,
-    MemberRequest, ReplaceRequest,
+    BackupRequest, CollectiveMember, CollectiveView, ContentBlob, ContentView, InviteRequest, Invited, KeysRotated,
+    MIN_PASSPHRASE, MemberRequest, ReplaceRequest,
 };
 
 use crate::ids::{

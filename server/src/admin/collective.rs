@@ -1,8 +1,8 @@
-//! The members: show, invite, replace, promote, demote, remove.
+//! The members: show, invite, replace, promote, demote, remove; and their keys.
 
 use crate::collective::identity::check_name;
 use crate::collective::invite::Invitation;
-use crate::collective::invite_place;
+use crate::collective::{invite_place, rotation};
 use crate::http::{Connection, Failure, Peer, parse};
 use crate::state::{Member, now};
 use crate::store::records::{InviteRecord, MemberRecord};
@@ -12,7 +12,9 @@ use axum::extract::State;
 use axum::{Extension, Json};
 use bytes::Bytes;
 use http::StatusCode;
-use moor_api::admin::{CollectiveMember, CollectiveView, InviteRequest, Invited, MemberRequest, ReplaceRequest};
+use moor_api::admin::{
+    CollectiveMember, CollectiveView, InviteRequest, Invited, KeysRotated, MemberRequest, ReplaceRequest,
+};
 use moor_api::problem::{Code, Problem};
 use std::sync::Arc;
 
@@ -44,6 +46,7 @@ pub(super) async fn show(State(member): State<Arc<Member>>) -> Result<Json<Colle
         majority: standing.has_majority(),
         members: members.collect(),
         invitations: invitations.map(|invite| (invite.name, invite.expires)).collect(),
+        keys: view.key_versions()?.versions.iter().map(|version| version.version).collect(),
     }))
 }
 
@@ -84,7 +87,7 @@ async fn make_invitation(
     }
     let (invitation, secret) = Invitation::new(request.name.clone(), member.bundle()?)?;
     let expires = now() + request.lifetime;
-    let sealed = member.secrets.seal(invite_place(&invitation.id).as_place(), &secret)?;
+    let sealed = member.seal(invite_place(&invitation.id).as_place(), &secret)?;
     let record = InviteRecord { name: request.name, voter: request.voter, expires, replaces, secret: sealed };
     member.propose(Command::Invite { id: invitation.id, invite: record, now: now() }).await?;
     Ok(Json(Invited { invitation: invitation.to_text()?.to_string(), expires }))
@@ -119,4 +122,8 @@ pub(super) async fn demote(State(member): State<Arc<Member>>, body: Bytes) -> Re
 
 pub(super) async fn remove(State(member): State<Arc<Member>>, body: Bytes) -> Result<StatusCode, Failure> {
     change(&member, &body, |number| Command::RemoveMember { number }).await
+}
+
+pub(super) async fn rotate_key(State(member): State<Arc<Member>>) -> Result<Json<KeysRotated>, Failure> {
+    Ok(Json(KeysRotated { version: rotation::rotate(&member).await? }))
 }

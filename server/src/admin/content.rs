@@ -175,9 +175,8 @@ fn inspect(member: &Member, request: ImportImage) -> Result<ImageRecord, Failure
     let metadata = image.metadata().map_err(|error| bad(format!("the image: {error}")))?;
     let digest = Sha256Digest(header.digest);
     let name = digest.to_string();
-    let sealed = dek
-        .map(|dek| member.secrets.seal(Place { table: "images", id: &name, field: "dek" }, dek.as_bytes()))
-        .transpose()?;
+    let sealed =
+        dek.map(|dek| member.seal(Place { table: "images", id: &name, field: "dek" }, dek.as_bytes())).transpose()?;
     Ok(ImageRecord {
         name: request.name,
         digest,

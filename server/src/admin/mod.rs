@@ -62,6 +62,7 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/admin/v1/collective/promote", post(collective::promote))
         .route("/admin/v1/collective/demote", post(collective::demote))
         .route("/admin/v1/collective/remove", post(collective::remove))
+        .route("/admin/v1/collective/rotate-key", post(collective::rotate_key))
         .route_layer(axum::middleware::from_fn_with_state(member.clone(), audit::first))
         .merge(of_nodes)
         .route_layer(axum::middleware::from_fn_with_state(member.clone(), up_to_date))

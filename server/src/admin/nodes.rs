@@ -161,7 +161,7 @@ fn set_command(member: &Member, id: NodeId, request: &SetAttributes) -> Result<C
         if attributes::is_secret(name) {
             let node = id.to_string();
             let place = Place { table: "nodes", id: &node, field: name };
-            secrets.insert(name.clone(), member.secrets.seal(place, value.as_bytes())?);
+            secrets.insert(name.clone(), member.seal(place, value.as_bytes())?);
         } else {
             set.insert(name.clone(), canonical(name, value));
         }

@@ -9,7 +9,9 @@ pub mod restore;
 pub mod sealed;
 
 use crate::authority::{self, KeyFiles};
+use crate::secrets::Carried;
 use crate::state::{Member, now};
+use crate::store::Replicated;
 use crate::store::records::SiteRecord;
 use anyhow::{Context as _, ensure};
 use sealed::{Decrypting, Encrypting};
@@ -32,8 +34,10 @@ pub struct Head {
     pub created: u64,
     /// The collective.
     pub site: SiteRecord,
-    /// Its authorities and the data key.
+    /// Its authorities.
     pub keys: KeyFiles,
+    /// All versions of its keys that something in the snapshot is under.
+    pub versions: Carried,
 }
 
 /// Writes an encrypted backup of the store as it is now.
@@ -41,18 +45,23 @@ pub struct Head {
 /// # Errors
 /// A key file or the database is damaged; `out` failed.
 pub fn write<W: Write>(member: &Member, passphrase: &[u8], out: W) -> anyhow::Result<W> {
+    // Keys and secrets of one moment.
+    let view = member.view()?;
+    let ring = member.secrets.refresh(&view.key_versions()?)?;
+    ring.token().context("the keys of the collective")?;
     let head = Head {
         version: VERSION,
         release: env!("CARGO_PKG_VERSION").into(),
         created: now(),
         site: member.site.clone(),
         keys: authority::export(&member.config.keys())?,
+        versions: ring.carry(),
     };
     let mut out = Encrypting::begin(out, passphrase).context("beginning a backup")?;
     let mut line = Zeroizing::new(serde_json::to_vec(&head)?);
     line.push(b'\n');
     out.write_all(&line).context("writing a backup")?;
-    let out = member.store.export(out).context("writing a backup")?;
+    let out = Replicated::export(&view, out).context("writing a backup")?;
     out.finish().context("writing a backup")
 }
 

@@ -77,12 +77,9 @@ mod tests {
     /// The form that is looked for is the one that secrets have.
     #[test]
     fn a_sealed_secret_is_found() {
-        use crate::secrets::{DataKey, Place};
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("key");
-        DataKey::create(&path).unwrap();
-        let key = DataKey::open(&path, moor_api::ids::CollectiveId::random()).unwrap();
-        let secret = key.seal(Place { table: "nodes", id: "a", field: "x" }, b"secret").unwrap();
+        use crate::secrets::{Place, Ring};
+        let ring = Ring::first(moor_api::ids::CollectiveId::random()).unwrap();
+        let secret = ring.seal(Place { table: "nodes", id: "a", field: "x" }, b"secret").unwrap();
         let mut value = serde_json::to_value(secret).unwrap();
         redact(&mut value);
         assert_eq!(value, REDACTED);

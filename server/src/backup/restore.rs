@@ -7,7 +7,7 @@ use crate::authority::{self, Authority};
 use crate::collective::identity::{Identity, check_name};
 use crate::config::Config;
 use crate::content::{Incoming, path_of};
-use crate::secrets::DataKey;
+use crate::secrets::{Ring, UnwrapKey};
 use crate::state;
 use crate::store::raft::{Calls, Survivor};
 use crate::store::records::MemberRecord;
@@ -77,12 +77,17 @@ async fn make(
     addresses: Vec<String>,
     blobs: Option<PathBuf>,
 ) -> anyhow::Result<Restored> {
-    let member = MemberRecord::only(name.clone(), config.urls.clone());
+    let (key, unwrap) = (authority::create_member_key(keys)?, UnwrapKey::create(keys)?);
+    let member = MemberRecord::only(key.into(), unwrap, name.clone(), config.urls.clone());
+    // Who was a member then may have the keys of then.
+    let mut ring = Ring::carried(&head.versions, head.site.collective)?;
+    ring.draw()?;
+    let record = ring.record_for(&member)?;
     let id = member.id;
     config.make_store().context("making the store")?;
     let survivor = Survivor::open(&config.store()).context("making the store")?;
     let (store, number) = survivor.restore(tables, member.peer(), Calls::to_nobody()?).await?;
-    let begun = store.propose(Command::Anew { number, member }).await;
+    let begun = store.propose(Command::Anew { number, member, keys: record }).await;
     let view = store.snapshot();
     store.close().await;
     if let Outcome::Refused(problem) = begun? {
@@ -93,7 +98,6 @@ async fn make(
     ensure!(site.collective == head.site.collective, "its keys are of another collective than its records");
     authority::import(keys, &head.keys)?;
     Authority::open(keys)?;
-    DataKey::open(&keys.join("data.key"), site.collective)?;
     let nodes = view.names()?.len();
     let dir = config.blobs();
     let taken = match blobs {
@@ -114,7 +118,8 @@ async fn make(
         missing,
     };
     // It comes last: where it exists, everything else does.
-    Identity { number, id, name, addresses, site }.write(&config.identity())?;
+    let identity = Identity { number, id, name, addresses, site, met: Vec::new(), introduction: Vec::new() };
+    identity.write(&config.identity())?;
     Ok(restored)
 }
 

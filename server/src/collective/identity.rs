@@ -1,5 +1,6 @@
 //! Who this member is: `store/member.json`, written once by `moord init` or `moord join`.
 
+use super::voucher::{Acquaintance, Voucher};
 use crate::files;
 use crate::store::records::SiteRecord;
 use anyhow::Context as _;
@@ -21,6 +22,12 @@ pub struct Identity {
     pub addresses: Vec<String>,
     /// The collective, as it was when the member came to it.
     pub site: SiteRecord,
+    /// The members of then: it believes these until it has the records of all.
+    #[serde(default)]
+    pub met: Vec<Acquaintance>,
+    /// What it shows to a member that has not heard of it; none: it founded the collective.
+    #[serde(default)]
+    pub introduction: Vec<Voucher>,
 }
 
 impl Identity {

@@ -3,6 +3,7 @@
 //! what somebody records of the exchange, or relays over a connection of his own, is of no use.
 
 use anyhow::{Context as _, bail, ensure};
+use aws_lc_rs::digest::{SHA256, digest};
 use aws_lc_rs::hmac;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -105,6 +106,10 @@ pub struct Subject<'a> {
     pub invite: Uuid,
     /// The member that joins.
     pub member: MemberId,
+    /// Its public key, DER `SubjectPublicKeyInfo`.
+    pub key: &'a [u8],
+    /// Public half of the key that the collective's keys are encrypted to for it.
+    pub unwrap: &'a [u8],
     /// Exporter value of the connection.
     pub exporter: &'a [u8; EXPORTER_LENGTH],
 }
@@ -115,8 +120,10 @@ impl Subject<'_> {
             Side::Guest => b"moor/v1 join guest\0",
             Side::Host => b"moor/v1 join host\0",
         };
+        let (key, unwrap) = (digest(&SHA256, self.key), digest(&SHA256, self.unwrap));
         // All parts have a fixed length.
-        [label, self.collective.as_bytes(), self.invite.as_bytes(), self.member.as_bytes(), self.exporter].concat()
+        let ids: [&[u8]; 3] = [self.collective.as_bytes(), self.invite.as_bytes(), self.member.as_bytes()];
+        [label, &ids.concat(), self.exporter, key.as_ref(), unwrap.as_ref()].concat()
     }
 
     /// The proof of one side.
@@ -174,6 +181,8 @@ mod tests {
             collective: invitation.bundle.collective,
             invite: invitation.id,
             member: MemberId::random(),
+            key: b"a key",
+            unwrap: b"another one",
             exporter: &exporter,
         };
         let proof = subject.prove(&secret, Side::Guest);
@@ -182,6 +191,8 @@ mod tests {
         assert!(!subject.verify(&[0; SECRET], Side::Guest, &proof));
         assert!(!Subject { exporter: &[8; EXPORTER_LENGTH], ..subject }.verify(&secret, Side::Guest, &proof));
         assert!(!Subject { member: MemberId::random(), ..subject }.verify(&secret, Side::Guest, &proof));
+        assert!(!Subject { key: b"another", ..subject }.verify(&secret, Side::Guest, &proof));
+        assert!(!Subject { unwrap: b"another", ..subject }.verify(&secret, Side::Guest, &proof));
         assert!(!Subject { invite: Uuid::new_v4(), ..subject }.verify(&secret, Side::Guest, &proof));
         assert!(!subject.verify(&secret, Side::Guest, &proof[1..]));
     }

@@ -1,10 +1,13 @@
-//! `moord join`: a new member's side of an invitation. What it gets (authorities, data key) comes over the connection that both sides
-//! have proven, and lies in 0600 files before anything says that there is a member.
+//! `moord join`: a new member's side of an invitation. What it gets (the authorities) comes over the connection that both sides
+//! have proven, and lies in 0600 files before anything says that there is a member. Its own keys are made here, and
+//! stay here; the collective's keys are in the store, encrypted to one of them.
 
 use super::identity::Identity;
 use super::invite::{Invitation, Side, Subject};
+use super::voucher::{Acquaintance, Voucher};
 use crate::authority::{self, KeyFiles};
 use crate::config::Config;
+use crate::secrets::UnwrapKey;
 use crate::store::records::SiteRecord;
 use anyhow::{Context as _, bail, ensure};
 use bytes::Bytes;
@@ -31,6 +34,10 @@ const ANSWER: Duration = Duration::from_secs(30);
 pub(super) struct JoinRequest {
     pub(super) invite: Uuid,
     pub(super) member: MemberId,
+    /// The new member's public key, DER `SubjectPublicKeyInfo`.
+    pub(super) key: Base64,
+    /// Public half of the key that the collective's keys are encrypted to for it.
+    pub(super) unwrap: Base64,
     pub(super) urls: Vec<String>,
     pub(super) proof: Base64,
 }
@@ -43,6 +50,10 @@ pub(super) struct JoinReply {
     pub(super) site: SiteRecord,
     /// Files of the key directory by name.
     pub(super) keys: KeyFiles,
+    /// All members, as the one that answers knows them.
+    pub(super) members: Vec<Acquaintance>,
+    /// What makes the new one known to members that lag behind.
+    pub(super) introduction: Vec<Voucher>,
     pub(super) proof: Base64,
 }
 
@@ -57,11 +68,17 @@ pub async fn join(
     set_aside: bool,
 ) -> anyhow::Result<Identity> {
     config
-        .make_member(set_aside, async |keys| settle(config, keys, ask_any(config, invitation).await?, addresses))
+        .make_member(set_aside, async |keys| {
+            let own = (authority::create_member_key(keys)?.into(), UnwrapKey::create(keys)?);
+            settle(config, keys, ask_any(config, invitation, &own).await?, addresses)
+        })
         .await
 }
 
-async fn ask_any(config: &Config, invitation: &Invitation) -> anyhow::Result<(MemberId, JoinReply)> {
+/// Public halves of the keys that the new member has made.
+type OwnKeys = (Base64, Base64);
+
+async fn ask_any(config: &Config, invitation: &Invitation, own: &OwnKeys) -> anyhow::Result<(MemberId, JoinReply)> {
     let bundle = &invitation.bundle;
     let tls = Arc::new(member_tls_config(bundle, None)?);
     let mut last = None;
@@ -69,7 +86,7 @@ async fn ask_any(config: &Config, invitation: &Invitation) -> anyhow::Result<(Me
         let connected = MemberConnection::connect(url, bundle.collective, tls.clone(), ANSWER).await;
         match connected {
             Ok(connection) => {
-                return ask(connection, config, invitation).await.with_context(|| format!("asking {url}"));
+                return ask(connection, config, invitation, own).await.with_context(|| format!("asking {url}"));
             }
             Err(error) => {
                 tracing::warn!("{error}");
@@ -87,14 +104,23 @@ async fn ask(
     mut connection: MemberConnection,
     config: &Config,
     invitation: &Invitation,
+    (key, unwrap): &OwnKeys,
 ) -> anyhow::Result<(MemberId, JoinReply)> {
     let (secret, member) = (invitation.secret()?, MemberId::random());
     let exporter = *connection.exporter();
-    let subject =
-        Subject { collective: invitation.bundle.collective, invite: invitation.id, member, exporter: &exporter };
+    let subject = Subject {
+        collective: invitation.bundle.collective,
+        invite: invitation.id,
+        member,
+        key: &key.0,
+        unwrap: &unwrap.0,
+        exporter: &exporter,
+    };
     let request = JoinRequest {
         invite: invitation.id,
         member,
+        key: key.clone(),
+        unwrap: unwrap.clone(),
         urls: config.urls.clone(),
         proof: subject.prove(&secret, Side::Guest).into(),
     };
@@ -109,6 +135,8 @@ async fn ask(
         subject.verify(&secret, Side::Host, &reply.proof.0),
         "the member does not show that it knows the invitation: nothing was taken from it"
     );
+    let host = Acquaintance { id: connection.member(), key: connection.key().to_vec().into() };
+    ensure!(reply.members.contains(&host), "the member that answers is none of those that it names");
     ensure!(reply.site.collective == invitation.bundle.collective, "the answer is of another collective");
     Ok((member, reply))
 }
@@ -121,8 +149,8 @@ fn settle(
 ) -> anyhow::Result<Identity> {
     authority::import(keys, &reply.keys)?;
     config.make_store().context("making the store")?;
-    let JoinReply { number, name, site, .. } = reply;
-    let identity = Identity { number, id, name, addresses, site };
+    let JoinReply { number, name, site, members: met, introduction, .. } = reply;
+    let identity = Identity { number, id, name, addresses, site, met, introduction };
     // It comes last: where it exists, everything else does.
     identity.write(&config.identity())?;
     Ok(identity)

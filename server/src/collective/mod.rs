@@ -1,12 +1,15 @@
 //! The collective: who is a member, how one joins, what members ask each other, and what each does to keep up.
 
 pub mod blobs;
+mod gate;
 pub(crate) mod holders;
 pub mod identity;
 pub mod invite;
 pub mod join;
 pub mod recover;
+pub(crate) mod rotation;
 mod routes;
 pub mod upkeep;
+pub mod voucher;
 
 pub(crate) use routes::{invite_place, router};

@@ -2,11 +2,13 @@
 //! with them, so this is never done by itself, and not while another member answers.
 
 use super::identity::Identity;
+use crate::authority;
 use crate::config::Config;
+use crate::secrets::{Keyring, Ring};
 use crate::state::{self, Connections, connections};
 use crate::store::raft::{Calls, Peer, Survivor};
 use crate::store::records::MemberRecord;
-use crate::store::{Command, Outcome, Store as _};
+use crate::store::{Command, Outcome, Replicated, Store as _};
 use anyhow::{Context as _, bail, ensure};
 use moor_api::ids::Sha256Digest;
 use std::collections::BTreeMap;
@@ -80,15 +82,20 @@ impl Recovery {
     /// The store is damaged, or failed.
     pub async fn go_on(self, config: &Config) -> anyhow::Result<Identity> {
         let Self { survivor, mut identity, others } = self;
-        let member = MemberRecord::only(identity.name.clone(), config.urls.clone());
+        let key = authority::member_public(&config.keys())?;
+        let keyring = Keyring::open(&config.keys(), identity.site.collective, identity.id)?;
+        let member = MemberRecord::only(key.into(), keyring.public()?, identity.name.clone(), config.urls.clone());
         identity.id = member.id;
         let (store, number) = survivor.begin_anew(member.peer(), Calls::to_nobody()?).await?;
-        let begun = store.propose(Command::Anew { number, member }).await;
+        let begun = begin(&store, &keyring, number, member).await;
         store.close().await;
         if let Outcome::Refused(problem) = begun? {
             return Err(problem.into());
         }
         identity.number = number;
+        // It is a founder now: nobody of before vouches for it, or is believed.
+        identity.introduction.clear();
+        identity.met.clear();
         identity.write(&config.identity())?;
         tracing::warn!(
             "member {} goes on alone as number {number}; {} others were removed",
@@ -97,4 +104,12 @@ impl Recovery {
         );
         Ok(identity)
     }
+}
+
+/// Makes `member` the only one, with a new version of the keys: the lost ones have the others.
+async fn begin(store: &Replicated, keyring: &Keyring, number: u64, member: MemberRecord) -> anyhow::Result<Outcome> {
+    let mut ring: Ring = keyring.refresh(&store.snapshot()?.key_versions()?)?.as_ref().clone();
+    ring.draw()?;
+    let keys = ring.record_for(&member)?;
+    Ok(store.propose(Command::Anew { number, member, keys }).await?)
 }

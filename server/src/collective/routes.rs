@@ -1,23 +1,27 @@
-//! `/member/v1`: what members ask each other. Both sides show a member's certificate; only who joins has none yet.
+//! `/member/v1`: what members ask each other. Both sides show a member's certificate and are known by its key ([`gate`](super::gate)); only
+//! who joins has none yet.
 
+use super::gate::{Gate, guard, shown};
 use super::invite::{Side, Subject};
 use super::join::{self, JoinReply, JoinRequest};
+use super::voucher::{Acquaintance, Voucher, extend};
 use crate::authority;
 use crate::content;
 use crate::http::{Connection, Failure, Peer, parse};
+use crate::node::enroll::p256_point;
 use crate::secrets::Place;
 use crate::state::{Member, now};
-use crate::store::raft::{Call, SnapshotFile};
+use crate::store::raft::{Call, INTRODUCE, SnapshotFile};
 use crate::store::{Command, Outcome, StoreError};
 use axum::body::Body;
-use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
-use axum::middleware::{Next, from_fn_with_state};
-use axum::response::{IntoResponse as _, Response};
+use axum::extract::{DefaultBodyLimit, Path, Query, State};
+use axum::middleware::from_fn_with_state;
+use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Extension, Json, Router};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use http::{HeaderMap, header};
+use http::{HeaderMap, StatusCode, header};
 use moor_api::ids::Sha256Digest;
 use moor_api::problem::{Code, Problem};
 use serde::Deserialize;
@@ -26,10 +30,6 @@ use tokio::io::AsyncWriteExt as _;
 
 /// Longest call; a batch of entries, of which one may be large.
 const MAX_BODY: usize = 128 << 20;
-/// To a member that is none any more.
-pub(super) const REMOVED: &str = "this member was removed from the collective: `moor collective join --set-aside` with a new invitation lets it in anew";
-/// To one that shows a good certificate and stands in no record here.
-const UNKNOWN: &str = "the member that was asked has not heard of this one yet: it may be behind; try again";
 
 /// The routes.
 pub(crate) fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
@@ -38,7 +38,7 @@ pub(crate) fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/member/v1/vote", post(vote))
         .route("/member/v1/pre-vote", post(pre_vote))
         .route("/member/v1/snapshot", post(snapshot))
-        .route_layer(from_fn_with_state((member.clone(), Gate::NotRemoved), guard));
+        .route_layer(from_fn_with_state((member.clone(), Gate::Replication), guard));
     let among_members = Router::new()
         .route("/member/v1/propose", post(propose))
         .route("/member/v1/read-index", post(read_index))
@@ -47,59 +47,11 @@ pub(crate) fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route_layer(from_fn_with_state((member.clone(), Gate::Members), guard))
         .merge(raft)
         .layer(DefaultBodyLimit::max(MAX_BODY));
-    Router::new().route(join::PATH, post(let_in)).layer(DefaultBodyLimit::max(64 << 10)).merge(among_members)
-}
-
-/// What the one who calls is in the collective.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Caller {
-    Member,
-    /// Its removal is not through: its vote may be needed for that.
-    Leaving,
-    /// Not heard of yet: this member may be behind, and the caller may lead those who know more.
-    Unknown,
-}
-
-/// By the member's certificate. As long as this member has no record of itself it knows nobody, and believes the certificate.
-fn caller(member: &Member, connection: &Connection) -> Result<Caller, Failure> {
-    let Peer::Tls { member: Some(caller), .. } = connection.peer else {
-        return Err(Problem::new(Code::Forbidden, "members only: no member's certificate was shown").into());
-    };
-    let records = member.view().and_then(|view| view.members())?;
-    let of = |id| records.values().find(|record| record.id == id);
-    let is_named = || member.store.standing().members.values().any(|(peer, _)| peer.id == caller);
-    match of(caller) {
-        Some(record) if !record.removed => Ok(Caller::Member),
-        Some(_) if is_named() => Ok(Caller::Leaving),
-        Some(_) => Err(Problem::new(Code::Forbidden, REMOVED).into()),
-        None if of(member.identity.id).is_none() => Ok(Caller::Member),
-        None => Ok(Caller::Unknown),
-    }
-}
-
-/// Who may use a route.
-#[derive(Debug, Clone, Copy)]
-enum Gate {
-    /// For what a member does because it is one.
-    Members,
-    /// For what keeps the collective going. It binds members that keep to the rules; a removed one that does not has had the authority's
-    /// keys.
-    NotRemoved,
-}
-
-async fn guard(
-    State((member, gate)): State<(Arc<Member>, Gate)>,
-    Extension(connection): Extension<Connection>,
-    request: Request,
-    next: Next,
-) -> Response {
-    let refused = |detail| Failure(Problem::new(Code::Forbidden, detail)).into_response();
-    match (caller(&member, &connection), gate) {
-        (Ok(Caller::Member), _) | (Ok(_), Gate::NotRemoved) => next.run(request).await,
-        (Ok(Caller::Leaving), Gate::Members) => refused(REMOVED),
-        (Ok(Caller::Unknown), Gate::Members) => refused(UNKNOWN),
-        (Err(failure), _) => failure.into_response(),
-    }
+    Router::new()
+        .route(join::PATH, post(let_in))
+        .route(INTRODUCE, post(introduce))
+        .layer(DefaultBodyLimit::max(64 << 10))
+        .merge(among_members)
 }
 
 fn json(bytes: impl Into<Body>) -> Result<Response, Failure> {
@@ -193,6 +145,15 @@ async fn lacking(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<
     Ok(Json(lacking.map_err(anyhow::Error::from)?))
 }
 
+/// Takes vouchers: they hold for this connection, and are looked at when nobody here knows the member that has shown them.
+async fn introduce(Extension(connection): Extension<Connection>, body: Bytes) -> Result<StatusCode, Failure> {
+    shown(&connection)?;
+    let vouchers: Vec<Voucher> = parse(&body)?;
+    // One that comes again says the same.
+    let _ = connection.vouchers.set(vouchers);
+    Ok(StatusCode::NO_CONTENT)
+}
+
 /// Lets a new member in.
 async fn let_in(
     State(member): State<Arc<Member>>,
@@ -212,6 +173,9 @@ async fn let_in(
     if request.urls.is_empty() || request.urls.len() > 16 {
         return Err(Problem::new(Code::BadRequest, "a member has 1 to 16 URLs").into());
     }
+    if p256_point(&request.key.0).is_err() {
+        return Err(Problem::new(Code::BadRequest, "a member's key is one on P-256").into());
+    }
     // The invitation may have been made on another member a moment ago.
     member.store.linearize().await?;
     let refused = || {
@@ -219,9 +183,15 @@ async fn let_in(
     };
     let invite = member.view()?.invite(request.invite)?.ok_or_else(refused)?;
     let place = invite_place(&request.invite);
-    let secret = member.secrets.open_secret(place.as_place(), &invite.secret)?;
-    let subject =
-        Subject { collective: member.site.collective, invite: request.invite, member: request.member, exporter };
+    let secret = member.open_secret(place.as_place(), &invite.secret)?;
+    let subject = Subject {
+        collective: member.site.collective,
+        invite: request.invite,
+        member: request.member,
+        key: &request.key.0,
+        unwrap: &request.unwrap.0,
+        exporter,
+    };
     if !subject.verify(&secret, Side::Guest, &request.proof.0) {
         tracing::warn!("{address}: a wrong proof for the invitation of {}", invite.name);
         return Err(refused().into());
@@ -230,19 +200,46 @@ async fn let_in(
     member
         .audit("join", serde_json::json!({ "name": invite.name, "member": request.member, "urls": request.urls }))
         .await?;
-    let command =
-        Command::Join { invite: request.invite, member: request.member, urls: request.urls.clone(), now: now() };
-    let Outcome::Number(number) = member.propose(command).await? else {
-        return Err(anyhow::anyhow!("a join has no number").into());
-    };
+    let number = take_in(&member, &request).await?;
+    let own = &member.identity;
+    let guest = Acquaintance { id: request.member, key: request.key.clone() };
+    let introduction = extend(&own.introduction, own.id, &member.config.keys(), subject.collective, guest)?;
+    let members = member.view()?.members()?.into_values().filter(|record| !record.removed);
     tracing::info!("member {} ({number}) was let in from {address}", invite.name);
     Ok(Json(JoinReply {
         number,
         name: invite.name,
         site: member.site.clone(),
         keys,
+        members: members.map(|record| Acquaintance { id: record.id, key: record.key }).collect(),
+        introduction,
         proof: subject.prove(&secret, Side::Host).into(),
     }))
+}
+
+/// The join itself; returns the new member's number. Where the keys are rotated at the same moment, it is tried again with the new ones.
+async fn take_in(member: &Member, request: &JoinRequest) -> Result<u64, Failure> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let keys = member.ring()?.wrap_all(request.member, &request.unwrap);
+        let keys = keys.map_err(|_| Problem::new(Code::BadRequest, "a member's key for the keys is one on X25519"))?;
+        let command = Command::Join {
+            invite: request.invite,
+            member: request.member,
+            key: request.key.clone(),
+            unwrap: request.unwrap.clone(),
+            keys: keys.into_iter().collect(),
+            urls: request.urls.clone(),
+            now: now(),
+        };
+        match member.propose(command).await {
+            Ok(Outcome::Number(number)) => return Ok(number),
+            Ok(_) => return Err(anyhow::anyhow!("a join has no number").into()),
+            Err(problem) if problem.code == Code::Conflict && tries < 3 => member.store.linearize().await?,
+            Err(problem) => return Err(problem.into()),
+        }
+    }
 }
 
 /// Where the secret of an invitation belongs.

@@ -1,8 +1,8 @@
-//! What a member does again and again: the membership follows the records (where it leads), content that is missing is fetched, and a
-//! member that is reached elsewhere than the records say says so.
+//! What a member does again and again: the membership follows the records (where it leads), content that is missing is fetched, a
+//! member that is reached elsewhere than the records say says so, and the keys are kept to those who are members.
 
 use super::blobs::Fetcher;
-use super::holders;
+use super::{holders, rotation};
 use crate::late;
 use crate::state::Member;
 use crate::store::records::MemberRecord;
@@ -25,6 +25,7 @@ pub async fn run(member: Arc<Member>, stop: CancellationToken) {
             content(&member),
             announce(&member),
             holders::offer(&member),
+            rotation::keep(&member),
             late::deliver(&member)
         );
     };
@@ -112,7 +113,7 @@ async fn announce(member: &Arc<Member>) {
             // It has not heard of itself yet.
             None => {}
             Some(record) if record.removed => {
-                tracing::error!("{}", super::routes::REMOVED);
+                tracing::error!("{}", super::gate::REMOVED);
                 return;
             }
             Some(record) if record.urls == member.config.urls => return,

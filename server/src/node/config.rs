@@ -63,7 +63,7 @@ pub(super) async fn config(
 fn secret(member: &Member, node: &NodeRecord, name: &str) -> Result<Option<String>, Failure> {
     let Some(sealed) = node.secrets.get(name) else { return Ok(None) };
     let id = node.id.to_string();
-    let bytes = member.secrets.open_secret(Place { table: "nodes", id: &id, field: name }, sealed)?;
+    let bytes = member.open_secret(Place { table: "nodes", id: &id, field: name }, sealed)?;
     let text = std::str::from_utf8(&bytes).map_err(|_| anyhow::anyhow!("'{name}' of {} is not UTF-8", node.name))?;
     // Blank masks an inherited value.
     Ok(Some(text.to_owned()).filter(|text| !text.is_empty()))

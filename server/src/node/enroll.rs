@@ -88,7 +88,7 @@ fn invalid(detail: impl Into<String>) -> Problem {
 }
 
 /// The uncompressed point of a P-256 `SubjectPublicKeyInfo`.
-pub(super) fn p256_point(spki: &[u8]) -> Result<Vec<u8>, Problem> {
+pub(crate) fn p256_point(spki: &[u8]) -> Result<Vec<u8>, Problem> {
     let (rest, parsed) =
         SubjectPublicKeyInfo::from_der(spki).map_err(|_| invalid("the public key is not a SubjectPublicKeyInfo"))?;
     let oids = (

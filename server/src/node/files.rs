@@ -46,7 +46,7 @@ pub(super) async fn file(
             .get(private)
             .ok_or_else(|| not_found(format!("profile '{}' has no private file '{private}'", profile.name)))?;
         let place = Place { table: "profiles", id: profile.name.as_str(), field: private };
-        let content = member.secrets.open_secret(place, sealed)?;
+        let content = member.open_secret(place, sealed)?;
         caller.released(&member, "private-file", &format!("{}/{private}", profile.name)).await?;
         return bytes(content.to_vec());
     }

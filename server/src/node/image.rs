@@ -114,7 +114,7 @@ pub(super) async fn key(
     member.audit_for_node("image-key", fields).await?;
     member.propose_for_node(Command::Pin { id, digest: image.digest }).await?;
     let digest = image.digest.to_string();
-    let opened = member.secrets.open_secret(Place { table: "images", id: &digest, field: "dek" }, &sealed)?;
+    let opened = member.open_secret(Place { table: "images", id: &digest, field: "dek" }, &sealed)?;
     let bytes: &[u8; 32] =
         opened.as_slice().try_into().map_err(|_| anyhow::anyhow!("the key of image {digest} has not 32 bytes"))?;
     let dek = Dek::from_bytes(*bytes);

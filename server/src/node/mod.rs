@@ -15,6 +15,7 @@ pub mod token;
 
 use crate::http::{Connection, Failure, Peer};
 use crate::late::Bound;
+use crate::secrets::Ring;
 use crate::state::{Member, now};
 use crate::store::records::{BootRecord, NodeRecord, ProfileRecord};
 use crate::store::{self, Snapshot};
@@ -178,6 +179,17 @@ impl Caller {
     }
 }
 
+/// The keys of tokens. A member that has just joined has none yet.
+fn token_keys(member: &Member) -> Result<Arc<Ring>, Problem> {
+    let ring = member.secrets.ring();
+    let none = |error: anyhow::Error| Problem {
+        status: 503,
+        ..Problem::new(Code::Other, format!("{error}: ask another member"))
+    };
+    ring.token().map_err(none)?;
+    Ok(ring)
+}
+
 /// Who the bearer of a token is.
 fn caller(member: &Member, request: &Request, connection: &Connection) -> Result<Caller, (Subject, Failure)> {
     let invalid = |subject: Subject, detail: String| (subject, Failure(Problem::new(Code::TokenInvalid, detail)));
@@ -190,9 +202,11 @@ fn caller(member: &Member, request: &Request, connection: &Connection) -> Result
         return Err(invalid(Subject::default(), "the call needs a token: open a session first".into()));
     };
     let client_key = if let Peer::Tls { client_key, .. } = &connection.peer { client_key.as_deref() } else { None };
+    let keys = token_keys(member).map_err(|problem| (Subject::default(), problem.into()))?;
+    let public = keys.token_public().map_err(|error| (Subject::default(), error.into()))?;
     let claims = connection
         .token
-        .read(member.authority.token_public(), member.site.collective, bearer, client_key, now())
+        .read(public, member.site.collective, bearer, client_key, now())
         .map_err(|error| invalid(error.node().map(Subject::node).unwrap_or_default(), error.to_string()))?;
     let subject = Subject::node(claims.node);
     member.fresh(Bound::Nodes).map_err(|problem| (subject.clone(), problem.into()))?;

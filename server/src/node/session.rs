@@ -142,7 +142,10 @@ async fn open(member: &Arc<Member>, peer: &Peer, request: &SessionRequest) -> Re
         key: token::thumbprint(channel.client_key),
     };
     tracing::info!("{peer}: {} is in its {:?} stage", node.name, request.stage);
-    Ok(SessionReply { token: token::mint(&member.authority.token, &claims)?, expires, stage: request.stage })
+    // Those of now: a token by older ones would be refused in a moment.
+    member.ring()?;
+    let keys = super::token_keys(member)?;
+    Ok(SessionReply { token: token::mint(keys.token()?, &claims)?, expires, stage: request.stage })
 }
 
 /// Checks the proof by the bound identity, and no other. The method is pinned: a node that is known by its TPM has no other way in.

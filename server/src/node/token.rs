@@ -44,7 +44,7 @@ pub struct Claims {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
     /// Not a token at all, or not signed by this collective.
-    #[error("the token is not one of this collective")]
+    #[error("the token is not one of this collective, or its keys were rotated since: open a new session")]
     Foreign,
     /// Too old.
     #[error("the token expired: open a new session")]
@@ -111,7 +111,15 @@ fn signed_claims(public: &[u8], token: &str) -> Result<Claims, TokenError> {
 
 /// The token that came last over a connection, whose signature was good: it is not checked again with each call. All else about it is.
 #[derive(Debug, Default)]
-pub struct Known(Mutex<Option<(String, Claims)>>);
+pub struct Known(Mutex<Option<Checked>>);
+
+/// A token, the key that it was checked by, and what it says.
+#[derive(Debug)]
+struct Checked {
+    token: String,
+    public: Vec<u8>,
+    claims: Claims,
+}
 
 impl Known {
     /// Reads a token that came over this connection, which has proven this client key.
@@ -128,12 +136,14 @@ impl Known {
     ) -> Result<Claims, TokenError> {
         // What is there is replaced in one step.
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = last.as_ref().filter(|(known, _)| known == token).map(|(_, claims)| claims.clone());
+        // The key is rotated while connections stand.
+        let known = last.as_ref().filter(|known| known.token == token && known.public == public);
+        let known = known.map(|known| known.claims.clone());
         let claims = if let Some(claims) = known {
             claims
         } else {
             let claims = signed_claims(public, token)?;
-            *last = Some((token.to_owned(), claims.clone()));
+            *last = Some(Checked { token: token.to_owned(), public: public.to_vec(), claims: claims.clone() });
             claims
         };
         if claims.collective != collective {
@@ -218,6 +228,11 @@ mod tests {
         let other = Claims { node: NodeId::random(), ..claims.clone() };
         let second = mint(&key, &other).unwrap();
         assert_eq!(read(&second, collective, KEY, 999), Ok(other));
+        assert_eq!(read(&token, collective, KEY, 999), Ok(claims.clone()));
+        // Also by the key that signs tokens now.
+        let rotated = Ed25519KeyPair::generate().unwrap();
+        let by_the_new = known.read(rotated.public_key().as_ref(), collective, &token, Some(KEY), 999);
+        assert_eq!(by_the_new, Err(TokenError::Foreign));
         assert_eq!(read(&token, collective, KEY, 999), Ok(claims));
     }
 

@@ -7,7 +7,7 @@ use super::records::{
     MAX_STRANGERS, NodeRecord, Order, Plan, ProfileRecord, Refusals,
 };
 use super::tables::{self, Write};
-use super::{Event, StoreError, index, late, members};
+use super::{Event, StoreError, index, keys, late, members};
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
 use moor_api::ids::{BootId, NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
@@ -24,19 +24,30 @@ fn no_such_node() -> Outcome {
 /// Applies one command.
 pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, StoreError> {
     match command {
-        Command::Found { site, founder } => {
+        Command::Found { site, founder, keys } => {
             if write.get::<serde_json::Value>(tables::SITE, "site")?.is_some() {
                 return Ok(refused(Code::Conflict, "the collective exists already"));
             }
             write.put(tables::SITE, "site", &site)?;
+            keys::put(write, &keys)?;
             members::found(write, &founder)
         }
-        Command::Anew { number, member } => members::anew(write, number, &member),
-        Command::Invite { id, invite, now } => members::invite(write, id, &invite, now),
-        Command::Join { invite, member, urls, now } => members::join(write, invite, member, urls, now),
+        Command::Anew { number, member, keys } => members::anew(write, number, &member, &keys),
+        Command::Invite { id, invite, now } => {
+            if let Some(refusal) = keys::outdated(write, [&invite.secret].into_iter())? {
+                return Ok(refusal);
+            }
+            members::invite(write, id, &invite, now)
+        }
+        Command::Join { invite, member, key, unwrap, keys, urls, now } => {
+            members::join(write, invite, members::Guest { id: member, key, unwrap, keys, urls }, now)
+        }
         Command::MoveMember { number, urls } => members::change(write, number, |member| member.urls = urls),
         Command::SetVoter { number, voter } => members::set_voter(write, number, voter),
         Command::RemoveMember { number } => members::remove(write, number),
+        Command::RotateKeys { new } => keys::rotate(write, new),
+        Command::Reseal { secrets } => keys::reseal(write, secrets),
+        Command::DropKeys { version } => keys::drop_version(write, version),
         Command::DefineNode { id, name, attributes } => define(write, id, name, attributes),
         Command::RemoveNode { id } => {
             let Some(node) = node(write, id)? else { return Ok(no_such_node()) };
@@ -48,6 +59,9 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
             Ok(Outcome::Done)
         }
         Command::SetAttributes { id, set, secrets, clear } => {
+            if let Some(refusal) = keys::outdated(write, secrets.values())? {
+                return Ok(refusal);
+            }
             let Some(before) = node(write, id)? else { return Ok(no_such_node()) };
             let mut node = before.clone();
             for name in &clear {
@@ -349,6 +363,9 @@ fn add_refusal(write: &Write<'_>, subject: &str, refusal: &Refusal) -> Result<()
 
 /// A profile's newest generation. Older ones stay as long as a boot that is remembered began with them.
 fn put_profile(write: &Write<'_>, mut profile: ProfileRecord) -> Result<Outcome, StoreError> {
+    if let Some(refusal) = keys::outdated(write, profile.manifest.private.values())? {
+        return Ok(refusal);
+    }
     let before: Option<ProfileRecord> = write.get(tables::PROFILES, profile.name.as_str())?;
     profile.serial = before.map_or(0, |before| before.serial) + 1;
     let nodes: Vec<NodeRecord> = write.all(tables::NODES)?;
@@ -378,6 +395,9 @@ fn put_image(write: &Write<'_>, image: &ImageRecord) -> Result<Outcome, StoreErr
             Code::Conflict,
             format!("image {} is in the catalogue already, as {} @{}", image.digest, same.name, same.serial),
         ));
+    }
+    if let Some(refusal) = keys::outdated(write, image.key.iter())? {
+        return Ok(refusal);
     }
     let others: Vec<ImageRecord> = write.all(tables::IMAGES)?;
     for other in others.iter().filter(|other| other.name == image.name) {

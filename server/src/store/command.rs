@@ -3,11 +3,13 @@
 
 use super::late::Late;
 use super::records::{
-    Armed, Evidence, Identity, ImageRecord, InviteRecord, MemberRecord, ProfileRecord, SiteRecord, TokenRecord,
+    Armed, Evidence, Identity, ImageRecord, InviteRecord, KeyVersion, KeysRecord, MemberRecord, ProfileRecord,
+    SiteRecord, TokenRecord, WrappedKey,
 };
 use crate::secrets::SealedSecret;
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
 use moor_api::ids::{BootId, DeploymentId, ImageDigest, MemberId, NodeId, NodeName, ProfileName};
+use moor_api::node::Base64;
 use moor_api::problem::Problem;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -23,6 +25,9 @@ pub enum Command {
         site: SiteRecord,
         /// Its first member.
         founder: MemberRecord,
+        /// The keys.
+        #[serde(default)]
+        keys: KeysRecord,
     },
     /// A collective of one begins anew, from a backup or from what a survivor has: all who were members are none any more.
     Anew {
@@ -30,6 +35,9 @@ pub enum Command {
         number: u64,
         /// The only member.
         member: MemberRecord,
+        /// All keys, for this member: with a new version, because those who were members have the others.
+        #[serde(default)]
+        keys: KeysRecord,
     },
     /// Somebody may become a member.
     Invite {
@@ -46,6 +54,15 @@ pub enum Command {
         invite: Uuid,
         /// Drawn by the member.
         member: MemberId,
+        /// Its public key, DER `SubjectPublicKeyInfo`.
+        #[serde(default)]
+        key: Base64,
+        /// Public half of the key that the collective's keys are encrypted to for it.
+        #[serde(default)]
+        unwrap: Base64,
+        /// All versions of the keys, in order.
+        #[serde(default)]
+        keys: Vec<(u32, WrappedKey)>,
         /// Where it is reached.
         urls: Vec<String>,
         /// Unix seconds.
@@ -69,6 +86,21 @@ pub enum Command {
     RemoveMember {
         /// Which.
         number: u64,
+    },
+    /// A new version of the collective's keys, for those who are members.
+    RotateKeys {
+        /// It.
+        new: KeyVersion,
+    },
+    /// Secrets under the current version of the keys, in place of the same under an older one.
+    Reseal {
+        /// A bounded number of them.
+        secrets: Vec<Resealed>,
+    },
+    /// Drops a version of the keys that nothing is under any more.
+    DropKeys {
+        /// Which.
+        version: u32,
     },
     /// A new node.
     DefineNode {
@@ -224,6 +256,37 @@ pub enum Command {
     },
 }
 
+/// The kind of record that a secret is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SealedIn {
+    /// An attribute of a node.
+    Nodes,
+    /// The key of an image.
+    Images,
+    /// A private file of a profile's newest generation.
+    Profiles,
+    /// The same of a generation, by its digest.
+    Generations,
+    /// An invitation.
+    Invites,
+}
+
+/// A secret that is sealed anew. It is left alone if it is not what it was.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resealed {
+    /// The kind of record.
+    pub within: SealedIn,
+    /// Which record.
+    pub key: String,
+    /// Which field of it.
+    pub field: String,
+    /// What it was.
+    pub before: SealedSecret,
+    /// What it is to be.
+    pub after: SealedSecret,
+}
+
 /// What a command did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -248,6 +311,9 @@ impl Command {
             Self::MoveMember { .. } => "move-member",
             Self::SetVoter { .. } => "set-voter",
             Self::RemoveMember { .. } => "remove-member",
+            Self::RotateKeys { .. } => "rotate-keys",
+            Self::Reseal { .. } => "reseal",
+            Self::DropKeys { .. } => "drop-keys",
             Self::DefineNode { .. } => "define-node",
             Self::RemoveNode { .. } => "remove-node",
             Self::SetAttributes { .. } => "set-attributes",
@@ -314,11 +380,23 @@ mod tests {
             uptime_ms: 2,
             figures: [("a".to_owned(), 3)].into(),
         };
+        let wrapped = WrappedKey { encapsulated: vec![1].into(), ciphertext: vec![2].into() };
+        let keys = KeyVersion { version: 7, wrapped: [(MemberId::from_bytes([4; 16]), wrapped)].into() };
         let soft = Identity::Soft { public_key: vec![1].into(), unproven: true };
         for command in [
             Command::Boot { id, boot, evidence: Some(evidence) },
             Command::Status { id, sequence: Some(1), event },
             Command::Arm { id, armed: Armed::Until(7) },
+            Command::RotateKeys { new: keys.clone() },
+            Command::Join {
+                invite: Uuid::nil(),
+                member: MemberId::from_bytes([4; 16]),
+                key: vec![1].into(),
+                unwrap: vec![2].into(),
+                keys: keys.wrapped.into_values().map(|wrapped| (7, wrapped)).collect(),
+                urls: Vec::new(),
+                now: 1,
+            },
             Command::Audited { entry: serde_json::json!({ "what": "x" }), change: Box::new(Command::Rearm { id }) },
             Command::Bind { id, identity: soft, boot, now: 1 },
             Command::Refuse {

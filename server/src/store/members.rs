@@ -1,11 +1,12 @@
 //! What commands do to the records of members.
 
-use super::StoreError;
 use super::apply::{next, ordered_key, refused};
 use super::command::Outcome;
-use super::records::{InviteRecord, MemberRecord};
+use super::records::{InviteRecord, KeysRecord, MemberRecord, WrappedKey};
 use super::tables::{self, Write};
+use super::{StoreError, keys};
 use moor_api::ids::MemberId;
+use moor_api::node::Base64;
 use moor_api::problem::Code;
 use uuid::Uuid;
 
@@ -43,7 +44,12 @@ pub(super) fn found(write: &Write<'_>, founder: &MemberRecord) -> Result<Outcome
 /// How far counters jump whose numbers may have been given out after a backup, or by members that are lost. They are never given twice.
 const JUMP: u64 = 1 << 20;
 
-pub(super) fn anew(write: &Write<'_>, number: u64, member: &MemberRecord) -> Result<Outcome, StoreError> {
+pub(super) fn anew(
+    write: &Write<'_>,
+    number: u64,
+    member: &MemberRecord,
+    keys: &KeysRecord,
+) -> Result<Outcome, StoreError> {
     let last = write.get::<u64>(tables::COUNTERS, "member")?.unwrap_or(0);
     if number != last + 1 {
         return Ok(refused(Code::Conflict, format!("the next member is number {}, not {number}", last + 1)));
@@ -52,14 +58,21 @@ pub(super) fn anew(write: &Write<'_>, number: u64, member: &MemberRecord) -> Res
         record.removed = true;
         write.put(tables::MEMBERS, &key, &record)?;
     }
-    for (key, _) in write.pairs::<InviteRecord>(tables::INVITES)? {
-        write.remove(tables::INVITES, &key)?;
-    }
+    withdraw_invitations(write)?;
     for counter in ["epoch", "ssh-certificate"] {
         let value = write.get::<u64>(tables::COUNTERS, counter)?.unwrap_or(0);
         write.put(tables::COUNTERS, counter, &(value + JUMP))?;
     }
+    keys::put(write, keys)?;
     found(write, member)
+}
+
+/// Who was a member knows the secrets of those that wait, and could come by one.
+fn withdraw_invitations(write: &Write<'_>) -> Result<(), StoreError> {
+    for (key, _) in write.pairs::<InviteRecord>(tables::INVITES)? {
+        write.remove(tables::INVITES, &key)?;
+    }
+    Ok(())
 }
 
 pub(super) fn invite(write: &Write<'_>, id: Uuid, invite: &InviteRecord, now: u64) -> Result<Outcome, StoreError> {
@@ -85,15 +98,23 @@ pub(super) fn invite(write: &Write<'_>, id: Uuid, invite: &InviteRecord, now: u6
     Ok(Outcome::Done)
 }
 
-pub(super) fn join(
-    write: &Write<'_>,
-    invite: Uuid,
-    member: MemberId,
-    urls: Vec<String>,
-    now: u64,
-) -> Result<Outcome, StoreError> {
+/// Who joins.
+pub(super) struct Guest {
+    pub(super) id: MemberId,
+    pub(super) key: Base64,
+    pub(super) unwrap: Base64,
+    pub(super) keys: Vec<(u32, WrappedKey)>,
+    pub(super) urls: Vec<String>,
+}
+
+pub(super) fn join(write: &Write<'_>, invite: Uuid, guest: Guest, now: u64) -> Result<Outcome, StoreError> {
+    let Guest { id, key, unwrap, keys, urls } = guest;
     if write.all::<MemberRecord>(tables::MEMBERS)?.iter().any(|record| record.invite == Some(invite)) {
         return Ok(refused(Code::Forbidden, "the invitation was used already: `moor collective invite` makes another"));
+    }
+    // Members are known by id and key: nobody comes under those that another one has or had.
+    if write.all::<MemberRecord>(tables::MEMBERS)?.iter().any(|record| record.id == id || record.key == key) {
+        return Ok(refused(Code::Conflict, "there is or was a member of this id or key: try again with new ones"));
     }
     let Some(found) = write.get::<InviteRecord>(tables::INVITES, &invite.to_string())? else {
         return Ok(refused(Code::Forbidden, "there is no such invitation: `moor collective invite` makes one"));
@@ -106,10 +127,16 @@ pub(super) fn join(
     if present(write)?.iter().any(|other| other.name == found.name && Some(other.id) != replaced) {
         return Ok(refused(Code::Conflict, format!("there is a member '{}' already", found.name)));
     }
+    if !keys::are_all(write, &keys)? {
+        return Ok(refused(Code::Conflict, "the collective's keys were rotated meanwhile: try again"));
+    }
     write.remove(tables::INVITES, &invite.to_string())?;
+    keys::admit(write, id, keys)?;
     let number = next(write, "member")?;
     let record = MemberRecord {
-        id: member,
+        id,
+        key,
+        unwrap,
         name: found.name,
         urls,
         voter: found.voter,
@@ -153,5 +180,9 @@ pub(super) fn remove(write: &Write<'_>, number: u64) -> Result<Outcome, StoreErr
     if last_voter(write, number)? {
         return Ok(refused(Code::Conflict, "it is the only member that votes: promote another one first"));
     }
-    change(write, number, |member| member.removed = true)
+    let removed = change(write, number, |member| member.removed = true)?;
+    if removed == Outcome::Done {
+        withdraw_invitations(write)?;
+    }
+    Ok(removed)
 }

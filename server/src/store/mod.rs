@@ -6,6 +6,7 @@ mod apply;
 pub mod command;
 pub(crate) mod database;
 pub mod index;
+pub(crate) mod keys;
 pub mod late;
 mod members;
 pub mod raft;
@@ -21,7 +22,9 @@ pub use tables::Snapshot;
 use moor_api::admin::{Refusal, StatusEvent};
 use moor_api::ids::{NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
-use records::{Identity, ImageRecord, InviteRecord, MemberRecord, NodeRecord, ProfileRecord, Refusals, SiteRecord};
+use records::{
+    Identity, ImageRecord, InviteRecord, KeysRecord, MemberRecord, NodeRecord, ProfileRecord, Refusals, SiteRecord,
+};
 use std::collections::BTreeMap;
 use tokio::sync::broadcast;
 
@@ -179,6 +182,14 @@ impl Snapshot {
     /// The database is damaged.
     pub fn site(&self) -> Result<Option<SiteRecord>, StoreError> {
         self.get(tables::SITE, "site")
+    }
+
+    /// The versions of the collective's keys; none before this member has heard of any.
+    ///
+    /// # Errors
+    /// The database is damaged.
+    pub fn key_versions(&self) -> Result<KeysRecord, StoreError> {
+        Ok(self.get(tables::SITE, keys::RECORD)?.unwrap_or_default())
     }
 
     /// Members by number, also those that were removed.

@@ -30,6 +30,12 @@ pub struct SiteRecord {
 pub struct MemberRecord {
     /// Its id, as its certificate says.
     pub id: MemberId,
+    /// Its public key, DER `SubjectPublicKeyInfo`; who shows another one is not this member. Empty: nobody is.
+    #[serde(default)]
+    pub key: Base64,
+    /// Public half of the key that the collective's keys are encrypted to for it: X25519, 32 bytes.
+    #[serde(default)]
+    pub unwrap: Base64,
     /// Its name; no two that are present have the same.
     pub name: String,
     /// Where nodes and members reach it: `https://ADDRESS:PORT`.
@@ -50,14 +56,57 @@ pub struct MemberRecord {
 impl MemberRecord {
     /// The only member of a collective that begins.
     #[must_use]
-    pub fn only(name: String, urls: Vec<String>) -> Self {
-        Self { id: MemberId::random(), name, urls, voter: true, invite: None, removed: false, replaces: None }
+    pub fn only(key: Base64, unwrap: Base64, name: String, urls: Vec<String>) -> Self {
+        Self {
+            id: MemberId::random(),
+            key,
+            unwrap,
+            name,
+            urls,
+            voter: true,
+            invite: None,
+            removed: false,
+            replaces: None,
+        }
     }
 
     /// As the membership names it.
     #[must_use]
     pub fn peer(&self) -> Peer {
-        Peer { id: self.id, name: self.name.clone(), urls: self.urls.clone() }
+        Peer { id: self.id, key: self.key.clone(), name: self.name.clone(), urls: self.urls.clone() }
+    }
+}
+
+/// A version of the collective's keys, encrypted to one member by HPKE.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WrappedKey {
+    /// The encapsulated key.
+    pub encapsulated: Base64,
+    /// What was encrypted.
+    pub ciphertext: Base64,
+}
+
+/// A version of the collective's keys: what secrets are sealed under, and what signs nodes' tokens.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyVersion {
+    /// Counts from 1 on; never given twice.
+    pub version: u32,
+    /// For each member that has a part in it.
+    pub wrapped: BTreeMap<MemberId, WrappedKey>,
+}
+
+/// All versions that something may be under.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeysRecord {
+    /// In order; the last is the one that secrets are sealed under.
+    pub versions: Vec<KeyVersion>,
+}
+
+impl KeysRecord {
+    /// The version that secrets are sealed under; none before the collective was made.
+    #[must_use]
+    pub fn current(&self) -> Option<u32> {
+        self.versions.last().map(|version| version.version)
     }
 }
 

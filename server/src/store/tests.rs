@@ -1,10 +1,15 @@
 //! The store as its users see it: commands in, records out, also after it was opened again.
 
+use super::command::{Resealed, SealedIn};
 use super::raft::{Calls, FOUNDER, Peer, Places};
-use super::records::{Armed, Identity, MAX_BOOTS, MAX_LOG_BYTES, MAX_STRANGERS};
+use super::records::{
+    Armed, Identity, InviteRecord, KeyVersion, KeysRecord, MAX_BOOTS, MAX_LOG_BYTES, MAX_STRANGERS, MemberRecord,
+    SiteRecord, WrappedKey,
+};
 use super::{Command, Outcome, Replicated, Store as _, database, index};
+use crate::secrets::SealedSecret;
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
-use moor_api::ids::{BootId, MemberId, NodeId};
+use moor_api::ids::{BootId, CollectiveId, MemberId, NodeId};
 use moor_api::node::PcrBank;
 use moor_api::problem::{Code, Problem};
 use std::collections::BTreeMap;
@@ -51,6 +56,17 @@ pub(crate) fn event(state: &str) -> StatusEvent {
     }
 }
 
+fn sealed(version: u32, ciphertext: &str) -> SealedSecret {
+    let json = serde_json::json!({ "key_version": version, "nonce": "00", "ciphertext": ciphertext });
+    serde_json::from_value(json).unwrap()
+}
+
+/// A version of the keys for these members.
+fn keys(version: u32, members: &[MemberId]) -> KeyVersion {
+    let wrapped = WrappedKey { encapsulated: vec![1].into(), ciphertext: vec![2].into() };
+    KeyVersion { version, wrapped: members.iter().map(|id| (*id, wrapped.clone())).collect() }
+}
+
 struct Fixture {
     dir: tempfile::TempDir,
     store: Replicated,
@@ -65,7 +81,8 @@ impl Fixture {
         let dir = tempfile::tempdir().unwrap();
         Places::in_dir(dir.path()).make().unwrap();
         let store = open(dir.path()).await.unwrap();
-        store.found(Peer { id: MemberId::random(), name: "m1".into(), urls: Vec::new() }).await.unwrap();
+        let peer = Peer { id: MemberId::random(), key: vec![1].into(), name: "m1".into(), urls: Vec::new() };
+        store.found(peer).await.unwrap();
         Self { dir, store }
     }
 
@@ -276,4 +293,95 @@ async fn it_opens_again_with_everything_and_the_audit_chain_holds() {
     assert_eq!(numbers, [0, 1, 2, 3, 4, 5, 6]);
     assert!(view.node_named("b").unwrap().is_some());
     assert!(lines.windows(2).all(|pair| pair[1]["previous"] == pair[0]["hash"]));
+}
+
+#[tokio::test]
+async fn keys_are_for_those_who_are_members_and_nothing_new_is_under_an_older_version() {
+    let f = Fixture::new().await;
+    let founder = MemberRecord::only(vec![1].into(), vec![1].into(), "m1".into(), Vec::new());
+    let (one, two) = (founder.id, MemberId::random());
+    let site = SiteRecord { collective: CollectiveId::random(), name: "site".into(), bundle_version: 1, created: 1 };
+    f.done(Command::Found { site, founder, keys: KeysRecord { versions: vec![keys(1, &[one])] } }).await;
+    let rotate = |version, members: &[MemberId]| Command::RotateKeys { new: keys(version, members) };
+    for wrong in [rotate(1, &[one]), rotate(3, &[one]), rotate(2, &[]), rotate(2, &[one, two]), rotate(2, &[two])] {
+        assert_eq!(f.refused(wrong).await, Code::Conflict);
+    }
+    // Who comes is given all there are.
+    let invite = |id, version| Command::Invite {
+        id,
+        invite: InviteRecord {
+            name: "m2".into(),
+            voter: true,
+            expires: 9,
+            replaces: None,
+            secret: sealed(version, "aa"),
+        },
+        now: 1,
+    };
+    let join = |invite, member, key: u8, versions: &[u32]| Command::Join {
+        invite,
+        member,
+        key: vec![key].into(),
+        unwrap: vec![key].into(),
+        keys: versions.iter().map(|version| (*version, keys(1, &[two]).wrapped[&two].clone())).collect(),
+        urls: Vec::new(),
+        now: 1,
+    };
+    let invitation = uuid::Uuid::new_v4();
+    f.done(invite(invitation, 1)).await;
+    for wrong in [join(invitation, two, 2, &[]), join(invitation, two, 2, &[2]), join(invitation, two, 2, &[1, 2])] {
+        assert_eq!(f.refused(wrong).await, Code::Conflict);
+    }
+    // Nor does anybody come under the id or the key of another one.
+    assert_eq!(f.refused(join(invitation, one, 2, &[1])).await, Code::Conflict);
+    assert_eq!(f.refused(join(invitation, two, 1, &[1])).await, Code::Conflict);
+    assert_eq!(f.done(join(invitation, two, 2, &[1])).await, Outcome::Number(2));
+    let versions = || f.store.snapshot().unwrap().key_versions().unwrap().versions;
+    assert_eq!(versions(), [keys(1, &[one, two])]);
+
+    let id = NodeId::random();
+    f.done(define(id, "a", &[])).await;
+    let set = |name: &str, secret| Command::SetAttributes {
+        id,
+        set: BTreeMap::new(),
+        secrets: [(name.to_owned(), secret)].into(),
+        clear: Vec::new(),
+    };
+    for name in ["x", "y", "z"] {
+        f.done(set(name, sealed(1, "01"))).await;
+    }
+    assert_eq!(f.done(rotate(2, &[one, two])).await, Outcome::Number(2));
+    assert_eq!(f.refused(set("x", sealed(1, "02"))).await, Code::Conflict, "under the older one");
+    let late = uuid::Uuid::new_v4();
+    assert_eq!(f.refused(invite(late, 1)).await, Code::Conflict);
+    f.done(set("y", sealed(2, "03"))).await;
+    let anew = |field: &str, version, key: String| Resealed {
+        within: SealedIn::Nodes,
+        key,
+        field: field.into(),
+        before: sealed(1, "01"),
+        after: sealed(version, "04"),
+    };
+    let secrets = vec![
+        anew("x", 2, id.to_string()),
+        anew("y", 2, id.to_string()),
+        anew("gone", 2, id.to_string()),
+        anew("x", 2, NodeId::random().to_string()),
+    ];
+    assert_eq!(f.refused(Command::Reseal { secrets: vec![anew("x", 1, id.to_string())] }).await, Code::Conflict);
+    assert_eq!(f.done(Command::Reseal { secrets }).await, Outcome::Number(1), "what was changed stays");
+    let now = f.store.snapshot().unwrap().node(id).unwrap().unwrap().secrets;
+    assert_eq!((&now["x"], &now["y"], &now["z"]), (&sealed(2, "04"), &sealed(2, "03"), &sealed(1, "01")));
+    assert_eq!(now.len(), 3);
+    assert_eq!(f.refused(Command::DropKeys { version: 2 }).await, Code::Conflict, "the current one");
+    f.done(Command::DropKeys { version: 1 }).await;
+    assert_eq!(versions(), [keys(2, &[one, two])]);
+    // Who goes has no part in the next, and takes what waits along.
+    let Command::Invite { id: late, mut invite, now } = invite(late, 2) else { unreachable!() };
+    invite.name = "m3".into();
+    f.done(Command::Invite { id: late, invite, now }).await;
+    f.done(Command::RemoveMember { number: 2 }).await;
+    assert_eq!(f.store.snapshot().unwrap().invite(late).unwrap(), None);
+    assert_eq!(f.refused(rotate(3, &[one, two])).await, Code::Conflict);
+    assert_eq!(f.done(rotate(3, &[one])).await, Outcome::Number(3));
 }

@@ -1,7 +1,7 @@
 //! Backups: what is in one, what is not, and what comes of it.
 
 use crate::cli::{moor, said_no, shown};
-use crate::collective::{define, joined, knows, text, voters};
+use crate::collective::{define, joined, knows, text, until, view, voters};
 use crate::machine::Machine;
 use crate::node_api::prepared;
 use crate::support::{Member, UID, refusal};
@@ -245,8 +245,10 @@ async fn a_backup_becomes_a_new_collective_that_its_nodes_know() -> anyhow::Resu
     assert_eq!(boot.image_key(&KeyRequest { digest: offer.digest }).await?.wrapped.0, dek.as_bytes());
     assert_eq!(restored.admin().await?.image(offer.digest, 1 << 20).await?.len() as u64, offer.size);
     // The members and invitations of before are gone; new ones come.
-    let view = restored.admin().await?.collective().await?;
-    assert_eq!((view.members.len(), view.members[0].number, view.invitations.len()), (1, 2, 0));
+    let seen = view(&restored).await?;
+    assert_eq!((seen.members.len(), seen.members[0].number, seen.invitations.len()), (1, 2, 0));
+    // Nor does what they have open what comes from now on.
+    until(&restored, "it is not sealed anew", async || Ok(view(&restored).await?.keys == [2])).await?;
     let second = joined(&restored, "m2", true).await?;
     voters(&restored, 2).await?;
     knows(&second, &["n1"]).await?;
@@ -260,7 +262,10 @@ async fn a_backup_becomes_a_new_collective_that_its_nodes_know() -> anyhow::Resu
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_planted_secret_lies_on_a_disk_in_the_clear() -> anyhow::Result<()> {
-    let (mut member, _, _, secrets) = planted().await?;
+    let (mut member, _, _, mut secrets) = planted().await?;
+    // All of it is sealed a second time.
+    assert_eq!(member.admin().await?.rotate_key().await?.version, 2);
+    until(&member, "it is not sealed anew", async || Ok(view(&member).await?.keys == [2])).await?;
     let file = backup(&member, "site.backup")?;
     let redacted = member.path("redacted");
     let (status, _, err) = shown(&moor(&member, &["backup", "--redact", shown_path(&redacted)])?.output()?);
@@ -286,6 +291,13 @@ async fn no_planted_secret_lies_on_a_disk_in_the_clear() -> anyhow::Result<()> {
     // What is in the tables is in their file once they are closed.
     for member in [&mut second, &mut member] {
         ensure!(member.terminate()?, "it does not stop:\n{}", member.log());
+    }
+    // What everything is under.
+    let carried = serde_json::to_value(member.opened()?.0.carry())?;
+    let keys = hex::decode(carried["2"].as_str().context("no version 2")?)?;
+    ensure!(keys.len() == 64 && carried.as_object().is_some_and(|all| all.len() == 1), "other versions");
+    for key in keys.chunks(32) {
+        secrets.extend(forms("a key of the collective", key));
     }
     let mut restored = Member::prepare()?;
     let output = restore(&restored, &file, PASSPHRASE, &[])?;
@@ -316,7 +328,7 @@ async fn no_planted_secret_lies_on_a_disk_in_the_clear() -> anyhow::Result<()> {
     // The search finds what is there.
     let note = [("a note".to_owned(), b"info.note".to_vec())];
     ensure!(found(&std::fs::read(second.path("state/store/member.redb"))?, &note).is_some(), "nothing was searched");
-    let key = std::fs::read(member.path("state/store/keys/data.key"))?;
+    let key = std::fs::read(member.path("state/store/keys/unwrap.key"))?;
     for form in [key.trim_ascii().to_vec(), hex::decode(key.trim_ascii())?] {
         ensure!(found(&[b"before ", &form[..], b" behind"].concat(), &secrets).is_some(), "no key would be found");
     }

@@ -13,9 +13,13 @@ use moor_api::ids::MemberId;
 use moor_api::node::Base64;
 use moor_api::problem::Code;
 use moord::collective::invite::{Invitation, Side, Subject};
+use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData as _};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::Duration;
+
+/// A point of X25519.
+const UNWRAP: [u8; 32] = [9; 32];
 
 /// What an invitation holds.
 fn unpacked(invitation: &str) -> anyhow::Result<Value> {
@@ -105,9 +109,14 @@ async fn a_proof_that_was_made_for_another_connection_is_refused_and_uses_nothin
     let connect = || MemberConnection::connect(&url, collective, tls.clone(), Duration::from_secs(20));
     let (mut guest, mut thief) = (connect().await?, connect().await?);
     let member = MemberId::random();
-    let subject = Subject { collective, invite: invitation.id, member, exporter: guest.exporter() };
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?.subject_public_key_info();
+    let subject =
+        Subject { collective, invite: invitation.id, member, key: &key, unwrap: &UNWRAP, exporter: guest.exporter() };
     let proof = Base64(subject.prove(&invitation.secret()?, Side::Guest));
-    let request = json!({ "invite": invitation.id, "member": member, "urls": ["https://127.0.0.1:1"], "proof": proof });
+    let request = json!({
+        "invite": invitation.id, "member": member, "key": Base64(key), "unwrap": Base64(UNWRAP.to_vec()), "urls": ["https://127.0.0.1:1"],
+        "proof": proof
+    });
     let request = Bytes::from(serde_json::to_vec(&request)?);
     let stolen = thief.post("/member/v1/join", request.clone(), 1 << 20).await;
     let (code, detail) = refusal(stolen.map(drop));

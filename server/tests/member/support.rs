@@ -9,14 +9,17 @@ use moor_api::admin::{ArmRequest, DefineNodes, DeployRequest, ImageView, ImportI
 use moor_api::client::ClientError;
 use moor_api::client::admin::AdminClient;
 use moor_image::{Dek, Metadata, Payload, SealOptions, Sealer};
+use moord::collective::identity::Identity;
+use moord::secrets::{Keyring, Ring};
 use moord::store::Replicated;
-use moord::store::raft::{Calls, FOUNDER, Places};
+use moord::store::raft::{Calls, FOUNDER, Places, Survivor};
 use nix::sys::signal::Signal;
 use std::collections::BTreeMap;
 use std::io::{Cursor, Write as _};
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
@@ -91,6 +94,15 @@ impl Member {
     /// The store of a member that does not run.
     pub(crate) async fn store(&self) -> anyhow::Result<Replicated> {
         Ok(Replicated::open(&Places::in_dir(&self.path("state/store")), FOUNDER, Calls::to_nobody()?).await?)
+    }
+
+    /// What a member that does not run can open, and what it has.
+    pub(crate) fn opened(&self) -> anyhow::Result<(Arc<Ring>, Survivor)> {
+        let (store, keys) = (self.path("state/store"), self.path("state/store/keys"));
+        let own = Identity::read(&store.join("member.json"))?;
+        let store = Survivor::open(&Places::in_dir(&store))?;
+        let ring = Keyring::open(&keys, own.site.collective, own.id)?.refresh(&store.view()?.key_versions()?)?;
+        Ok((ring, store))
     }
 
     pub(crate) fn url(&self) -> String {

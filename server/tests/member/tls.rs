@@ -202,23 +202,33 @@ async fn a_plain_image_comes_over_the_session_key_alone() -> anyhow::Result<()> 
 }
 
 /// A chain and its key.
-type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+pub(crate) type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
 /// A certificate with these URI names by an authority of a member, and that authority's own.
 fn issue(keys: &Path, authority: &str, uris: &[String], shown: &[&str]) -> anyhow::Result<Identity> {
+    issue_for(&KeyPair::generate()?, keys, authority, uris, shown)
+}
+
+/// The same for a key that is there.
+pub(crate) fn issue_for(
+    key: &KeyPair,
+    keys: &Path,
+    authority: &str,
+    uris: &[String],
+    shown: &[&str],
+) -> anyhow::Result<Identity> {
     let read = |name: &str| std::fs::read_to_string(keys.join(name)).with_context(|| name.to_owned());
-    let (certificate, key) = if authority == "root" {
+    let (certificate, ca_key) = if authority == "root" {
         ("root.pem".to_owned(), "root.key".to_owned())
     } else {
         (format!("{authority}-ca.pem"), format!("{authority}-ca.key"))
     };
-    let issuer = Issuer::from_ca_cert_pem(&read(&certificate)?, KeyPair::from_pem(&read(&key)?)?)?;
-    let key = KeyPair::generate()?;
+    let issuer = Issuer::from_ca_cert_pem(&read(&certificate)?, KeyPair::from_pem(&read(&ca_key)?)?)?;
     let mut params = CertificateParams::new(vec!["127.0.0.1".into()])?;
     for uri in uris {
         params.subject_alt_names.push(SanType::URI(uri.clone().try_into()?));
     }
-    let mut chain = vec![params.signed_by(&key, &issuer)?.der().clone()];
+    let mut chain = vec![params.signed_by(key, &issuer)?.der().clone()];
     for name in shown {
         chain.push(CertificateDer::from_pem_slice(read(name)?.as_bytes())?);
     }

@@ -5,9 +5,7 @@ use crate::support::{Member, refusal};
 use moor_api::ids::{BootId, NodeId};
 use moor_api::node::Stage;
 use moor_api::problem::Code;
-use moord::authority::Authority;
 use moord::node::token::{Claims, mint, thumbprint};
-use moord::store::Store as _;
 
 #[tokio::test]
 async fn a_good_signature_is_not_enough() -> anyhow::Result<()> {
@@ -21,14 +19,12 @@ async fn a_good_signature_is_not_enough() -> anyhow::Result<()> {
     machine.log_in(&mut connection, Stage::Boot).await?;
     let node = connection.config().await?.node.id;
     // As the member signs them: its key, with the rest of its state.
-    let authority = Authority::open(&member.path("state/store/keys"))?;
     assert!(member.terminate()?);
-    let epoch = {
-        let store = member.store().await?;
-        let epoch = store.snapshot()?.node(node)?.expect("the node").epoch;
-        store.close().await;
-        epoch
+    let (keys, epoch) = {
+        let (keys, store) = member.opened()?;
+        (keys, store.view()?.node(node)?.expect("the node").epoch)
     };
+    let key = keys.token()?;
     member.run()?;
     let mut connection = machine.connect().await?;
     let good = Claims {
@@ -41,7 +37,7 @@ async fn a_good_signature_is_not_enough() -> anyhow::Result<()> {
         expires: moord::state::now() + 60,
         key: thumbprint(&machine.session.public_key()),
     };
-    connection.set_token(&mint(&authority.token, &good)?)?;
+    connection.set_token(&mint(key, &good)?)?;
     connection.config().await?;
     for (what, claims, code, says) in [
         ("expired", Claims { expires: moord::state::now() - 1, ..good.clone() }, Code::TokenInvalid, "expired"),
@@ -50,7 +46,7 @@ async fn a_good_signature_is_not_enough() -> anyhow::Result<()> {
         ("a boot that never began", Claims { boot: BootId::random(), ..good.clone() }, Code::StageClosed, "is over"),
         ("another key", Claims { key: thumbprint(b"x"), ..good.clone() }, Code::TokenInvalid, "another session key"),
     ] {
-        connection.set_token(&mint(&authority.token, &claims)?)?;
+        connection.set_token(&mint(key, &claims)?)?;
         let (got, detail) = refusal(connection.config().await);
         assert_eq!(got, code, "{what}");
         assert!(detail.contains(says), "{what}: {detail}");

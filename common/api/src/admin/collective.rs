@@ -22,6 +22,16 @@ pub struct CollectiveView {
     pub members: Vec<CollectiveMember>,
     /// Invitations that were not used: name, and until when (Unix seconds).
     pub invitations: Vec<(String, u64)>,
+    /// Versions of the collective's keys that secrets are under; the last is the one for new ones.
+    #[serde(default)]
+    pub keys: Vec<u32>,
+}
+
+/// The collective's keys were rotated.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeysRotated {
+    /// The version of the new ones.
+    pub version: u32,
 }
 
 /// A member of the collective.

@@ -4,8 +4,8 @@ use super::tls::{handshake_failure, member_tls_config};
 use super::{Body, ClientError, Http, chain, full};
 use crate::admin::{
     ArmRequest, BackupRequest, BlobAdded, BootFiles, Changed, CollectiveView, ContentView, CreateProfile, DefineNodes,
-    DeployRequest, ImageView, ImportImage, InviteRequest, Invited, LogEvent, MemberRequest, NodeView, ProfileView,
-    RangeRequest, ReplaceRequest, SetAttributes, SiteInfo, StatusEvent, TokenCreated, TokenRequest, Why,
+    DeployRequest, ImageView, ImportImage, InviteRequest, Invited, KeysRotated, LogEvent, MemberRequest, NodeView,
+    ProfileView, RangeRequest, ReplaceRequest, SetAttributes, SiteInfo, StatusEvent, TokenCreated, TokenRequest, Why,
 };
 use crate::client::node::parse_https;
 use crate::ids::{ImageDigest, ProfileName};
@@ -300,6 +300,11 @@ impl AdminClient {
     /// `POST collective/ACTION`: `promote`, `demote` or `remove`.
     pub async fn change_member(&mut self, action: &str, request: &MemberRequest) -> Result<(), ClientError> {
         self.http.post_only(&format!("/admin/v1/collective/{action}"), request).await
+    }
+
+    /// `POST collective/rotate-key`: new keys, and everything is sealed anew.
+    pub async fn rotate_key(&mut self) -> Result<KeysRotated, ClientError> {
+        self.http.json(Method::POST, "/admin/v1/collective/rotate-key", None::<&()>).await
     }
 
     /// Any other call of the API, for additions that have no method here.

@@ -35,6 +35,12 @@ impl MemberConnection {
         self.0.member
     }
 
+    /// The key that the member has shown to have: DER `SubjectPublicKeyInfo`.
+    #[must_use]
+    pub fn key(&self) -> &[u8] {
+        &self.0.key
+    }
+
     /// The exporter value for proofs on this connection.
     #[must_use]
     pub fn exporter(&self) -> &[u8; EXPORTER_LENGTH] {

@@ -117,6 +117,13 @@ pub fn member_of(collective: CollectiveId, certificate: &CertificateDer<'_>) -> 
     uris(&certificate).iter().find_map(|uri| parse_member_uri(collective, uri))
 }
 
+/// The key that a certificate is of: DER `SubjectPublicKeyInfo`.
+#[must_use]
+pub fn key_of(certificate: &CertificateDer<'_>) -> Option<Vec<u8>> {
+    let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
+    Some(certificate.public_key().raw.to_vec())
+}
+
 fn uris<'a>(certificate: &'a X509Certificate<'_>) -> Vec<&'a str> {
     let Ok(Some(names)) = certificate.subject_alternative_name() else { return Vec::new() };
     names

@@ -6,8 +6,8 @@
 use super::log::Log;
 use super::machine::{Machine, State};
 use super::{Calls, LogId, Peer, Places, Replicated, Vote, config, consensus};
+use crate::store::StoreError;
 use crate::store::tables::Snapshot;
-use crate::store::{Store as _, StoreError};
 use openraft::EntryPayload;
 use openraft::storage::{RaftLogReader as _, RaftLogStorage as _};
 use std::collections::BTreeMap;
@@ -145,11 +145,11 @@ impl Survivor {
 }
 
 impl Replicated {
-    /// Writes all tables as they are now to `out`, as a snapshot.
+    /// Writes all tables as they are in `view` to `out`, as a snapshot.
     ///
     /// # Errors
     /// The database is damaged; `out` failed.
-    pub fn export<W: Write>(&self, out: W) -> Result<W, StoreError> {
-        State::export(&self.snapshot()?, out)
+    pub fn export<W: Write>(view: &Snapshot, out: W) -> Result<W, StoreError> {
+        State::export(view, out)
     }
 }

@@ -18,8 +18,8 @@ mod tests;
 mod wire;
 
 pub use anew::Survivor;
-pub(crate) use network::proposed;
 pub use network::{Call, Calls};
+pub(crate) use network::{INTRODUCE, proposed};
 pub use snapshot::SnapshotFile;
 pub use standing::Standing;
 
@@ -31,6 +31,7 @@ use machine::Machine;
 use membership::{Change, next_change};
 use moor_api::client::ClientError;
 use moor_api::ids::MemberId;
+use moor_api::node::Base64;
 use moor_api::problem::Code;
 use openraft::async_runtime::WatchReceiver as _;
 use openraft::errors::{ClientWriteError, ForwardToLeader, LinearizableReadError, RaftError};
@@ -49,6 +50,9 @@ use tokio::sync::broadcast;
 pub struct Peer {
     /// Its id, as its certificate says.
     pub id: MemberId,
+    /// Its public key, DER `SubjectPublicKeyInfo`.
+    #[serde(default)]
+    pub key: Base64,
     /// Its name.
     pub name: String,
     /// Where it is reached: `https://ADDRESS:PORT`.

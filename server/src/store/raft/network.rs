@@ -30,6 +30,8 @@ const ANSWER: Duration = Duration::from_secs(20);
 const SLOWEST: u64 = 125;
 /// Longest answer.
 const MAX_ANSWER: usize = 1 << 20;
+/// The call that a connection begins with.
+pub(crate) const INTRODUCE: &str = "/member/v1/introduce";
 
 /// What a member asks another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +71,8 @@ pub(crate) struct Proposed {
 pub struct Calls {
     collective: CollectiveId,
     tls: Arc<ClientConfig>,
+    /// The body of the call that begins each connection: who this member is, for those that have not heard of it.
+    introduction: Option<Bytes>,
     idle: Mutex<HashMap<MemberId, Vec<MemberConnection>>>,
     /// Members that were not reached when they were last called.
     lost: Mutex<HashSet<MemberId>>,
@@ -78,10 +82,10 @@ pub struct Calls {
 const IDLE: usize = 16;
 
 impl Calls {
-    /// `tls` shows this member's certificate.
+    /// `tls` shows this member's certificate; `introduction` is what it begins each connection with, where it has to.
     #[must_use]
-    pub fn new(collective: CollectiveId, tls: Arc<ClientConfig>) -> Self {
-        Self { collective, tls, idle: Mutex::default(), lost: Mutex::default() }
+    pub fn new(collective: CollectiveId, tls: Arc<ClientConfig>, introduction: Option<Bytes>) -> Self {
+        Self { collective, tls, introduction, idle: Mutex::default(), lost: Mutex::default() }
     }
 
     /// For a member that is alone: it calls nobody, and believes nobody.
@@ -94,7 +98,7 @@ impl Calls {
             .map_err(consensus)?
             .with_root_certificates(rustls::RootCertStore::empty())
             .with_no_client_auth();
-        Ok(Arc::new(Self::new(CollectiveId::from_bytes([0; 16]), Arc::new(tls))))
+        Ok(Arc::new(Self::new(CollectiveId::from_bytes([0; 16]), Arc::new(tls), None)))
     }
 
     /// A new connection, at the first of its addresses where it answers and is itself.
@@ -105,11 +109,21 @@ impl Calls {
         let mut last = ClientError::Config(format!("member {} has no address", peer.name));
         for url in &peer.urls {
             match MemberConnection::connect(url, self.collective, self.tls.clone(), CONNECT).await {
-                Ok(connection) if connection.member() == peer.id => {
+                Ok(mut connection) if connection.member() == peer.id && connection.key() == peer.key.0 => {
                     if self.lost.lock().await.remove(&peer.id) {
                         tracing::info!("member {} is reached again", peer.name);
                     }
+                    if let Some(introduction) = &self.introduction {
+                        // Who does not believe it says so again with the call that follows.
+                        let _ = connection.post(INTRODUCE, introduction.clone(), MAX_ANSWER).await;
+                    }
                     return Ok(connection);
+                }
+                Ok(connection) if connection.member() == peer.id => {
+                    last = ClientError::Config(format!(
+                        "{url} calls itself member {}, and has another key than that has: it is somebody else",
+                        peer.name
+                    ));
                 }
                 Ok(connection) => {
                     last = ClientError::Config(format!(

@@ -11,7 +11,7 @@ use openraft::testing::log::{StoreBuilder, Suite};
 
 impl Default for Peer {
     fn default() -> Self {
-        Self { id: MemberId::from_bytes([0; 16]), name: String::new(), urls: Vec::new() }
+        Self { id: MemberId::from_bytes([0; 16]), key: Base64::default(), name: String::new(), urls: Vec::new() }
     }
 }
 
@@ -34,14 +34,15 @@ async fn openraft_s_suite_finds_nothing() {
 fn peer(number: u8) -> Peer {
     Peer {
         id: MemberId::from_bytes([number; 16]),
+        key: vec![number].into(),
         name: format!("m{number}"),
         urls: vec![format!("https://10.0.0.{number}")],
     }
 }
 
 fn record(number: u8, voter: bool) -> MemberRecord {
-    let Peer { id, name, urls } = peer(number);
-    MemberRecord { id, name, urls, voter, invite: None, removed: false, replaces: None }
+    let Peer { id, key, name, urls } = peer(number);
+    MemberRecord { id, key, unwrap: Base64::default(), name, urls, voter, invite: None, removed: false, replaces: None }
 }
 
 /// A leader, number 1, whose log has 1000 entries; members vote or not; followers are as far as is said.

@@ -100,7 +100,12 @@ fn judge(store: &Replicated, disk: &Disk, known: &[Known]) -> Result<(), String>
 async fn machine(directory: &Path) -> Vec<Vec<u8>> {
     let disk = Disk::new(vec![Vec::new(), Vec::new()], None, true);
     let store = open(&disk, directory).await.unwrap();
-    let peer = Peer { id: MemberId::from_bytes([1; 16]), name: "m1".into(), urls: vec!["https://10.0.0.1".into()] };
+    let peer = Peer {
+        id: MemberId::from_bytes([1; 16]),
+        key: vec![1].into(),
+        name: "m1".into(),
+        urls: vec!["https://10.0.0.1".into()],
+    };
     store.found(peer).await.unwrap();
     for client in 0..CLIENTS {
         let name = format!("n{client}").parse().unwrap();

@@ -1,0 +1,243 @@
+//! Who shows a certificate of the member authority and is no member. Whoever was one once has that authority's key, and issues itself what
+//! it likes: another id, the id of a member, vouchers.
+
+use crate::collective::{define, invite, knows, names, text, three, until, view};
+use crate::support::{Member, TIMEOUT, refusal};
+use crate::tls::{Identity, issue_for};
+use anyhow::{Context as _, ensure};
+use bytes::Bytes;
+use moor_api::admin::MemberRequest;
+use moor_api::client::member::MemberConnection;
+use moor_api::client::tls::peer_tls_config;
+use moor_api::ids::{CollectiveId, MemberId, NodeId};
+use moor_api::problem::Code;
+use moor_api::trust::{SiteBundle, member_uri};
+use moord::collective::identity::Identity as Own;
+use moord::collective::voucher::{Acquaintance, Voucher, extend};
+use rcgen::{KeyPair, PublicKeyData as _};
+use rustls::ServerConfig;
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use serde_json::json;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::io::AsyncReadExt as _;
+use tokio::net::TcpListener;
+use tokio_rustls::TlsAcceptor;
+
+const LIMIT: usize = 1 << 20;
+
+/// Whoever has the key directory of somebody who is or was a member.
+struct Insider {
+    keys: PathBuf,
+    own: Own,
+}
+
+impl Insider {
+    fn of(member: &Member) -> anyhow::Result<Self> {
+        let store = member.path("state/store");
+        Ok(Self { own: Own::read(&store.join("member.json"))?, keys: store.join("keys") })
+    }
+
+    fn collective(&self) -> CollectiveId {
+        self.own.site.collective
+    }
+
+    fn key(&self) -> anyhow::Result<KeyPair> {
+        Ok(KeyPair::from_pem(&std::fs::read_to_string(self.keys.join("member.key"))?)?)
+    }
+
+    /// A member's certificate of this id, for this key.
+    fn issue(&self, id: MemberId, key: &KeyPair) -> anyhow::Result<Identity> {
+        issue_for(key, &self.keys, "member", &[member_uri(self.collective(), id)], &["member-ca.pem"])
+    }
+
+    /// As it says of itself, by its own key.
+    fn itself(&self) -> anyhow::Result<Identity> {
+        self.issue(self.own.id, &self.key()?)
+    }
+}
+
+async fn connect(to: &Member, bundle: &SiteBundle, (chain, key): Identity) -> anyhow::Result<MemberConnection> {
+    let certified = CertifiedKey::from_der(chain, key, &rustls::crypto::aws_lc_rs::default_provider())?;
+    let tls = Arc::new(peer_tls_config(bundle, Arc::new(SingleCertAndKey::from(certified)))?);
+    Ok(MemberConnection::connect(&to.url(), bundle.collective, tls, TIMEOUT).await?)
+}
+
+/// A call of each kind that members make, which would do harm: what the member says to each.
+async fn calls(connection: &mut MemberConnection) -> anyhow::Result<Vec<(&'static str, Code, String)>> {
+    let vote = json!({ "term": 1000, "candidate": 2, "committed": true });
+    let asked = json!({
+        "vote": { "term": 1000, "candidate": 2, "committed": false }, "last": { "term": 1000, "index": 1_000_000 },
+    });
+    let define = json!({ "command": "define-node", "id": NodeId::random(), "name": "evil", "attributes": {} });
+    let snapshot = format!("/member/v1/snapshot?vote={}", hex::encode(vote.to_string()));
+    let append = json!({ "vote": vote, "previous": null, "commit": null, "entries": [] });
+    let mut said = Vec::new();
+    for (what, path, body) in [
+        ("append", "/member/v1/append", append.to_string()),
+        ("vote", "/member/v1/vote", asked.to_string()),
+        ("pre-vote", "/member/v1/pre-vote", asked.to_string()),
+        ("snapshot", snapshot.as_str(), "no snapshot".into()),
+        ("propose", "/member/v1/propose", define.to_string()),
+        ("read-index", "/member/v1/read-index", String::new()),
+        ("lacking", "/member/v1/lacking", "[]".into()),
+    ] {
+        let (code, detail) = refusal(connection.post(path, Bytes::from(body), LIMIT).await);
+        said.push((what, code, detail));
+    }
+    let blob = format!("/member/v1/blobs/{}", "0".repeat(64));
+    let (code, detail) = refusal(connection.get_from(&blob, 0).await.map(drop));
+    said.push(("blobs", code, detail));
+    Ok(said)
+}
+
+/// Every call of this connection is refused, with these words.
+async fn all_refused(what: &str, connection: &mut MemberConnection, says: &str) -> anyhow::Result<()> {
+    for (call, code, detail) in calls(connection).await? {
+        ensure!(code == Code::Forbidden && detail.contains(says), "{what}: {call}: {code:?}: {detail}");
+    }
+    Ok(())
+}
+
+/// What does no harm is answered: who asks is a member.
+async fn is_a_member(connection: &mut MemberConnection) -> anyhow::Result<()> {
+    connection.post("/member/v1/lacking", Bytes::from_static(b"[]"), LIMIT).await?;
+    may_vote(connection).await
+}
+
+async fn may_vote(connection: &mut MemberConnection) -> anyhow::Result<()> {
+    let old = json!({ "vote": { "term": 0, "candidate": 1, "committed": false }, "last": null });
+    connection.post("/member/v1/pre-vote", Bytes::from(old.to_string()), LIMIT).await?;
+    Ok(())
+}
+
+async fn show(connection: &mut MemberConnection, vouchers: &[Voucher]) -> anyhow::Result<()> {
+    connection.post("/member/v1/introduce", Bytes::from(serde_json::to_vec(vouchers)?), LIMIT).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removed_member_comes_back_under_no_id_key_or_voucher() -> anyhow::Result<()> {
+    let [first, mut second, third] = three().await?;
+    let bundle = first.site().await?.bundle;
+    let (gone, stays) = (Insider::of(&second)?, Insider::of(&third)?);
+    // The control: as long as it is a member, its certificate is good.
+    is_a_member(&mut connect(&first, &bundle, gone.itself()?).await?).await?;
+    // Whose secret it could read.
+    let waiting = invite(&first, "m9", true, 600).await?;
+    first.admin().await?.change_member("remove", &MemberRequest { member: "m2".into() }).await?;
+    second.kill();
+    // It has a vote until that is through, on each of the others.
+    for host in [&first, &third] {
+        let is_out = async || {
+            let mut connection = connect(host, &bundle, gone.itself()?).await?;
+            anyhow::Ok(is_a_member(&mut connection).await.is_err() && may_vote(&mut connection).await.is_err())
+        };
+        until(host, "it is not removed", is_out).await?;
+    }
+    // It may have led.
+    until(&first, "nobody leads", async || Ok(view(&first).await?.leader.is_some_and(|leader| leader != 2))).await?;
+    let term = view(&first).await?.term;
+    let (removed, unknown, another) = ("was removed from", "has not heard of", "is another key than");
+    for host in [&first, &third] {
+        is_a_member(&mut connect(host, &bundle, stays.itself()?).await?).await?;
+        let stranger = MemberId::random();
+        let cases = [
+            ("the removed member", gone.own.id, gone.key()?, removed),
+            ("its id with another key", gone.own.id, KeyPair::generate()?, another),
+            ("an id that nobody has", stranger, KeyPair::generate()?, unknown),
+            ("its key under an id that nobody has", stranger, gone.key()?, unknown),
+            ("a member's id with another key", stays.own.id, KeyPair::generate()?, another),
+            ("a member's id with the removed one's key", stays.own.id, gone.key()?, another),
+        ];
+        for (what, id, key, says) in cases {
+            let mut connection = connect(host, &bundle, gone.issue(id, &key)?).await?;
+            all_refused(what, &mut connection, says).await?;
+            // It may show by which chain it came itself.
+            show(&mut connection, &gone.own.introduction).await?;
+            all_refused(&format!("{what}, with its vouchers"), &mut connection, says).await?;
+        }
+        // It vouches for itself under another id, in its own name and in that of a member.
+        for by in [gone.own.id, stays.own.id] {
+            let key = KeyPair::generate()?;
+            let guest = Acquaintance { id: stranger, key: key.subject_public_key_info().into() };
+            let vouchers = extend(&gone.own.introduction, by, &gone.keys, gone.collective(), guest)?;
+            let mut connection = connect(host, &bundle, gone.issue(stranger, &key)?).await?;
+            show(&mut connection, &vouchers).await?;
+            all_refused("a forged voucher", &mut connection, unknown).await?;
+        }
+    }
+    let output = Member::prepare()?.join(&waiting)?;
+    let error = text(&output.stderr);
+    ensure!(!output.status.success() && error.contains("there is no such invitation"), "{error}");
+    // All of that has done nothing.
+    define(&first, "good").await?;
+    knows(&third, &["good"]).await?;
+    assert_eq!(view(&third).await?.term, term);
+    Ok(())
+}
+
+/// A member that has just joined, and has no record of anybody, believes those of which it was told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_newcomer_without_records_takes_nothing_from_who_is_no_member() -> anyhow::Result<()> {
+    let mut first = Member::start()?;
+    let mut second = Member::prepare()?;
+    let output = second.join(&invite(&first, "m2", false, 60).await?)?;
+    ensure!(output.status.success(), "moord join: {}", text(&output.stderr));
+    let bundle = first.site().await?.bundle;
+    first.kill();
+    second.run()?;
+    let founder = Insider::of(&first)?;
+    let cases = [
+        ("an id that nobody has", MemberId::random(), "has not heard of"),
+        ("the founder's id with another key", founder.own.id, "is another key than"),
+    ];
+    for (what, id, says) in cases {
+        let mut connection = connect(&second, &bundle, founder.issue(id, &KeyPair::generate()?)?).await?;
+        all_refused(what, &mut connection, says).await?;
+    }
+    is_a_member(&mut connect(&second, &bundle, founder.itself()?).await?).await?;
+    ensure!(names(&second).await?.is_empty(), "it has heard of something");
+    first.run()?;
+    define(&first, "a").await?;
+    knows(&second, &["a"]).await?;
+    Ok(())
+}
+
+/// Who stands at a member's address with its id and another key is asked nothing, and told nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_says_nothing_to_one_with_another_key_at_a_member_s_address() -> anyhow::Result<()> {
+    let [first, second, mut third] = three().await?;
+    let (insider, id) = (Insider::of(&second)?, Insider::of(&third)?.own.id);
+    third.kill();
+    let (chain, key) = insider.issue(id, &KeyPair::generate()?)?;
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(chain, key)?;
+    let listener = TcpListener::bind(("127.0.0.1", third.port)).await?;
+    let (came, heard) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (counts, hears) = (came.clone(), heard.clone());
+    let pretender = tokio::spawn(async move {
+        let acceptor = TlsAcceptor::from(Arc::new(config));
+        while let Ok((tcp, _)) = listener.accept().await {
+            let Ok(mut tls) = acceptor.accept(tcp).await else { continue };
+            counts.fetch_add(1, Ordering::Relaxed);
+            let mut bytes = [0; 64];
+            let read = tokio::time::timeout(Duration::from_secs(1), tls.read(&mut bytes)).await;
+            hears.fetch_add(read.ok().and_then(Result::ok).unwrap_or(0), Ordering::Relaxed);
+        }
+    });
+    define(&first, "a").await?;
+    until(&first, "nobody calls", async || Ok(came.load(Ordering::Relaxed) >= 3)).await?;
+    pretender.abort();
+    // Its end closes the socket.
+    ensure!(pretender.await.is_err_and(|error| error.is_cancelled()), "the pretender ended by itself");
+    assert_eq!(heard.load(Ordering::Relaxed), 0, "bytes of calls");
+    third.run().context("the member itself")?;
+    knows(&third, &["a"]).await?;
+    Ok(())
+}
