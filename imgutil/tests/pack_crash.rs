@@ -8,6 +8,7 @@ use common::mount::run as tool;
 use common::odd_tree::noise;
 use common::snapshot::{assert_same, snapshot};
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -88,6 +89,9 @@ fn what_a_killed_unpack_left_is_removed_by_the_next_one() {
     for (calls, nth) in [("fchown", 10), ("renameat2", 1)] {
         assert!(killed_at(calls, nth, &args));
         assert_eq!(names(&output), [".unpacked.imgutil-unpack"], "{calls}");
+        // Whoever the tree's root belongs to: nobody else gets in before all is in its place.
+        let staging = output.join(".unpacked.imgutil-unpack").metadata().unwrap();
+        assert_eq!((staging.mode() & 0o7777, staging.uid()), (0o700, 0), "{calls}");
         // Another name is not its business.
         let other = output.join("other");
         run(["unpack", args[1], other.to_str().unwrap(), "--key-file", args[4]]).good();
