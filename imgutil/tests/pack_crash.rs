@@ -4,9 +4,10 @@
 mod common;
 
 use common::cli::{names, pack, run};
-use common::mount::run as tool;
+use common::mount::{own_mounts, run as tool};
 use common::odd_tree::noise;
 use common::snapshot::{assert_same, snapshot};
+use nix::sys::signal::Signal;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::ExitStatusExt as _;
@@ -15,7 +16,12 @@ use std::process::{Command, Stdio};
 
 /// Runs `imgutil` and kills it at the `nth` call of one of these system calls. Whether it was.
 fn killed_at(calls: &str, nth: usize, args: &[&str]) -> bool {
-    let inject = format!("inject={calls}:signal=KILL:when={nth}");
+    ended_at(calls, nth, (Signal::SIGKILL, "KILL"), args)
+}
+
+/// The same with another signal.
+fn ended_at(calls: &str, nth: usize, (signal, name): (Signal, &str), args: &[&str]) -> bool {
+    let inject = format!("inject={calls}:signal={name}:when={nth}");
     let status = Command::new("strace")
         .args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={calls}"), "-e", &inject])
         .arg(env!("CARGO_BIN_EXE_imgutil"))
@@ -25,7 +31,8 @@ fn killed_at(calls: &str, nth: usize, args: &[&str]) -> bool {
         .status()
         .unwrap();
     // strace ends as its tracee did.
-    assert!(status.success() || status.signal() == Some(9) || status.code() == Some(137), "{status}");
+    let number = signal as i32;
+    assert!(status.success() || status.signal() == Some(number) || status.code() == Some(128 + number), "{status}");
     !status.success()
 }
 
@@ -68,6 +75,51 @@ fn an_image_that_is_replaced_is_signed_at_every_moment() {
     let signatures: serde_json::Value =
         serde_json::from_slice(&fs::read(output.join("image.moor.sig")).unwrap()).unwrap();
     assert_eq!(signatures["signatures"].as_array().unwrap().len(), 1);
+}
+
+/// NFS has no files without names; neither has vFAT, which needs no server.
+#[test]
+fn without_nameless_files_a_signal_leaves_nothing_and_a_kill_what_the_next_run_removes() {
+    own_mounts();
+    let work = tempfile::tempdir().unwrap();
+    let (tree, output, disk) = (work.path().join("tree"), work.path().join("output"), work.path().join("disk"));
+    fs::create_dir(&tree).unwrap();
+    fs::create_dir(&output).unwrap();
+    fs::write(tree.join("file"), noise(3_000_000, 1)).unwrap();
+    tool(Command::new("truncate").args(["-s", "64M"]).arg(&disk));
+    tool(Command::new("mkfs.vfat").arg(&disk));
+    // Quiet: it takes modes that it does not keep.
+    tool(Command::new("mount").args(["-o", "loop,quiet"]).arg(&disk).arg(&output));
+    let (image, key) = (output.join("image.moor"), output.join("image.key"));
+    let args = [
+        "pack",
+        tree.to_str().unwrap(),
+        "-o",
+        image.to_str().unwrap(),
+        "--key-file",
+        key.to_str().unwrap(),
+        "--name",
+        "x",
+    ];
+    // When the key is written out.
+    assert!(killed_at("fsync", 1, &args));
+    let left = names(&output);
+    assert!(left.len() == 1 && left[0].starts_with(".image.key."), "{left:?}");
+    // When both are there: the fourth lock.
+    assert!(killed_at("flock", 4, &args));
+    let left = names(&output);
+    assert!(left.len() == 2 && left.iter().all(|name| name.starts_with(".image.")), "{left:?}");
+
+    for name in ["TERM", "INT", "HUP"] {
+        let signal: Signal = format!("SIG{name}").parse().unwrap();
+        for (call, nth) in [("fsync", 1), ("flock", 4)] {
+            assert!(ended_at(call, nth, (signal, name), &args), "{name} at {call}");
+            assert_eq!(names(&output), Vec::<String>::new(), "{name} at {call}");
+        }
+    }
+    assert!(killed_at("fsync", 1, &args));
+    run(args).good();
+    assert_eq!(names(&output), ["image.key", "image.moor"]);
 }
 
 #[test]

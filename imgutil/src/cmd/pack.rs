@@ -1,6 +1,7 @@
 //! `imgutil pack`.
 
 use crate::cmd::{printable, warn_of_unmatched};
+use crate::files::clean_up_when_asked_to_end;
 use crate::pack::{Destination, Labels, PackOptions, Packed, SquashOptions, Warnings, pack_to_files, pack_to_server};
 use crate::progress::{Progress, bytes_text};
 use crate::scrub::{self, LeftOut, ViewOptions};
@@ -145,6 +146,7 @@ fn block_size(text: &str) -> Result<u32, String> {
 
 /// Runs it.
 pub fn run(args: Args) -> Result<ExitCode> {
+    clean_up_when_asked_to_end()?;
     let squash = args.squash.options()?;
     if !squash.view.scrub {
         eprintln!(
