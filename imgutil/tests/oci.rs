@@ -276,6 +276,13 @@ fn build_makes_a_tree_of_an_image_or_nothing() {
     assert_eq!(std::fs::read_to_string(tree.join("etc/machine-id")).unwrap(), "");
     assert!(!tree.join("etc/ssh/ssh_host_ed25519_key").exists());
     build(&source(&layout)).one_line_error(1, &["exists: build makes a new tree"]);
+    // Nothing is newer than the date that is given; what is older stays.
+    std::fs::remove_dir_all(&tree).unwrap();
+    let mut command = common::cli::imgutil(["build", "--from", &source(&layout), tree.to_str().unwrap()]);
+    common::cli::finish(&command.env("SOURCE_DATE_EPOCH", "700000000").output().unwrap()).good();
+    for path in ["", "etc/machine-id", "etc/os-release"] {
+        assert_eq!(tree.join(path).metadata().unwrap().mtime(), 700_000_000, "{path}");
+    }
     std::fs::remove_dir_all(&tree).unwrap();
 
     // Half of it was there already.

@@ -79,6 +79,48 @@ fn an_image_that_is_replaced_is_signed_at_every_moment() {
     assert_eq!(signatures["signatures"].as_array().unwrap().len(), 1);
 }
 
+/// A kernel must not be newer than the image that has its modules.
+#[test]
+fn boot_files_are_never_newer_than_their_image() {
+    let work = tempfile::tempdir().unwrap();
+    let (tree, boot) = (work.path().join("tree"), work.path().join("boot"));
+    for directory in ["boot", "sbin"] {
+        fs::create_dir_all(tree.join(directory)).unwrap();
+    }
+    fs::write(tree.join("sbin/init"), "init").unwrap();
+    let image = work.path().join("image.moor");
+    let (mut kills, mut before) = (0, None);
+    for nth in 1.. {
+        for name in ["vmlinuz-1", "initrd.img-1"] {
+            fs::write(tree.join("boot").join(name), format!("{name} {nth}")).unwrap();
+        }
+        let key = work.path().join(format!("{nth}.key"));
+        let args = [
+            "pack",
+            tree.to_str().unwrap(),
+            "-o",
+            image.to_str().unwrap(),
+            "--key-file",
+            key.to_str().unwrap(),
+            "--boot-dir",
+            boot.to_str().unwrap(),
+        ];
+        let was_killed = killed_at("renameat,renameat2,linkat", nth, &args);
+        let after = fs::read(&image).ok().map(|bytes| bytes[..4096].to_vec());
+        for (name, content) in [("vmlinuz", "vmlinuz-1"), ("initrd.img", "initrd.img-1")] {
+            let is_new = fs::read_to_string(boot.join(name)).is_ok_and(|text| text == format!("{content} {nth}"));
+            assert!(!is_new || after != before, "{name} is there before the image, killed at {nth}");
+            assert!(is_new || was_killed, "{name} is missing");
+        }
+        before = after;
+        if !was_killed {
+            break;
+        }
+        kills += 1;
+    }
+    assert!(kills >= 5, "killed {kills} times");
+}
+
 /// Runs a command as on NFS, which has no files without names: a filter of system calls (seccomp(2)) says so of `O_TMPFILE`.
 const AS_ON_NFS: &str = r#"
 import ctypes, os, platform, struct, sys

@@ -186,8 +186,14 @@ fn rpm_s_databases_are_read_as_rpm_reads_them() {
     for (backend, place) in [("sqlite", "usr/lib/sysimage/rpm"), ("ndb", "var/lib/rpm"), ("berkeley", "var/lib/rpm")] {
         let tree = rpm_tree(work.path(), backend, place);
         let database = match backend {
-            "ndb" => (as_ndb(&tree.join(place)), "Packages.db").1,
-            "berkeley" => (as_berkeley(&tree.join(place)), "Packages").1,
+            "ndb" => {
+                as_ndb(&tree.join(place));
+                "Packages.db"
+            }
+            "berkeley" => {
+                as_berkeley(&tree.join(place));
+                "Packages"
+            }
             _ => "rpmdb.sqlite",
         };
         assert!(names_of(&tree.join(place)).iter().any(|name| name == database), "{backend}");

@@ -9,6 +9,7 @@ use super::sources;
 use super::workdir::WorkDir;
 use super::{BuildError, LockMode, Options};
 use aws_lc_rs::digest::{SHA256, digest};
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -185,10 +186,11 @@ fn key_of(
         plan.remove.join(" "),
     );
     if let Some(description) = &plan.os.description {
-        text.push_str(&format!("described by {}\n", hex::encode(digest(&SHA256, description.as_bytes()))));
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "described by {}", hex::encode(digest(&SHA256, description.as_bytes())));
     }
     for repository in &plan.repositories {
-        text.push_str(&format!("{} {}\n", repository.name, sources::key_digest(repository)?));
+        let _ = writeln!(text, "{} {}", repository.name, sources::key_digest(repository)?);
     }
     for package in packages {
         text.push_str(&[&package.name, &package.version, &package.arch, package.sha256.as_str()].join(" "));
@@ -212,7 +214,9 @@ mod tests {
             let mut plan = Plan::new(&options, os::find("debian-12").unwrap()).unwrap();
             let keyring = scratch.path().join("key");
             std::fs::write(&keyring, "a key").unwrap();
-            plan.repositories.iter_mut().for_each(|repository| repository.key.clone_from(&keyring));
+            for repository in &mut plan.repositories {
+                repository.key.clone_from(&keyring);
+            }
             change(&mut plan);
             key_of(&plan, "maker", None, &[], None).unwrap()
         };

@@ -149,8 +149,10 @@ fn openpgp(bytes: &[u8]) -> Option<&'static str> {
         // The old form, with a length of one, two or four bytes; then the new form.
         (0x94, [length, body @ ..]) => (usize::from(*length), body),
         (0x95, [high, low, body @ ..]) => (usize::from(u16::from_be_bytes([*high, *low])), body),
-        (0xC5, [length @ ..192, body @ ..]) => (usize::from(*length), body),
-        (0xC5, [high @ 192..224, low, body @ ..]) => (usize::from(u16::from_be_bytes([*high - 192, *low])) + 192, body),
+        (0xC5, [length @ 0..=191, body @ ..]) => (usize::from(*length), body),
+        (0xC5, [high @ 192..=223, low, body @ ..]) => {
+            (usize::from(u16::from_be_bytes([*high - 192, *low])) + 192, body)
+        }
         _ => return None,
     };
     let is_followed = match body.get(length) {
