@@ -36,13 +36,15 @@ fn prepare(tree: &Path) {
         echo one >links/one; ln links/one links/two; ln links/one keep/three; echo solo >links/solo
         echo s >swap/was-file; mkdir swap/was-dir; echo in >swap/was-dir/in
         echo e >etc/conf.d/e; mkdir etc/conf.d/deep-marked
-        for path in a e deep-marked; do setfattr -n user.mark -v before etc/conf.d/$path; done; mknod keep/pipe p; echo dated >keep/dated";
+        for path in a e deep-marked; do setfattr -n user.mark -v before etc/conf.d/$path; done
+        echo m >keep/marked; mkdir keep/with; setfattr -n user.mark -v after keep/marked keep/with; mknod keep/pipe p; echo dated >keep/dated";
     assert!(Command::new("sh").args(["-ec", script, "sh"]).arg(tree).status().unwrap().success());
 }
 
 /// Every kind of change, with programs that the small tree has.
 const CHANGES: &str = "
-    cd /etc/conf.d; setfattr -n user.mark -v after e; setfattr -x user.mark deep-marked; echo more >>a; chmod 600 b; chown 5:6 c; rm d; touch -d @1000000000 /keep/dated
+    cd /etc/conf.d; cp --attributes-only --preserve=xattr /keep/marked e
+    cp -rT --attributes-only --preserve=xattr /keep/with deep-marked; echo more >>a; chmod 600 b; chown 5:6 c; rm d; touch -d @1000000000 /keep/dated
     rm -r /old; mkdir /old; echo fresh >/old/fresh
     rm -r deep; mkdir -p /new/dir/below; echo n >/new/dir/below/n; chmod 4711 /new/dir/below/n; chmod 1777 /new
     ln /new/dir/below/n /new/hard; ln -s /nowhere /new/soft

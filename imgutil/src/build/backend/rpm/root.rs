@@ -38,6 +38,8 @@ const PLACES: [(&str, u32); 4] = [("proc", 0o555), ("sys", 0o555), ("dev", 0o755
 /// Makes the directories of [`ENTER`] in a new root. Where the database is not in `/var/lib/rpm`, that is a link to it, as the
 /// releases that moved it have it.
 pub(in super::super) fn make_places(root: &Path, plan: &Plan) -> Result<(), BuildError> {
+    // Its own path is the build's; what is in it may be links of packages.
+    std::fs::create_dir_all(root).map_err(|error| BuildError::io("make", root, error))?;
     let (tree, database) = (Tree::open(root)?, &plan.os.rpm.database);
     for (name, mode) in PLACES {
         tree.make_directory(name, mode, (0, 0))?;
