@@ -98,7 +98,7 @@ pub fn unfinished(directory: &Path) -> io::Result<Unfinished> {
         let (path, text) = (name.path(), name.file_name().to_string_lossy().into_owned());
         let is_nameless = text.starts_with('.') && (text.contains(".tar.zst.") || text.contains(".toml."));
         let is_tree = text.ends_with(".tar.zst") && read_note(&note_of(&path)).is_err();
-        let is_note = text.ends_with(".toml") && !path.with_extension("tar.zst").exists();
+        let is_note = path.extension().is_some_and(|end| end == "toml") && !path.with_extension("tar.zst").exists();
         if is_nameless || is_tree || is_note {
             let metadata = name.metadata()?;
             let what = "not finished, by a build that was killed".to_owned();

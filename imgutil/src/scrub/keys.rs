@@ -11,8 +11,14 @@ pub(crate) const BOUND: usize = 1 << 20;
 /// The private key in the bytes of a file, as words for people.
 pub(crate) fn find(bytes: &[u8]) -> Option<&'static str> {
     let bytes = &bytes[..bytes.len().min(BOUND)];
-    const KINDS: [fn(&[u8]) -> Option<&'static str>; 8] = [armoured, putty, age, wireguard, dnssec, jwk, openpgp, der];
-    KINDS.iter().find_map(|kind| kind(bytes))
+    armoured(bytes)
+        .or_else(|| putty(bytes))
+        .or_else(|| age(bytes))
+        .or_else(|| wireguard(bytes))
+        .or_else(|| dnssec(bytes))
+        .or_else(|| jwk(bytes))
+        .or_else(|| openpgp(bytes))
+        .or_else(|| der(bytes))
 }
 
 /// Whether a file is what `imgutil pack` writes as a key: 64 hexadecimal digits. Other files are so as well, such as sums: its name has to
@@ -147,9 +153,8 @@ fn openpgp(bytes: &[u8]) -> Option<&'static str> {
     let (first, rest) = bytes.split_first()?;
     let (length, body) = match (*first, rest) {
         // The old form, with a length of one, two or four bytes; then the new form.
-        (0x94, [length, body @ ..]) => (usize::from(*length), body),
+        (0x94, [length, body @ ..]) | (0xC5, [length @ 0..=191, body @ ..]) => (usize::from(*length), body),
         (0x95, [high, low, body @ ..]) => (usize::from(u16::from_be_bytes([*high, *low])), body),
-        (0xC5, [length @ 0..=191, body @ ..]) => (usize::from(*length), body),
         (0xC5, [high @ 192..=223, low, body @ ..]) => {
             (usize::from(u16::from_be_bytes([*high - 192, *low])) + 192, body)
         }

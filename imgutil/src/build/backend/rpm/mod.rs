@@ -133,7 +133,8 @@ fn host_packages() -> String {
     let text = String::from_utf8_lossy(&answer);
     let mut lines: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("installed ")).collect();
     lines.sort_unstable();
-    lines.iter().map(|line| format!("\n{line}")).collect()
+    lines.insert(0, "");
+    lines.join("\n")
 }
 
 /// RPM is told to install nothing unsigned, whatever its repository: one without a key cannot be used.
