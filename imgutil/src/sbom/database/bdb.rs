@@ -115,7 +115,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("Packages");
         let mut perl = Command::new("perl").args(["-e", SCRIPT]).arg(&path).stdin(Stdio::piped()).spawn().unwrap();
-        let text: String = lengths.iter().map(|length| format!("{length}\n")).collect();
+        let text: String = lengths.iter().flat_map(|length| [length.to_string(), "\n".to_owned()]).collect();
         perl.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
         assert!(perl.wait().unwrap().success());
         std::fs::read(path).unwrap()
