@@ -1,17 +1,58 @@
 //! Files that appear under their name only when they are complete: without a name, or with a temporary one, until then.
+//!
+//! A temporary name goes with the process that has made it: it is removed on failure and, where [`clean_up_when_asked_to_end`] was called,
+//! when a signal ends the program. What a killed one has left is removed by the next one that makes a file of the same name. Each holds
+//! a lock on its file by which others know that it lives.
 
+use crate::exec::{ASK_FOR_THE_END, SignalWatch};
 use crate::unpack::parent_of;
 use anyhow::{Context as _, Result, bail};
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write as _;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Temporary names of this process.
+static TEMPORARY: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
+fn temporary() -> MutexGuard<'static, BTreeSet<PathBuf>> {
+    // A set of names is whole also if a thread has died over it.
+    TEMPORARY.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// From here on a signal that asks the program to end removes its temporary names first. For programs that do not watch signals themselves:
+/// there can be one watch in a process.
+pub(crate) fn clean_up_when_asked_to_end() -> Result<()> {
+    let signals = SignalWatch::start(&ASK_FOR_THE_END)?;
+    let wait = move || loop {
+        // An error can only be an interruption, and then there is something to take.
+        let _ = poll(&mut [PollFd::new(&signals, PollFlags::IN)], None);
+        if let Some(signal) = signals.take().first() {
+            // Held to the end: nobody makes a new one.
+            let names = temporary();
+            for name in names.iter() {
+                // It is gone already, or was never made.
+                let _ = std::fs::remove_file(name);
+            }
+            // With the dispositions of before, so that whoever waits sees what has ended the program.
+            drop(signals);
+            let _ = nix::sys::signal::raise(*signal);
+            std::process::exit(128 + *signal as i32);
+        }
+    };
+    std::thread::Builder::new().name("signals".to_owned()).spawn(wait).context("cannot watch signals")?;
+    Ok(())
+}
 
 /// A file that is being made. Dropped before [`Self::appear`], it leaves nothing; killed, neither, where the file system
-/// knows files without names (`O_TMPFILE`: ext4, xfs, btrfs, tmpfs).
+/// knows files without names (`O_TMPFILE`: ext4, xfs, btrfs, tmpfs; not NFS).
 pub(crate) struct NewFile {
     file: File,
     directory: OwnedFd,
@@ -40,15 +81,17 @@ impl NewFile {
         let directory = rustix::fs::openat(CWD, parent, flags, Mode::empty()).with_context(context)?;
         let mode = Mode::from_raw_mode(mode);
         let nameless = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
+        remove_left_over(&directory, &name);
         let (file, temporary) = match rustix::fs::openat(&directory, ".", nameless, mode) {
             Ok(file) => (file, None),
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {
-                let temporary = temporary_name(&name);
-                let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                (rustix::fs::openat(&directory, &temporary, flags, mode).with_context(context)?, Some(temporary))
+                let (file, temporary) = create_named(&directory, parent, &name, mode).with_context(context)?;
+                (file, Some(temporary))
             }
             Err(error) => return Err(error).with_context(context),
         };
+        // Another's name for it will come later, and the lock is there before.
+        let _ = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
         rustix::fs::fchmod(&file, mode).with_context(context)?; // whatever the umask
         Ok(Self { file: File::from(file), directory, path: path.to_owned(), name, temporary })
     }
@@ -73,24 +116,37 @@ impl NewFile {
                     &self.name,
                     RenameFlags::NOREPLACE,
                 );
-                self.temporary = renamed.is_err().then_some(temporary);
+                self.let_go(temporary, renamed.is_ok());
                 renamed.map_err(|error| self.taken(error))?;
             }
-            (Existing::Replace, temporary) => {
+            (Existing::Replace, named) => {
                 // A name can be given to a nameless file only where there is none, so it takes a detour.
-                let temporary = if let Some(temporary) = temporary {
-                    temporary
+                let temporary = if let Some(named) = named {
+                    named
                 } else {
-                    let temporary = temporary_name(&self.name);
-                    self.link(&temporary).with_context(context)?;
-                    temporary
+                    let name = temporary_name(&self.name);
+                    temporary().insert(parent_of(&self.path).join(&name));
+                    if let Err(error) = self.link(&name) {
+                        self.let_go(name, true);
+                        return Err(error).with_context(context);
+                    }
+                    name
                 };
                 let renamed = rustix::fs::renameat(&self.directory, &temporary, &self.directory, &self.name);
-                self.temporary = renamed.is_err().then_some(temporary);
+                self.let_go(temporary, renamed.is_ok());
                 renamed.with_context(context)?;
             }
         }
         rustix::fs::fsync(&self.directory).with_context(context)
+    }
+
+    /// A temporary name is not there any more, or still is.
+    fn let_go(&mut self, name: OsString, is_gone: bool) {
+        if is_gone {
+            temporary().remove(&parent_of(&self.path).join(name));
+        } else {
+            self.temporary = Some(name);
+        }
     }
 
     /// Gives a nameless file a name that is free.
@@ -110,9 +166,60 @@ impl NewFile {
 
 impl Drop for NewFile {
     fn drop(&mut self) {
-        if let Some(temporary) = &self.temporary {
+        if let Some(name) = self.temporary.take() {
             // Only reached after another failure, which is the one to report.
-            let _ = rustix::fs::unlinkat(&self.directory, temporary, AtFlags::empty());
+            let _ = rustix::fs::unlinkat(&self.directory, &name, AtFlags::empty());
+            self.let_go(name, true);
+        }
+    }
+}
+
+/// Makes a file under a temporary name. It is locked, unless the file system has no locks.
+fn create_named(
+    directory: &OwnedFd,
+    parent: &Path,
+    name: &OsString,
+    mode: Mode,
+) -> rustix::io::Result<(OwnedFd, OsString)> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    loop {
+        let name = temporary_name(name);
+        temporary().insert(parent.join(&name));
+        let made = rustix::fs::openat(directory, &name, flags, mode).and_then(|file| {
+            let is_taken = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK);
+            let links = rustix::fs::fstat(&file)?.st_nlink;
+            // Before it was locked another one may have taken it for left over, and remove it.
+            Ok((!is_taken && links > 0).then_some(file))
+        });
+        match made {
+            Ok(Some(file)) => return Ok((file, name)),
+            Ok(None) => {
+                temporary().remove(&parent.join(&name));
+            }
+            Err(error) => {
+                temporary().remove(&parent.join(&name));
+                return Err(error);
+            }
+        }
+    }
+}
+
+/// Removes temporary names of `name` that nobody holds any more. What cannot be removed stays: it is in nobody's way.
+fn remove_left_over(directory: &OwnedFd, name: &OsString) {
+    let Ok(entries) = rustix::fs::Dir::read_from(directory) else { return };
+    for entry in entries.flatten() {
+        let is_ours = (|| {
+            let digits =
+                entry.file_name().to_bytes().strip_prefix(b".")?.strip_prefix(name.as_bytes())?.strip_prefix(b".")?;
+            Some(digits.len() == 16 && digits.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')))
+        })();
+        if is_ours != Some(true) {
+            continue;
+        }
+        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let Ok(file) = rustix::fs::openat(directory, entry.file_name(), flags, Mode::empty()) else { continue };
+        if rustix::fs::flock(file.as_fd(), FlockOperation::NonBlockingLockExclusive).is_ok() {
+            let _ = rustix::fs::unlinkat(directory, entry.file_name(), AtFlags::empty());
         }
     }
 }
@@ -174,5 +281,29 @@ mod tests {
         assert_eq!(std::fs::read(&path).expect("reads"), b"three");
         drop(NewFile::create(&path, 0o644).expect("creates"));
         assert_eq!(names(work.path()), ["file"]);
+    }
+
+    #[test]
+    fn what_a_killed_program_left_goes_and_what_another_makes_stays() {
+        let work = tempfile::tempdir().expect("directory");
+        for name in [".file.0123456789abcdef", ".file.0123456789ABCDEF", ".file.x", ".other.0123456789abcdef"] {
+            std::fs::write(work.path().join(name), "").expect("writes");
+        }
+        let directory = OwnedFd::from(File::open(work.path()).expect("opens"));
+        let (held, name) =
+            create_named(&directory, work.path(), &"file".into(), Mode::RUSR | Mode::WUSR).expect("creates");
+        drop(NewFile::create(&work.path().join("file"), 0o644).expect("creates"));
+        let mut expected = [".file.0123456789ABCDEF", ".file.x", ".other.0123456789abcdef"].map(str::to_owned).to_vec();
+        expected.push(name.into_string().expect("is text"));
+        expected.sort();
+        let there = || {
+            let mut there = names(work.path());
+            there.sort();
+            there
+        };
+        assert_eq!(there(), expected);
+        drop(held);
+        write_whole(&work.path().join("file"), 0o644, b"x").expect("writes");
+        assert_eq!(there(), [".file.0123456789ABCDEF", ".file.x", ".other.0123456789abcdef", "file"]);
     }
 }

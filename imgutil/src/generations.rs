@@ -44,6 +44,13 @@ pub(crate) struct Found {
     pub(crate) unreadable: Vec<(PathBuf, String)>,
 }
 
+/// Lineage and serial of an image that goes to `path`: those that follow the image that is there, or the first of a new lineage.
+pub(crate) fn next_at(path: &Path) -> (Uuid, u64) {
+    let old = File::open(path).ok().and_then(|file| read_header(&file).ok());
+    let next = old.and_then(|header| Some((Uuid::from_bytes(header.lineage), header.serial.checked_add(1)?)));
+    next.unwrap_or_else(|| (Uuid::new_v4(), 1))
+}
+
 /// Looks at all `*.moor` files of a directory.
 pub(crate) fn find(directory: &Path) -> Result<Found> {
     let context = || format!("cannot list '{}'", directory.display());

@@ -18,7 +18,7 @@ const BLOCK: usize = 512;
 /// What is accepted, beside what every archive may have.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Accept {
-    /// Most bytes in the extension records of one entry.
+    /// Most bytes in all extension records of one entry, their headers included.
     pub(crate) records: u64,
     /// Longest path and link target, in bytes.
     pub(crate) path: usize,
@@ -133,7 +133,7 @@ impl<R: Read> Reader<R> {
 
     /// The next entry; `None` at the end. What was not read of the content before it is skipped.
     pub(crate) fn next(&mut self) -> Result<Option<Entry>, TarError> {
-        let mut extended = Extended::default();
+        let (mut extended, mut records) = (Extended::default(), 0);
         loop {
             self.skip(self.content + self.padding)?;
             (self.content, self.padding) = (0, 0);
@@ -145,7 +145,12 @@ impl<R: Read> Reader<R> {
             let kind = header[156];
             match kind {
                 b'x' | b'L' | b'K' | b'g' => {
-                    let record = self.record(at, size)?;
+                    // However many there are of them: each adds to what is kept, and whoever reads is not asked in between.
+                    records = size.saturating_add(records + BLOCK as u64);
+                    if records > self.accept.records {
+                        return Err(TarError::TooLong { offset: at, what: "extension", limit: self.accept.records });
+                    }
+                    let record = self.record(size)?;
                     match kind {
                         b'x' => extended
                             .read(&record, self.accept.sparse)
@@ -283,11 +288,8 @@ impl<R: Read> Reader<R> {
         Ok(Some(header))
     }
 
-    /// The content of an extension.
-    fn record(&mut self, at: u64, size: u64) -> Result<Vec<u8>, TarError> {
-        if size > self.accept.records {
-            return Err(TarError::TooLong { offset: at, what: "extension", limit: self.accept.records });
-        }
+    /// The content of an extension, whose size is within the bounds.
+    fn record(&mut self, size: u64) -> Result<Vec<u8>, TarError> {
         let mut record = vec![0; usize::try_from(size).unwrap_or(0)];
         self.input.read_exact(&mut record)?;
         self.offset += size;
@@ -323,23 +325,47 @@ impl<R: Read> Read for Reader<R> {
 mod tests {
     use super::*;
 
+    fn header(kind: u8, size: usize) -> [u8; BLOCK] {
+        let mut header = [0; BLOCK];
+        header[..4].copy_from_slice(b"file");
+        header[124..135].copy_from_slice(format!("{size:011o}").as_bytes());
+        header[156] = kind;
+        let sum: u64 = header.iter().map(|byte| u64::from(*byte)).sum::<u64>() + 8 * 32;
+        header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        header
+    }
+
+    /// A header of extensions with what they say.
+    fn extension(kind: u8, record: &str) -> Vec<u8> {
+        let mut bytes = header(kind, record.len()).to_vec();
+        bytes.extend_from_slice(record.as_bytes());
+        bytes.resize(bytes.len().next_multiple_of(BLOCK), 0);
+        bytes
+    }
+
+    #[test]
+    fn records_are_bounded_together() {
+        let value = "v".repeat(100_000);
+        for kind in [b'x', b'g', b'L'] {
+            let record = format!("100023 SCHILY.xattr.u={value}\n");
+            let record = format!("{} SCHILY.xattr.u={value}\n", record.len());
+            let one = extension(kind, &record);
+            let archive = |count: usize| [one.repeat(count), header(b'0', 0).to_vec()].concat();
+            let read = |bytes: &[u8]| Reader::new(bytes, LAYER).next();
+            assert!(read(&archive(9)).is_ok() || kind == b'L', "{}: within a MiB", char::from(kind));
+            let error = read(&archive(11)).expect_err("beyond a MiB");
+            assert!(matches!(error, TarError::TooLong { what: "extension", .. }), "{error}");
+            // Also if there is nothing in them.
+            let error = read(&extension(kind, "").repeat(3000)).expect_err("empty ones");
+            assert!(matches!(error, TarError::TooLong { what: "extension", .. }), "{error}");
+        }
+    }
+
     #[test]
     fn a_size_that_no_file_can_have_is_refused() {
         for record in ["29 size=18446744073709551615\n", "40 GNU.sparse.size=18446744073709551615\n"] {
             assert_eq!(record.split(' ').next().and_then(|length| length.parse().ok()), Some(record.len()), "{record}");
-            let header = |kind: u8, size: usize| {
-                let mut header = [0; BLOCK];
-                header[..4].copy_from_slice(b"file");
-                header[124..135].copy_from_slice(format!("{size:011o}").as_bytes());
-                header[156] = kind;
-                let sum: u64 = header.iter().map(|byte| u64::from(*byte)).sum::<u64>() + 8 * 32;
-                header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
-                header
-            };
-            let mut archive = header(b'x', record.len()).to_vec();
-            archive.extend_from_slice(record.as_bytes());
-            archive.resize(2 * BLOCK, 0);
-            archive.extend_from_slice(&header(b'0', 0));
+            let archive = [extension(b'x', record).as_slice(), &header(b'0', 0)].concat();
             let error = Reader::new(archive.as_slice(), STREAM).next().map(drop).expect_err(record);
             assert!(matches!(error, TarError::Field { offset: 1024, .. }), "{error}");
         }

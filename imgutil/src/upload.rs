@@ -15,7 +15,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
-use zeroize::Zeroizing;
+use zeroize::{Zeroize as _, Zeroizing};
 
 /// Where the server is, and who asks.
 #[derive(Debug, Clone, clap::Args)]
@@ -117,26 +117,44 @@ impl<'a> Upload<'a> {
                 loaders.insert(name, blob);
             }
             let image = send(&mut client, "the image", (sealed, length)).await?;
-            let key = key.map(|key| key.to_hex().trim_end().to_owned());
             let request = ImportImage {
                 name: name.clone(),
                 image,
-                key,
+                key: None,
                 signatures: None,
                 kernel,
                 initramfs,
                 boot_loaders: loaders,
             };
-            let view = client.import_image(&request).await;
-            if let Some(key) = request.key {
-                drop(Zeroizing::new(key));
-            }
+            let request = WithKey::new(request, key.as_ref());
+            let view = client.import_image(request.get()).await;
+            drop(request);
             let view = view.with_context(|| format!("cannot import the image '{name}'"))?;
             let published = publish(&mut client, name, profile).await.with_context(|| {
                 format!("the image is there ({}), but not its profile; see `moor profile`", view.digest)
             })?;
             Ok((view, published))
         })
+    }
+}
+
+/// A request with an image's key, which is wiped when it is dropped, however the request ended.
+pub(crate) struct WithKey(ImportImage);
+
+impl WithKey {
+    pub(crate) fn new(mut request: ImportImage, key: Option<&Dek>) -> Self {
+        request.key = key.map(|key| key.to_hex().trim_end().to_owned());
+        Self(request)
+    }
+
+    pub(crate) fn get(&self) -> &ImportImage {
+        &self.0
+    }
+}
+
+impl Drop for WithKey {
+    fn drop(&mut self) {
+        self.0.key.zeroize();
     }
 }
 

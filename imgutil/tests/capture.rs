@@ -225,3 +225,26 @@ fn a_capture_that_fails_says_why_and_leaves_neither_image_nor_key() {
     capture(&node, &node.target(), &[]).one_line_error(1, &reasons);
     assert_eq!(node.left_here(), Vec::<String>::new());
 }
+
+/// A file whose bytes on the disk are not those that btrfs has the sums of: reading it is an error of input.
+const DAMAGED: &str = r#"
+yes MOORING-DAMAGED | head -c 400000 > var/lib/damaged
+umount var
+at=$(grep -obUa -m 1 MOORING-DAMAGED "$D/var.img" | head -n 1 | cut -d : -f 1)
+printf x | dd of="$D/var.img" bs=1 seek="$at" conv=notrunc status=none
+mount -o loop "$D/var.img" var
+"#;
+
+#[test]
+fn a_file_that_the_node_cannot_read_is_missed() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(env!("CARGO_BIN_EXE_imgutil"), dir.path(), DAMAGED);
+    let reasons = ["'/var': files on it cannot be read", "./lib/damaged", "Input/output error"];
+    let ran = capture(&node, &node.target(), &[]);
+    assert_eq!(ran.status, 1, "{}{}", ran.stdout, ran.stderr);
+    let error = ran.stderr.lines().find(|line| line.starts_with("imgutil: error: ")).unwrap_or_default();
+    for reason in reasons {
+        assert!(error.contains(reason), "'{reason}' is missing in: {}", ran.stderr);
+    }
+    assert_eq!(node.left_here(), Vec::<String>::new());
+}

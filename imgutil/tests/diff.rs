@@ -8,7 +8,7 @@ use common::mount::run as tool;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
+use std::os::unix::fs::{PermissionsExt as _, chown, lchown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -36,6 +36,16 @@ fn trees(work: &Path) -> (PathBuf, PathBuf) {
     }
     fs::write(a.join(OsStr::from_bytes(b"etc/\xff")), "not utf-8").unwrap();
     symlink("same", a.join("etc/link")).unwrap();
+    for name in ["owner", "attribute", "capable", "alone", "joined", "one", "other"] {
+        fs::write(a.join("etc").join(name), "equal").unwrap();
+    }
+    symlink("same", a.join("etc/its-owner")).unwrap();
+    tool(Command::new("mknod").arg(a.join("etc/device")).args(["c", "1", "3"]));
+    tool(Command::new("setfattr").args(["-n", "user.note", "-v", "before"]).arg(a.join("etc/attribute")));
+    // Three names of one file, of which one will be another one's; and two that stay.
+    for name in ["etc/also-one", "etc/moved"] {
+        fs::hard_link(a.join("etc/one"), a.join(name)).unwrap();
+    }
     fs::write(a.join("etc/kind"), "k").unwrap();
     fs::write(a.join("var/lib/dpkg/status"), status(&[("same", "1"), ("old", "2"), ("grown", "3")])).unwrap();
 
@@ -44,7 +54,16 @@ fn trees(work: &Path) -> (PathBuf, PathBuf) {
     fs::write(b.join("etc/content"), "after!").unwrap();
     fs::write(b.join("etc/size"), "longer text").unwrap();
     fs::set_permissions(b.join("etc/mode"), fs::Permissions::from_mode(0o4711)).unwrap();
-    chown(b.join("etc/link"), Some(0), Some(0)).unwrap();
+    chown(b.join("etc/owner"), Some(5), Some(6)).unwrap();
+    lchown(b.join("etc/its-owner"), Some(7), Some(0)).unwrap();
+    fs::remove_file(b.join("etc/device")).unwrap();
+    tool(Command::new("mknod").arg(b.join("etc/device")).args(["c", "1", "5"]));
+    tool(Command::new("setfattr").args(["-n", "user.note", "-v", "after"]).arg(b.join("etc/attribute")));
+    tool(Command::new("setcap").arg("cap_net_raw+ep").arg(b.join("etc/capable")));
+    for (name, of) in [("etc/joined", "etc/alone"), ("etc/moved", "etc/other")] {
+        fs::remove_file(b.join(name)).unwrap();
+        fs::hard_link(b.join(of), b.join(name)).unwrap();
+    }
     fs::remove_file(b.join("etc/link")).unwrap();
     symlink("content", b.join("etc/link")).unwrap();
     fs::remove_file(b.join("etc/kind")).unwrap();
@@ -81,6 +100,14 @@ fn what_differs_is_shown_for_images_and_trees_alike() {
         "~ /etc/content: content",
         "~ /etc/kind: size 1 B -> 0 B, mode 0644 -> 0755, file -> directory",
         "~ /etc/link: target same -> content",
+        "~ /etc/owner: owner 0:0 -> 5:6",
+        "~ /etc/its-owner: owner 0:0 -> 7:0",
+        "~ /etc/device: device",
+        "~ /etc/attribute: xattrs",
+        "~ /etc/capable: xattrs",
+        "~ /etc/joined: links",
+        "~ /etc/moved: links",
+        "~ /etc/other: links",
         "~ /etc/mode: mode 0644 -> 4711",
         "~ /etc/size: size 5 B -> 11 B",
     ] {
@@ -92,7 +119,9 @@ fn what_differs_is_shown_for_images_and_trees_alike() {
         };
         assert!(lines.iter().any(|seen| sorted(seen) == sorted(line)), "'{line}' is missing in\n{}", outputs[0]);
     }
-    assert!(!outputs[0].contains("/etc/same") && !outputs[0].contains("/new/below/file"));
+    for same in ["/etc/same", "/new/below/file", "/etc/one", "/etc/also-one", "/etc/alone"] {
+        assert!(!outputs[0].contains(same), "'{same}' is in\n{}", outputs[0]);
+    }
     for output in &outputs[1..] {
         assert_eq!(output, &outputs[0], "images and trees are compared alike");
     }

@@ -236,9 +236,29 @@ fn no_control_group_is_left() {
         let found = Command::new("find").args(["/sys/fs/cgroup", "-name", "imgutil-exec.*"]).output().unwrap();
         text(&found.stdout)
     };
-    shell(&tree, "setsid sleep 91835 & exit 0");
-    // Other tests run beside this one: the groups that are there now must all go.
+    // While a command runs there is one: the search finds what it is to miss afterwards.
+    let mut running = build_tree::tied(env!("CARGO_BIN_EXE_imgutil"))
+        .arg("exec")
+        .arg(&tree)
+        .args(["--", "sh", "-c", "setsid sleep 91835 & echo started; read -r _; exit 0"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(running.stdout.take().unwrap()), &mut line).unwrap();
+    assert_eq!(line, "started\n");
     let seen = groups();
+    let holds = |group: &str| {
+        let processes = std::fs::read_to_string(Path::new(group).join("cgroup.procs")).unwrap_or_default();
+        processes.lines().any(|id| {
+            std::fs::read(format!("/proc/{id}/cmdline")).is_ok_and(|line| line.windows(5).any(|word| word == b"91835"))
+        })
+    };
+    assert!(seen.lines().any(holds), "no group has what runs: {seen}");
+    drop(running.stdin.take());
+    assert!(running.wait().unwrap().success());
+    // Other tests run beside this one: the groups that were there must all go.
     build_tree::wait_until("the removal of the control groups", || {
         let now = groups();
         !seen.lines().any(|group| now.lines().any(|other| other == group))

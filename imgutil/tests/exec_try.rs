@@ -35,13 +35,15 @@ fn prepare(tree: &Path) {
         echo deep >etc/conf.d/deep/file; echo x >old/inside/x; echo y >old/y; ln -s y old/link
         echo one >links/one; ln links/one links/two; ln links/one keep/three; echo solo >links/solo
         echo s >swap/was-file; mkdir swap/was-dir; echo in >swap/was-dir/in
+        echo e >etc/conf.d/e; echo m >keep/marked
+        setfattr -n user.mark -v before etc/conf.d/e; setfattr -n user.mark -v after keep/marked
         setfattr -n user.mark -v before etc/conf.d/a; mknod keep/pipe p; echo dated >keep/dated";
     assert!(Command::new("sh").args(["-ec", script, "sh"]).arg(tree).status().unwrap().success());
 }
 
 /// Every kind of change, with programs that the small tree has.
 const CHANGES: &str = "
-    cd /etc/conf.d; echo more >>a; chmod 600 b; chown 5:6 c; rm d; touch -d @1000000000 /keep/dated
+    cd /etc/conf.d; cp --attributes-only --preserve=xattr /keep/marked e; echo more >>a; chmod 600 b; chown 5:6 c; rm d; touch -d @1000000000 /keep/dated
     rm -r /old; mkdir /old; echo fresh >/old/fresh
     rm -r deep; mkdir -p /new/dir/below; echo n >/new/dir/below/n; chmod 4711 /new/dir/below/n; chmod 1777 /new
     ln /new/dir/below/n /new/hard; ln -s /nowhere /new/soft
@@ -64,6 +66,7 @@ fn without_a_terminal_changes_are_shown_and_dropped() {
         "~ 0644 /etc/conf.d/a (2 -> 7 bytes, time)",
         "~ 0600 /etc/conf.d/b (mode 0644 -> 0600)",
         "~ 0644 /etc/conf.d/c (owner 0:0 -> 5:6)",
+        "~ 0644 /etc/conf.d/e (attributes)",
         "- 0644 /etc/conf.d/d (2 bytes)",
         "- 0755 /etc/conf.d/deep/ (1 entries, 5 bytes)",
         "~ 0644 /keep/dated (time)",

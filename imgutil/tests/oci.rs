@@ -276,6 +276,13 @@ fn build_makes_a_tree_of_an_image_or_nothing() {
     assert_eq!(std::fs::read_to_string(tree.join("etc/machine-id")).unwrap(), "");
     assert!(!tree.join("etc/ssh/ssh_host_ed25519_key").exists());
     build(&source(&layout)).one_line_error(1, &["exists: build makes a new tree"]);
+    // Nothing is newer than the date that is given; what is older stays.
+    std::fs::remove_dir_all(&tree).unwrap();
+    let mut command = common::cli::imgutil(["build", "--from", &source(&layout), tree.to_str().unwrap()]);
+    common::cli::finish(&command.env("SOURCE_DATE_EPOCH", "700000000").output().unwrap()).good();
+    for path in ["", "etc/machine-id", "etc/os-release"] {
+        assert_eq!(tree.join(path).metadata().unwrap().mtime(), 700_000_000, "{path}");
+    }
     std::fs::remove_dir_all(&tree).unwrap();
 
     // Half of it was there already.
@@ -355,6 +362,61 @@ fn the_image_for_the_machine_and_tag_is_taken() {
     }
     let error = unpack_for(&source(&layout), "s390x", Limits::default()).error();
     assert_eq!(error, "the image is for linux/amd64, linux/arm64, not for linux/s390x");
+}
+
+#[test]
+fn indexes_that_name_each_other_over_and_over_are_not_all_read() {
+    let mut layout = Layout::new();
+    layout.add_nested("latest", 10, 4);
+    let error = unpack(&source(&layout)).error();
+    assert_eq!(error, "the number of indexes of the image is larger than 100, which no honest image needs");
+    let mut layout = Layout::new();
+    layout.add_nested("latest", 2, 4);
+    assert_eq!(unpack(&source(&layout)).error(), "the image is for , not for linux/amd64");
+}
+
+/// `cap_net_raw+ep` as setcap(8) writes it (capability.h of Linux: `vfs_cap_data`, version 2).
+const CAPABILITY: &str = "\u{1}\0\0\u{2}\0\u{20}\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+
+#[test]
+fn names_of_one_file_in_several_layers_are_of_one_file() {
+    let layout = image(&[
+        &[
+            file("ping", "x").xattr("security.capability", CAPABILITY),
+            file("one", "1"),
+            file("gone", "2"),
+            hard_link("stays", "gone"),
+            file("replaced", "3"),
+            hard_link("kept", "replaced"),
+        ],
+        &[
+            hard_link("also-ping", "ping"),
+            directory("deep"),
+            hard_link("deep/also-one", "one"),
+            file(".wh.gone", ""),
+            file("replaced", "4"),
+        ],
+        &[hard_link("third", "deep/also-one")],
+    ]);
+    let unpacked = unpack(&source(&layout)).good();
+    let identity = |path: &str| {
+        let metadata = unpacked.tree().join(path).symlink_metadata().unwrap();
+        (metadata.ino(), metadata.nlink())
+    };
+    assert_eq!(
+        unpacked.paths(),
+        ["also-ping", "deep", "deep/also-one", "kept", "one", "ping", "replaced", "stays", "third"]
+    );
+    assert_eq!(identity("ping"), identity("also-ping"));
+    assert_eq!((identity("one"), identity("one")), (identity("deep/also-one"), identity("third")));
+    assert_eq!((identity("one").1, identity("stays").1, identity("kept").1), (3, 1, 1));
+    for (path, text) in [("stays", "2"), ("kept", "3"), ("replaced", "4"), ("third", "1")] {
+        assert_eq!(unpacked.text(path).as_deref(), Some(text), "{path}");
+    }
+    // The tool of the field reads it as that capability.
+    let getcap = Command::new("getcap").arg(unpacked.tree().join("also-ping")).output().unwrap();
+    let said = String::from_utf8_lossy(&getcap.stdout).into_owned();
+    assert!(getcap.status.success() && said.ends_with("also-ping cap_net_raw=ep\n"), "{said}");
 }
 
 #[test]

@@ -344,6 +344,45 @@ fn what_would_be_in_the_next_image_or_cannot_be_written_is_refused_before_packin
         assert_eq!(names(work.path()), ["other", "tree"]);
         assert!(!tree.join("a.moor").exists() && !tree.join("a.key").exists());
     }
+    let before = names(&tree);
+    for boot in ["tree/boot", "tree/new/place", "other/../tree/new"] {
+        let place = |name: &str| work.path().join(name).display().to_string();
+        run([
+            "pack",
+            tree.to_str().unwrap(),
+            "-o",
+            &place("a.moor"),
+            "--key-file",
+            &place("a.key"),
+            "--boot-dir",
+            &place(boot),
+        ])
+        .one_line_error(1, &[boot, "is in the tree that is packed"]);
+        assert_eq!((names(work.path()), names(&tree)), (vec!["other".to_owned(), "tree".to_owned()], before.clone()));
+    }
+}
+
+#[test]
+fn an_image_that_is_replaced_has_the_next_serial_of_its_lineage() {
+    let work = tempfile::tempdir().unwrap();
+    let tree = small_tree(work.path());
+    let generation = |more: &[&str]| {
+        let files = pack(&tree, work.path(), "image", more);
+        let header = open(&files).header().clone();
+        fs::remove_file(&files.key).unwrap();
+        (header.lineage, header.serial)
+    };
+    let (lineage, serial) = generation(&[]);
+    assert_eq!(serial, 1);
+    assert_eq!(generation(&[]), (lineage, 2));
+    let other = "0d8b1d5e-5a3f-4a3d-9d6c-0a4f0c6a1b2c";
+    let (given, serial) = generation(&["--lineage", other, "--serial", "7"]);
+    assert!(given != lineage && serial == 7);
+    assert_eq!(generation(&[]), (given, 8));
+    // What is no image has none.
+    fs::write(work.path().join("image.moor"), "no image").unwrap();
+    let (fresh, serial) = generation(&[]);
+    assert!(fresh != given && fresh != lineage && serial == 1);
 }
 
 #[test]

@@ -7,15 +7,24 @@ use common::cli::{names, pack, run};
 use common::mount::run as tool;
 use common::odd_tree::noise;
 use common::snapshot::{assert_same, snapshot};
+use nix::sys::signal::Signal;
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// Runs `imgutil` and kills it at the `nth` call of one of these system calls. Whether it was.
 fn killed_at(calls: &str, nth: usize, args: &[&str]) -> bool {
-    let inject = format!("inject={calls}:signal=KILL:when={nth}");
-    let status = Command::new("strace")
+    ended_at(&[], calls, nth, (Signal::SIGKILL, "KILL"), args)
+}
+
+/// The same with another signal, behind another command.
+fn ended_at(behind: &[&str], calls: &str, nth: usize, (signal, name): (Signal, &str), args: &[&str]) -> bool {
+    let inject = format!("inject={calls}:signal={name}:when={nth}");
+    let words = [behind, &["strace"]].concat();
+    let status = Command::new(words[0])
+        .args(&words[1..])
         .args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={calls}"), "-e", &inject])
         .arg(env!("CARGO_BIN_EXE_imgutil"))
         .args(args)
@@ -24,7 +33,8 @@ fn killed_at(calls: &str, nth: usize, args: &[&str]) -> bool {
         .status()
         .unwrap();
     // strace ends as its tracee did.
-    assert!(status.success() || status.signal() == Some(9) || status.code() == Some(137), "{status}");
+    let number = signal as i32;
+    assert!(status.success() || status.signal() == Some(number) || status.code() == Some(128 + number), "{status}");
     !status.success()
 }
 
@@ -69,6 +79,94 @@ fn an_image_that_is_replaced_is_signed_at_every_moment() {
     assert_eq!(signatures["signatures"].as_array().unwrap().len(), 1);
 }
 
+/// A kernel must not be newer than the image that has its modules.
+#[test]
+fn boot_files_are_never_newer_than_their_image() {
+    let work = tempfile::tempdir().unwrap();
+    let (tree, boot) = (work.path().join("tree"), work.path().join("boot"));
+    for directory in ["boot", "sbin"] {
+        fs::create_dir_all(tree.join(directory)).unwrap();
+    }
+    fs::write(tree.join("sbin/init"), "init").unwrap();
+    let image = work.path().join("image.moor");
+    let (mut kills, mut before) = (0, None);
+    for nth in 1.. {
+        for name in ["vmlinuz-1", "initrd.img-1"] {
+            fs::write(tree.join("boot").join(name), format!("{name} {nth}")).unwrap();
+        }
+        let key = work.path().join(format!("{nth}.key"));
+        let args = [
+            "pack",
+            tree.to_str().unwrap(),
+            "-o",
+            image.to_str().unwrap(),
+            "--key-file",
+            key.to_str().unwrap(),
+            "--boot-dir",
+            boot.to_str().unwrap(),
+        ];
+        let was_killed = killed_at("renameat,renameat2,linkat", nth, &args);
+        let after = fs::read(&image).ok().map(|bytes| bytes[..4096].to_vec());
+        for (name, content) in [("vmlinuz", "vmlinuz-1"), ("initrd.img", "initrd.img-1")] {
+            let is_new = fs::read_to_string(boot.join(name)).is_ok_and(|text| text == format!("{content} {nth}"));
+            assert!(!is_new || after != before, "{name} is there before the image, killed at {nth}");
+            assert!(is_new || was_killed, "{name} is missing");
+        }
+        before = after;
+        if !was_killed {
+            break;
+        }
+        kills += 1;
+    }
+    assert!(kills >= 4, "killed {kills} times");
+}
+
+/// Runs a command as on NFS, which has no files without names: a filter of system calls (seccomp(2)) says so of `O_TMPFILE`.
+const AS_ON_NFS: &str = r#"
+import ctypes, os, platform, struct, sys
+number = {"x86_64": 257, "aarch64": 56}[platform.machine()]
+# struct seccomp_data: the number at 0, the low half of the third argument at 32. LD, JEQ, JSET, RET of classic BPF.
+code = [(0x20, 0, 0, 0), (0x15, 0, 3, number), (0x20, 0, 0, 32), (0x45, 0, 1, 0o20000000),
+        (0x06, 0, 0, 0x00050000 | 95), (0x06, 0, 0, 0x7fff0000)]
+code = b"".join(struct.pack("HBBI", *one) for one in code)
+buffer = ctypes.create_string_buffer(code)
+program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0, os.strerror(ctypes.get_errno())
+os.execvp(sys.argv[1], sys.argv[1:])
+"#;
+
+#[test]
+fn without_nameless_files_a_signal_leaves_nothing_and_a_kill_what_the_next_run_removes() {
+    let work = tempfile::tempdir().unwrap();
+    let (tree, output) = (work.path().join("tree"), work.path().join("output"));
+    fs::create_dir(&tree).unwrap();
+    fs::create_dir(&output).unwrap();
+    fs::write(tree.join("file"), noise(3_000_000, 1)).unwrap();
+    let (image, key) = (output.join("image.moor"), output.join("image.key"));
+    let args = ["pack", tree.to_str().unwrap(), "-o", image.to_str().unwrap(), "--key-file", key.to_str().unwrap()];
+    let on_nfs = ["python3", "-c", AS_ON_NFS];
+    // When the key is written out.
+    assert!(ended_at(&on_nfs, "fsync", 1, (Signal::SIGKILL, "KILL"), &args));
+    let left = names(&output);
+    assert!(left.len() == 1 && left[0].starts_with(".image.key."), "{left:?}");
+    // When both are there: the fourth lock.
+    assert!(ended_at(&on_nfs, "flock", 4, (Signal::SIGKILL, "KILL"), &args));
+    let left = names(&output);
+    assert!(left.len() == 2 && left.iter().all(|name| name.starts_with(".image.")), "{left:?}");
+
+    for name in ["TERM", "INT", "HUP"] {
+        let signal: Signal = format!("SIG{name}").parse().unwrap();
+        for (call, nth) in [("fsync", 1), ("flock", 4)] {
+            assert!(ended_at(&on_nfs, call, nth, (signal, name), &args), "{name} at {call}");
+            assert_eq!(names(&output), Vec::<String>::new(), "{name} at {call}");
+        }
+    }
+    assert!(ended_at(&on_nfs, "fsync", 1, (Signal::SIGKILL, "KILL"), &args));
+    tool(Command::new(on_nfs[0]).args(&on_nfs[1..]).arg(env!("CARGO_BIN_EXE_imgutil")).args(args));
+    assert_eq!(names(&output), ["image.key", "image.moor"]);
+}
+
 #[test]
 fn what_a_killed_unpack_left_is_removed_by_the_next_one() {
     let work = tempfile::tempdir().unwrap();
@@ -88,6 +186,9 @@ fn what_a_killed_unpack_left_is_removed_by_the_next_one() {
     for (calls, nth) in [("fchown", 10), ("renameat2", 1)] {
         assert!(killed_at(calls, nth, &args));
         assert_eq!(names(&output), [".unpacked.imgutil-unpack"], "{calls}");
+        // Whoever the tree's root belongs to: nobody else gets in before all is in its place.
+        let staging = output.join(".unpacked.imgutil-unpack").metadata().unwrap();
+        assert_eq!((staging.mode() & 0o7777, staging.uid()), (0o700, 0), "{calls}");
         // Another name is not its business.
         let other = output.join("other");
         run(["unpack", args[1], other.to_str().unwrap(), "--key-file", args[4]]).good();

@@ -155,20 +155,48 @@ for name in os.listdir(sys.argv[1]):
     tool(Command::new("python3").args(["-c", SCRIPT]).arg(database));
 }
 
+/// Turns a tree's database into the format of EL 8: Berkeley DB, written by Berkeley DB itself (Debian's Perl has it).
+fn as_berkeley(database: &Path) {
+    const DUMP: &str = r"
+import sqlite3, sys, os
+rows = sqlite3.connect(sys.argv[1] + '/rpmdb.sqlite').execute('SELECT hnum, blob FROM Packages').fetchall()
+with open(sys.argv[1] + '/dump', 'w') as dump:
+    # Number 0 has the highest number that was given.
+    dump.write('0 %s\n' % len(rows).to_bytes(4, 'little').hex())
+    for number, blob in rows:
+        dump.write('%d %s\n' % (number, blob.hex()))
+for name in os.listdir(sys.argv[1]):
+    if name.startswith('rpmdb.sqlite'):
+        os.unlink(sys.argv[1] + '/' + name)
+";
+    const FILL: &str = r#"use DB_File; my (%h, $dump);
+tie %h, "DB_File", "$ARGV[0]/Packages", O_RDWR|O_CREAT, 0644, $DB_HASH or die "$!";
+open($dump, "<", "$ARGV[0]/dump") or die "$!";
+while (<$dump>) { chomp; my ($number, $hex) = split / /; $h{pack("V", $number)} = pack("H*", $hex); }
+untie %h; unlink "$ARGV[0]/dump";"#;
+    tool(Command::new("python3").args(["-c", DUMP]).arg(database));
+    tool(Command::new("perl").args(["-e", FILL]).arg(database));
+}
+
 #[test]
 fn rpm_s_databases_are_read_as_rpm_reads_them() {
     let work = tempfile::tempdir().unwrap();
     let key = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC\n-----END PRIVATE KEY-----\n";
     fs::write(work.path().join("key.pem"), key).unwrap();
-    for (backend, place) in [("sqlite", "usr/lib/sysimage/rpm"), ("ndb", "var/lib/rpm")] {
+    for (backend, place) in [("sqlite", "usr/lib/sysimage/rpm"), ("ndb", "var/lib/rpm"), ("berkeley", "var/lib/rpm")] {
         let tree = rpm_tree(work.path(), backend, place);
-        if backend == "ndb" {
-            as_ndb(&tree.join(place));
-        }
-        assert!(
-            names_of(&tree.join(place)).iter().any(|name| name == "rpmdb.sqlite" || name == "Packages.db"),
-            "{backend}"
-        );
+        let database = match backend {
+            "ndb" => {
+                as_ndb(&tree.join(place));
+                "Packages.db"
+            }
+            "berkeley" => {
+                as_berkeley(&tree.join(place));
+                "Packages"
+            }
+            _ => "rpmdb.sqlite",
+        };
+        assert!(names_of(&tree.join(place)).iter().any(|name| name == database), "{backend}");
         let path = work.path().join(format!("{backend}.spdx.json"));
         run(["sbom", tree.to_str().unwrap(), "-o", path.to_str().unwrap()]).good();
         let document = validated(&path);
@@ -207,7 +235,7 @@ fn a_damaged_database_is_an_error_that_names_it() {
     };
     ran("rpmdb.sqlite", b"no database").one_line_error(1, &["/var/lib/rpm/rpmdb.sqlite", "no SQLite database"]);
     ran("Packages.db", b"RpmP\0\0\0\0\0\0\0\0\xff\xff\xff\xff").one_line_error(1, &["Packages.db", "damaged"]);
-    ran("Packages", b"").one_line_error(1, &["Berkeley DB", "rpmdb --rebuilddb"]);
+    ran("Packages", b"no database").one_line_error(1, &["/var/lib/rpm/Packages", "no hash of Berkeley DB"]);
     // None at all: an empty list is no list.
     let empty = run(["sbom", tree.to_str().unwrap()]).good();
     assert!(empty.stderr.contains("tree' has no packages that dpkg or rpm knows of"), "{}", empty.stderr);

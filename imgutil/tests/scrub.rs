@@ -167,6 +167,41 @@ fn a_private_key_that_is_left_is_refused_by_name() {
 }
 
 #[test]
+fn a_secret_that_a_cluster_shares_is_refused_by_its_place() {
+    let work = tempfile::tempdir().unwrap();
+    let tree = work.path().join("tree");
+    // Packages and people prepare the places.
+    fill(
+        &tree,
+        &[("/etc/munge/munge.key", ""), ("/etc/slurm/slurm.conf", "ClusterName=x"), ("/etc/ceph/ceph.conf", "x")],
+    );
+    fill(&tree, &[("/etc/wireguard/README", "x"), ("/usr/share/sums/x.sha256", &"5d".repeat(32))]);
+    pack(&tree, work.path(), &[]).0.good();
+    let keys = [
+        ("/etc/munge/munge.key", "a MUNGE key"),
+        ("/etc/slurm/jwt_hs256.key", "a key of Slurm"),
+        ("/var/spool/slurmctld/state/jwt_hs256.key", "a key of Slurm"),
+        ("/etc/ceph/ceph.client.admin.keyring", "a key of Ceph"),
+        ("/etc/corosync/authkey", "a key of Corosync"),
+        ("/etc/cryptsetup-keys.d/home.key", "a key of an encrypted disk"),
+        ("/crypto_keyfile.bin", "a key of an encrypted disk"),
+        ("/var/lib/mooring/store/keys/data.key", "a key of a member of Mooring"),
+        ("/etc/wireguard/privatekey", "a WireGuard private key"),
+    ];
+    for (path, _) in keys {
+        fill(&tree, &[(path, "\u{1}secret")]);
+    }
+    fill(&tree, &[("/srv/node.key", &("5d".repeat(32) + "\n"))]);
+    let (ran, _) = pack(&tree, work.path(), &[]);
+    let named: Vec<String> = keys.iter().map(|(path, what)| format!("'{path}' ({what})")).collect();
+    ran.one_line_error(1, &named.iter().map(String::as_str).collect::<Vec<_>>());
+    ran.one_line_error(1, &["'/srv/node.key' (the key of an image)", "10 private keys"]);
+    let allowed: Vec<&str> = keys.iter().map(|(path, _)| *path).chain(["/srv/node.key"]).collect();
+    let allowed: Vec<&str> = allowed.into_iter().flat_map(|path| ["--allow-key", path]).collect();
+    pack(&tree, work.path(), &allowed).0.good();
+}
+
+#[test]
 fn a_key_that_a_package_ships_is_public_unless_it_was_changed() {
     let work = tempfile::tempdir().unwrap();
     let tree = work.path().join("tree");

@@ -9,6 +9,7 @@ use super::sources;
 use super::workdir::WorkDir;
 use super::{BuildError, LockMode, Options};
 use aws_lc_rs::digest::{SHA256, digest};
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -163,20 +164,72 @@ fn key(
     packages: &[Package],
     node_files: Option<&str>,
 ) -> Result<String, BuildError> {
-    let plan = context.plan;
+    key_of(context.plan, &backend.maker()?, context.epoch, packages, node_files)
+}
+
+/// The same of its parts. The keys of the repositories are in it, because they are in the tree; of a user's own description of a system
+/// all, because anything in it may count.
+fn key_of(
+    plan: &Plan,
+    maker: &str,
+    epoch: Option<i64>,
+    packages: &[Package],
+    node_files: Option<&str>,
+) -> Result<String, BuildError> {
     let mut text = format!(
-        "imgutil {FORMAT}\n{} {}\n{}\n{}\ndate {}\nwanted {}\nremoved {}\n",
+        "imgutil {FORMAT}\n{} {}\n{maker}\n{}\ndate {}\nwanted {}\nremoved {}\n",
         plan.os.name,
         plan.arch.name,
-        backend.maker()?,
         node_files.unwrap_or("no node files"),
-        context.epoch.map_or_else(|| "none".to_owned(), |seconds| seconds.to_string()),
+        epoch.map_or_else(|| "none".to_owned(), |seconds| seconds.to_string()),
         plan.packages.join(" "),
         plan.remove.join(" "),
     );
+    if let Some(description) = &plan.os.description {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "described by {}", hex::encode(digest(&SHA256, description.as_bytes())));
+    }
+    for repository in &plan.repositories {
+        let _ = writeln!(text, "{} {}", repository.name, sources::key_digest(repository)?);
+    }
     for package in packages {
         text.push_str(&[&package.name, &package.version, &package.arch, package.sha256.as_str()].join(" "));
         text.push('\n');
     }
     Ok(hex::encode(digest(&SHA256, text.as_bytes())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::os;
+    use super::*;
+    use crate::recipe::Recipe;
+
+    #[test]
+    fn what_goes_into_a_base_tree_is_in_its_key() {
+        let scratch = tempfile::tempdir().unwrap();
+        let recipe = Recipe::parse("arch = \"amd64\"", Path::new("r.toml")).unwrap();
+        let options = Options { recipe, ..Options::new(PathBuf::from("tree")) };
+        let key = |change: &dyn Fn(&mut Plan)| {
+            let mut plan = Plan::new(&options, os::find("debian-12").unwrap()).unwrap();
+            let keyring = scratch.path().join("key");
+            std::fs::write(&keyring, "a key").unwrap();
+            for repository in &mut plan.repositories {
+                repository.key.clone_from(&keyring);
+            }
+            change(&mut plan);
+            key_of(&plan, "maker", None, &[], None).unwrap()
+        };
+        let same = key(&|_| {});
+        assert_eq!(key(&|_| {}), same);
+        let changes: [&dyn Fn(&mut Plan); 4] = [
+            &|plan| std::fs::write(&plan.repositories[0].key, "another key").unwrap(),
+            &|plan| plan.repositories.truncate(1),
+            &|plan| plan.os.description = Some("name = \"debian-12\"".to_owned()),
+            &|plan| plan.remove.push("vim".to_owned()),
+        ];
+        for (index, change) in changes.iter().enumerate() {
+            assert_ne!(key(change), same, "change {index}");
+        }
+    }
 }

@@ -8,14 +8,14 @@
 use super::BuildError;
 use super::backend::Context;
 use super::output::NoMeaning;
-use super::sources::of_path;
+use super::sources::of_reader;
 use crate::exec::{Options, Outcome};
 use crate::files::{Existing, NewFile, write_whole};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
@@ -71,7 +71,8 @@ pub fn entries(directory: &Path) -> io::Result<Vec<Entry>> {
     Ok(all)
 }
 
-/// What builds that were killed have left in a cache: trees without a note, which nothing uses, and files that never got their name.
+/// What builds that were killed have left in a cache: trees without a note and notes without a tree, which nothing uses, and files that
+/// never got their name.
 /// Nobody begins to write another while this is held.
 #[derive(Debug, Default)]
 pub struct Unfinished {
@@ -96,7 +97,9 @@ pub fn unfinished(directory: &Path) -> io::Result<Unfinished> {
         let name = name?;
         let (path, text) = (name.path(), name.file_name().to_string_lossy().into_owned());
         let is_nameless = text.starts_with('.') && (text.contains(".tar.zst.") || text.contains(".toml."));
-        if is_nameless || (text.ends_with(".tar.zst") && read_note(&note_of(&path)).is_err()) {
+        let is_tree = text.ends_with(".tar.zst") && read_note(&note_of(&path)).is_err();
+        let is_note = path.extension().is_some_and(|end| end == "toml") && !path.with_extension("tar.zst").exists();
+        if is_nameless || is_tree || is_note {
             let metadata = name.metadata()?;
             let what = "not finished, by a build that was killed".to_owned();
             entries.push(Entry { path, what, bytes: metadata.len(), last_used: metadata.modified()? });
@@ -115,8 +118,12 @@ fn lock(base: &Path, operation: FlockOperation) -> io::Result<OwnedFd> {
 
 /// Removes an entry. A build that reads it meanwhile goes on with what it has opened.
 pub fn remove(entry: &Entry) -> io::Result<()> {
+    remove_files(&entry.path)
+}
+
+fn remove_files(path: &Path) -> io::Result<()> {
     // The note first: without it the rest is not used.
-    for path in [note_of(&entry.path), entry.path.clone()] {
+    for path in [note_of(path), path.to_path_buf()] {
         match std::fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -173,26 +180,52 @@ impl Cache {
 
     /// Fills the empty `work.root()` with the base tree of that key. `false` if there is none.
     pub(super) fn restore(&self, context: &mut Context<'_, '_>, key: &str) -> Result<bool, BuildError> {
-        let path = self.path(key);
-        let note_path = note_of(&path);
-        let (Ok(note), Ok(file)) = (read_note(&note_path), File::open(&path)) else { return Ok(false) };
-        context.tools.stage("unpacking the base tree from the cache")?;
-        if of_path(&path)? != note.sha256 {
-            tracing::warn!("the base tree in '{}' is damaged: it is removed and built again", path.display());
-            for path in [note_path, path] {
-                std::fs::remove_file(&path).map_err(|error| BuildError::io("remove", &path, error))?;
-            }
+        if !self.path(key).exists() {
             return Ok(false);
         }
+        context.tools.stage("unpacking the base tree from the cache")?;
+        let Some(file) = self.open_entry(key).map_err(|error| BuildError::io("read", self.path(key), error))? else {
+            return Ok(false);
+        };
         let root = context.work.root();
         let more = ["--extract", "--preserve-permissions", "--same-owner", "--file=-"];
         let command = tar(&root, "/usr/bin/zstd -d", &more);
         run(context, "unpacking the base tree", command, |[_, output, errors]| [file.into(), output, errors])?;
         // When it was used last; a cache that cannot be written to is still one that can be read.
-        if let Ok(note) = File::options().append(true).open(&note_path) {
+        if let Ok(note) = File::options().append(true).open(note_of(&self.path(key))) {
             let _ = note.set_modified(SystemTime::now());
         }
         Ok(true)
+    }
+
+    /// Opens the tree of that key, whose bytes have been checked; `None` if there is none. One that is damaged is removed, unless somebody
+    /// writes to the cache at this moment: it may be this one, and then the next build finds it good.
+    fn open_entry(&self, key: &str) -> io::Result<Option<File>> {
+        let Some((file, is_good)) = self.look(key)? else { return Ok(None) };
+        if is_good {
+            return Ok(Some(file));
+        }
+        let Ok(_lock) = lock(&self.base, FlockOperation::NonBlockingLockExclusive) else { return Ok(None) };
+        // It may have been replaced since.
+        match self.look(key)? {
+            Some((file, true)) => Ok(Some(file)),
+            Some((_, false)) => {
+                let path = self.path(key);
+                tracing::warn!("the base tree in '{}' is damaged: it is removed and built again", path.display());
+                remove_files(&path)?;
+                Ok(None)
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// A tree with its note, and whether they belong to each other. What is checked is what was opened, whatever has its name later.
+    fn look(&self, key: &str) -> io::Result<Option<(File, bool)>> {
+        let path = self.path(key);
+        let (Ok(note), Ok(mut file)) = (read_note(&note_of(&path)), File::open(path)) else { return Ok(None) };
+        let is_good = of_reader(&mut file)? == note.sha256;
+        file.rewind()?;
+        Ok(Some((file, is_good)))
     }
 
     /// Keeps `work.root()` under that key. `what` is for people. A cache that cannot be written is no failure of a build: `false`.
@@ -220,8 +253,10 @@ impl Cache {
             }
         }
         let kept = || -> anyhow::Result<()> {
+            let mut written = new.file().try_clone()?;
+            written.rewind()?;
+            let note = Note { what: what.to_owned(), sha256: of_reader(&mut written)? };
             new.appear(Existing::Replace)?;
-            let note = Note { what: what.to_owned(), sha256: of_path(&path)? };
             write_whole(&note_of(&path), 0o600, toml::to_string(&note)?.as_bytes())?;
             drop(lock);
             self.make_room(&path)?;
@@ -321,6 +356,7 @@ mod tests {
             ("begun.tar.zst", "x".to_owned()),
             ("half.tar.zst", "x".to_owned()),
             ("half.toml", "what = ".to_owned()),
+            ("orphan.toml", toml::to_string(&finished).unwrap()),
             (".other.tar.zst.0123456789abcdef", "x".to_owned()),
             ("somebody's file", "x".to_owned()),
         ] {
@@ -340,10 +376,35 @@ mod tests {
         cache.make_room(&cache.path("finished")).unwrap();
         assert_eq!(names(), all);
         drop(writing);
-        assert_eq!(unfinished(scratch.path()).unwrap().entries.len(), 3);
+        assert_eq!(unfinished(scratch.path()).unwrap().entries.len(), 4);
         cache.make_room(&cache.path("finished")).unwrap();
         assert_eq!(names(), ["finished.tar.zst", "finished.toml", "somebody's file"]);
         assert!(unfinished(Path::new("/no/such")).unwrap().entries.is_empty());
+    }
+
+    #[test]
+    fn what_is_checked_is_what_is_used_and_only_damage_that_stays_is_removed() {
+        let scratch = tempfile::tempdir().unwrap();
+        let cache = Cache::open(scratch.path()).unwrap();
+        let keep = |bytes: &str, of: &str| {
+            std::fs::write(cache.path("k"), bytes).unwrap();
+            let note = Note { what: "k".to_owned(), sha256: of_reader(&mut of.as_bytes()).unwrap() };
+            std::fs::write(note_of(&cache.path("k")), toml::to_string(&note).unwrap()).unwrap();
+        };
+        assert!(cache.open_entry("k").unwrap().is_none());
+        keep("good", "good");
+        let file = cache.open_entry("k").unwrap().unwrap();
+        // Somebody makes room meanwhile.
+        remove_files(&cache.path("k")).unwrap();
+        assert_eq!(std::io::read_to_string(file).unwrap(), "good");
+        assert!(cache.open_entry("k").unwrap().is_none());
+
+        keep("bad", "good");
+        let writing = lock(&cache.base, FlockOperation::LockShared).unwrap();
+        assert!(cache.open_entry("k").unwrap().is_none() && cache.path("k").exists(), "it may be half replaced");
+        drop(writing);
+        assert!(cache.open_entry("k").unwrap().is_none() && !cache.path("k").exists());
+        assert!(!note_of(&cache.path("k")).exists());
     }
 
     #[test]

@@ -9,7 +9,7 @@ use super::plan::Plan;
 use super::tools::Tools;
 use super::tree::Tree;
 use super::workdir::WorkDir;
-use super::{BuildError, Built, Event, FromImage, Options, finish, lay, os, stage};
+use super::{BuildError, Built, Event, FromImage, Options, epoch, finish, lay, os, stage};
 use crate::exec::{ASK_FOR_THE_END, Machine, SignalWatch};
 use crate::oci::{Image, Limits, OciError};
 use nix::sys::signal::Signal;
@@ -44,6 +44,9 @@ pub(super) fn build(
     let (os, finished) = if from.as_it_is {
         progress(Event::Stage("taking out what must differ from node to node"));
         let taken_out = finish::make_impersonal(&tree, &work.root(), &[])?;
+        if let Some(seconds) = options.epoch {
+            epoch::apply(&tree, &work.root(), seconds)?;
+        }
         (os::said_by(&release).0, finish::Finished { kernels: Vec::new(), taken_out })
     } else {
         let plan = plan(options, machine, &release)?;

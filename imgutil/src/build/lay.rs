@@ -4,8 +4,9 @@ use super::BuildError;
 use super::accounts::Accounts;
 use super::tree::Tree;
 use crate::recipe::{File, What};
-use std::fs::Metadata;
-use std::os::unix::fs::PermissionsExt as _;
+use std::fs::{Metadata, OpenOptions};
+use std::io;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 
 /// Lays them in, in order: a later one replaces an earlier one of the same path.
@@ -107,10 +108,15 @@ pub(super) fn copy_file(
     mode: u32,
     owner: (u32, u32),
 ) -> Result<(), BuildError> {
-    let failed = |error| BuildError::io("read", source, error);
-    let mut file = std::fs::File::open(source).map_err(failed)?;
-    if !file.metadata().map_err(failed)?.is_file() {
-        return Err(failed(std::io::Error::other("it is neither a file, a directory nor a link")));
-    }
+    let mut file = open_file(source).map_err(|error| BuildError::io("read", source, error))?;
     tree.write(place, mode, owner, &mut file)
+}
+
+/// Opens a regular file of the host, and nothing that could keep the caller waiting: a pipe has no end of its own.
+pub(super) fn open_file(path: &Path) -> io::Result<std::fs::File> {
+    let file = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is neither a file, a directory nor a link"));
+    }
+    Ok(file)
 }

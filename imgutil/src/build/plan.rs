@@ -3,7 +3,7 @@
 use super::os::{Os, OsArch, OsRepository};
 use super::workdir::WorkDir;
 use super::{BuildError, Options};
-use crate::recipe::{Base, File, Group, Item, Key, PackageWord, Recipe, Target, User};
+use crate::recipe::{Base, File, Group, Item, Key, PackageWord, Recipe, Target, User, is_same_package, name_and_arch};
 use std::path::{Path, PathBuf};
 
 /// Options and the data of the operating system, put together: what does not count for this target is left out.
@@ -140,22 +140,28 @@ fn packages(
         wanted.extend(os.locale.packages.iter().map(|name| name.replace("{language}", language)));
     }
     let mut removed: Vec<String> = Vec::new();
+    // Whatever version was wanted: what must not come has none.
+    let leave_out = |word: &str, wanted: &mut Vec<String>, removed: &mut Vec<String>| {
+        let word = word.trim_start_matches('-').split(['=', '/']).next().unwrap_or_default();
+        wanted.retain(|known| !is_same_package(known, word));
+        if !removed.iter().any(|known| known == word) {
+            removed.push(word.to_owned());
+        }
+    };
     for PackageWord(word) in counting(&recipe.packages, target) {
-        let (name, (into, out_of)) = match word.strip_prefix('-') {
-            Some(name) => (name, (&mut removed, &mut wanted)),
-            None => (word.as_str(), (&mut wanted, &mut removed)),
-        };
-        out_of.retain(|known| known != name);
-        if !into.iter().any(|known| known == name) {
-            into.push(name.to_owned());
+        if word.starts_with('-') {
+            leave_out(word, &mut wanted, &mut removed);
+            continue;
+        }
+        removed.retain(|known| !is_same_package(known, word));
+        // Another version of the same takes its place.
+        match wanted.iter_mut().find(|known| name_and_arch(known) == name_and_arch(word)) {
+            Some(known) => known.clone_from(word),
+            None => wanted.push(word.clone()),
         }
     }
     for PackageWord(word) in counting(&recipe.remove, target) {
-        let name = word.trim_start_matches('-');
-        wanted.retain(|known| known != name);
-        if !removed.iter().any(|known| known == name) {
-            removed.push(name.to_owned());
-        }
+        leave_out(word, &mut wanted, &mut removed);
     }
     (wanted, removed)
 }
@@ -294,5 +300,29 @@ mod tests {
         assert_eq!(plan.remove, ["ca-certificates", "vim", "zsh"]);
         assert_eq!((plan.services, plan.disable), (vec!["a.service".to_owned()], vec!["c.service".to_owned()]));
         assert!(plan.run.is_empty());
+    }
+
+    #[test]
+    fn a_package_is_the_same_with_a_version_or_an_architecture_behind_it() {
+        let chosen = |packages: &str, remove: &str| {
+            let recipe = format!("arch = \"amd64\"\nbase = \"minimal\"\npackages = [{packages}]\nremove = [{remove}]");
+            let plan = plan("debian-12", &recipe);
+            let mut own = plan.packages;
+            own.retain(|name| !["apt", "debian-archive-keyring", "ca-certificates"].contains(&name.as_str()));
+            (own.join(" "), plan.remove.join(" "))
+        };
+        for (packages, remove, expected) in [
+            (r#""vim=9", "-vim""#, "", ("", "vim")),
+            (r#""vim:amd64", "nano""#, r#""vim""#, ("nano", "vim")),
+            (r#""vim", "-vim:amd64""#, "", ("", "vim:amd64")),
+            (r#""vim:i386", "-vim:amd64""#, "", ("vim:i386", "vim:amd64")),
+            (r#""vim=9", "-vim=8""#, "", ("", "vim")),
+            (r#""-vim", "vim/stable""#, "", ("vim/stable", "")),
+            (r#""vim", "vim=9", "vim:i386""#, "", ("vim=9 vim:i386", "")),
+            (r#""vim-tiny", "-vim""#, "", ("vim-tiny", "vim")),
+        ] {
+            let found = chosen(packages, remove);
+            assert_eq!((found.0.as_str(), found.1.as_str()), expected, "{packages} {remove}");
+        }
     }
 }

@@ -51,6 +51,13 @@ pub(super) fn of_path(path: &Path) -> Result<String, BuildError> {
     digest(path, |metadata| metadata.permissions().mode())
 }
 
+/// Digest of what is left to read.
+pub(super) fn of_reader(reader: &mut impl Read) -> std::io::Result<String> {
+    let mut context = Context::new(&SHA256);
+    feed(reader, &mut context)?;
+    Ok(hex::encode(context.finish()))
+}
+
 /// The same, where not the modes on this host count but what `mode` makes of them.
 fn digest(path: &Path, mode: fn(&Metadata) -> u32) -> Result<String, BuildError> {
     let failed = |error| BuildError::io("read", path, error);
@@ -64,10 +71,13 @@ fn digest(path: &Path, mode: fn(&Metadata) -> u32) -> Result<String, BuildError>
 }
 
 fn feed_file(path: &Path, context: &mut Context) -> std::io::Result<()> {
-    let mut file = std::fs::File::open(path)?;
+    feed(&mut lay::open_file(path)?, context)
+}
+
+fn feed(reader: &mut impl Read, context: &mut Context) -> std::io::Result<()> {
     let mut buffer = vec![0; 1 << 16];
     loop {
-        match file.read(&mut buffer)? {
+        match reader.read(&mut buffer)? {
             0 => return Ok(()),
             count => context.update(&buffer[..count]),
         }
@@ -125,6 +135,17 @@ mod tests {
         for (index, change) in changes.iter().enumerate() {
             assert_ne!(make(change), same, "change {index}");
         }
+    }
+
+    #[test]
+    fn nobody_waits_for_what_a_pipe_may_bring() {
+        let scratch = tempfile::tempdir().unwrap();
+        let pipe = scratch.path().join("pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0).unwrap();
+        let error = of_path(&pipe).unwrap_err().to_string();
+        assert!(error.contains("pipe'") && error.contains("neither a file, a directory nor a link"), "{error}");
+        // Below a directory only its kind counts; what is laid in refuses it.
+        of_path(scratch.path()).unwrap();
     }
 
     #[test]

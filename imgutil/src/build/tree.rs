@@ -8,6 +8,7 @@ use rustix::fs::{
 use std::ffi::OsStr;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Component, Path};
 
 /// Of a text file, so much is read.
@@ -141,6 +142,26 @@ impl Tree {
         make().map_err(|error| BuildError::io("make the directory in the tree", path, error))
     }
 
+    /// Makes the directory at `path` if there is none. One that is there stays as it is.
+    pub(super) fn have_directory(&self, path: impl AsRef<Path>) -> Result<(), BuildError> {
+        let path = path.as_ref();
+        self.directory(path, true).map_err(|error| BuildError::io("make the directory in the tree", path, error))?;
+        Ok(())
+    }
+
+    /// Makes a symbolic link of root's in a directory that exists, unless something is at `path`.
+    pub(super) fn symlink_if_free(&self, path: impl AsRef<Path>, target: impl AsRef<Path>) -> Result<(), BuildError> {
+        let path = path.as_ref();
+        let link = || -> io::Result<()> {
+            let (parent, name) = Self::split(path)?;
+            match symlinkat(target.as_ref(), self.directory(parent, false)?, name) {
+                Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
+                Err(error) => Err(error.into()),
+            }
+        };
+        link().map_err(|error| BuildError::io("make the link in the tree", path, error))
+    }
+
     fn open_file(&self, path: &Path, flags: OFlags) -> io::Result<std::fs::File> {
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
         let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK;
@@ -201,6 +222,45 @@ impl Tree {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Removes what is at `path` with everything in it; a link itself and not what it leads to. Whether there was something.
+    pub(super) fn remove_all(&self, path: impl AsRef<Path>) -> Result<bool, BuildError> {
+        let path = path.as_ref();
+        let remove = || -> io::Result<()> {
+            let (parent, name) = Self::split(path)?;
+            Self::remove_entry(&self.directory(parent, false)?, name)
+        };
+        match remove() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            other => other.map(|()| true).map_err(|error| BuildError::io("remove in the tree", path, error)),
+        }
+    }
+
+    fn remove_entry(parent: &OwnedFd, name: &OsStr) -> io::Result<()> {
+        match unlinkat(parent, name, AtFlags::empty()) {
+            Err(rustix::io::Errno::ISDIR) => {}
+            other => return Ok(other?),
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let directory = openat(parent, name, flags, Mode::empty())?;
+        for entry in rustix::fs::Dir::read_from(&directory)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if name != c"." && name != c".." {
+                Self::remove_entry(&directory, OsStr::from_bytes(name.to_bytes()))?;
+            }
+        }
+        Ok(unlinkat(parent, name, AtFlags::REMOVEDIR)?)
+    }
+
+    /// Removes the directory at `path` if it is empty. Whether it was.
+    pub(super) fn remove_empty(&self, path: impl AsRef<Path>) -> bool {
+        let remove = || -> io::Result<()> {
+            let (parent, name) = Self::split(path.as_ref())?;
+            Ok(unlinkat(self.directory(parent, false)?, name, AtFlags::REMOVEDIR)?)
+        };
+        remove().is_ok()
     }
 
     /// Names in the directory at `path`; none if there is no such directory.
@@ -279,5 +339,33 @@ mod tests {
         assert_eq!((tree.read_text("/srv/copy").unwrap().as_str(), seen("srv/copy")), ("22", (0o600, 0, 0)));
         assert!(tree.copy("/out/y", "/srv/copy", 0o600).is_err());
         assert!(tree.read_text("/srv").unwrap_err().to_string().contains("no regular file"));
+    }
+
+    #[test]
+    fn what_is_removed_and_made_is_inside_the_tree() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (root, host) = (scratch.path().join("root"), scratch.path().join("host"));
+        std::fs::create_dir_all(host.join("work/lib")).unwrap();
+        std::fs::write(host.join("work/file"), "the host's").unwrap();
+        std::fs::create_dir_all(root.join("a/b/c")).unwrap();
+        std::fs::write(root.join("a/b/c/file"), "").unwrap();
+        std::os::unix::fs::symlink(&host, root.join("a/b/out")).unwrap();
+        std::os::unix::fs::symlink(&host, root.join("srv")).unwrap();
+        let tree = Tree::open(&root).unwrap();
+        assert!(!tree.remove_all("/srv/work").unwrap(), "it is not in the tree");
+        assert!(tree.remove_all("/a/b").unwrap());
+        assert!(tree.list("/a").unwrap().is_empty());
+        assert!(!tree.remove_empty("/srv") && tree.remove_empty("/a") && !tree.remove_empty("/a"));
+
+        assert!(tree.have_directory("/srv/work").is_err() && tree.symlink_if_free("/srv/work/x", "y").is_err());
+        tree.make_directory("/var", 0o711, (3, 4)).unwrap();
+        tree.have_directory("/var/lib").unwrap();
+        assert_eq!(std::fs::metadata(root.join("var")).unwrap().mode() & 0o777, 0o711);
+        tree.symlink_if_free("/var/lib/rpm", "x").unwrap();
+        tree.symlink_if_free("/var/lib/rpm", "y").unwrap();
+        assert_eq!(std::fs::read_link(root.join("var/lib/rpm")).unwrap(), Path::new("x"));
+
+        assert_eq!(std::fs::read_to_string(host.join("work/file")).unwrap(), "the host's");
+        assert_eq!(std::fs::read_dir(&host).unwrap().count(), 1);
     }
 }

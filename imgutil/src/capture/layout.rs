@@ -249,13 +249,42 @@ mod tests {
     }
 
     #[test]
-    fn what_is_mounted_in_a_file_system_may_change() {
+    fn file_systems_that_cannot_be_captured_are_named() {
         let survey = Survey::parse(ANSWER).expect("parses");
-        let said = "tar: ./srv: file changed as we read it\n\ntar: ./srv/x: file changed as we read it\ntar: ./var: Cannot stat: No\n";
-        let rest = ["tar: ./srv/x: file changed as we read it", "tar: ./var: Cannot stat: No"];
-        assert_eq!(survey.without_mount_points("/", said), rest);
-        assert_eq!(survey.without_mount_points("/srv", "tar: ./snapshots: file changed as we read it\n").len(), 0);
-        assert_eq!(survey.without_mount_points("/srv", "tar: ./srv: file changed as we read it\n").len(), 1);
+        let named = |survey: &Survey| {
+            let found = survey.of_other_kinds("/").into_iter();
+            found.map(|path| path.display().to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(named(&survey), ["/media/cdrom (iso9660)"]);
+        let other = ANSWER.replacen("\"fstype\": \"xfs\"", "\"fstype\": \"ntfs3\"", 1);
+        let survey = Survey::parse(&other).expect("parses");
+        assert_eq!(named(&survey), ["/media/cdrom (iso9660)", "/var (ntfs3)"]);
+        assert!(survey.captured("/").expect("is captured").iter().all(|(place, _)| place != "/var"));
+        assert_eq!(survey.of_other_kinds("/srv"), Vec::<std::path::PathBuf>::new());
+    }
+
+    #[test]
+    fn what_changed_is_told_from_what_cannot_be_read() {
+        let survey = Survey::parse(ANSWER).expect("parses");
+        let said = "tar: ./srv: file changed as we read it\n\ntar: ./srv/x: file changed as we read it\n\
+                    tar: ./run/s: socket ignored\ntar: ./var: Cannot stat: No\ntar: ./a: File removed before we read it\n\
+                    tar: ./b: File shrank by 5 bytes; padding with zeros\n\
+                    tar: ./c: Read error at byte 0, while reading 512 bytes: Input/output error\n\
+                    tar: Exiting with failure status due to previous errors\n";
+        let said = survey.said_by_tar("/", said);
+        let changes = [
+            "tar: ./srv/x: file changed as we read it",
+            "tar: ./a: File removed before we read it",
+            "tar: ./b: File shrank by 5 bytes; padding with zeros",
+        ];
+        let failures = [
+            "tar: ./var: Cannot stat: No",
+            "tar: ./c: Read error at byte 0, while reading 512 bytes: Input/output error",
+        ];
+        assert_eq!((said.changes, said.failures), (changes.to_vec(), failures.to_vec()));
+        let changes = |said| survey.said_by_tar("/srv", said).changes.len();
+        assert_eq!(changes("tar: ./snapshots: file changed as we read it\n"), 0);
+        assert_eq!(changes("tar: ./srv: file changed as we read it\n"), 1);
     }
 
     #[test]

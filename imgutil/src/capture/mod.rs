@@ -173,9 +173,16 @@ fn run<W: Read + Write + Seek>(options: &Options, wanted: Wanted, out: W, key: D
             Place { mount: place, view: &mut view, guard: &mut guard, level: options.level, progress: &progress };
         let written = stream::squash(input, sealer, &mut to);
         let ended = running.wait()?;
+        let said = survey.said_by_tar(&mount.target, &ended.said);
         // What broke the connection explains what came of it better than what came.
         let (back, part) = match (written, ended.status) {
             (Ok(written), Some(0 | 1)) => written,
+            // It sends them without contents, or not at all.
+            (Ok(_), Some(2)) if !said.failures.is_empty() => bail!(
+                "'{place}': files on it cannot be read, and an image without them is not that of the node: {}: mend the file system or \
+                 remove the files",
+                summary(&said.failures)
+            ),
             (Ok(_), _) => bail!("'{place}': {}", node.reason(&ended)),
             (Err(error), Some(0 | 1)) => return Err(error.context(format!("in the file system '{place}'"))),
             (Err(error), _) => return Err(error.context(format!("'{place}': {}", node.reason(&ended)))),
@@ -183,9 +190,11 @@ fn run<W: Read + Write + Seek>(options: &Options, wanted: Wanted, out: W, key: D
         sealer = back;
         sealer.patch(offset, &part.superblock)?;
         progress.finish(&format!("captured '{place}': {} inodes", part.inodes));
-        let said = survey.without_mount_points(&mount.target, &ended.said);
-        if ended.status == Some(1) && !said.is_empty() {
-            notes.push(format!("files in '{place}' changed while they were read: {}", summary(&said)));
+        if !said.changes.is_empty() {
+            notes.push(format!("files in '{place}' changed while they were read: {}", summary(&said.changes)));
+        }
+        if !said.failures.is_empty() {
+            notes.push(format!("tar has said of '{place}': {}", summary(&said.failures)));
         }
         note(&mut notes, "access control lists, which a squashfs cannot hold, were left out", &part.acls);
         note(&mut notes, "other names of what was left out were left out too", &part.unlinked);
@@ -200,6 +209,11 @@ fn run<W: Read + Write + Seek>(options: &Options, wanted: Wanted, out: W, key: D
     guard.finish()?;
     let unmounted: Vec<PathBuf> = survey.unmounted_subvolumes(&found).into_iter().collect();
     note(&mut notes, "btrfs subvolumes that are not mounted were left out", &unmounted);
+    note(
+        &mut notes,
+        "file systems of a kind that is not captured were left out",
+        &survey.of_other_kinds(&options.root),
+    );
     for swap in Layout::swaps(&survey) {
         // It has a place on the disk and nothing in the payload.
         let layout = swap.to_json()?;

@@ -14,8 +14,9 @@ use uuid::Uuid;
 /// Asks for the sums of the files that packages brought.
 const SUMS: &str = include_str!("sums.sh");
 
-/// How the node's tar writes. Holes and all attributes are kept, owners are numbers, and no other file system is entered.
-pub(super) const TAR: [&str; 9] = [
+/// How the node's tar writes. Holes and all attributes are kept, owners are numbers, and no other file system is entered. A file that it
+/// cannot read makes it fail in the end.
+pub(super) const TAR: [&str; 8] = [
     "--format=posix",
     "--numeric-owner",
     "--one-file-system",
@@ -24,7 +25,6 @@ pub(super) const TAR: [&str; 9] = [
     "--xattrs-include=*",
     "--sparse",
     "--sparse-version=0.1",
-    "--ignore-failed-read",
 ];
 
 /// Longest answer of a survey.

@@ -77,6 +77,15 @@ impl Block {
     }
 }
 
+/// What tar said, by lines.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Said<'a> {
+    /// Files that changed or went while they were read: those of a running system do.
+    pub(super) changes: Vec<&'a str>,
+    /// All else: what could not be read.
+    pub(super) failures: Vec<&'a str>,
+}
+
 /// The parsed answer.
 #[derive(Debug)]
 pub(super) struct Survey {
@@ -141,9 +150,9 @@ impl Survey {
         })
     }
 
-    /// The file systems of the system at `root`, its own first, each with its place in that system.
-    pub(super) fn captured(&self, root: &str) -> Result<Vec<(String, &Mount)>> {
-        let root = if root == "/" { "" } else { root.trim_end_matches('/') };
+    /// What lies on devices and is mounted in the system at `root`, each with its place in that system.
+    fn on_devices(&self, root: &str) -> Vec<(String, &Mount)> {
+        let root = root.trim_end_matches('/');
         let mut seen = BTreeSet::new();
         let mut found: Vec<(String, &Mount)> = Vec::new();
         // Of several mounts on one place the last one is seen.
@@ -153,20 +162,28 @@ impl Survey {
                 continue;
             };
             let place = if below.is_empty() { "/" } else { below };
-            let is_device = mount.source.as_deref().is_some_and(|source| source.starts_with("/dev/"));
+            // ZFS names its datasets and not the devices they are on.
+            let is_device =
+                mount.source.as_deref().is_some_and(|source| source.starts_with("/dev/")) || mount.fstype == "zfs";
             // A part of a file system that is mounted elsewhere too; subvolumes are file systems of their own.
             let is_bind = mount.fstype != "btrfs" && mount.fsroot.as_deref().is_some_and(|fsroot| fsroot != "/");
-            if seen.insert(place.to_owned()) && is_device && !is_bind && CAPTURED.contains(&mount.fstype.as_str()) {
+            if seen.insert(place.to_owned()) && is_device && !is_bind {
                 found.push((place.to_owned(), mount));
             }
         }
         found.sort_by(|a, b| a.0.cmp(&b.0));
+        found
+    }
+
+    /// The file systems of the system at `root`, its own first, each with its place in that system.
+    pub(super) fn captured(&self, root: &str) -> Result<Vec<(String, &Mount)>> {
+        let mut found = self.on_devices(root);
+        found.retain(|(_, mount)| CAPTURED.contains(&mount.fstype.as_str()));
         match found.first() {
             Some((place, _)) if place == "/" => Ok(found),
             _ => {
-                let kind =
-                    self.mounts.iter().rev().find(|mount| mount.target == if root.is_empty() { "/" } else { root });
-                match kind {
+                let root = if root == "/" { root } else { root.trim_end_matches('/') };
+                match self.mounts.iter().rev().find(|mount| mount.target == root) {
                     Some(mount) => bail!(
                         "its root is {}, not a file system on a disk: a diskless node is what its image says",
                         mount.fstype
@@ -177,17 +194,34 @@ impl Survey {
         }
     }
 
-    /// The lines of what tar said of the file system at `target`, but not that a mount point in it changed: what is mounted there (/sys, /proc)
-    /// is another file system's.
-    pub(super) fn without_mount_points<'a>(&self, target: &str, said: &'a str) -> Vec<&'a str> {
+    /// Where file systems on devices are mounted whose files are not captured, each with its kind.
+    pub(super) fn of_other_kinds(&self, root: &str) -> Vec<PathBuf> {
+        let others = self.on_devices(root).into_iter().filter(|(_, mount)| !CAPTURED.contains(&mount.fstype.as_str()));
+        others.map(|(place, mount)| PathBuf::from(format!("{place} ({})", mount.fstype))).collect()
+    }
+
+    /// The lines of what tar said of the file system at `target`. Not among them is that a mount point in it changed: what is mounted
+    /// there (/sys, /proc) is another file system's; nor are sockets, which no archive has.
+    pub(super) fn said_by_tar<'a>(&self, target: &str, said: &'a str) -> Said<'a> {
+        const CHANGED: &str = ": file changed as we read it";
         let is_mount_point = |line: &str| {
-            let path = line.strip_prefix("tar: .").and_then(|rest| rest.strip_suffix(": file changed as we read it"));
+            let path = line.strip_prefix("tar: .").and_then(|rest| rest.strip_suffix(CHANGED));
             path.is_some_and(|path| {
                 let path = format!("{}{path}", target.trim_end_matches('/'));
                 self.mounts.iter().any(|mount| mount.target == path)
             })
         };
-        said.lines().filter(|line| !line.trim().is_empty() && !is_mount_point(line)).collect()
+        let is_idle = |line: &str| {
+            let its_end = line == "tar: Exiting with failure status due to previous errors";
+            line.trim().is_empty() || line.ends_with(": socket ignored") || its_end || is_mount_point(line)
+        };
+        let is_change = |line: &&str| {
+            line.ends_with(CHANGED)
+                || line.ends_with(": File removed before we read it")
+                || (line.contains(": File shrank by ") && line.ends_with("padding with zeros"))
+        };
+        let (changes, failures) = said.lines().filter(|line| !is_idle(line)).partition(is_change);
+        Said { changes, failures }
     }
 
     /// Where subvolumes lie in file systems that are captured without being mounted, so that nobody sees them as file systems: their

@@ -51,7 +51,7 @@ section packages
 if [ -d "$root/var/lib/dpkg" ] && has dpkg-query; then
     dpkg-query --admindir="$root/var/lib/dpkg" -W -f '${db:Status-Abbrev}|${Package}|${Version}|${Architecture}\n' | sed -n 's/^ii *|//p'
 elif has rpm; then
-    rpm --root "${root:-/}" -qa --qf '%{NAME}|%{VERSION}-%{RELEASE}|%{ARCH}\n'
+    rpm --root "${root:-/}" -qa --qf '%{NAME}|%|EPOCH?{%{EPOCH}:}:{}|%{VERSION}-%{RELEASE}|%{ARCH}\n'
 fi
 section kernels
 ls "$root/lib/modules" 2> /dev/null

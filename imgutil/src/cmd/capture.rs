@@ -2,6 +2,7 @@
 
 use crate::capture::{Captured, Options, capture_to_files, capture_to_server};
 use crate::cmd::{printable, warn_of_unmatched};
+use crate::files::clean_up_when_asked_to_end;
 use crate::progress::bytes_text;
 use crate::scrub;
 use crate::upload::{ProfileOptions, Server};
@@ -65,6 +66,7 @@ pub struct Args {
 
 /// Runs it.
 pub fn run(args: Args) -> Result<ExitCode> {
+    clean_up_when_asked_to_end()?;
     let mut exclude = Vec::new();
     for file in &args.exclude {
         exclude.extend(scrub::read_patterns(file)?);

@@ -1,6 +1,8 @@
 //! `imgutil pack`.
 
 use crate::cmd::{printable, warn_of_unmatched};
+use crate::files::clean_up_when_asked_to_end;
+use crate::generations;
 use crate::pack::{Destination, Labels, PackOptions, Packed, SquashOptions, Warnings, pack_to_files, pack_to_server};
 use crate::progress::{Progress, bytes_text};
 use crate::scrub::{self, LeftOut, ViewOptions};
@@ -54,7 +56,8 @@ pub struct Args {
     /// where the tree has them.
     #[arg(long, value_name = "DIR", conflicts_with = "profile")]
     boot_dir: Option<PathBuf>,
-    /// Lineage of the image, as `imgutil inspect` shows it; a new one by default.
+    /// Lineage of the image, as `imgutil inspect` shows it. By default that of the image that is replaced, with the next serial; a new one
+    /// where there is none.
     #[arg(long, requires = "serial", conflicts_with = "profile")]
     lineage: Option<Uuid>,
     /// Serial in the lineage: greater than that of every earlier generation.
@@ -145,6 +148,7 @@ fn block_size(text: &str) -> Result<u32, String> {
 
 /// Runs it.
 pub fn run(args: Args) -> Result<ExitCode> {
+    clean_up_when_asked_to_end()?;
     let squash = args.squash.options()?;
     if !squash.view.scrub {
         eprintln!(
@@ -169,13 +173,17 @@ pub fn run(args: Args) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let image = args.output.as_deref().context("name the image's file with -o, or a profile")?;
+    let (lineage, serial) = match (args.lineage, args.serial) {
+        (Some(lineage), Some(serial)) => (lineage, serial),
+        _ => generations::next_at(image),
+    };
     let options = PackOptions {
         name: match args.name {
             Some(name) => name.to_string(),
             None => name_of(image)?,
         },
-        lineage: args.lineage.unwrap_or_else(Uuid::new_v4),
-        serial: args.serial.unwrap_or(1),
+        lineage,
+        serial,
         squash,
     };
     let destination = Destination {

@@ -8,7 +8,7 @@ pub use side::{Entry, Kind, Side};
 use crate::sbom::database::Installed;
 use anyhow::Result;
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 /// All that differs. `a` is what was, `b` what is.
@@ -80,7 +80,8 @@ pub struct Changed {
     /// From the root.
     #[serde(serialize_with = "crate::lossy::path")]
     pub path: PathBuf,
-    /// What of it: `type`, `size`, `content`, `mode`, `owner`, `target`, `device`, `xattrs`, `mtime`.
+    /// What of it: `type`, `size`, `content`, `mode`, `owner`, `target`, `device`, `xattrs`, `mtime`, `links` (which other names it has,
+    /// of those that are in both).
     pub what: Vec<&'static str>,
     /// As it was.
     pub from: Entry,
@@ -112,12 +113,18 @@ impl Difference {
         };
         let named = |path: &Path, entry: &Entry| Named { path: path.to_owned(), entry: entry.clone() };
         let (entries_a, entries_b) = (std::mem::take(&mut a.entries), std::mem::take(&mut b.entries));
+        let common = |path: &&PathBuf| entries_b.contains_key(*path);
+        let first_a = first_names(entries_a.keys().filter(common), &a.linked);
+        let first_b = first_names(entries_a.keys().filter(common), &b.linked);
         for (path, from) in &entries_a {
             let Some(to) = entries_b.get(path) else {
                 difference.removed.push(named(path, from));
                 continue;
             };
             let mut what = from.compare(to, times);
+            if first_a.get(path) != first_b.get(path) {
+                what.push("links");
+            }
             if what.is_empty() || !what.contains(&"size") {
                 let is_other = from.kind == Kind::File && to.kind == Kind::File && a.hash(path)? != b.hash(path)?;
                 if is_other {
@@ -144,6 +151,25 @@ impl Difference {
     pub fn text(&self) -> String {
         text::of(self)
     }
+}
+
+/// Of each name of a file with several, the first of these names; `linked` says which file a name is of.
+fn first_names<'a>(
+    paths: impl Iterator<Item = &'a PathBuf>,
+    linked: &HashMap<PathBuf, u64>,
+) -> HashMap<&'a PathBuf, &'a PathBuf> {
+    let mut firsts = HashMap::new();
+    let mut names = HashMap::new();
+    for path in paths {
+        if let Some(file) = linked.get(path) {
+            let first = *firsts.entry(*file).or_insert(path);
+            // The first one is that of a file with one name, too.
+            if first != path {
+                names.insert(path, first);
+            }
+        }
+    }
+    names
 }
 
 impl Packages {

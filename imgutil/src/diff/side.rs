@@ -1,7 +1,7 @@
 //! One of the two that are compared: everything about its files but their bytes, which are only hashed where they have to be.
 
 use super::Total;
-use crate::pack::look_at_tree;
+use crate::pack::{Looked, look_at_tree};
 use crate::sbom::database::{self, Installed, TreeFiles};
 use crate::sbom::image_files::ImageFiles;
 use crate::scrub::ViewOptions;
@@ -88,6 +88,8 @@ impl Entry {
 pub struct Side {
     pub(super) entries: BTreeMap<PathBuf, Entry>,
     pub(super) packages: Vec<Installed>,
+    /// Of files with several names each name, and which file it is.
+    pub(super) linked: HashMap<PathBuf, u64>,
     total: Total,
     contents: Contents,
 }
@@ -110,10 +112,10 @@ impl Side {
 
     fn tree(path: &Path, scrub: bool) -> Result<Self> {
         let options = ViewOptions { scrub, ..ViewOptions::default() };
-        let (root, entries, bytes) = look_at_tree(path, &options)?;
+        let Looked { root, entries, linked, bytes } = look_at_tree(path, &options)?;
         let packages = database::installed(&TreeFiles::new(root.as_fd()))?;
         let total = Total { files: entries.len() as u64, bytes, packages: packages.len() };
-        Ok(Self { entries, packages, total, contents: Contents::Tree(root) })
+        Ok(Self { entries, packages, linked, total, contents: Contents::Tree(root) })
     }
 
     fn image(path: &Path, key_files: &[PathBuf]) -> Result<Self> {
@@ -122,6 +124,7 @@ impl Side {
         let packages = ImageFiles::open(open()?).and_then(|files| database::installed(&files)).with_context(context)?;
         let (mut parts, mut entries) = (Vec::new(), BTreeMap::<PathBuf, Entry>::new());
         let mut places = HashMap::<PathBuf, (usize, InodePlace)>::new();
+        let (mut linked, mut numbers) = (HashMap::<PathBuf, u64>::new(), HashMap::new());
         for (mount, source) in open()? {
             let mut walk = Walk::begin(source).with_context(context)?;
             let root = walk.reader.root();
@@ -130,6 +133,11 @@ impl Side {
             entries.retain(|path, _| !path.starts_with(&mount));
             places.retain(|path, _| !path.starts_with(&mount));
             entries.append(&mut walk.entries);
+            linked.retain(|path, _| !path.starts_with(&mount));
+            for (path, place) in walk.linked {
+                let next = numbers.len() as u64;
+                linked.insert(path, *numbers.entry((parts.len(), place)).or_insert(next));
+            }
             places.extend(walk.places.into_iter().map(|(path, place)| (path, (parts.len(), place))));
             parts.push(walk.reader);
         }
@@ -139,7 +147,7 @@ impl Side {
         let bytes = once.filter_map(|(path, _)| entries.get(path)).map(|entry| entry.size).sum();
         let total = Total { files: entries.len() as u64, bytes, packages: packages.len() };
         let contents = Contents::Image { parts, places, hashes: HashMap::new() };
-        Ok(Self { entries, packages, total, contents })
+        Ok(Self { entries, packages, linked, total, contents })
     }
 
     pub(super) fn total(&self) -> Total {
@@ -209,6 +217,8 @@ struct Walk {
     reader: Reader<SquashfsIn>,
     entries: BTreeMap<PathBuf, Entry>,
     places: HashMap<PathBuf, InodePlace>,
+    /// Names of files that have several.
+    linked: HashMap<PathBuf, InodePlace>,
     /// Directories that were entered.
     seen: HashSet<InodePlace>,
 }
@@ -216,13 +226,22 @@ struct Walk {
 impl Walk {
     fn begin(source: SquashfsIn) -> Result<Self> {
         let reader = Reader::open(source)?;
-        Ok(Self { reader, entries: BTreeMap::new(), places: HashMap::new(), seen: HashSet::new() })
+        Ok(Self {
+            reader,
+            entries: BTreeMap::new(),
+            places: HashMap::new(),
+            linked: HashMap::new(),
+            seen: HashSet::new(),
+        })
     }
 
     fn inode(&mut self, place: InodePlace, path: PathBuf) -> Result<()> {
         const DEPTH: usize = 1026;
         let inode = self.reader.inode(place)?;
         let entry = self.entry(&inode)?;
+        if inode.links > 1 && entry.kind != Kind::Directory {
+            self.linked.insert(path.clone(), place);
+        }
         match &inode.kind {
             InodeKind::Directory(listing) => {
                 if !self.seen.insert(place) || path.components().count() > DEPTH {

@@ -27,6 +27,8 @@ const DOCUMENT_LIMIT: u64 = 8 << 20;
 const LAYERS_LIMIT: usize = 1000;
 /// Indexes that lead to indexes, at most.
 const DEPTH_LIMIT: usize = 4;
+/// Indexes that are read in the search of an image, at most: an index may name others many times over.
+const INDEXES_LIMIT: usize = 100;
 
 /// Where an image is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -239,8 +241,8 @@ impl Image {
         if named.is_empty() || several {
             return Err(OciError::Tag { tag: tag.map(str::to_owned), found: names() });
         }
-        let mut seen = Vec::new();
-        let Some(chosen) = descend(&blobs, &named, wanted, DEPTH_LIMIT, &mut seen)? else {
+        let (mut seen, mut left) = (Vec::new(), INDEXES_LIMIT);
+        let Some(chosen) = descend(&blobs, &named, wanted, &mut left, DEPTH_LIMIT, &mut seen)? else {
             return Err(OciError::Platform { wanted: wanted.shown(), found: seen });
         };
         let digest = Digest::parse(&chosen.digest)?;
@@ -336,11 +338,12 @@ impl Image {
     }
 }
 
-/// Finds the manifest for a platform among descriptors of manifests and of further indexes.
+/// Finds the manifest for a platform among descriptors of manifests and of further indexes, of which at most `left` are read.
 fn descend(
     blobs: &Blobs,
     entries: &[Descriptor],
     wanted: &Platform,
+    left: &mut usize,
     depth: usize,
     seen: &mut Vec<String>,
 ) -> Result<Option<Descriptor>, OciError> {
@@ -358,9 +361,13 @@ fn descend(
                 return Err(OciError::Nonsense("the indexes of the image are nested too deep".to_owned()));
             }
             _ if inner => {
+                *left = left.checked_sub(1).ok_or_else(|| OciError::TooLarge {
+                    what: "the number of indexes of the image".to_owned(),
+                    limit: INDEXES_LIMIT as u64,
+                })?;
                 let text = blobs.text_blob(&Digest::parse(&entry.digest)?, DOCUMENT_LIMIT)?;
                 let index: Index = document("an index", &text)?;
-                if let Some(found) = descend(blobs, &index.manifests, wanted, depth - 1, seen)? {
+                if let Some(found) = descend(blobs, &index.manifests, wanted, left, depth - 1, seen)? {
                     return Ok(Some(found));
                 }
             }

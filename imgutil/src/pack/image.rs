@@ -66,7 +66,7 @@ pub struct Packed {
     pub cannot_boot: Option<String>,
 }
 
-/// Packs `tree` into files. On failure none of them is there (boot files may be).
+/// Packs `tree` into files. On failure none of them is there, unless it is that a boot file cannot be given its name: they come last.
 pub fn pack_to_files(
     tree: &Path,
     destination: &Destination<'_>,
@@ -99,17 +99,22 @@ pub fn pack_to_files(
     packed.cannot_boot = cannot_boot;
 
     let signature = sign_key.map(|key| signature(&packed.sealed.digest, &key)).transpose()?;
+    let mut ready = Vec::new();
     if let (Some(directory), Some(files)) = (destination.boot_dir, boot_files) {
-        write_boot_files(directory, files)?;
+        ready = copied_boot_files(directory, files)?;
         packed.boot_loaders = Some(matches!(boot_loaders, Some(Some(_))));
         for (name, file) in boot_loaders.flatten().into_iter().flatten() {
-            copy_out(directory, &name, file)?;
+            ready.push(copied(directory, &name, file)?);
         }
     }
     let key_file = key_file.map(NewKeyFile::appear).transpose()?;
     appear(image, destination.image, signature)?;
     if let Some(key_file) = key_file {
         key_file.keep();
+    }
+    // Last: a kernel must not be newer than the image that has its modules. That there is room for them is known by now.
+    for file in ready {
+        file.appear(Existing::Replace)?;
     }
     Ok(packed)
 }
@@ -163,17 +168,32 @@ fn check_names(destination: &Destination<'_>) -> Result<()> {
 /// Refuses places that cannot be written to, or that are in the tree: the next image of it would hold this one, or its key.
 fn check_places(root: BorrowedFd<'_>, tree: &Path, destination: &Destination<'_>) -> Result<()> {
     let whole = tree.canonicalize().with_context(|| format!("cannot open the tree '{}'", tree.display()))?;
+    let is_in_tree = |directory: &Path| {
+        Ok::<_, anyhow::Error>(directory.starts_with(&whole) && scan::is_on_mount_of(root, directory)?)
+    };
+    let refuse = |path: &Path| -> Result<()> {
+        bail!(
+            "'{}' is in the tree that is packed, so the next image of it would hold it: name a place outside",
+            path.display()
+        )
+    };
     for path in [Some(destination.image), destination.key_file].into_iter().flatten() {
         if path.is_dir() {
             bail!("'{}' is a directory: name a file", path.display());
         }
         // What is not there is found when the file is made.
         let Ok(directory) = parent_of(path).canonicalize() else { continue };
-        if directory.starts_with(&whole) && scan::is_on_mount_of(root, &directory)? {
-            bail!(
-                "'{}' is in the tree that is packed, so the next image of it would hold it: name a place outside",
-                path.display()
-            );
+        if is_in_tree(&directory)? {
+            refuse(path)?;
+        }
+    }
+    if let Some(path) = destination.boot_dir {
+        // It is made if need be: what counts is where what is there of it leads.
+        let absolute = std::path::absolute(path).with_context(|| format!("cannot use '{}'", path.display()))?;
+        if let Some(there) = absolute.ancestors().find_map(|above| above.canonicalize().ok())
+            && is_in_tree(&there)?
+        {
+            refuse(path)?;
         }
     }
     Ok(())
@@ -253,18 +273,19 @@ fn remove_if_there(path: &Path) -> Result<()> {
     }
 }
 
-/// Copies kernel and initramfs out of the tree. They are what a boot loader reads, so they are not secret.
-fn write_boot_files(directory: &Path, files: BootFiles) -> Result<()> {
+/// Copies kernel and initramfs out of the tree, without their names yet. They are what a boot loader reads, so they are not secret.
+fn copied_boot_files(directory: &Path, files: BootFiles) -> Result<Vec<NewFile>> {
     std::fs::create_dir_all(directory).with_context(|| format!("cannot create '{}'", directory.display()))?;
     let context = || format!("cannot copy the kernel {}", files.release);
-    copy_out(directory, "vmlinuz", files.kernel).with_context(context)?;
-    copy_out(directory, "initrd.img", files.initramfs).with_context(context)
+    let kernel = copied(directory, "vmlinuz", files.kernel).with_context(context)?;
+    Ok(vec![kernel, copied(directory, "initrd.img", files.initramfs).with_context(context)?])
 }
 
-fn copy_out(directory: &Path, name: &str, mut source: File) -> Result<()> {
+fn copied(directory: &Path, name: &str, mut source: File) -> Result<NewFile> {
     let path = directory.join(name);
     let new = NewFile::create(&path, 0o644)?;
     let mut target: &File = new.file();
     std::io::copy(&mut source, &mut target).with_context(|| format!("cannot write '{}'", path.display()))?;
-    new.appear(Existing::Replace)
+    new.file().sync_all().with_context(|| format!("cannot write '{}'", path.display()))?;
+    Ok(new)
 }

@@ -5,27 +5,36 @@ use crate::diff;
 use crate::inodes::{InodeIndex, Kind};
 use crate::scrub::{View, ViewOptions};
 use anyhow::{Context as _, Result};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
-/// The tree's handle, its files by path, and the bytes of its regular files.
-pub(crate) fn look_at_tree(
-    path: &Path,
-    options: &ViewOptions,
-) -> Result<(OwnedFd, BTreeMap<PathBuf, diff::Entry>, u64)> {
+/// A tree as it would be packed.
+pub(crate) struct Looked {
+    /// The tree's handle.
+    pub(crate) root: OwnedFd,
+    /// Its files by path.
+    pub(crate) entries: BTreeMap<PathBuf, diff::Entry>,
+    /// Of files with several names each name, and which file it is.
+    pub(crate) linked: HashMap<PathBuf, u64>,
+    /// Bytes of its regular files.
+    pub(crate) bytes: u64,
+}
+
+/// Looks at the tree at `path`.
+pub(crate) fn look_at_tree(path: &Path, options: &ViewOptions) -> Result<Looked> {
     let root = scan::open_root(path)?;
     let mut view = View::new(options)?;
     let tree = scan::scan(root.as_fd(), &mut view).with_context(|| format!("in the tree '{}'", path.display()))?;
     let bytes = (0..).zip(&tree.inodes).map(|(index, _)| tree.size(InodeIndex(index))).sum();
-    let mut entries = BTreeMap::new();
-    list(&tree, InodeIndex(0), PathBuf::from("/"), &mut entries);
-    Ok((root, entries, bytes))
+    let mut looked = Looked { root, entries: BTreeMap::new(), linked: HashMap::new(), bytes };
+    list(&tree, InodeIndex(0), PathBuf::from("/"), &mut looked);
+    Ok(looked)
 }
 
-fn list(tree: &Tree, index: InodeIndex, path: PathBuf, entries: &mut BTreeMap<PathBuf, diff::Entry>) {
+fn list(tree: &Tree, index: InodeIndex, path: PathBuf, looked: &mut Looked) {
     let inode = &tree.inodes[index.0 as usize];
     let mut entry = diff::Entry {
         kind: diff::Kind::Directory,
@@ -41,7 +50,7 @@ fn list(tree: &Tree, index: InodeIndex, path: PathBuf, entries: &mut BTreeMap<Pa
     match &inode.kind {
         Kind::Directory(children) => {
             for (name, child) in children {
-                list(tree, *child, join(&path, name), entries);
+                list(tree, *child, join(&path, name), looked);
             }
         }
         Kind::File(_) => entry.kind = diff::Kind::File,
@@ -65,5 +74,8 @@ fn list(tree: &Tree, index: InodeIndex, path: PathBuf, entries: &mut BTreeMap<Pa
             entry.xattrs.insert(name.to_string_lossy().into_owned(), hex::encode(value));
         }
     }
-    entries.insert(path, entry);
+    if inode.links > 1 && entry.kind != diff::Kind::Directory {
+        looked.linked.insert(path.clone(), index.0.into());
+    }
+    looked.entries.insert(path, entry);
 }

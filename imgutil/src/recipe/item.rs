@@ -63,7 +63,8 @@ impl When {
     /// Whether it is true.
     #[must_use]
     pub fn holds(&self, target: Target<'_>) -> bool {
-        let (family, release) = target.os.split_once('-').unwrap_or((target.os, ""));
+        // A family's name may have a hyphen itself: centos-stream-9.
+        let (family, release) = target.os.rsplit_once('-').unwrap_or((target.os, ""));
         (self.arch.is_empty() || self.arch.iter().any(|arch| arch == target.machine || arch == target.arch))
             && (self.os.is_empty() || self.os.iter().any(|os| os == target.os || os == family))
             && self.version.iter().all(|(test, version)| {

@@ -8,7 +8,10 @@ mod item;
 mod words;
 
 pub use item::{Item, Target, When};
-pub use words::{Command, Line, Mode, Name, Owner, PackageWord, Plain, TimeZone, TreePath, Uri, is_package_name};
+pub use words::{
+    Command, Line, Mode, Name, Owner, PackageWord, Plain, TimeZone, TreePath, Uri, is_package_name, is_same_package,
+    name_and_arch,
+};
 
 use item::{items, strings};
 use serde::Deserialize;

@@ -112,6 +112,8 @@ fn conditions_are_about_the_target() {
         ("version = \">=13\"", "debian-12", "amd64", false),
         ("version = \">=9\"", "debian-12", "amd64", true),
         ("version = \">=12,<14\"", "debian-13", "amd64", true),
+        ("os = \"centos-stream\", version = \">=9\"", "centos-stream-9", "amd64", true),
+        ("version = \"<10\"", "centos-stream-10", "amd64", false),
         ("version = \">24.04\"", "ubuntu-24.04", "amd64", false),
         ("version = \"<=24.4\"", "ubuntu-24.04", "amd64", true),
         ("os = \"debian\", version = \"12\", arch = \"amd64\"", "debian-12", "arm64", false),

@@ -164,6 +164,21 @@ fn check_uri(uri: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// A package's word taken apart: its name and, where it has one, its architecture (`vim:amd64`). A version or release (`=`, `/`) is none of
+/// either.
+#[must_use]
+pub fn name_and_arch(word: &str) -> (&str, Option<&str>) {
+    let word = word.split(['=', '/']).next().unwrap_or_default();
+    word.split_once(':').map_or((word, None), |(name, arch)| (name, Some(arch)))
+}
+
+/// Whether two words can mean one package: a word without an architecture means it in any.
+#[must_use]
+pub fn is_same_package(one: &str, other: &str) -> bool {
+    let ((name, arch), (other_name, other_arch)) = (name_and_arch(one), name_and_arch(other));
+    name == other_name && (arch.is_none() || other_arch.is_none() || arch == other_arch)
+}
+
 /// Whether `name` can be a package of any family: name, optional architecture, optional version or release; or `@` and a group
 /// of packages. A pattern, a removal of apt ("name-") or an option is none.
 #[must_use]

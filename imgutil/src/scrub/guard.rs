@@ -4,7 +4,7 @@ use super::ViewOptions;
 use super::keys;
 use super::owned::Owned;
 use super::pattern::Patterns;
-use super::rules::KEY_NAMES;
+use super::rules::{KEY_NAMES, KEY_PATHS};
 use anyhow::{Result, bail};
 use std::ffi::OsStr;
 use std::os::fd::BorrowedFd;
@@ -15,27 +15,37 @@ use std::path::{Path, PathBuf};
 pub(crate) struct KeyRules {
     allowed: Patterns,
     names: Patterns,
+    paths: Patterns,
     left: Vec<(PathBuf, &'static str)>,
 }
 
 impl KeyRules {
     /// With what the options allow.
     pub(crate) fn new(options: &ViewOptions) -> Result<Self> {
-        let (mut allowed, mut names) = (Patterns::default(), Patterns::default());
+        let (mut allowed, mut names, mut paths) = (Patterns::default(), Patterns::default(), Patterns::default());
         for pattern in &options.allow_keys {
             allowed.add(pattern)?;
         }
         for pattern in KEY_NAMES {
             names.add(pattern.as_bytes())?;
         }
-        Ok(Self { allowed, names, left: Vec::new() })
+        for (_, pattern) in KEY_PATHS {
+            paths.add(pattern.as_bytes())?;
+        }
+        Ok(Self { allowed, names, paths, left: Vec::new() })
     }
 
     /// What a file is, in words, if it is a key that is not allowed; by its first bytes, at most [`keys::BOUND`] of them.
     pub(crate) fn suspect(&self, path: &Path, bytes: &[u8]) -> Option<&'static str> {
         let name = path.file_name().map(OsStrExt::as_bytes).unwrap_or_default();
         let by_name = || self.names.matches_path(Path::new(OsStr::from_bytes(name)));
-        let what = keys::find(bytes).or_else(|| by_name().then_some("a key store, by its name"))?;
+        // An empty file has its place ready for a key.
+        let by_path = || self.paths.match_of(path).filter(|_| !bytes.is_empty()).map(|index| KEY_PATHS[index].0);
+        let of_image = || (name.ends_with(b".key") && keys::is_of_image(bytes)).then_some("the key of an image");
+        let what = keys::find(bytes)
+            .or_else(by_path)
+            .or_else(of_image)
+            .or_else(|| by_name().then_some("a key store, by its name"))?;
         (!self.allowed.matches_path(path)).then_some(what)
     }
 

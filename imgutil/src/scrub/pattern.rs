@@ -86,16 +86,21 @@ impl Patterns {
 
     /// Whether a pattern matches the file at `path`, or a directory that it is in.
     pub(crate) fn matches_path(&self, path: &Path) -> bool {
+        self.match_of(path).is_some()
+    }
+
+    /// The first pattern that matches the file at `path`, or a directory that it is in.
+    pub(crate) fn match_of(&self, path: &Path) -> Option<usize> {
         let (mut place, mut matched) = (self.root(), Vec::new());
         let names: Vec<&[u8]> =
             path.as_os_str().as_bytes().split(|byte| *byte == b'/').filter(|name| !name.is_empty()).collect();
         for (index, name) in names.iter().enumerate() {
             place = self.step(&place, name, index + 1 < names.len(), &mut matched);
-            if !matched.is_empty() {
-                return true;
+            if let Some(first) = matched.first() {
+                return Some(*first);
             }
         }
-        false
+        None
     }
 
     /// Looks at one entry: the patterns that match it (in order), and the place of what is below it.

@@ -261,5 +261,28 @@ pub const RULES: &[Rule] = &[
     rule(Spools, RemoveFile, "/var/spool/cups/**"),
 ];
 
+/// Files that hold a secret by what they are, whatever their bytes say: what it is, and where. A program that needs one does not make it
+/// again by itself, so they are refused and not removed.
+pub(crate) const KEY_PATHS: &[(&str, &str)] = &[
+    // Whoever has it can be any user of the cluster.
+    ("a MUNGE key", "/etc/munge/munge.key"),
+    ("a key of Slurm", "/etc/slurm*/slurm.key"),
+    ("a key of Slurm", "/etc/slurm*/jwt*.key"),
+    ("a key of Slurm", "/var/spool/slurm*/**/jwt*.key"),
+    ("a key of Slurm", "/var/lib/slurm*/**/jwt*.key"),
+    ("a key of Corosync", "/etc/corosync/authkey"),
+    ("a key of Pacemaker", "/etc/pacemaker/authkey"),
+    ("a key of Ceph", "/etc/ceph/*.keyring"),
+    ("a key of Ceph", "/etc/ceph/*.secret"),
+    ("a key of Ceph", "/var/lib/ceph/**/keyring"),
+    ("a WireGuard private key", "/etc/wireguard/*.key"),
+    ("a WireGuard private key", "/etc/wireguard/*private*"),
+    ("a key of an encrypted disk", "/etc/cryptsetup-keys.d/*"),
+    ("a key of an encrypted disk", "/crypto_keyfile.bin"),
+    ("a key of an encrypted disk", "/etc/luks-keys/*"),
+    ("a master key of Kerberos", "/etc/krb5kdc/stash"),
+    ("a key of a member of Mooring", "/var/lib/mooring/store/keys/**"),
+];
+
 /// Names of files that hold a private key by what they are, whatever their bytes say.
 pub(crate) const KEY_NAMES: &[&str] = &["*.p12", "*.pfx", "*.jks", "*.keystore", "*.ppk", "*.keytab", "*.kdbx"];

@@ -78,14 +78,15 @@ pub(super) fn boot(machine: &Machine<'_>, site: &mut Site, say: &dyn Fn(&str)) -
         outcome.states = states;
         outcome.took = begin.elapsed();
         let word = |word: &str| outcome.states.iter().find(|event| event.state == word);
+        // First: what is up needs no server to come up, and the death of one shows nothing.
+        if word("booted").is_some() {
+            break;
+        }
         if outcome.killed_after.is_none() && word(TETHERED).is_some() && served(&site.second) > idle + SERVED {
             site.second.kill();
             let state = outcome.states.last().map(|event| event.state.clone());
             say("  (killing the second server, which has served a part of the root)");
             outcome.killed_after = state;
-        }
-        if word("booted").is_some() {
-            break;
         }
         if let Some(failed) = word("failed") {
             outcome.failure = Some(format!("the node says that it failed: {}", failed.detail));

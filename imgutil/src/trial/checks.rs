@@ -1,10 +1,10 @@
 //! What is looked at on a node that is up, by ssh and with nothing but what every node has.
 
 use super::Subject;
-use super::collective::{NODE, Site};
+use super::collective::{NODE, SECOND_PORT, Site};
 use super::verdict::{Log, Verdict};
 use crate::progress::bytes_text;
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use moor_vm::{Namespace, Vm};
 use serde::Deserialize;
 use std::time::Duration;
@@ -42,7 +42,8 @@ impl Login<'_> {
 }
 
 /// All of them. What cannot be looked at is bad: the same machine has just said that it is up.
-pub(super) fn run(login: &Login<'_>, subject: &Subject, verdict: &mut Verdict) {
+/// `killed` is the state in which the second server was killed, if it was.
+pub(super) fn run(login: &Login<'_>, subject: &Subject, killed: Option<&str>, verdict: &mut Verdict) {
     let mut add = |name: &'static str, found: Result<Found>| match found {
         Ok(Found { good, detail, logs }) => verdict.add(name, good, detail, logs),
         Err(error) => verdict.add(name, false, format!("{error:#}"), Vec::new()),
@@ -53,7 +54,11 @@ pub(super) fn run(login: &Login<'_>, subject: &Subject, verdict: &mut Verdict) {
     if !reachable {
         return;
     }
-    add("root", root(login, subject));
+    let tether = tether(login);
+    if let Some(state) = killed {
+        add("failover", tether.as_ref().map(|tether| failover(tether, state)).map_err(|error| anyhow!("{error:#}")));
+    }
+    add("root", tether.and_then(|tether| root(login, subject, &tether)));
     add("overlay", overlay(login));
     add("services", services(login));
     add("memory", memory(login));
@@ -95,14 +100,36 @@ struct Server {
     faults: u64,
 }
 
-fn root(login: &Login<'_>, subject: &Subject) -> Result<Found> {
+fn tether(login: &Login<'_>) -> Result<Tether> {
+    let text = login.run("moor-tether status --json")?;
+    serde_json::from_str(&text).context("the tether's status makes no sense")
+}
+
+/// Whether the node had something of the server that was killed, so that it had to go on with the other one.
+fn failover(tether: &Tether, state: &str) -> Found {
+    let killed = format!(":{SECOND_PORT}");
+    let is_killed = |server: &&Server| server.url.split('/').nth(2).is_some_and(|place| place.ends_with(&killed));
+    match tether.members.iter().find(is_killed).map_or(0, |server| server.bytes) {
+        0 => Found::new(
+            false,
+            format!("one of two servers was killed in state '{state}', but the node had nothing of it: test again"),
+        ),
+        bytes => Found::new(
+            true,
+            format!(
+                "one of two servers was killed in state '{state}', after the node had had {} of the root from it",
+                bytes_text(bytes)
+            ),
+        ),
+    }
+}
+
+fn root(login: &Login<'_>, subject: &Subject, tether: &Tether) -> Result<Found> {
     let kind = login.run("findmnt -n -o FSTYPE /")?;
     if kind != "overlay" {
         return Ok(Found::new(false, format!("the root is {kind}, not an overlay on the image")));
     }
     let below = login.run("findmnt -n -o FSTYPE /run/mooring/root/lower")?;
-    let text = login.run("moor-tether status --json")?;
-    let tether: Tether = serde_json::from_str(&text).context("the tether's status makes no sense")?;
     if tether.digest != subject.digest {
         return Ok(Found::new(false, format!("the root is another image, {}", tether.digest)));
     }
@@ -180,4 +207,29 @@ fn memory(login: &Login<'_>) -> Result<Found> {
     let (total, available) = (field("MemTotal")? << 10, field("MemAvailable")? << 10);
     let detail = format!("{} of {} are free for programs", bytes_text(available), bytes_text(total));
     Ok(Found::new(available >= total / 10, detail))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_that_the_node_had_nothing_of_shows_nothing_by_its_death() {
+        for (bytes, good) in [("[700, 0]", false), ("[700, 4096]", true), ("[0, 1]", true), ("[5]", false)] {
+            let bytes: Vec<u64> = serde_json::from_str(bytes).expect("numbers");
+            let members: Vec<String> = bytes
+                .iter()
+                .zip(["https://10.0.2.2:8443/v1/blobs/aa", "https://10.0.2.2:8444/v1/blobs/aa"])
+                .map(|(bytes, url)| format!("{{\"url\": \"{url}\", \"bytes\": {bytes}, \"faults\": 1}}"))
+                .collect();
+            let text = format!("{{\"digest\": \"aa\", \"bytes_fetched\": 1, \"members\": [{}]}}", members.join(","));
+            let found = failover(&serde_json::from_str(&text).expect("a status"), "switch-root");
+            assert_eq!(found.good, good, "{bytes:?}: {}", found.detail);
+            assert!(
+                found.detail.starts_with("one of two servers was killed in state 'switch-root'"),
+                "{}",
+                found.detail
+            );
+        }
+    }
 }

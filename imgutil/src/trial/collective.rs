@@ -1,6 +1,7 @@
 //! The servers of a test: a new collective with the image, one node, and its member twice.
 
 use super::Subject;
+use crate::upload::WithKey;
 use anyhow::{Context as _, Result, bail};
 use moor_api::admin::{ArmRequest, DefineNodes, DeployRequest, ImportImage};
 use moor_api::client::admin::AdminClient;
@@ -14,7 +15,6 @@ use std::io::{Cursor, Read};
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use tokio::runtime::Runtime;
-use zeroize::Zeroizing;
 
 /// The node of the test.
 pub(super) const NODE: &str = "test-node";
@@ -25,6 +25,8 @@ pub(super) const MAC: &str = "52:54:00:6d:6f:02";
 const NAME: &str = "test";
 /// Where the two listen: nobody else is in their namespace.
 const PORTS: [u16; 2] = [8443, 8444];
+/// The port of the server that is killed.
+pub(super) const SECOND_PORT: u16 = PORTS[1];
 /// Most bytes of the site's cpio.
 const MAX_SITE: usize = 16 << 20;
 
@@ -149,8 +151,7 @@ async fn catalogue(member: &Member, subject: &Subject, login: &str) -> Result<Ca
         std::fs::File::open(&subject.path).with_context(|| format!("cannot open '{}'", subject.path.display()))?;
     let name: ImageName = NAME.parse()?;
     let profile: ProfileName = NAME.parse()?;
-    let key = Zeroizing::new(subject.key.to_hex().trim_end().to_owned());
-    let mut request = ImportImage {
+    let request = ImportImage {
         name,
         image: send(&mut client, image).await?,
         key: None,
@@ -159,9 +160,9 @@ async fn catalogue(member: &Member, subject: &Subject, login: &str) -> Result<Ca
         initramfs: send(&mut client, Cursor::new(subject.boot_files.initramfs.clone())).await?,
         boot_loaders: BTreeMap::new(),
     };
-    request.key = Some(key.to_string());
-    let imported = client.import_image(&request).await;
-    drop(request.key.take().map(Zeroizing::new));
+    let request = WithKey::new(request, Some(&subject.key));
+    let imported = client.import_image(request.get()).await;
+    drop(request);
     let view = imported.context("the server refuses the image")?;
     if view.digest.to_string() != subject.digest {
         bail!("'{}' changed while it was sent: try again", subject.path.display());

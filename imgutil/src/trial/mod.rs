@@ -85,7 +85,7 @@ pub fn run(options: &Options, dir: &Path) -> Result<Verdict> {
         if outcome.is_booted() {
             say("booted; looking at it by ssh");
             let login = checks::Login { namespace: &namespace, vm: &vm, site: &site };
-            checks::run(&login, &subject, &mut verdict);
+            checks::run(&login, &subject, outcome.killed_after.as_deref(), &mut verdict);
         }
         vm.power_off();
         verdict.seconds = begin.elapsed().as_secs();

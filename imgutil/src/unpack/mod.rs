@@ -40,9 +40,7 @@ fn unsquash_all<S: Source>(parts: Vec<(PathBuf, S)>, destination: &Path, progres
     // Before there is something to remove, and until it is removed: the order of the two matters.
     let interrupts = interrupt::Interrupts::hold_back()?;
     let staging = Staging::beside(destination)?;
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let root = rustix::fs::openat(CWD, &staging.path, flags, Mode::empty())
-        .with_context(|| format!("cannot open '{}'", staging.path.display()))?;
+    let root = staging.root()?;
     let mut inodes: u32 = 0;
     for (mount, reader) in &mut readers {
         let place = mount_point(&root, mount).with_context(|| format!("cannot go to '{}'", mount.display()))?;
@@ -69,12 +67,16 @@ fn mount_point(root: &OwnedFd, mount: &Path) -> Result<OwnedFd> {
     Ok(place)
 }
 
-/// The directory `.NAME.imgutil-unpack` beside `NAME`, locked, and removed unless it is kept. What a killed run has left there is
-/// removed by the next one of the same name.
+/// Name of the tree in its [`Staging`].
+const TREE: &str = "tree";
+
+/// The directory `.NAME.imgutil-unpack` beside `NAME`, locked, and removed in the end. What a killed run has left there is removed by
+/// the next one of the same name. The tree is made in it and not as it: the tree's root gets modes and owner that let others in while
+/// other file systems are still restored below it, and restoring trusts that nobody else changes names there.
 struct Staging {
     path: PathBuf,
     kept: bool,
-    _lock: OwnedFd,
+    lock: OwnedFd,
 }
 
 impl Staging {
@@ -103,9 +105,9 @@ impl Staging {
                 break;
             }
             if !left_over {
-                return Ok(Self { path, kept: false, _lock: lock });
+                return Ok(Self { path, kept: false, lock });
             }
-            // Removed, not only emptied: it may have got as far as the owner and attributes of a tree's root.
+            // Removed, not only emptied: by older releases it may have got the owner and attributes of a tree's root.
             empty(&path)
                 .map_err(anyhow::Error::from)
                 .and_then(|()| Ok(rustix::fs::rmdir(&path)?))
@@ -118,11 +120,20 @@ impl Staging {
         );
     }
 
-    /// Gives it its final name, unless that has appeared meanwhile.
+    /// Makes the directory of the tree.
+    fn root(&self) -> Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        rustix::fs::mkdirat(&self.lock, TREE, Mode::RWXU)
+            .and_then(|()| rustix::fs::openat(&self.lock, TREE, flags, Mode::empty()))
+            .with_context(|| format!("cannot make the directory '{}'", self.path.join(TREE).display()))
+    }
+
+    /// Gives the tree its final name, unless that has appeared meanwhile.
     fn keep(mut self, destination: &Path) -> Result<()> {
-        rustix::fs::renameat_with(CWD, &self.path, CWD, destination, RenameFlags::NOREPLACE)
+        rustix::fs::renameat_with(&self.lock, TREE, CWD, destination, RenameFlags::NOREPLACE)
             .with_context(|| format!("cannot give the finished tree its name '{}'", destination.display()))?;
         self.kept = true;
+        drop(self);
         let parent = parent_of(destination);
         std::fs::File::open(parent)
             .and_then(|directory| directory.sync_all())
@@ -132,9 +143,8 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        if !self.kept
-            && let Err(error) = std::fs::remove_dir_all(&self.path)
-        {
+        let removed = if self.kept { std::fs::remove_dir(&self.path) } else { std::fs::remove_dir_all(&self.path) };
+        if let Err(error) = removed {
             eprintln!("imgutil: warning: cannot remove '{}': {error}; remove it by hand", self.path.display());
         }
     }

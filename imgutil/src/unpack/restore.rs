@@ -170,7 +170,7 @@ impl<S: Source> Restorer<'_, S> {
             }
         }
         if has_mode {
-            // This call would follow a symbolic link; we made a device, pipe or socket, in a directory only we can enter.
+            // This call would follow a symbolic link; we made a device, pipe or socket, below a directory only we can enter.
             rustix::fs::chmodat(parent, name, Mode::from_raw_mode(inode.mode.into()), AtFlags::empty())?;
         }
         rustix::fs::utimensat(parent, name, &times(inode), AtFlags::SYMLINK_NOFOLLOW)?;

@@ -61,7 +61,7 @@ pub fn rpm_tree() -> PathBuf {
 }
 
 /// Programs of the small tree.
-const PROGRAMS: &str = "bash cat chmod chown chroot date dmesg dpkg env false grep head hostname id ln ls mkdir mknod mount mv \
+const PROGRAMS: &str = "bash cat chmod chown chroot cp date dmesg dpkg env false grep head hostname id ln ls mkdir mknod mount mv \
     nohup nsenter readlink rm setsid sh sleep touch true umount unshare";
 
 /// The programs above with their libraries and little else, taken out of the minimal tree: a copy costs a few files instead of

@@ -216,6 +216,17 @@ impl Layout {
         self.tag(image, tag);
     }
 
+    /// A tag that leads to an index that names another one so often as `width` says, and so on, `depth` of them; none has an image.
+    pub fn add_nested(&mut self, tag: &str, width: usize, depth: usize) {
+        const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+        let mut below = self.blob(INDEX, json!({ "schemaVersion": 2, "manifests": [] }).to_string().as_bytes());
+        for _ in 1..depth {
+            let index = json!({ "schemaVersion": 2, "manifests": vec![below; width] }).to_string();
+            below = self.blob(INDEX, index.as_bytes());
+        }
+        self.tag(below, tag);
+    }
+
     /// One tag that leads to an index of images for several machines, with an attestation beside them.
     pub fn add_index(&mut self, tag: &str, images: &[(&str, Vec<u8>)]) {
         let mut manifests = vec![json!({

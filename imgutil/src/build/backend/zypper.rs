@@ -300,21 +300,20 @@ fn section(repository: &Repository, key: &str) -> String {
     )
 }
 
-/// libzypp makes the directory of its cache inside the root as well. What of that path no package has is taken away.
+/// libzypp makes the directory of its cache inside the root as well. What of that path no package has is taken away. Packages have been
+/// installed by now, and a link of theirs may be a part of the path: it must not lead onto the host.
 fn remove_stub(context: &mut Context<'_, '_>, root: &Path) -> Result<(), BuildError> {
     let Some(own) = context.work.root().parent().map(Path::to_path_buf) else { return Ok(()) };
-    let stub = root.join(own.strip_prefix("/").unwrap_or(&own));
-    match std::fs::remove_dir_all(&stub) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        result => result.map_err(|error| BuildError::io("remove", &stub, error))?,
+    let tree = Tree::open(root)?;
+    if !tree.remove_all(&own)? {
+        return Ok(());
     }
     for above in own.ancestors().skip(1).filter(|above| above.parent().is_some()) {
         let mut query: Vec<OsString> = ["rpm", "--root"].map(OsString::from).to_vec();
         query.extend([root.into(), "-qf".into(), above.into()]);
         let (owned, _) = rpm::run(context, root, &mut NoMeaning, query, None)?;
-        let path = root.join(above.strip_prefix("/").unwrap_or(above));
         // Not empty: something else is in it, so it has to stay.
-        if owned || std::fs::remove_dir(&path).is_err() {
+        if owned || !tree.remove_empty(above) {
             break;
         }
     }

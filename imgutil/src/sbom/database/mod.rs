@@ -1,6 +1,7 @@
 //! Which packages a tree has, read from the databases of dpkg and RPM, whichever are there. Both are parsed here: the tree may come
 //! from elsewhere, and its builder need not have RPM.
 
+mod bdb;
 mod deb;
 mod ndb;
 mod rpm;

@@ -1,11 +1,11 @@
 //! RPM's database: where it is, and the header that it holds for each package (`lib/header.c` of RPM: an index of entries, then
 //! their data; all big-endian).
 
-use super::{DATABASE, Files, Installed, System, ndb, sqlite};
+use super::{DATABASE, Files, Installed, System, bdb, ndb, sqlite};
 use crate::sbom::license;
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 
-/// Where the databases are: EL 10, Fedora and SUSE; EL 8 and 9.
+/// Where the databases are: EL 10, Fedora and SUSE; EL 8 (Berkeley DB) and 9.
 const PLACES: [&str; 2] = ["usr/lib/sysimage/rpm", "var/lib/rpm"];
 
 /// The headers of all packages; none if the tree has no database.
@@ -27,11 +27,8 @@ pub(super) fn headers(files: &dyn Files) -> Result<Vec<Vec<u8>>> {
         if let Some(database) = read("Packages.db")? {
             return ndb::blobs(&database).with_context(|| context("Packages.db"));
         }
-        if names.iter().any(|name| name == "Packages") {
-            bail!(
-                "{}: it is a Berkeley DB, which only EL 8 and older write: convert it with `rpmdb --rebuilddb` of a newer RPM",
-                context("Packages")
-            );
+        if let Some(database) = read("Packages")? {
+            return bdb::blobs(&database).with_context(|| context("Packages"));
         }
     }
     Ok(Vec::new())

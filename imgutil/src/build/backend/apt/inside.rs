@@ -8,6 +8,7 @@ use crate::build::near::near;
 use crate::build::output::Meaning;
 use crate::build::tree::Tree;
 use crate::exec::Outcome;
+use crate::recipe::is_same_package;
 use std::ffi::OsString;
 
 /// Keeps apt from choosing what the recipe does not want; there while packages are installed.
@@ -44,12 +45,13 @@ pub(super) fn add(context: &mut Context<'_, '_>) -> Result<(), BuildError> {
 
 /// Takes away what is installed of the packages that are not wanted.
 fn remove(context: &mut Context<'_, '_>) -> Result<(), BuildError> {
-    let query = ["dpkg-query", "-W", "-f", "${db:Status-Status} ${Package}\\n"].map(OsString::from);
+    let query = ["dpkg-query", "-W", "-f", "${db:Status-Status} ${Package}:${Architecture}\\n"].map(OsString::from);
     let text = Inside::default().answer(context, "listing the packages", &query)?;
     let installed: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("installed ")).collect();
+    let is_there = |name: &&str| installed.iter().any(|there| is_same_package(name, there));
     let mut purge = vec!["apt-get", "--quiet", "--yes", "purge", "--"];
     let fixed = purge.len();
-    purge.extend(context.plan.remove.iter().map(String::as_str).filter(|name| installed.contains(name)));
+    purge.extend(context.plan.remove.iter().map(String::as_str).filter(is_there));
     if purge.len() == fixed {
         return Ok(());
     }

@@ -8,14 +8,14 @@ use std::fs::File;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-/// Package files by name, and where each was fetched from.
+/// Package files by name, and where each was fetched from: a name may be in several repositories.
 #[derive(Default)]
 pub(in super::super) struct Fetched {
-    files: BTreeMap<String, (PathBuf, String)>,
+    files: BTreeMap<String, Vec<(PathBuf, String)>>,
 }
 
 impl Fetched {
-    /// Adds all packages below `directory`, which came from `uri`. A file that an earlier repository has too stays that one.
+    /// Adds all packages below `directory`, which came from `uri`.
     pub(in super::super) fn add(&mut self, directory: &Path, uri: &str) -> Result<(), BuildError> {
         let entries = match std::fs::read_dir(directory) {
             Ok(entries) => entries,
@@ -30,23 +30,37 @@ impl Fetched {
             if kind.is_dir() {
                 self.add(&path, &uri)?;
             } else if path.extension().is_some_and(|end| end == "rpm") {
-                self.files.entry(name).or_insert((path, uri));
+                self.files.entry(name).or_default().push((path, uri));
             }
         }
         Ok(())
     }
 
-    /// The package's file, its digest, and where it is from.
+    /// The package's file, its digest, and where it is from. Several repositories may have it, but not in different files: which of them the
+    /// tool takes, its answer does not say.
     pub(in super::super) fn package(&self, chosen: &Installed) -> Result<Package, BuildError> {
-        let (path, uri) = self.files.get(&file_name(chosen)).ok_or_else(|| BuildError::Answer {
-            tool: "the package manager",
-            answer: format!("it has chosen {} {}, and fetched no file of that name", chosen.name, chosen.version),
-        })?;
+        let answer = |answer| BuildError::Answer { tool: "the package manager", answer };
+        let files = self.files.get(&file_name(chosen)).map(Vec::as_slice).unwrap_or_default();
+        let Some((path, uri)) = files.first() else {
+            return Err(answer(format!(
+                "it has chosen {} {}, and fetched no file of that name",
+                chosen.name, chosen.version
+            )));
+        };
+        let sha256 = sha256_of(path)?;
+        for (path, other) in &files[1..] {
+            if sha256_of(path)? != sha256 {
+                return Err(BuildError::Repository {
+                    uri: other.clone(),
+                    problem: format!("it is another file than '{uri}', of the same name and version: leave one out"),
+                });
+            }
+        }
         Ok(Package {
             name: chosen.name.clone(),
             version: chosen.version.clone(),
             arch: chosen.arch.clone(),
-            sha256: sha256_of(path)?,
+            sha256,
             uri: uri.clone(),
         })
     }
@@ -93,5 +107,16 @@ mod tests {
         assert_eq!(package.uri, "http://m/os/Packages/h/hello-2-1.noarch.rpm");
         assert_eq!(package.sha256, "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881");
         assert!(fetched.package(&chosen("0:2-2")).is_err());
+
+        // Another repository has the same file, and a third one another.
+        for (name, bytes) in [("second", "x"), ("third", "y")] {
+            std::fs::create_dir_all(cache.path().join(name)).unwrap();
+            std::fs::write(cache.path().join(name).join("hello-2-1.noarch.rpm"), bytes).unwrap();
+        }
+        fetched.add(&cache.path().join("second"), "http://m/second").unwrap();
+        assert_eq!(fetched.package(&chosen("3:2-1")).unwrap(), package);
+        fetched.add(&cache.path().join("third"), "http://m/third").unwrap();
+        let error = fetched.package(&chosen("3:2-1")).unwrap_err().to_string();
+        assert!(error.contains("http://m/third/hello-2-1.noarch.rpm") && error.contains("http://m/os/"), "{error}");
     }
 }

@@ -8,6 +8,7 @@ use crate::build::inside::Inside;
 use crate::build::output::{Meaning, NoMeaning, Tail};
 use crate::build::tree::Tree;
 use crate::exec::Outcome;
+use crate::recipe::name_and_arch;
 use std::ffi::OsString;
 
 /// Runs the image's own package manager. The inner error is its failure.
@@ -51,8 +52,16 @@ pub(in super::super) fn unwanted(context: &mut Context<'_, '_>) -> Result<Vec<St
     let command = ["rpm", "-qa", "--qf", QUERY].map(OsString::from);
     let text = Inside::default().answer(context, "listing the packages", &command)?;
     let there: Vec<Installed> = parse_query(&text)?;
-    let wanted = |name: &&String| there.iter().any(|package| package.name == **name);
-    Ok(context.plan.remove.iter().filter(wanted).cloned().collect())
+    let mut unwanted = Vec::new();
+    for (name, arch) in context.plan.remove.iter().map(|word| name_and_arch(word)) {
+        let is_it = |package: &&Installed| package.name == name && arch.is_none_or(|arch| package.arch == arch);
+        // In RPM's words, which has a point before the architecture.
+        unwanted.extend(there.iter().find(is_it).map(|package| match arch {
+            Some(arch) => format!("{}.{arch}", package.name),
+            None => package.name.clone(),
+        }));
+    }
+    Ok(unwanted)
 }
 
 /// What comes after the packages: their kernels where they are looked for.

@@ -26,6 +26,7 @@ use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 /// Where RPM of all releases keeps the keys that it is given (the file system hierarchy of RPM distributions).
 const KEYS: &str = "/etc/pki/rpm-gpg";
@@ -93,10 +94,47 @@ pub(super) fn check_tool(tool: &'static str, path: &str, package: &'static str) 
     if Path::new(path).exists() { Ok(()) } else { Err(BuildError::NoTool { tool, package }) }
 }
 
-/// The tool and RPM themselves decide what a tree becomes: their programs' digests.
+/// The tool and RPM themselves decide what a tree becomes: their programs' digests, and the versions of the host's packages that their
+/// libraries are in.
 pub(super) fn maker(name: &str, tool: &str) -> Result<String, BuildError> {
     let (tool, rpm) = (of_path(Path::new(tool))?, of_path(Path::new("/usr/bin/rpm"))?);
-    Ok(format!("{name} {tool} rpm {rpm}"))
+    Ok(format!("{name} {tool} rpm {rpm}{}", host_packages()))
+}
+
+/// What of the host takes part in an installation, with its versions. Nothing on a host whose packages nobody knows.
+fn host_packages() -> String {
+    // dnf 4 is Python on libdnf, both tools solve with libsolv and install with librpm, which keeps its database by SQLite.
+    const PARTS: [&str; 12] = [
+        "rpm*",
+        "librpm*",
+        "dnf*",
+        "libdnf*",
+        "python3-dnf*",
+        "python3-libdnf*",
+        "python3-rpm",
+        "python3",
+        "libsolv*",
+        "zypper*",
+        "libzypp*",
+        "libsqlite3*",
+    ];
+    let mut query = if Path::new("/usr/bin/dpkg-query").exists() {
+        let mut query = Command::new("/usr/bin/dpkg-query");
+        query.args(["-W", "-f", "${db:Status-Status} ${Package} ${Version} ${Architecture}\n"]);
+        query
+    } else {
+        let mut query = Command::new("/usr/bin/rpm");
+        query.args(["-qa", "--qf", "installed %{NAME} %{VERSION}-%{RELEASE} %{ARCH}\n", "sqlite-libs"]);
+        query
+    };
+    // Its status says no more than that there is nothing of one of these names.
+    let answer = query.args(PARTS).stdin(Stdio::null()).stderr(Stdio::null()).output().map(|output| output.stdout);
+    let answer = answer.unwrap_or_default();
+    let text = String::from_utf8_lossy(&answer);
+    let mut lines: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("installed ")).collect();
+    lines.sort_unstable();
+    lines.insert(0, "");
+    lines.join("\n")
 }
 
 /// RPM is told to install nothing unsigned, whatever its repository: one without a key cannot be used.
@@ -354,6 +392,16 @@ mod tests {
     fn package(name: &str, version: &str, sha256: &str) -> Package {
         let [name, version, sha256] = [name, version, sha256].map(str::to_owned);
         Package { name, version, arch: "noarch".to_owned(), sha256, uri: String::new() }
+    }
+
+    #[test]
+    fn a_new_library_is_another_maker() {
+        let made = maker("dnf", "/usr/bin/env").unwrap();
+        let rpm =
+            std::process::Command::new("dpkg-query").args(["-W", "-f", "\n${Package} ${Version} "]).arg("rpm").output();
+        let rpm = String::from_utf8(rpm.unwrap().stdout).unwrap();
+        assert!(rpm.starts_with("\nrpm ") && made.contains(&rpm) && made.contains("\nlibrpm"), "{made}");
+        assert_eq!(maker("dnf", "/usr/bin/env").unwrap(), made);
     }
 
     #[test]

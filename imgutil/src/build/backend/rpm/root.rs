@@ -5,12 +5,11 @@ use crate::build::BuildError;
 use crate::build::backend::Context;
 use crate::build::output::{Meaning, Tail};
 use crate::build::plan::Plan;
+use crate::build::tree::Tree;
 use crate::exec::{Options, Outcome};
 use std::ffi::OsString;
-use std::fs::{File, Permissions};
-use std::io;
+use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 
 /// What a package's script finds in the root while it runs: processes of its own, devices that do no harm, and nothing of the
@@ -39,22 +38,15 @@ const PLACES: [(&str, u32); 4] = [("proc", 0o555), ("sys", 0o555), ("dev", 0o755
 /// Makes the directories of [`ENTER`] in a new root. Where the database is not in `/var/lib/rpm`, that is a link to it, as the
 /// releases that moved it have it.
 pub(in super::super) fn make_places(root: &Path, plan: &Plan) -> Result<(), BuildError> {
-    let database = &plan.os.rpm.database;
-    let make = || -> io::Result<()> {
-        for (name, mode) in PLACES {
-            let path = root.join(name);
-            std::fs::create_dir_all(&path)?;
-            std::fs::set_permissions(&path, Permissions::from_mode(mode))?;
-        }
-        std::fs::create_dir_all(root.join(database.trim_start_matches('/')))?;
-        let usual = root.join("var/lib/rpm");
-        if usual.symlink_metadata().is_err() {
-            std::fs::create_dir_all(root.join("var/lib"))?;
-            symlink(format!("../..{database}"), usual)?;
-        }
-        Ok(())
-    };
-    make().map_err(|error| BuildError::io("prepare", root, error))
+    // Its own path is the build's; what is in it may be links of packages.
+    std::fs::create_dir_all(root).map_err(|error| BuildError::io("make", root, error))?;
+    let (tree, database) = (Tree::open(root)?, &plan.os.rpm.database);
+    for (name, mode) in PLACES {
+        tree.make_directory(name, mode, (0, 0))?;
+    }
+    tree.have_directory(database)?;
+    tree.have_directory("/var/lib")?;
+    tree.symlink_if_free("/var/lib/rpm", format!("../..{database}"))
 }
 
 /// Runs a tool of the host's on `root`. Whether it succeeded, and what it printed last; its standard output goes to `output`, if
