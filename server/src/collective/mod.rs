@@ -5,6 +5,8 @@ pub(crate) mod holders;
 pub mod identity;
 pub mod invite;
 pub mod join;
+mod pace;
+mod pieces;
 pub mod recover;
 mod routes;
 pub mod upkeep;
