@@ -5,6 +5,7 @@ use super::identity::Identity;
 use super::invite::{Invitation, Side, Subject};
 use crate::authority::{self, KeyFiles};
 use crate::config::Config;
+use crate::store::Level;
 use crate::store::records::SiteRecord;
 use anyhow::{Context as _, bail, ensure};
 use bytes::Bytes;
@@ -33,6 +34,9 @@ pub(super) struct JoinRequest {
     pub(super) member: MemberId,
     pub(super) urls: Vec<String>,
     pub(super) proof: Base64,
+    /// The newest feature level that the guest's release knows.
+    #[serde(default)]
+    pub(super) level: Level,
 }
 
 /// Its answer. No `Debug`: it holds keys.
@@ -97,6 +101,7 @@ async fn ask(
         member,
         urls: config.urls.clone(),
         proof: subject.prove(&secret, Side::Guest).into(),
+        level: config.level(),
     };
     let body = Bytes::from(serde_json::to_vec(&request)?);
     let answer = match connection.post(PATH, body, MAX_ANSWER).await {

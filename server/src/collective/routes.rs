@@ -230,8 +230,13 @@ async fn let_in(
     member
         .audit("join", serde_json::json!({ "name": invite.name, "member": request.member, "urls": request.urls }))
         .await?;
-    let command =
-        Command::Join { invite: request.invite, member: request.member, urls: request.urls.clone(), now: now() };
+    let command = Command::Join {
+        invite: request.invite,
+        member: request.member,
+        urls: request.urls.clone(),
+        now: now(),
+        level: request.level,
+    };
     let Outcome::Number(number) = member.propose(command).await? else {
         return Err(anyhow::anyhow!("a join has no number").into());
     };

@@ -7,7 +7,7 @@ use super::records::{
     MAX_STRANGERS, NodeRecord, Order, Plan, ProfileRecord, Refusals,
 };
 use super::tables::{self, Write};
-use super::{Event, StoreError, index, late, members};
+use super::{Event, StoreError, index, late, level, members};
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
 use moor_api::ids::{BootId, NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
@@ -21,8 +21,11 @@ fn no_such_node() -> Outcome {
     refused(Code::NotFound, "the node was removed meanwhile")
 }
 
-/// Applies one command.
+/// Applies one command. One that is above the collective's level is refused, whoever proposed it: every member finds the same.
 pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, StoreError> {
+    if let Some(problem) = level::refusal(&command, || level::of(write))? {
+        return Ok(Outcome::Refused(problem));
+    }
     match command {
         Command::Found { site, founder } => {
             if write.get::<serde_json::Value>(tables::SITE, "site")?.is_some() {
@@ -33,8 +36,15 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
         }
         Command::Anew { number, member } => members::anew(write, number, &member),
         Command::Invite { id, invite, now } => members::invite(write, id, &invite, now),
-        Command::Join { invite, member, urls, now } => members::join(write, invite, member, urls, now),
-        Command::MoveMember { number, urls } => members::change(write, number, |member| member.urls = urls),
+        Command::Join { invite, member, urls, now, level } => {
+            members::join(write, invite, members::Guest { id: member, urls, level }, now)
+        }
+        Command::MoveMember { number, urls, near } => members::change(write, number, |member| {
+            member.urls = urls;
+            member.near = near;
+        }),
+        Command::TellLevel { number, level } => members::tell_level(write, number, level),
+        Command::RaiseLevel { level } => level::raise(write, level),
         Command::SetVoter { number, voter } => members::set_voter(write, number, voter),
         Command::RemoveMember { number } => members::remove(write, number),
         Command::DefineNode { id, name, attributes } => define(write, id, name, attributes),

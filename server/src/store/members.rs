@@ -3,6 +3,7 @@
 use super::StoreError;
 use super::apply::{next, ordered_key, refused};
 use super::command::Outcome;
+use super::level::{self, Level};
 use super::records::{InviteRecord, MemberRecord};
 use super::tables::{self, Write};
 use moor_api::ids::MemberId;
@@ -85,13 +86,32 @@ pub(super) fn invite(write: &Write<'_>, id: Uuid, invite: &InviteRecord, now: u6
     Ok(Outcome::Done)
 }
 
-pub(super) fn join(
-    write: &Write<'_>,
-    invite: Uuid,
-    member: MemberId,
-    urls: Vec<String>,
-    now: u64,
-) -> Result<Outcome, StoreError> {
+/// What a member that joins says of itself.
+pub(super) struct Guest {
+    pub(super) id: MemberId,
+    pub(super) urls: Vec<String>,
+    pub(super) level: Level,
+}
+
+/// Why a member of this level is none for the collective, if it is not.
+fn too_old(write: &Write<'_>, known: Level) -> Result<Option<Outcome>, StoreError> {
+    let refusal = level::check(level::of(write)?, known).err();
+    Ok(refusal.map(|error| refused(Code::Conflict, error.to_string())))
+}
+
+/// A member runs another release.
+pub(super) fn tell_level(write: &Write<'_>, number: u64, known: Level) -> Result<Outcome, StoreError> {
+    match too_old(write, known)? {
+        Some(refused) => Ok(refused),
+        None => change(write, number, |member| member.level = known),
+    }
+}
+
+pub(super) fn join(write: &Write<'_>, invite: Uuid, guest: Guest, now: u64) -> Result<Outcome, StoreError> {
+    // First: an invitation is not used up by it.
+    if let Some(refused) = too_old(write, guest.level)? {
+        return Ok(refused);
+    }
     if write.all::<MemberRecord>(tables::MEMBERS)?.iter().any(|record| record.invite == Some(invite)) {
         return Ok(refused(Code::Forbidden, "the invitation was used already: `moor collective invite` makes another"));
     }
@@ -109,13 +129,15 @@ pub(super) fn join(
     write.remove(tables::INVITES, &invite.to_string())?;
     let number = next(write, "member")?;
     let record = MemberRecord {
-        id: member,
+        id: guest.id,
         name: found.name,
-        urls,
+        urls: guest.urls,
         voter: found.voter,
         invite: Some(invite),
         removed: false,
         replaces: found.replaces,
+        level: guest.level,
+        near: Vec::new(),
     };
     put(write, number, &record)?;
     Ok(Outcome::Number(number))

@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 /// A further member, with more in its configuration; not started.
-async fn invited(host: &Member, name: &str, more: &str) -> anyhow::Result<Member> {
+pub(crate) async fn invited(host: &Member, name: &str, more: &str) -> anyhow::Result<Member> {
     let member = Member::prepare()?;
     member.configure(more)?;
     let output = member.join(&invite(host, name, true, 60).await?)?;

@@ -1,7 +1,7 @@
 //! Calls between members: `/member/v1`, each a POST over TLS on which both sides show a member's certificate.
 
-use super::wire::{WireAppend, WireAppended, WireInstalled, WireVote, WireVoteRequest, WireVoted};
-use super::{Command, Machine, Outcome, Peer, Raft, RaftSnapshot, SnapshotFile, StoreError, Vote, consensus};
+use super::wire::{self, WireAppend, WireAppended, WireInstalled, WireVote, WireVoteRequest, WireVoted};
+use super::{Command, Level, Machine, Outcome, Peer, Raft, RaftSnapshot, SnapshotFile, StoreError, Vote, consensus};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, StreamBody};
 use hyper::body::Frame;
@@ -303,16 +303,16 @@ fn answered<T: Serialize>(answer: &T) -> Result<Vec<u8>, StoreError> {
     serde_json::to_vec(answer).map_err(|error| StoreError::Encode(error.to_string()))
 }
 
-/// Answers a call.
+/// Answers a call, in a release that knows levels up to `known`.
 pub(super) async fn answer(
     raft: &openraft::Raft<Raft, Machine>,
     call: Call,
     body: &[u8],
+    known: Level,
 ) -> Result<Vec<u8>, StoreError> {
     match call {
         Call::Append => {
-            let request = AppendEntriesRequest::<Raft>::try_from(parsed::<WireAppend<Command>>(body)?)
-                .map_err(|error| StoreError::Message(error.to_string()))?;
+            let request = wire::append_from(body, known)?;
             answered(&WireAppended::from(raft.append_entries(request).await.map_err(consensus)?))
         }
         Call::Vote | Call::PreVote => {
@@ -326,19 +326,20 @@ pub(super) async fn answer(
     }
 }
 
-/// Takes a snapshot. `vote` is the leader's, as JSON in hexadecimal digits.
+/// Takes a snapshot, in a release that knows levels up to `known`. `vote` is the leader's, as JSON in hexadecimal digits.
 pub(super) async fn install(
     raft: &openraft::Raft<Raft, Machine>,
     vote: &str,
     file: SnapshotFile,
+    known: Level,
 ) -> Result<Vec<u8>, StoreError> {
     let vote = hex::decode(vote).map_err(|error| StoreError::Message(error.to_string()))?;
     let vote: Vote = parsed::<WireVote>(&vote)?.into();
     let path = file.path().to_owned();
-    let meta = tokio::task::spawn_blocking(move || super::snapshot::meta(&std::fs::File::open(path)?))
+    let meta = tokio::task::spawn_blocking(move || super::snapshot::meta(&std::fs::File::open(path)?, known))
         .await
         .map_err(consensus)?
-        .map_err(|error| StoreError::Snapshot(error.to_string()))?;
+        .map_err(super::snapshot::unread)?;
     let snapshot = RaftSnapshot { meta, snapshot: file };
     let response = raft.install_full_snapshot(vote, snapshot).await.map_err(consensus)?;
     answered(&WireInstalled::from(response))
