@@ -29,6 +29,7 @@ pub async fn run(member: Arc<Member>, stop: CancellationToken) {
             content(&member),
             announce(&member),
             holders::offer(&member),
+            holders::look_around(&member),
             late::deliver(&member)
         );
     };

@@ -16,7 +16,7 @@ use rustls::ClientConfig;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio_stream::StreamExt as _;
@@ -71,7 +71,7 @@ pub struct Calls {
     tls: Arc<ClientConfig>,
     idle: Mutex<HashMap<MemberId, Vec<MemberConnection>>>,
     /// Members that were not reached when they were last called.
-    lost: Mutex<HashSet<MemberId>>,
+    lost: StdMutex<HashSet<MemberId>>,
 }
 
 /// Connections to one member that wait for a call.
@@ -81,7 +81,7 @@ impl Calls {
     /// `tls` shows this member's certificate.
     #[must_use]
     pub fn new(collective: CollectiveId, tls: Arc<ClientConfig>) -> Self {
-        Self { collective, tls, idle: Mutex::default(), lost: Mutex::default() }
+        Self { collective, tls, idle: Mutex::default(), lost: StdMutex::default() }
     }
 
     /// For a member that is alone: it calls nobody, and believes nobody.
@@ -97,6 +97,18 @@ impl Calls {
         Ok(Arc::new(Self::new(CollectiveId::from_bytes([0; 16]), Arc::new(tls))))
     }
 
+    /// Members that were not reached when they were last called.
+    #[must_use]
+    pub fn lost(&self) -> HashSet<MemberId> {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether that is news.
+    fn set_lost(&self, member: MemberId, is_lost: bool) -> bool {
+        let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_lost { lost.insert(member) } else { lost.remove(&member) }
+    }
+
     /// A new connection, at the first of its addresses where it answers and is itself.
     ///
     /// # Errors
@@ -106,7 +118,7 @@ impl Calls {
         for url in &peer.urls {
             match MemberConnection::connect(url, self.collective, self.tls.clone(), CONNECT).await {
                 Ok(connection) if connection.member() == peer.id => {
-                    if self.lost.lock().await.remove(&peer.id) {
+                    if self.set_lost(peer.id, false) {
                         tracing::info!("member {} is reached again", peer.name);
                     }
                     return Ok(connection);
@@ -123,7 +135,7 @@ impl Calls {
             }
         }
         // Said once, however often it is tried.
-        if self.lost.lock().await.insert(peer.id) {
+        if self.set_lost(peer.id, true) {
             tracing::warn!("member {} is not reached: {last}", peer.name);
         }
         Err(last)
