@@ -64,14 +64,14 @@ impl Members {
         Ok(())
     }
 
-    /// Their addresses, the one in use first.
+    /// Their addresses, in the order in which they are tried.
     #[must_use]
     pub fn urls(&self) -> &[String] {
         &self.urls
     }
 
     /// Adds addresses that are not known yet, behind the known ones.
-    pub fn learn(&mut self, urls: Vec<String>) {
+    fn learn(&mut self, urls: Vec<String>) {
         for url in urls {
             let url = url.trim_end_matches('/').to_owned();
             if !self.urls.contains(&url) {
@@ -80,9 +80,14 @@ impl Members {
         }
     }
 
-    /// Adds the addresses of a reply or a deploy document.
-    pub fn learn_endpoints(&mut self, members: &[MemberEndpoint]) {
+    /// Takes up the order of a reply or a deploy document, in which this node is to try members: it spreads nodes over them. What else is
+    /// known stays behind. An open connection stays; returns whether it is with another member than the first.
+    pub fn prefer(&mut self, members: &[MemberEndpoint]) -> bool {
+        let known = std::mem::take(&mut self.urls);
         self.learn(members.iter().flat_map(|member| member.urls.iter().cloned()).collect());
+        self.learn(known);
+        let first = members.first().map(|member| member.id);
+        self.connection.as_ref().is_some_and(|connection| first.is_some_and(|first| connection.member() != first))
     }
 
     /// The boot that all calls from now on belong to: by its id they are found in the logs of members.
@@ -155,8 +160,14 @@ impl Members {
 
     /// Turns to the next member, as after a failure of the current one.
     pub fn turn(&mut self) {
-        self.connection = None;
-        self.urls.rotate_left(1);
+        let used = self.connection.take().map(|connection| connection.url().to_owned());
+        self.put_last(used.as_deref());
+    }
+
+    /// It has failed: this address, or the first one.
+    fn put_last(&mut self, url: Option<&str>) {
+        let at = url.and_then(|url| self.urls.iter().position(|known| known == url)).unwrap_or(0);
+        self.urls[at..].rotate_left(1);
     }
 
     /// Calls a member; when the connection breaks or the member has a fault of its own, the others, each once.
@@ -185,5 +196,60 @@ impl Members {
                 other => return other,
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moor_api::ids::MemberId;
+
+    fn members(urls: &[&str]) -> Members {
+        Members {
+            urls: urls.iter().map(|url| (*url).to_owned()).collect(),
+            collective: CollectiveId::from_bytes([1; 16]),
+            tls: Arc::new(
+                ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+                    .with_safe_default_protocol_versions()
+                    .unwrap()
+                    .with_root_certificates(rustls::RootCertStore::empty())
+                    .with_no_client_auth(),
+            ),
+            connection: None,
+            token: None,
+            boot: None,
+            timeout: TIMEOUT,
+        }
+    }
+
+    fn endpoint(number: u8, urls: &[&str]) -> MemberEndpoint {
+        MemberEndpoint {
+            id: MemberId::from_bytes([number; 16]),
+            urls: urls.iter().map(|url| (*url).to_owned()).collect(),
+        }
+    }
+
+    #[test]
+    fn the_order_of_a_reply_is_taken_up_and_nothing_is_forgotten() {
+        let mut members = members(&["https://boot", "https://a", "https://b"]);
+        let order =
+            [endpoint(2, &["https://b/", "https://b2"]), endpoint(3, &["https://c"]), endpoint(1, &["https://a"])];
+        assert!(!members.prefer(&order), "there is no connection to give up");
+        assert_eq!(members.urls(), ["https://b", "https://b2", "https://c", "https://a", "https://boot"]);
+        // A reply that says nothing changes nothing.
+        assert!(!members.prefer(&[]));
+        assert_eq!(members.urls()[0], "https://b");
+    }
+
+    #[test]
+    fn what_failed_is_tried_last() {
+        let mut members = members(&["https://a", "https://b", "https://c"]);
+        members.turn();
+        assert_eq!(members.urls(), ["https://b", "https://c", "https://a"]);
+        // The connection in use need not be the first of the order: the preferred one has not failed.
+        members.put_last(Some("https://c"));
+        assert_eq!(members.urls(), ["https://b", "https://a", "https://c"]);
+        members.put_last(Some("https://unknown"));
+        assert_eq!(members.urls(), ["https://a", "https://c", "https://b"]);
     }
 }

@@ -1,8 +1,9 @@
 //! `moord.toml`: where the member keeps its state and where it listens.
 
 use crate::store::raft::Places;
-use crate::store::{StoreError, database};
+use crate::store::{Level, StoreError, database};
 use anyhow::Context as _;
+use moor_api::deploy::Cidr;
 use serde::Deserialize;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -50,7 +51,16 @@ pub struct Config {
     /// So many members hold an image before nodes are offered it; none: a majority of those that vote. Never more than there are members.
     #[serde(default)]
     pub image_copies: Option<std::num::NonZeroU32>,
+    /// Networks that this member is near to: nodes in them are sent to it before others. At most [`MAX_NEAR`].
+    #[serde(default)]
+    pub near: Vec<Cidr>,
+    /// For tests of rolling upgrades: the member does as one of a release that knows feature levels up to this one.
+    #[serde(default)]
+    pub max_feature_level: Option<std::num::NonZeroU32>,
 }
+
+/// Networks that a member may be near to.
+const MAX_NEAR: usize = 256;
 
 fn default_name() -> String {
     "mooring".into()
@@ -108,10 +118,22 @@ impl Config {
             "'{}': 'urls' is empty: say how nodes reach this member",
             path.display()
         );
+        anyhow::ensure!(
+            config.near.len() <= MAX_NEAR,
+            "'{}': 'near' has {} networks, and {MAX_NEAR} are allowed",
+            path.display(),
+            config.near.len()
+        );
         for url in &config.urls {
             moor_api::client::node::parse_https(url).with_context(|| format!("'{}': 'urls'", path.display()))?;
         }
         Ok(config)
+    }
+
+    /// The newest feature level that this member's release knows.
+    #[must_use]
+    pub fn level(&self) -> Level {
+        self.max_feature_level.map_or(Level::NEWEST, |most| Level(most.get()).min(Level::NEWEST))
     }
 
     /// The store.

@@ -313,20 +313,20 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let (watched, ends) = (member.clone(), stop.clone());
     let broken = tokio::spawn(async move {
         tokio::select! {
-            () = watched.store.failed() => {
+            why = watched.store.failed() => {
                 ends.cancel();
-                true
+                Some(why)
             }
-            () = ends.cancelled() => false,
+            () = ends.cancelled() => None,
         }
     });
     listener::serve(member.clone(), app, stop).await?;
     upkeep.await?;
     // Before the store is closed, which ends its tasks too.
-    let is_broken = broken.await?;
+    let broken = broken.await?;
     member.store.close().await;
-    if is_broken {
-        bail!("the database failed, and only opening it anew mends that: start the member again when its disk is well");
+    if let Some(why) = broken {
+        return Err(why.into());
     }
     tracing::info!("stopped");
     Ok(())

@@ -293,7 +293,7 @@ impl Member {
         let identity = Identity::read(&config.identity())?;
         let authority = Authority::open(&config.keys())?;
         let Connections { issuer, certificate, calls } = connections(&config, &config.keys(), &identity)?;
-        let store = Replicated::open(&config.store(), identity.number, calls.clone()).await;
+        let store = Replicated::open_up_to(config.level(), &config.store(), identity.number, calls.clone()).await;
         let store = store.map_err(|error| not_opened(error, &identity)).context("opening the store")?;
         let site = store.snapshot()?.site()?.unwrap_or_else(|| identity.site.clone());
         let secrets = Keyring::open(&config.keys(), site.collective, identity.id)?;

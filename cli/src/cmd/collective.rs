@@ -33,7 +33,9 @@ pub(crate) async fn run(client: &mut AdminClient, command: Collective, json: boo
                 output::json(&rotated)?;
             } else {
                 let version = rotated.version;
-                output::line(format_args!("the keys have version {version}; secrets are sealed anew in the background"))?;
+                output::line(format_args!(
+                    "the keys have version {version}; secrets are sealed anew in the background"
+                ))?;
             }
             return Ok(ExitCode::SUCCESS);
         }
@@ -47,7 +49,9 @@ pub(crate) async fn run(client: &mut AdminClient, command: Collective, json: boo
     client.change_member(action, &MemberRequest { member: member.clone() }).await?;
     output::line(format_args!("{member}: {action}d"))?;
     if action == "remove" {
-        eprintln!("the keys of the collective are rotated now; `moor collective show` says when all secrets are under the new ones");
+        eprintln!(
+            "the keys of the collective are rotated now; `moor collective show` says when all secrets are under the new ones"
+        );
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -103,6 +107,7 @@ fn show(view: &CollectiveView) -> anyhow::Result<ExitCode> {
     for member in &view.members {
         output::line(format_args!("{}: {}", member.name, describe(member, view)))?;
     }
+    output::line(levels(view))?;
     for (name, expires) in &view.invitations {
         let until = output::time_ms(expires.saturating_mul(1000));
         output::line(format_args!("{name}: invited until {until}"))?;
@@ -119,6 +124,25 @@ fn show(view: &CollectiveView) -> anyhow::Result<ExitCode> {
     }
     eprintln!("moor: warning: no majority answers: known nodes boot for a while, changes wait");
     Ok(ExitCode::FAILURE)
+}
+
+/// The collective's feature level, and who keeps it from the next one.
+fn levels(view: &CollectiveView) -> String {
+    let newest = view.members.iter().map(|member| member.level).max().unwrap_or(view.level);
+    let old: Vec<String> = view
+        .members
+        .iter()
+        .filter(|member| member.level < newest)
+        .map(|member| format!("{} ({})", member.name, member.level))
+        .collect();
+    if old.is_empty() {
+        return format!("feature level {}", view.level);
+    }
+    format!(
+        "feature level {}: {newest} is used once all members run a release that knows it; upgrade {}, or remove who is gone for good",
+        view.level,
+        old.join(", ")
+    )
 }
 
 fn describe(member: &CollectiveMember, view: &CollectiveView) -> String {
@@ -138,11 +162,55 @@ fn describe(member: &CollectiveMember, view: &CollectiveView) -> String {
         words.push(format!("log {last} of {}", view.last));
     }
     words.push(member.urls.join(" "));
+    if !member.near.is_empty() {
+        let near: Vec<String> = member.near.iter().map(ToString::to_string).collect();
+        words.push(format!("near {}", near.join(" ")));
+    }
     words.join(", ")
 }
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+    use moor_api::ids::MemberId;
+
+    fn member(number: u64, level: u32) -> CollectiveMember {
+        CollectiveMember {
+            number,
+            id: MemberId::from_bytes([1; 16]),
+            name: format!("m{number}"),
+            urls: vec![format!("https://10.0.0.{number}")],
+            votes: true,
+            voter: true,
+            last: None,
+            level,
+            near: vec!["10.0.0.0/24".parse().unwrap()],
+        }
+    }
+
+    #[test]
+    fn who_keeps_the_feature_level_down_is_named() {
+        let mut view = CollectiveView {
+            number: 1,
+            leader: Some(1),
+            term: 1,
+            last: 7,
+            applied: 7,
+            majority: true,
+            level: 1,
+            members: vec![member(1, 2), member(2, 1), member(3, 1)],
+            invitations: Vec::new(),
+            keys: vec![1],
+        };
+        let said = levels(&view);
+        assert!(said.starts_with("feature level 1: 2 is used once"), "{said}");
+        assert!(said.contains("upgrade m2 (1), m3 (1)"), "{said}");
+        assert_eq!(describe(&view.members[1], &view), "voter, https://10.0.0.2, near 10.0.0.0/24");
+        view.level = 2;
+        view.members.iter_mut().for_each(|member| member.level = 2);
+        assert_eq!(levels(&view), "feature level 2");
+    }
+
     #[test]
     fn times_are_read() {
         for (text, seconds) in [("90s", 90), ("30m", 1800), ("1h", 3600)] {

@@ -74,7 +74,7 @@ pub struct HelloReply {
     /// Why it can't go on, when it can't.
     #[serde(default)]
     pub refusal: Option<Problem>,
-    /// All members, for the rest of the boot.
+    /// All members, for the rest of the boot: in the order in which the machine is to try them, where it is known.
     pub members: Vec<MemberEndpoint>,
     /// The member's clock, Unix seconds.
     pub time: u64,
@@ -309,7 +309,7 @@ pub struct ImageOffer {
     /// Detached signature file (`FILE.moor.sig`), where there is one.
     #[serde(default)]
     pub signatures: Option<Base64>,
-    /// Full URLs of the image at all members, first those of the one that answers; all that have it serve the same bytes.
+    /// Full URLs of the image at all members, in the order in which this node is to try them; all that have it serve the same bytes.
     pub urls: Vec<String>,
     /// Whether those URLs want the token (plain images do).
     pub token_required: bool,

@@ -4,9 +4,10 @@ use super::engine::Fault;
 use super::states::State;
 use super::{Boot, call_fault, missing, problem_fault};
 use crate::identity::{self, IdentityError};
+use crate::members::Members;
 use crate::{clock, machine};
 use moor_api::client::ClientError;
-use moor_api::node::{NextStep, Stage};
+use moor_api::node::{Hello, HelloReply, NextStep, Stage};
 
 /// A token is renewed so long before it expires, in seconds: scripts may take that long.
 const TOKEN_MARGIN: u64 = 20 * 60;
@@ -20,17 +21,14 @@ impl Boot {
         capabilities.push("tethered".to_owned());
         let hello = machine::describe(self.id, capabilities);
         let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
-        let result = match members.connection().await {
-            Ok(connection) => connection.hello(&hello).await,
-            Err(error) => Err(error),
-        };
-        let reply = result.map_err(|error| {
-            if error.is_transient() {
-                members.turn();
-            }
-            call_fault(&error)
-        })?;
-        members.learn_endpoints(&reply.members);
+        let mut reply = say_hello(members, &hello).await?;
+        // Nodes begin with whom their boot files name, and spread over all members from there: once in a boot, because that one may not be
+        // reached from here. What follows belongs to the member that said hello last.
+        if members.prefer(&reply.members) && !std::mem::replace(&mut self.has_moved, true) {
+            members.disconnect();
+            reply = say_hello(members, &hello).await?;
+            members.prefer(&reply.members);
+        }
         let bundle = self.bundle.as_ref().ok_or_else(|| missing("site bundle"))?;
         if reply.collective != bundle.collective {
             return Err(Fault::refused(format!("the member belongs to another collective, {}", reply.collective)));
@@ -113,6 +111,19 @@ impl Boot {
         self.flush().await;
         Ok(State::Config)
     }
+}
+
+async fn say_hello(members: &mut Members, hello: &Hello) -> Result<HelloReply, Fault> {
+    let result = match members.connection().await {
+        Ok(connection) => connection.hello(hello).await,
+        Err(error) => Err(error),
+    };
+    result.map_err(|error| {
+        if error.is_transient() {
+            members.turn();
+        }
+        call_fault(&error)
+    })
 }
 
 impl Boot {

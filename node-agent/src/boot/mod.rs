@@ -75,6 +75,8 @@ pub struct Boot {
     offer: Option<ImageOffer>,
     key: Option<Dek>,
     clock_was_reset: bool,
+    /// It has gone to the member that it is to talk to, or tried.
+    has_moved: bool,
     is_closed: bool,
 }
 
@@ -125,6 +127,7 @@ impl Boot {
             offer: None,
             key: None,
             clock_was_reset: false,
+            has_moved: false,
             is_closed: false,
         }
     }

@@ -25,7 +25,7 @@ impl Boot {
         if self.known.as_ref().map(|known| known.id) != Some(document.node.id) {
             return Err(Fault::restart("the member sent another node's configuration"));
         }
-        members.learn_endpoints(&document.members);
+        members.prefer(&document.members);
         let profile = &document.profile;
         self.reporter.note("config", &format!("profile '{}', generation {}", profile.name, profile.generation));
         self.document = Some(document);

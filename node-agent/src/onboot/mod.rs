@@ -320,7 +320,7 @@ impl Duty {
         let session = session.await.map_err(|error| error.to_string())?;
         self.expires = session.expires;
         self.members.set_token(session.token).map_err(|error| error.to_string())?;
-        self.members.learn_endpoints(&reply.members);
+        self.members.prefer(&reply.members);
         Ok(())
     }
 }

@@ -27,7 +27,7 @@ impl Duty {
         if reply.members.is_empty() {
             return;
         }
-        self.members.learn_endpoints(&reply.members);
+        self.members.prefer(&reply.members);
         match tell_members(&self.run, &reply.members) {
             Ok(false) => {}
             Ok(true) => crate::console::say("onboot", "the root is read from other members from now on"),

@@ -34,6 +34,8 @@ pub(super) async fn show(State(member): State<Arc<Member>>) -> Result<Json<Colle
             votes: standing.members.get(&number).is_some_and(|(_, votes)| *votes),
             voter: record.voter,
             last: last.or_else(|| standing.followers.get(&number).copied()),
+            level: record.level.0,
+            near: record.near,
         }
     });
     let invitations = view.all::<InviteRecord>(tables::INVITES)?.into_iter().filter(|invite| invite.expires > now);
@@ -44,6 +46,7 @@ pub(super) async fn show(State(member): State<Arc<Member>>) -> Result<Json<Colle
         last: standing.last,
         applied: standing.applied,
         majority: standing.has_majority(),
+        level: view.level()?.0,
         members: members.collect(),
         invitations: invitations.map(|invite| (invite.name, invite.expires)).collect(),
         keys: view.key_versions()?.versions.iter().map(|version| version.version).collect(),

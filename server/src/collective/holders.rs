@@ -19,6 +19,9 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// Images that are not offered yet are looked at this often.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// Whether other members are reached is looked at this often.
+const AROUND: Duration = Duration::from_secs(5);
+
 /// Holders of an image that are enough.
 pub(crate) fn wanted(member: &Member) -> u64 {
     let members = member.view().and_then(|view| view.members()).unwrap_or_default();
@@ -33,6 +36,16 @@ async fn ask(member: &Member, peer: &Peer, blobs: &[Sha256Digest]) -> Result<BTr
     let body = serde_json::to_vec(blobs).map_err(|error| ClientError::Config(error.to_string()))?;
     let lacking: Vec<Sha256Digest> = member.calls.post(peer, PATH, body, ANSWER).await?;
     Ok(lacking.into_iter().collect())
+}
+
+/// Calls the other members now and then: nodes are not sent to those that are not reached. Goes on for ever.
+pub(super) async fn look_around(member: &Member) {
+    loop {
+        let others = member.others();
+        // Whether it is reached is noted where connections are made.
+        futures_util::future::join_all(others.iter().map(|peer| ask(member, peer, &[]))).await;
+        tokio::time::sleep(AROUND).await;
+    }
 }
 
 /// What all members say.

@@ -8,6 +8,7 @@ use super::voucher::{Acquaintance, Voucher};
 use crate::authority::{self, KeyFiles};
 use crate::config::Config;
 use crate::secrets::UnwrapKey;
+use crate::store::Level;
 use crate::store::records::SiteRecord;
 use anyhow::{Context as _, bail, ensure};
 use bytes::Bytes;
@@ -40,6 +41,9 @@ pub(super) struct JoinRequest {
     pub(super) unwrap: Base64,
     pub(super) urls: Vec<String>,
     pub(super) proof: Base64,
+    /// The newest feature level that the guest's release knows.
+    #[serde(default)]
+    pub(super) level: Level,
 }
 
 /// Its answer. No `Debug`: it holds keys.
@@ -123,6 +127,7 @@ async fn ask(
         unwrap: unwrap.clone(),
         urls: config.urls.clone(),
         proof: subject.prove(&secret, Side::Guest).into(),
+        level: config.level(),
     };
     let body = Bytes::from(serde_json::to_vec(&request)?);
     let answer = match connection.post(PATH, body, MAX_ANSWER).await {

@@ -6,6 +6,8 @@ pub(crate) mod holders;
 pub mod identity;
 pub mod invite;
 pub mod join;
+mod pace;
+mod pieces;
 pub mod recover;
 pub(crate) mod rotation;
 mod routes;

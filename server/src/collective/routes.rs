@@ -232,6 +232,7 @@ async fn take_in(member: &Member, request: &JoinRequest) -> Result<u64, Failure>
             keys: keys.into_iter().collect(),
             urls: request.urls.clone(),
             now: now(),
+            level: request.level,
         };
         match member.propose(command).await {
             Ok(Outcome::Number(number)) => return Ok(number),

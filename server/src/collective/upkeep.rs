@@ -1,12 +1,14 @@
-//! What a member does again and again: the membership follows the records (where it leads), content that is missing is fetched, a
-//! member that is reached elsewhere than the records say says so, and the keys are kept to those who are members.
+//! What a member does again and again: the membership follows the records, and the feature level the releases that members run (where it
+//! leads); content that is missing is fetched; a member that is another than the records say (it is reached elsewhere, or runs another
+//! release) says so; and the keys are kept to those who are members.
 
 use super::blobs::Fetcher;
 use super::{holders, rotation};
+use crate::config::Config;
 use crate::late;
 use crate::state::Member;
 use crate::store::records::MemberRecord;
-use crate::store::{Command, Outcome, Store as _, StoreError};
+use crate::store::{Command, Level, Outcome, Store as _, StoreError, level};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +16,8 @@ use tokio_util::sync::CancellationToken;
 
 /// The membership is looked at this often.
 const MEMBERSHIP: Duration = Duration::from_millis(300);
+/// What a member says of itself is compared with the records this often.
+const ANNOUNCE: Duration = Duration::from_secs(2);
 /// Content is looked at this often.
 const CONTENT: Duration = Duration::from_secs(2);
 
@@ -26,6 +30,7 @@ pub async fn run(member: Arc<Member>, stop: CancellationToken) {
             announce(&member),
             holders::offer(&member),
             rotation::keep(&member),
+            holders::look_around(&member),
             late::deliver(&member)
         );
     };
@@ -41,7 +46,10 @@ async fn membership(member: &Arc<Member>) {
         let records = member.view().and_then(|view| view.members());
         let done = match records {
             Ok(records) => match member.store.reconcile(&records).await {
-                Ok(()) => replace(member, &records).await,
+                Ok(()) => match replace(member, &records).await {
+                    Ok(()) => raise_level(member, &records).await,
+                    error => error,
+                },
                 error => error,
             },
             Err(error) => Err(error),
@@ -88,6 +96,24 @@ async fn replace(member: &Arc<Member>, records: &BTreeMap<u64, MemberRecord>) ->
     Ok(())
 }
 
+/// Raises the feature level once every member's release knows the next one, those that do not vote among them.
+async fn raise_level(member: &Arc<Member>, records: &BTreeMap<u64, MemberRecord>) -> Result<(), StoreError> {
+    let standing = member.store.standing();
+    if standing.leader != Some(standing.number) {
+        return Ok(());
+    }
+    let next = level::next(member.view()?.level()?, records.values());
+    // Its own record may be of a release that it ran before.
+    let Some(level) = next.filter(|level| *level <= member.config.level()) else { return Ok(()) };
+    if let Outcome::Refused(problem) = member.store.propose(Command::RaiseLevel { level }).await? {
+        // One has gone back to an older release meanwhile.
+        tracing::info!("the feature level stays: {problem}");
+    } else {
+        tracing::info!("feature level {level} from now on: every member runs a release that knows it");
+    }
+    Ok(())
+}
+
 async fn content(member: &Arc<Member>) {
     let (mut fetcher, mut missing) = (Fetcher::new(member), 0);
     loop {
@@ -104,28 +130,80 @@ async fn content(member: &Arc<Member>) {
     }
 }
 
-/// Says where this member is reached, when its configuration is not what the records say.
+/// What this member would say of itself that the records do not say yet, at this feature level.
+fn unsaid(number: u64, record: &MemberRecord, config: &Config, level: Level) -> Option<Command> {
+    if record.level != config.level() {
+        return Some(Command::TellLevel { number, level: config.level() });
+    }
+    let near = if level >= Level::NEAR { config.near.clone() } else { Vec::new() };
+    (record.urls != config.urls || record.near != near).then(|| Command::MoveMember {
+        number,
+        urls: config.urls.clone(),
+        near,
+    })
+}
+
+/// Says what this member is, when the records say something else.
 async fn announce(member: &Arc<Member>) {
     let number = member.identity.number;
+    let mut said = String::new();
     loop {
-        let record = member.view().and_then(|view| view.members()).ok().and_then(|mut all| all.remove(&number));
-        match record {
+        let known = member.view().and_then(|view| Ok((view.members()?.remove(&number), view.level()?)));
+        match known {
             // It has not heard of itself yet.
-            None => {}
-            Some(record) if record.removed => {
+            Err(_) | Ok((None, _)) => {}
+            Ok((Some(record), _)) if record.removed => {
                 tracing::error!("{}", super::gate::REMOVED);
                 return;
             }
-            Some(record) if record.urls == member.config.urls => return,
-            Some(_) => {
-                let command = Command::MoveMember { number, urls: member.config.urls.clone() };
-                match member.store.propose(command).await {
-                    Ok(Outcome::Refused(problem)) => tracing::warn!("saying where this member is: {problem}"),
-                    Ok(_) => return,
-                    Err(error) => tracing::warn!("saying where this member is: {error}"),
+            Ok((Some(record), level)) => {
+                if let Some(command) = unsaid(number, &record, &member.config, level) {
+                    let failed = match member.store.propose(command).await {
+                        Ok(Outcome::Refused(problem)) => problem.to_string(),
+                        Ok(_) => String::new(),
+                        Err(error) => error.to_string(),
+                    };
+                    // A failure that lasts is said once.
+                    if !failed.is_empty() && failed != said {
+                        tracing::warn!("saying what this member is: {failed}");
+                    }
+                    said = failed;
                 }
             }
         }
-        tokio::time::sleep(Duration::from_secs(2)).await;
+        tokio::time::sleep(ANNOUNCE).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(more: &str) -> Config {
+        toml::from_str(&format!("urls = [\"https://10.0.0.1\"]\nnear = [\"10.0.0.0/24\"]\n{more}")).unwrap()
+    }
+
+    #[test]
+    fn a_member_says_what_it_is_as_far_as_the_level_lets_it() {
+        let (new, old) = (config(""), config("max_feature_level = 1\n"));
+        let mut record = MemberRecord::only(vec![1].into(), vec![1].into(), "m1".into(), new.urls.clone());
+        assert!(unsaid(1, &record, &old, Level::FIRST).is_none());
+        let said =
+            |record: &MemberRecord, config, level| unsaid(1, record, config, level).map(|command| command.level());
+        assert!(matches!(
+            unsaid(1, &record, &new, Level::FIRST),
+            Some(Command::TellLevel { number: 1, level: Level::NEWEST })
+        ));
+        record.level = Level::NEWEST;
+        assert_eq!(said(&record, &new, Level::FIRST), None, "what is near is of a newer level");
+        assert_eq!(said(&record, &new, Level::NEAR), Some(Level::NEAR));
+        record.near.clone_from(&new.near);
+        assert_eq!(said(&record, &new, Level::NEAR), None);
+        // It went back before the level rose, and moved.
+        record.near.clear();
+        assert!(matches!(unsaid(1, &record, &old, Level::FIRST), Some(Command::TellLevel { level: Level::FIRST, .. })));
+        record.level = Level::FIRST;
+        record.urls = vec!["https://10.0.0.2".into()];
+        assert_eq!(said(&record, &old, Level::FIRST), Some(Level::FIRST));
     }
 }

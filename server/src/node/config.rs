@@ -106,7 +106,7 @@ fn document(member: &Member, caller: &Caller, profile: &ProfileRecord) -> Result
         ntp: list(attributes, "ntp.servers"),
         time_zone: text(attributes, "time.zone"),
         locale: LocaleSection { lang: text(attributes, "locale.lang"), keymap: text(attributes, "locale.keymap") },
-        members: member.endpoints()?,
+        members: caller.endpoints(member)?,
         phases,
         trust_version: member.site.bundle_version,
         secrets,

@@ -168,6 +168,7 @@ async fn answer(member: &Member, peer: &Peer, hello: &Hello) -> Result<HelloRepl
     };
     let outcome = match identify(&member.view()?, hello)? {
         Ok(node) => {
+            reply.members = member.endpoints_for(node.id, peer.ip())?;
             next_step(&node, reply.time).map(|next| (node.clone(), next)).map_err(|problem| (vec![node.id], problem))
         }
         Err(refused) => Err(refused),

@@ -69,7 +69,7 @@ pub(super) async fn offer(
             format!("{}/node/v1/images/{}", base.trim_end_matches('/'), image.digest)
         }
     };
-    let urls = member.endpoints()?.iter().flat_map(|member| &member.urls).map(url).collect();
+    let urls = caller.endpoints(&member)?.iter().flat_map(|member| &member.urls).map(url).collect();
     Ok(Json(ImageOffer {
         name: image.name,
         digest: image.digest,

@@ -10,6 +10,7 @@ pub mod rate;
 pub mod refusals;
 pub mod report;
 pub mod session;
+mod spread;
 pub mod ssh;
 pub mod token;
 
@@ -18,17 +19,18 @@ use crate::late::Bound;
 use crate::secrets::Ring;
 use crate::state::{Member, now};
 use crate::store::records::{BootRecord, NodeRecord, ProfileRecord};
-use crate::store::{self, Snapshot};
+use crate::store::{self, Snapshot, StoreError};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Extension, Request, State};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use http::header;
-use moor_api::node::{MAX_BODY, Stage};
+use moor_api::node::{MAX_BODY, MemberEndpoint, Stage};
 use moor_api::problem::{Code, Problem};
 use moor_api::proof::EXPORTER_LENGTH;
 use refusals::Subject;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use token::Claims;
@@ -104,12 +106,19 @@ pub struct Caller {
     pub node: NodeRecord,
     /// What the token says.
     pub claims: Claims,
+    /// Where it calls from.
+    pub address: Option<IpAddr>,
 }
 
 impl Caller {
     /// The boot that the token belongs to.
     fn boot(&self) -> Option<&BootRecord> {
         self.node.boots.iter().find(|record| record.boot == self.claims.boot)
+    }
+
+    /// Members in the order in which the node is to try them.
+    fn endpoints(&self, member: &Member) -> Result<Vec<MemberEndpoint>, StoreError> {
+        member.endpoints_for(self.node.id, self.address)
     }
 
     /// Refuses what only the boot stage may ask for.
@@ -221,7 +230,7 @@ fn caller(member: &Member, request: &Request, connection: &Connection) -> Result
             format!("the identity of {} changed since the token was issued: begin again with hello", node.name),
         ));
     }
-    let caller = Caller { node, claims };
+    let caller = Caller { node, claims, address: connection.peer.ip() };
     if caller.claims.stage == Stage::Boot
         && request.uri().path() != STAGE_CLOSED
         && caller.boot().is_none_or(|boot| boot.closed)

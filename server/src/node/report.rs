@@ -128,7 +128,8 @@ pub(super) async fn heartbeat(
     };
     let trust_version = member.site.bundle_version;
     let bundle = if report.trust_version < trust_version { Some(member.bundle()?) } else { None };
-    Ok(Json(HeartbeatReply { interval: HEARTBEAT, trust_version, generation, members: member.endpoints()?, bundle }))
+    let members = caller.endpoints(&member)?;
+    Ok(Json(HeartbeatReply { interval: HEARTBEAT, trust_version, generation, members, bundle }))
 }
 
 /// Only of the image that this boot boots; the list is advice to later boots of it.

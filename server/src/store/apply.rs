@@ -7,9 +7,9 @@ use super::records::{
     MAX_STRANGERS, NodeRecord, Order, Plan, ProfileRecord, Refusals,
 };
 use super::tables::{self, Write};
-use super::{Event, StoreError, index, keys, late, members};
+use super::{Event, StoreError, index, keys, late, level, members};
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
-use moor_api::ids::{BootId, NodeId, NodeName};
+use moor_api::ids::{BootId, ImageDigest, NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,8 +21,11 @@ fn no_such_node() -> Outcome {
     refused(Code::NotFound, "the node was removed meanwhile")
 }
 
-/// Applies one command.
+/// Applies one command. One that is above the collective's level is refused, whoever proposed it: every member finds the same.
 pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, StoreError> {
+    if let Some(problem) = level::refusal(&command, || level::of(write))? {
+        return Ok(Outcome::Refused(problem));
+    }
     match command {
         Command::Found { site, founder, keys } => {
             if write.get::<serde_json::Value>(tables::SITE, "site")?.is_some() {
@@ -39,25 +42,22 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
             }
             members::invite(write, id, &invite, now)
         }
-        Command::Join { invite, member, key, unwrap, keys, urls, now } => {
-            members::join(write, invite, members::Guest { id: member, key, unwrap, keys, urls }, now)
+        Command::Join { invite, member, key, unwrap, keys, urls, now, level } => {
+            members::join(write, invite, members::Guest { id: member, key, unwrap, keys, urls, level }, now)
         }
-        Command::MoveMember { number, urls } => members::change(write, number, |member| member.urls = urls),
+        Command::MoveMember { number, urls, near } => members::change(write, number, |member| {
+            member.urls = urls;
+            member.near = near;
+        }),
+        Command::TellLevel { number, level } => members::tell_level(write, number, level),
+        Command::RaiseLevel { level } => level::raise(write, level),
         Command::SetVoter { number, voter } => members::set_voter(write, number, voter),
         Command::RemoveMember { number } => members::remove(write, number),
         Command::RotateKeys { new } => keys::rotate(write, new),
         Command::Reseal { secrets } => keys::reseal(write, secrets),
         Command::DropKeys { version } => keys::drop_version(write, version),
         Command::DefineNode { id, name, attributes } => define(write, id, name, attributes),
-        Command::RemoveNode { id } => {
-            let Some(node) = node(write, id)? else { return Ok(no_such_node()) };
-            index::update(write, Some(&node), None)?;
-            write.remove(tables::NAMES, node.name.as_str())?;
-            for table in [tables::NODES, tables::EVENTS, tables::LOGS, tables::REFUSALS] {
-                write.remove(table, &id.to_string())?;
-            }
-            Ok(Outcome::Done)
-        }
+        Command::RemoveNode { id } => remove_node(write, id),
         Command::SetAttributes { id, set, secrets, clear } => {
             if let Some(refusal) = keys::outdated(write, secrets.values())? {
                 return Ok(refusal);
@@ -99,14 +99,7 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
         Command::Log { id, event } => log(write, id, event),
         Command::Refuse { nodes, strangers, refusal } => refuse(write, &nodes, &strangers, &refusal),
         Command::PutImage { image } => put_image(write, &image),
-        Command::OfferImage { digest } => {
-            let key = digest.to_string();
-            let Some(image) = write.get::<ImageRecord>(tables::IMAGES, &key)? else {
-                return Ok(refused(Code::NotFound, format!("image {digest} is not in the catalogue")));
-            };
-            write.put(tables::IMAGES, &key, &ImageRecord { offered: true, ..image })?;
-            Ok(Outcome::Done)
-        }
+        Command::OfferImage { digest } => offer_image(write, digest),
         Command::PutProfile { profile } => put_profile(write, profile),
         Command::PutToken { hash, token } => {
             write.put(tables::TOKENS, &hash, &token)?;
@@ -120,6 +113,25 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
             apply(write, *change)
         }
     }
+}
+
+fn remove_node(write: &Write<'_>, id: NodeId) -> Result<Outcome, StoreError> {
+    let Some(node) = node(write, id)? else { return Ok(no_such_node()) };
+    index::update(write, Some(&node), None)?;
+    write.remove(tables::NAMES, node.name.as_str())?;
+    for table in [tables::NODES, tables::EVENTS, tables::LOGS, tables::REFUSALS] {
+        write.remove(table, &id.to_string())?;
+    }
+    Ok(Outcome::Done)
+}
+
+fn offer_image(write: &Write<'_>, digest: ImageDigest) -> Result<Outcome, StoreError> {
+    let key = digest.to_string();
+    let Some(image) = write.get::<ImageRecord>(tables::IMAGES, &key)? else {
+        return Ok(refused(Code::NotFound, format!("image {digest} is not in the catalogue")));
+    };
+    write.put(tables::IMAGES, &key, &ImageRecord { offered: true, ..image })?;
+    Ok(Outcome::Done)
 }
 
 fn define(

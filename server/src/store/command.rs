@@ -2,12 +2,14 @@
 //! result on every member, whenever it is applied.
 
 use super::late::Late;
+use super::level::Level;
 use super::records::{
     Armed, Evidence, Identity, ImageRecord, InviteRecord, KeyVersion, KeysRecord, MemberRecord, ProfileRecord,
     SiteRecord, TokenRecord, WrappedKey,
 };
 use crate::secrets::SealedSecret;
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
+use moor_api::deploy::Cidr;
 use moor_api::ids::{BootId, DeploymentId, ImageDigest, MemberId, NodeId, NodeName, ProfileName};
 use moor_api::node::Base64;
 use moor_api::problem::Problem;
@@ -15,7 +17,8 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use uuid::Uuid;
 
-/// A change. Variants and fields are only ever added: logs of an older version stay readable.
+/// A change. Variants and fields are only ever added: logs of an older version stay readable. What is added is of a new [`Level`], which
+/// [`Command::level`] says.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "command")]
 pub enum Command {
@@ -67,6 +70,9 @@ pub enum Command {
         urls: Vec<String>,
         /// Unix seconds.
         now: u64,
+        /// The newest level that its release knows.
+        #[serde(default)]
+        level: Level,
     },
     /// A member is reached elsewhere.
     MoveMember {
@@ -74,6 +80,21 @@ pub enum Command {
         number: u64,
         /// Where.
         urls: Vec<String>,
+        /// Networks that it is near to. From [`Level::NEAR`] on.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        near: Vec<Cidr>,
+    },
+    /// A member runs another release than before.
+    TellLevel {
+        /// Which.
+        number: u64,
+        /// The newest level that its release knows.
+        level: Level,
+    },
+    /// All members are able to a newer level: what is of it is proposed from now on.
+    RaiseLevel {
+        /// Which.
+        level: Level,
     },
     /// A member votes, or votes no more.
     SetVoter {
@@ -309,6 +330,8 @@ impl Command {
             Self::Invite { .. } => "invite",
             Self::Join { .. } => "join",
             Self::MoveMember { .. } => "move-member",
+            Self::TellLevel { .. } => "tell-level",
+            Self::RaiseLevel { .. } => "raise-level",
             Self::SetVoter { .. } => "set-voter",
             Self::RemoveMember { .. } => "remove-member",
             Self::RotateKeys { .. } => "rotate-keys",
@@ -335,6 +358,47 @@ impl Command {
             Self::NextCertificate => "next-certificate",
             Self::Audit { .. } => "audit",
             Self::Audited { change, .. } => change.kind(),
+        }
+    }
+
+    /// The level that a release has to know to apply it, with the fields that it has. Once a release is out it stays the same.
+    #[must_use]
+    pub fn level(&self) -> Level {
+        match self {
+            Self::RaiseLevel { level } => *level,
+            Self::Audited { change, .. } => change.level(),
+            Self::MoveMember { near, .. } if !near.is_empty() => Level::NEAR,
+            Self::Found { .. }
+            | Self::Anew { .. }
+            | Self::Invite { .. }
+            | Self::Join { .. }
+            | Self::MoveMember { .. }
+            | Self::TellLevel { .. }
+            | Self::RotateKeys { .. }
+            | Self::Reseal { .. }
+            | Self::DropKeys { .. }
+            | Self::SetVoter { .. }
+            | Self::RemoveMember { .. }
+            | Self::DefineNode { .. }
+            | Self::RemoveNode { .. }
+            | Self::SetAttributes { .. }
+            | Self::Arm { .. }
+            | Self::Rearm { .. }
+            | Self::Deploy { .. }
+            | Self::Bind { .. }
+            | Self::Boot { .. }
+            | Self::CloseStage { .. }
+            | Self::Pin { .. }
+            | Self::Status { .. }
+            | Self::Log { .. }
+            | Self::Refuse { .. }
+            | Self::PutImage { .. }
+            | Self::OfferImage { .. }
+            | Self::PutProfile { .. }
+            | Self::PutToken { .. }
+            | Self::Late { .. }
+            | Self::NextCertificate
+            | Self::Audit { .. } => Level::FIRST,
         }
     }
 }
@@ -396,6 +460,7 @@ mod tests {
                 keys: keys.wrapped.into_values().map(|wrapped| (7, wrapped)).collect(),
                 urls: Vec::new(),
                 now: 1,
+                level: Level::FIRST,
             },
             Command::Audited { entry: serde_json::json!({ "what": "x" }), change: Box::new(Command::Rearm { id }) },
             Command::Bind { id, identity: soft, boot, now: 1 },

@@ -2,6 +2,7 @@
 
 use super::apply::{next, ordered_key, refused};
 use super::command::Outcome;
+use super::level::{self, Level};
 use super::records::{InviteRecord, KeysRecord, MemberRecord, WrappedKey};
 use super::tables::{self, Write};
 use super::{StoreError, keys};
@@ -98,17 +99,36 @@ pub(super) fn invite(write: &Write<'_>, id: Uuid, invite: &InviteRecord, now: u6
     Ok(Outcome::Done)
 }
 
-/// Who joins.
+/// What a member that joins says of itself.
 pub(super) struct Guest {
     pub(super) id: MemberId,
     pub(super) key: Base64,
     pub(super) unwrap: Base64,
     pub(super) keys: Vec<(u32, WrappedKey)>,
     pub(super) urls: Vec<String>,
+    pub(super) level: Level,
+}
+
+/// Why a member of this level is none for the collective, if it is not.
+fn too_old(write: &Write<'_>, known: Level) -> Result<Option<Outcome>, StoreError> {
+    let refusal = level::check(level::of(write)?, known).err();
+    Ok(refusal.map(|error| refused(Code::Conflict, error.to_string())))
+}
+
+/// A member runs another release.
+pub(super) fn tell_level(write: &Write<'_>, number: u64, known: Level) -> Result<Outcome, StoreError> {
+    match too_old(write, known)? {
+        Some(refused) => Ok(refused),
+        None => change(write, number, |member| member.level = known),
+    }
 }
 
 pub(super) fn join(write: &Write<'_>, invite: Uuid, guest: Guest, now: u64) -> Result<Outcome, StoreError> {
-    let Guest { id, key, unwrap, keys, urls } = guest;
+    let Guest { id, key, unwrap, keys, urls, level } = guest;
+    // First: an invitation is not used up by it.
+    if let Some(refused) = too_old(write, level)? {
+        return Ok(refused);
+    }
     if write.all::<MemberRecord>(tables::MEMBERS)?.iter().any(|record| record.invite == Some(invite)) {
         return Ok(refused(Code::Forbidden, "the invitation was used already: `moor collective invite` makes another"));
     }
@@ -143,6 +163,8 @@ pub(super) fn join(write: &Write<'_>, invite: Uuid, guest: Guest, now: u64) -> R
         invite: Some(invite),
         removed: false,
         replaces: found.replaces,
+        level,
+        near: Vec::new(),
     };
     put(write, number, &record)?;
     Ok(Outcome::Number(number))

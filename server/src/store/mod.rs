@@ -8,6 +8,7 @@ pub(crate) mod database;
 pub mod index;
 pub(crate) mod keys;
 pub mod late;
+pub mod level;
 mod members;
 pub mod raft;
 pub mod records;
@@ -16,6 +17,7 @@ pub mod tables;
 pub(crate) mod tests;
 
 pub use command::{Command, Outcome};
+pub use level::Level;
 pub use raft::Replicated;
 pub use tables::Snapshot;
 
@@ -50,6 +52,20 @@ pub enum StoreError {
     /// The disk is as good as full; nothing was changed.
     #[error("the disk of the member's store is full ({0} MiB left): free some space there, and start the member again")]
     Full(u64),
+    /// The release is too old for the collective: what it does not know it would apply otherwise than the others.
+    #[error(
+        "the collective has reached feature level {level}, and this release of moord knows {known} at most: install the release that its \
+         other members run"
+    )]
+    TooOld {
+        /// The collective's.
+        level: Level,
+        /// What this release knows.
+        known: Level,
+    },
+    /// It has failed.
+    #[error("the database failed, and only opening it anew mends that: start the member again when its disk is well")]
+    Failed,
     /// The store was closed, or is overloaded.
     #[error("the store is not taking changes")]
     Closed,
@@ -321,6 +337,7 @@ impl From<StoreError> for Problem {
         tracing::error!("store: {error}");
         match error {
             StoreError::Full(_) | StoreError::Unknown => Self::new(Code::Internal, error.to_string()),
+            StoreError::TooOld { .. } => Self::new(Code::Conflict, error.to_string()),
             StoreError::NoLeader(_) => Self::new(Code::NoMajority, error.to_string()),
             StoreError::Leader(problem) => problem,
             _ => Self::new(Code::Internal, "the member's store failed: its log says more"),

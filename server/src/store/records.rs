@@ -1,9 +1,10 @@
 //! What the store keeps, as records. They are serialised as JSON: self-describing, so that a later version reads them.
 
+use super::level::Level;
 use super::raft::Peer;
 use crate::secrets::SealedSecret;
 use moor_api::admin::Refusal;
-use moor_api::deploy::{OnFailure, Overlay, PhaseName, RootMode};
+use moor_api::deploy::{Cidr, OnFailure, Overlay, PhaseName, RootMode};
 use moor_api::ids::{
     BootId, CollectiveId, DeploymentId, ImageDigest, ImageName, MemberId, NodeId, NodeName, ProfileName, Sha256Digest,
 };
@@ -51,10 +52,16 @@ pub struct MemberRecord {
     /// The number of the member whose place it takes: that one is removed once this one holds its place.
     #[serde(default)]
     pub replaces: Option<u64>,
+    /// The newest level that its release knows, as it said itself when it was started last.
+    #[serde(default)]
+    pub level: Level,
+    /// Networks that it is near to: nodes in them are sent to it before others. From [`Level::NEAR`] on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub near: Vec<Cidr>,
 }
 
 impl MemberRecord {
-    /// The only member of a collective that begins.
+    /// The only member of a collective that begins. It has said nothing of its level yet.
     #[must_use]
     pub fn only(key: Base64, unwrap: Base64, name: String, urls: Vec<String>) -> Self {
         Self {
@@ -67,6 +74,8 @@ impl MemberRecord {
             invite: None,
             removed: false,
             replaces: None,
+            level: Level::FIRST,
+            near: Vec::new(),
         }
     }
 

@@ -6,7 +6,7 @@ use super::records::{
     Armed, Identity, InviteRecord, KeyVersion, KeysRecord, MAX_BOOTS, MAX_LOG_BYTES, MAX_STRANGERS, MemberRecord,
     SiteRecord, WrappedKey,
 };
-use super::{Command, Outcome, Replicated, Store as _, database, index};
+use super::{Command, Level, Outcome, Replicated, Store as _, database, index};
 use crate::secrets::SealedSecret;
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
 use moor_api::ids::{BootId, CollectiveId, MemberId, NodeId};
@@ -326,6 +326,7 @@ async fn keys_are_for_those_who_are_members_and_nothing_new_is_under_an_older_ve
         keys: versions.iter().map(|version| (*version, keys(1, &[two]).wrapped[&two].clone())).collect(),
         urls: Vec::new(),
         now: 1,
+        level: Level::FIRST,
     };
     let invitation = uuid::Uuid::new_v4();
     f.done(invite(invitation, 1)).await;

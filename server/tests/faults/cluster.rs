@@ -6,9 +6,8 @@ use crate::shim::{self, Orders};
 use anyhow::{Context as _, ensure};
 use moor_api::admin::{CollectiveView, InviteRequest, MemberRequest};
 use moor_api::client::admin::AdminClient;
-use moord::store::Replicated;
-use moord::store::Store as _;
 use moord::store::raft::{Calls, Places};
+use moord::store::{Level, Replicated, Store as _};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::collections::BTreeMap;
@@ -31,12 +30,18 @@ struct Member {
     child: Option<Child>,
 }
 
+/// What an earlier release knows: it is the same program, which does as one.
+const OLD_LEVEL: u32 = 1;
+const NEW_LEVEL: u32 = Level::NEWEST.0;
+
 /// The collective.
 pub(crate) struct Cluster {
     // Before the network: members end first.
     members: Vec<Member>,
     pub(crate) net: Network,
     is_etcd: bool,
+    /// Members begin as of an earlier release.
+    is_old: bool,
     library: PathBuf,
     _files: tempfile::TempDir,
 }
@@ -51,16 +56,25 @@ impl Drop for Member {
 }
 
 impl Cluster {
-    fn empty(count: usize, is_etcd: bool) -> anyhow::Result<Self> {
+    fn empty(count: usize, is_etcd: bool, is_old: bool) -> anyhow::Result<Self> {
         let files = tempfile::Builder::new().prefix("moord-faults-").tempdir()?;
         std::fs::set_permissions(files.path(), std::fs::Permissions::from_mode(0o755))?;
         let library = shim::compile(files.path())?;
-        Ok(Self { members: Vec::new(), net: Network::new(count)?, is_etcd, library, _files: files })
+        Ok(Self { members: Vec::new(), net: Network::new(count)?, is_etcd, is_old, library, _files: files })
     }
 
     /// So many members that vote, so many that do not, and one leader.
     pub(crate) async fn new(voters: usize, others: usize) -> anyhow::Result<Self> {
-        let mut cluster = Self::empty(voters + others, false)?;
+        Self::of_release(false, voters, others).await
+    }
+
+    /// The same of an earlier release, that is to be [upgraded](Self::upgrade).
+    pub(crate) async fn old(voters: usize, others: usize) -> anyhow::Result<Self> {
+        Self::of_release(true, voters, others).await
+    }
+
+    async fn of_release(is_old: bool, voters: usize, others: usize) -> anyhow::Result<Self> {
+        let mut cluster = Self::empty(voters + others, false, is_old)?;
         for at in 0..voters + others {
             cluster.prepare(at)?;
             if at == 0 {
@@ -87,7 +101,7 @@ impl Cluster {
 
     /// So many members of etcd, and one leader.
     pub(crate) async fn etcd(count: usize) -> anyhow::Result<Self> {
-        let mut cluster = Self::empty(count, true)?;
+        let mut cluster = Self::empty(count, true, false)?;
         (0..count).try_for_each(|at| cluster.prepare(at))?;
         cluster.start_all(0..count)?;
         let end = Instant::now() + PATIENCE;
@@ -106,20 +120,64 @@ impl Cluster {
         let state = path.join("state");
         std::fs::create_dir(&state)?;
         self.net.mount(at, &state, UID)?;
-        std::fs::write(
-            path.join("moord.toml"),
-            format!(
-                "name = \"test\"\nmember_name = \"{3}\"\nstate_dir = \"{0}/state\"\nsocket = \"{0}/api.sock\"\nlisten = [\"{1}:{PORT}\"]\n\
-                 urls = [\"https://{1}:{PORT}\"]\ntemplates = \"{2}/../profiles\"\n",
-                path.display(),
-                address(at),
-                env!("CARGO_MANIFEST_DIR"),
-                name(at)
-            ),
-        )?;
         chown(&path, Some(UID), Some(UID))?;
         let orders = Orders::new(path.join("orders"))?;
         self.members.push(Member { dir, orders, child: None });
+        self.configure(at, self.is_old)
+    }
+
+    /// The configuration of member `at`, as one of this release or of an earlier one. What is near is of the newer level.
+    fn configure(&self, at: usize, is_old: bool) -> anyhow::Result<()> {
+        let known = if is_old { OLD_LEVEL } else { NEW_LEVEL };
+        let text = format!(
+            "name = \"test\"\nmember_name = \"{3}\"\nstate_dir = \"{0}/state\"\nsocket = \"{0}/api.sock\"\nlisten = [\"{1}:{PORT}\"]\n\
+             urls = [\"https://{1}:{PORT}\"]\ntemplates = \"{2}/../profiles\"\nnear = [\"{1}/24\"]\nmax_feature_level = {known}\n",
+            self.members[at].dir.path().display(),
+            address(at),
+            env!("CARGO_MANIFEST_DIR"),
+            name(at)
+        );
+        Ok(std::fs::write(self.path(at, "moord.toml"), text)?)
+    }
+
+    /// Ends member `at`, and starts it as one of this release, or of the earlier one.
+    pub(crate) fn upgrade(&mut self, at: usize, is_old: bool) -> anyhow::Result<()> {
+        self.signal(at, Signal::SIGTERM)?;
+        let mut child = self.members[at].child.take().context("not running")?;
+        ensure!(child.wait()?.success(), "member {at} did not end well:\n{}", self.log(at));
+        self.configure(at, is_old)?;
+        self.start(at)
+    }
+
+    /// Whether its members begin as of an earlier release.
+    pub(crate) fn is_old(&self) -> bool {
+        self.is_old
+    }
+
+    /// The level has not risen as long as one member is of the earlier release.
+    pub(crate) async fn is_at_the_old_level(&self) -> anyhow::Result<()> {
+        for at in 0..self.members.len() {
+            let view = self.view(at).await?;
+            ensure!(view.level == OLD_LEVEL, "level {}, and not all are upgraded: {view:?}", view.level);
+            ensure!(view.members.iter().all(|member| member.near.is_empty()), "what is newer was used: {view:?}");
+        }
+        Ok(())
+    }
+
+    /// Waits until the level has risen for all, and what is of it is used.
+    pub(crate) async fn comes_to_the_new_level(&self) -> anyhow::Result<()> {
+        let end = Instant::now() + PATIENCE;
+        for at in 0..self.members.len() {
+            loop {
+                let view = self.view(at).await?;
+                let is_used = view.members.iter().all(|member| member.near.len() == 1 && member.level == NEW_LEVEL);
+                if view.level == NEW_LEVEL && is_used {
+                    break;
+                }
+                ensure!(Instant::now() < end, "all are upgraded, and member {at} sees {view:?}\n{}", self.log(at));
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
         Ok(())
     }
 

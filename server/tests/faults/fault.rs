@@ -37,7 +37,15 @@ pub(crate) enum Fault {
     StartWithClock(usize, i64),
     /// It votes no more, and is killed. It votes again when it is back.
     Demote(usize),
+    /// It is ended, and started as one of the newer release. Not drawn: [`UPGRADE`] has its order.
+    Upgrade(usize),
+    /// It goes back to the earlier release.
+    GoBack(usize),
 }
+
+/// A rolling upgrade. One member goes back once, which it may as long as the level has not risen. Number 3 has no vote, and counts all the same.
+pub(crate) const UPGRADE: [Fault; 6] =
+    [Fault::Upgrade(2), Fault::GoBack(2), Fault::Upgrade(0), Fault::Upgrade(2), Fault::Upgrade(3), Fault::Upgrade(1)];
 
 impl Fault {
     /// The leader is hit as often as all others together.
@@ -110,6 +118,8 @@ impl Fault {
                 cluster.set_voter(at, false).await?;
                 cluster.kill(at);
             }
+            Self::Upgrade(at) => cluster.upgrade(at, false)?,
+            Self::GoBack(at) => cluster.upgrade(at, true)?,
         }
         Ok(())
     }
@@ -117,7 +127,7 @@ impl Fault {
     pub(crate) async fn end(self, cluster: &mut Cluster) -> anyhow::Result<()> {
         match self {
             Self::Kill(at) => cluster.start(at),
-            Self::Restart(_) => Ok(()),
+            Self::Restart(_) | Self::Upgrade(_) | Self::GoBack(_) => Ok(()),
             Self::Pause(at) => cluster.signal(at, Signal::SIGCONT),
             Self::KillAll => cluster.start_all(0..cluster.count()),
             Self::Orphan => cluster.start_all(0..VOTERS),

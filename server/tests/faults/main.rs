@@ -1,5 +1,6 @@
 //! Real members in network namespaces, three that vote and one that does not, with faults drawn from a seed, while clients read and write through all of
-//! them. What they were told is then judged: no acknowledged change is lost, no read is stale, all members hold the same in the end.
+//! them. Meanwhile they are upgraded, one after the other, from a release that knows less. What clients were told is then judged: no acknowledged
+//! change is lost, no read is stale, all members hold the same in the end.
 //!
 //! The judge is shown to be right: it acquits etcd under the same faults, and convicts members whose disk says that it has synced and has not.
 //!
@@ -19,11 +20,12 @@ mod shim;
 use anyhow::{Context as _, ensure};
 use clients::{KEYS, Line, Shared, Way, client, define, way};
 use cluster::Cluster;
-use fault::Fault;
+use fault::{Fault, UPGRADE};
 use history::{Act, Call};
 use moor_api::client::ClientError;
 use moor_api::problem::Code;
 use seed::{first_seed, number};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -104,11 +106,21 @@ async fn suffer(mut cluster: Cluster, seed: u64, seconds: u64) -> anyhow::Result
     let shared = clients.shared.clone();
     let mut longest = Duration::ZERO;
     let mut faults = 0;
-    while shared.began.elapsed() < Duration::from_secs(seconds) {
+    // Evenly over the whole time.
+    let mut upgrade: VecDeque<(Duration, Fault)> = VecDeque::new();
+    if cluster.is_old() {
+        let part = Duration::from_secs(seconds) / (u32::try_from(UPGRADE.len())? + 1);
+        upgrade.extend((1..).zip(UPGRADE).map(|(step, fault)| (part * step, fault)));
+    }
+    while shared.began.elapsed() < Duration::from_secs(seconds) || !upgrade.is_empty() {
         writes_go_on(&shared).await?;
         tokio::time::sleep(Duration::from_millis(random.u64(0..1500))).await;
         let leader = cluster.leader().await;
-        let fault = Fault::draw(&mut random, &cluster, leader);
+        if !upgrade.is_empty() {
+            cluster.is_at_the_old_level().await?;
+        }
+        let due = upgrade.pop_front_if(|(due, _)| shared.began.elapsed() >= *due);
+        let fault = due.map_or_else(|| Fault::draw(&mut random, &cluster, leader), |(_, fault)| fault);
         fault.begin(&mut cluster).await.with_context(|| format!("{fault:?}"))?;
         faults += 1;
         let goes_on = if fault.leaves_a_majority() {
@@ -124,6 +136,9 @@ async fn suffer(mut cluster: Cluster, seed: u64, seconds: u64) -> anyhow::Result
         fault.end(&mut cluster).await.with_context(|| format!("the end of {fault:?}"))?;
     }
     writes_go_on(&shared).await?;
+    if cluster.is_old() {
+        cluster.comes_to_the_new_level().await?;
+    }
     let calls = clients.end().await.with_context(|| cluster.log(0))?;
     let reads = calls.iter().filter(|call| matches!(call.act, Act::Read(_))).count() as u64;
     ensure!(reads > 2 * seconds, "only {reads} reads were up to date: there is little to judge");
@@ -138,7 +153,7 @@ async fn suffer(mut cluster: Cluster, seed: u64, seconds: u64) -> anyhow::Result
 
 async fn suffer_and_agree(seconds: u64) -> anyhow::Result<()> {
     let seconds = number("MOOR_SECONDS").unwrap_or(seconds);
-    let mut cluster = suffer(Cluster::new(VOTERS, OTHERS).await?, first_seed(), seconds).await?;
+    let mut cluster = suffer(Cluster::old(VOTERS, OTHERS).await?, first_seed(), seconds).await?;
     tokio::time::sleep(LINGER).await;
     let digests = cluster.settle().await?;
     for (table, digest) in &digests[0] {

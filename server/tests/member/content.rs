@@ -14,17 +14,51 @@ use moor_image::Dek;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Cursor;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{FileExt as _, chown};
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 /// A further member, with more in its configuration; not started.
-async fn invited(host: &Member, name: &str, more: &str) -> anyhow::Result<Member> {
+pub(crate) async fn invited(host: &Member, name: &str, more: &str) -> anyhow::Result<Member> {
     let member = Member::prepare()?;
     member.configure(more)?;
     let output = member.join(&invite(host, name, true, 60).await?)?;
     ensure!(output.status.success(), "moord join: {}", text(&output.stderr));
     Ok(member)
+}
+
+/// Imports an image with this initramfs, whose blob is returned.
+async fn with_initramfs(member: &Member, serial: u64, initramfs: Vec<u8>) -> anyhow::Result<String> {
+    let mut admin = member.admin().await?;
+    let dek = Dek::generate()?;
+    let image = admin.add_blob(Cursor::new(sealed("root", [7; 16], serial, Some(&dek))?), |_| {}).await?.blob;
+    let kernel = admin.add_blob(Cursor::new(b"kernel".to_vec()), |_| {}).await?.blob;
+    let initramfs = admin.add_blob(Cursor::new(initramfs), |_| {}).await?.blob;
+    let boot_loaders = BTreeMap::new();
+    let (name, key) = ("root".parse()?, Some(dek.to_hex().to_string()));
+    let request = ImportImage { name, image, key, signatures: None, kernel, initramfs, boot_loaders };
+    admin.import_image(&request).await?;
+    Ok(initramfs.to_string())
+}
+
+/// Two members that hold a blob of 24 MiB, of which no part is as another, and a third that is to fetch it; and the name of the first.
+async fn two_with_a_large_blob(pace: &str) -> anyhow::Result<([Member; 3], String, String)> {
+    let first = Member::start()?;
+    let mut random = fastrand::Rng::with_seed(1);
+    let mut bytes = vec![0; 24 << 20];
+    random.fill(&mut bytes);
+    let blob = with_initramfs(&first, 1, bytes).await?;
+    let second = joined(&first, "m2", true).await?;
+    let own = voters(&first, 2).await?.members[0].name.clone();
+    until(&second, "the content did not come", async || Ok(blobs(&second)? == blobs(&first)?)).await?;
+    let third = invited(&first, "m3", pace).await?;
+    Ok(([first, second, third], blob, own))
+}
+
+/// What a member has written of from whom a blob came.
+fn came_from(member: &Member, blob: &str) -> String {
+    let (log, said) = (member.log(), format!("blob {blob} came from "));
+    log.split(&said).nth(1).and_then(|rest| rest.split(", from byte").next()).unwrap_or_default().to_owned()
 }
 
 /// Where a member keeps a blob.
@@ -141,15 +175,7 @@ async fn a_member_that_cannot_keep_content_says_so_once_and_has_it_when_it_can()
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn content_comes_no_faster_than_its_bound() -> anyhow::Result<()> {
     let first = Member::start()?;
-    let mut admin = first.admin().await?;
-    let dek = Dek::generate()?;
-    let image = admin.add_blob(Cursor::new(sealed("root", [7; 16], 1, Some(&dek))?), |_| {}).await?.blob;
-    let kernel = admin.add_blob(Cursor::new(b"kernel".to_vec()), |_| {}).await?.blob;
-    let initramfs = admin.add_blob(Cursor::new(vec![7; 4 << 20]), |_| {}).await?.blob;
-    let boot_loaders = BTreeMap::new();
-    let (name, key) = ("root".parse()?, Some(dek.to_hex().to_string()));
-    let request = ImportImage { name, image, key, signatures: None, kernel, initramfs, boot_loaders };
-    admin.import_image(&request).await?;
+    with_initramfs(&first, 1, vec![7; 4 << 20]).await?;
     let mut second = invited(&first, "m2", "content_mib_per_second = 1\n").await?;
     second.run()?;
     let began = Instant::now();
@@ -230,5 +256,47 @@ async fn a_blob_that_came_in_part_is_gone_on_with_and_a_spoilt_one_comes_anew() 
     for name in std::fs::read_dir(second.path("state/blobs"))? {
         ensure!(name?.path().is_dir(), "something is left");
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_blob_comes_from_several_members_and_one_that_dies_meanwhile_does_not_matter() -> anyhow::Result<()> {
+    let ([first, mut second, mut third], blob, own) = two_with_a_large_blob("content_mib_per_second = 6\n").await?;
+    third.run_loud()?;
+    let partial = third.path("state/blobs").join(format!(".partial-{blob}"));
+    until(&third, "the content does not come", async || {
+        Ok(std::fs::metadata(&partial).is_ok_and(|found| found.len() >= 6 << 20))
+    })
+    .await?;
+    second.kill();
+    ensure!(partial.exists() && !place(&third, &blob).exists(), "it came before the other one died");
+    until(&third, "the content did not come", async || Ok(blobs(&third)? == blobs(&first)?)).await?;
+    let from = came_from(&third, &blob);
+    ensure!(from == format!("{own} and m2") || from == format!("m2 and {own}"), "it came from {from}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_sends_wrong_bytes_is_found_and_asked_no_more() -> anyhow::Result<()> {
+    let ([first, second, mut third], blob, own) = two_with_a_large_blob("content_mib_per_second = 16\n").await?;
+    // A disk that is going: something in every piece.
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(place(&second, &blob))?;
+    for at in (0..24).map(|mib| (mib << 20) + 77) {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at)?;
+        file.write_all_at(&[byte[0] ^ 1], at)?;
+    }
+    third.run_loud()?;
+    until(&third, "the content did not come", async || Ok(blobs(&third)? == blobs(&first)?)).await?;
+    let bytes = std::fs::read(place(&third, &blob))?;
+    ensure!(bytes == std::fs::read(place(&first, &blob))?, "what came is something else");
+    ensure!(came_from(&third, &blob) == own, "it came from {}", came_from(&third, &blob));
+    let said = format!("member m2 sent wrong bytes of blob {blob}");
+    until(&third, "it is not found", async || Ok(third.log().contains(&said))).await?;
+    let log = third.log();
+    ensure!(!log.contains(&format!("member {own} sent wrong bytes")), "{log}");
+    let next = with_initramfs(&first, 2, vec![5; 8 << 20]).await?;
+    until(&third, "the next one did not come", async || Ok(place(&third, &next).exists())).await?;
+    ensure!(came_from(&third, &next) == own, "it came from {}", came_from(&third, &next));
     Ok(())
 }

@@ -88,7 +88,7 @@ async fn calls(connection: &mut MemberConnection) -> anyhow::Result<Vec<(&'stati
         said.push((what, code, detail));
     }
     let blob = format!("/member/v1/blobs/{}", "0".repeat(64));
-    let (code, detail) = refusal(connection.get_from(&blob, 0).await.map(drop));
+    let (code, detail) = refusal(connection.get_range(&blob, &(0..1)).await.map(drop));
     said.push(("blobs", code, detail));
     Ok(said)
 }

@@ -23,4 +23,5 @@ mod strangers;
 mod support;
 mod tls;
 mod tokens;
+mod upgrade;
 mod user;

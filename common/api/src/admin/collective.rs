@@ -1,5 +1,6 @@
 //! What is said of the members themselves: who they are, who comes and goes, who holds which content, and backups of what they agree about.
 
+use crate::deploy::Cidr;
 use crate::ids::{MemberId, Sha256Digest};
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +19,8 @@ pub struct CollectiveView {
     pub applied: u64,
     /// Whether a majority answers, as far as this member can tell.
     pub majority: bool,
+    /// The feature level: what is newer is not used yet, because a member's release may not know it.
+    pub level: u32,
     /// All members, by number.
     pub members: Vec<CollectiveMember>,
     /// Invitations that were not used: name, and until when (Unix seconds).
@@ -51,6 +54,10 @@ pub struct CollectiveMember {
     pub voter: bool,
     /// How far its log is; known where the leader answers.
     pub last: Option<u64>,
+    /// The newest feature level that its release knows, as it said when it was started last.
+    pub level: u32,
+    /// Networks that it is near to.
+    pub near: Vec<Cidr>,
 }
 
 /// Asks for an invitation.

@@ -5,9 +5,10 @@ use super::{Body, ClientError, full};
 use crate::ids::{CollectiveId, MemberId};
 use crate::proof::EXPORTER_LENGTH;
 use bytes::Bytes;
-use http::{Method, StatusCode};
+use http::{Method, header};
 use hyper::body::Incoming;
 use rustls::ClientConfig;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -81,14 +82,64 @@ impl MemberConnection {
         http.collect(&format!("POST {path}"), response, limit).await
     }
 
-    /// A GET of a file from the byte `start` on, whose answer is read as it comes; with it, where it begins: at `start`, or, from who knows no
-    /// ranges, at the beginning.
+    /// A GET of these bytes of a file (or of as many of them as there are), whose answer is read as it comes. `range` is not empty.
     ///
     /// # Errors
-    /// The connection broke, or a refusal.
-    pub async fn get_from(&mut self, path: &str, start: u64) -> Result<(u64, Incoming), ClientError> {
-        let response = self.0.http.send_from(path, start).await?;
-        let is_part = response.status() == StatusCode::PARTIAL_CONTENT;
-        Ok((if is_part { start } else { 0 }, response.into_body()))
+    /// The connection broke; a refusal, also because there are none of these bytes; other bytes came.
+    pub async fn get_range(&mut self, path: &str, range: &Range<u64>) -> Result<(Part, Incoming), ClientError> {
+        let response = self.0.http.send_range(path, range).await?;
+        let said = response.headers().get(header::CONTENT_RANGE).and_then(|value| value.to_str().ok());
+        let part = said
+            .and_then(Part::parse)
+            .filter(|part| part.range.start == range.start && part.range.end == range.end.min(part.size));
+        let part = part.ok_or_else(|| ClientError::Answer {
+            call: format!("GET {path}"),
+            cause: format!("bytes {} to {} were asked for, and others came", range.start, range.end),
+        })?;
+        Ok((part, response.into_body()))
+    }
+}
+
+/// Which bytes of a file an answer has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// These.
+    pub range: Range<u64>,
+    /// Of so many.
+    pub size: u64,
+}
+
+impl Part {
+    /// `bytes FIRST-LAST/SIZE` (RFC 9110 §14.4).
+    fn parse(text: &str) -> Option<Self> {
+        let (range, size) = text.strip_prefix("bytes ")?.split_once('/')?;
+        let (first, last) = range.split_once('-')?;
+        let (first, last, size): (u64, u64, u64) = (first.parse().ok()?, last.parse().ok()?, size.parse().ok()?);
+        (first <= last && last < size).then(|| Self { range: first..last + 1, size })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_is_within_its_file() {
+        let part = |range, size| Some(Part { range, size });
+        for (text, expected) in [
+            ("bytes 0-0/1", part(0..1, 1)),
+            ("bytes 5-9/10", part(5..10, 10)),
+            ("bytes 0-18446744073709551614/18446744073709551615", part(0..u64::MAX, u64::MAX)),
+            ("bytes 0-18446744073709551615/18446744073709551615", None),
+            ("bytes 5-10/10", None),
+            ("bytes 6-5/10", None),
+            ("bytes */10", None),
+            ("bytes 0-5/*", None),
+            ("lines 0-5/10", None),
+            ("bytes -1-5/10", None),
+            ("", None),
+        ] {
+            assert_eq!(Part::parse(text), expected, "{text}");
+        }
     }
 }

@@ -20,6 +20,7 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::convert::Infallible;
+use std::ops::Range;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -174,12 +175,10 @@ impl Http {
         self.send_request(request, body).await
     }
 
-    /// Asks for a file from the byte `start` on. From 0 on it is asked for as a whole.
-    pub async fn send_from(&mut self, path: &str, start: u64) -> Result<Response<Incoming>, ClientError> {
-        let mut request = Request::builder().method(Method::GET).uri(path);
-        if start > 0 {
-            request = request.header(header::RANGE, format!("bytes={start}-"));
-        }
+    /// Asks for these bytes of a file, of which there is one at least.
+    pub async fn send_range(&mut self, path: &str, range: &Range<u64>) -> Result<Response<Incoming>, ClientError> {
+        let wanted = format!("bytes={}-{}", range.start, range.end.saturating_sub(1));
+        let request = Request::builder().method(Method::GET).uri(path).header(header::RANGE, wanted);
         self.send_request(request, full(Bytes::new())).await
     }
 

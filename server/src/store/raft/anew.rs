@@ -6,8 +6,8 @@
 use super::log::Log;
 use super::machine::{Machine, State};
 use super::{Calls, LogId, Peer, Places, Replicated, Vote, config, consensus};
-use crate::store::StoreError;
 use crate::store::tables::Snapshot;
+use crate::store::{Level, StoreError};
 use openraft::EntryPayload;
 use openraft::storage::{RaftLogReader as _, RaftLogStorage as _};
 use std::collections::BTreeMap;
@@ -31,11 +31,12 @@ impl Survivor {
     /// Opens them.
     ///
     /// # Errors
-    /// A database cannot be opened (the member runs), is not there, or is damaged.
+    /// A database cannot be opened (the member runs), is not there, or is damaged; the collective is of a newer release.
     pub fn open(places: &Places) -> Result<Self, StoreError> {
-        let log = Log::open(&places.log).map_err(|error| error.within(&places.log))?;
-        let machine =
-            Machine::open(&places.state, places.snapshots.clone()).map_err(|error| error.within(&places.state))?;
+        let known = Level::NEWEST;
+        let log = Log::open(&places.log, known).map_err(|error| error.within(&places.log))?;
+        let machine = Machine::open(&places.state, places.snapshots.clone(), known)
+            .map_err(|error| error.within(&places.state))?;
         Ok(Self { log, machine })
     }
 

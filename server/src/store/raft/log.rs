@@ -6,7 +6,7 @@
 use super::wire::{WireLogId, WireVote, entry_bytes, entry_from};
 use super::{Entry, LogId, Raft, Vote};
 use crate::files::free_space;
-use crate::store::{StoreError, database};
+use crate::store::{Level, StoreError, database};
 use openraft::OptionalSend;
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use redb::{Database, ReadableDatabase as _, TableDefinition};
@@ -106,6 +106,8 @@ impl Memory {
 struct Shared {
     database: Database,
     memory: Mutex<Memory>,
+    /// The newest level that this release knows.
+    known: Level,
 }
 
 impl Shared {
@@ -140,30 +142,28 @@ fn json<T: Serialize>(value: &T) -> Result<Vec<u8>, StoreError> {
 }
 
 impl Log {
-    /// Opens it. Its thread ends with the last handle.
+    /// Opens it, for a release that knows levels up to `known`. Its thread ends with the last handle.
     ///
     /// # Errors
-    /// It cannot be opened, or is damaged.
-    pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
-        Self::over(database::open(path, database::LOG)?, path.parent().unwrap_or(path).to_owned())
+    /// It cannot be opened, or is damaged; the newest entry is of a newer level.
+    pub(super) fn open(path: &Path, known: Level) -> Result<Self, StoreError> {
+        Self::over(database::open(path, database::LOG)?, path.parent().unwrap_or(path).to_owned(), known)
     }
 
     /// The same over a database that is open; whether space is left is asked of the file system of `disk`.
     ///
     /// # Errors
-    /// It is damaged.
-    pub(super) fn over(database: Database, disk: PathBuf) -> Result<Self, StoreError> {
+    /// It is damaged; the newest entry is of a newer level.
+    pub(super) fn over(database: Database, disk: PathBuf, known: Level) -> Result<Self, StoreError> {
         let transaction = database.begin_write()?;
         let memory = {
             let entries = transaction.open_table(ENTRIES)?;
             let marks = transaction.open_table(MARKS)?;
             let purged: Option<LogId> = mark::<WireLogId>(&marks, "purged")?.map(Into::into);
             let last = match redb::ReadableTable::last(&entries)? {
-                Some((index, bytes)) => Some(
-                    entry_from(bytes.value())
-                        .map_err(|error| damaged("entries", &index.value().to_string(), &error))?
-                        .log_id,
-                ),
+                Some((index, bytes)) => {
+                    Some(entry_from(bytes.value(), known).map_err(|error| error.of_entry(index.value()))?.log_id)
+                }
                 None => purged,
             };
             let first = redb::ReadableTable::first(&entries)?.map(|(index, _)| index.value());
@@ -182,7 +182,7 @@ impl Log {
             }
         };
         transaction.commit()?;
-        let shared = Arc::new(Shared { database, memory: Mutex::new(memory) });
+        let shared = Arc::new(Shared { database, memory: Mutex::new(memory), known });
         let (jobs, queue) = mpsc::channel();
         let writer = Writer { shared: shared.clone(), disk };
         std::thread::Builder::new()
@@ -381,8 +381,7 @@ impl Log {
             let mut entries = Vec::new();
             for item in table.range(start..until)? {
                 let (index, bytes) = item?;
-                let entry = entry_from(bytes.value())
-                    .map_err(|error| damaged("entries", &index.value().to_string(), &error))?;
+                let entry = entry_from(bytes.value(), shared.known).map_err(|error| error.of_entry(index.value()))?;
                 entries.push((entry, bytes.value().len()));
             }
             Ok(entries)

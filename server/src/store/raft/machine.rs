@@ -7,7 +7,7 @@ use super::snapshot::{self, SnapshotFile};
 use super::wire::{WireLogId, WireStored};
 use super::{Entry, LogId, Membership, Peer, Raft, SnapshotMeta, StoredMembership};
 use crate::store::tables::{self, Snapshot, Write};
-use crate::store::{Event, Outcome, StoreError, apply, database};
+use crate::store::{Event, Level, Outcome, StoreError, apply, database, level};
 use futures_util::{Stream, StreamExt as _};
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
@@ -31,6 +31,8 @@ pub(super) struct State {
     database: Database,
     /// Where snapshots are kept.
     directory: PathBuf,
+    /// The newest level that this release knows.
+    known: Level,
     events: broadcast::Sender<Event>,
     unsynced: AtomicUsize,
     newest: Mutex<Option<(SnapshotMeta, PathBuf)>>,
@@ -48,27 +50,30 @@ impl std::ops::Deref for Machine {
 }
 
 impl Machine {
-    /// Opens the tables; snapshots that an interrupted member left in `directory` are removed.
+    /// Opens the tables, for a release that knows levels up to `known`; snapshots that an interrupted member left in `directory` are
+    /// removed.
     ///
     /// # Errors
-    /// The database or the directory cannot be opened.
-    pub(super) fn open(path: &Path, directory: PathBuf) -> Result<Self, StoreError> {
-        Self::over(database::open(path, database::TABLES)?, directory)
+    /// The database or the directory cannot be opened; the collective is of a newer level.
+    pub(super) fn open(path: &Path, directory: PathBuf, known: Level) -> Result<Self, StoreError> {
+        Self::over(database::open(path, database::TABLES)?, directory, known)
     }
 
     /// The same over a database that is open.
     ///
     /// # Errors
-    /// The directory cannot be opened.
-    pub(super) fn over(database: Database, directory: PathBuf) -> Result<Self, StoreError> {
+    /// The directory cannot be opened; the collective is of a newer level.
+    pub(super) fn over(database: Database, directory: PathBuf, known: Level) -> Result<Self, StoreError> {
         let transaction = database.begin_write()?;
         tables::create(&transaction)?;
         transaction.commit()?;
+        level::check(Snapshot::new(&database)?.level()?, known)?;
         snapshot::clear(&directory).map_err(|error| StoreError::Snapshot(error.to_string()))?;
         let (events, _) = broadcast::channel(EVENTS);
         Ok(Self(Arc::new(State {
             database,
             directory,
+            known,
             events,
             unsynced: AtomicUsize::new(0),
             newest: Mutex::new(None),
@@ -79,6 +84,11 @@ impl Machine {
 impl State {
     pub(super) fn view(&self) -> Result<Snapshot, StoreError> {
         Snapshot::new(&self.database)
+    }
+
+    /// The newest level that this release knows.
+    pub(super) fn known(&self) -> Level {
+        self.known
     }
 
     pub(super) fn watch(&self) -> broadcast::Receiver<Event> {
@@ -125,7 +135,11 @@ impl State {
             last = Some(log_id);
             let outcome = match payload {
                 EntryPayload::Blank => Outcome::Done,
-                EntryPayload::Normal(command) => apply::apply(&write, command)?,
+                EntryPayload::Normal(command) => {
+                    // Nothing of it is committed then.
+                    level::check(command.level(), self.known)?;
+                    apply::apply(&write, command)?
+                }
                 EntryPayload::Membership(membership) => {
                     let stored = StoredMembership::new(Some(log_id), membership);
                     write.put(tables::RAFT, "membership", &WireStored::from(&stored))?;
@@ -174,7 +188,7 @@ impl State {
         let write = Write::new(&transaction);
         let mut newest = last;
         if let Some(input) = input {
-            let read = snapshot::read(input, &write).map_err(|error| StoreError::Snapshot(error.to_string()))?;
+            let read = snapshot::read(input, &write, self.known).map_err(snapshot::unread)?;
             newest = newest.max(read.last_log_id);
         }
         let number = write.get::<u64>(tables::COUNTERS, "member")?.unwrap_or(0) + 1;
@@ -217,12 +231,11 @@ impl State {
     }
 
     pub(super) fn install(&self, meta: &SnapshotMeta, snapshot: SnapshotFile) -> Result<(), StoreError> {
-        let broken = |error: io::Error| StoreError::Snapshot(error.to_string());
         let path = snapshot.path().to_owned();
         let transaction = self.database.begin_write()?;
         let write = Write::new(&transaction);
         // Nothing of it is committed if a byte of it is wrong.
-        let read = snapshot::read(snapshot.into_file(), &write).map_err(broken)?;
+        let read = snapshot::read(snapshot.into_file(), &write, self.known).map_err(snapshot::unread)?;
         if read.last_log_id != meta.last_log_id {
             return Err(StoreError::Snapshot("it is of another moment than was said".into()));
         }

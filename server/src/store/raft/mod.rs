@@ -25,7 +25,7 @@ pub use standing::Standing;
 
 use super::records::MemberRecord;
 use super::tables::Snapshot;
-use super::{Command, Event, Outcome, Store, StoreError, database};
+use super::{Command, Event, Level, Outcome, Store, StoreError, database, level};
 use log::Log;
 use machine::Machine;
 use membership::{Change, next_change};
@@ -43,7 +43,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 
 /// A member, as the membership names it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -128,6 +128,8 @@ pub struct Replicated {
     /// When the leader was heard last.
     heard: Mutex<Option<Instant>>,
     rounds: Rounds,
+    /// What came is of a level that this release does not know.
+    outgrown: watch::Sender<Option<(Level, Level)>>,
 }
 
 fn config() -> Config {
@@ -158,11 +160,20 @@ impl Replicated {
     /// Opens the store of member `number`, which was [made](Places::make) once; other members are called by `calls`.
     ///
     /// # Errors
-    /// A database cannot be opened, is not there, or is damaged.
+    /// A database cannot be opened, is not there, or is damaged; the collective is of a newer release.
     pub async fn open(places: &Places, number: u64, calls: Arc<Calls>) -> Result<Self, StoreError> {
+        Self::open_up_to(Level::NEWEST, places, number, calls).await
+    }
+
+    /// The same for a release that knows levels up to `known`.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn open_up_to(known: Level, places: &Places, number: u64, calls: Arc<Calls>) -> Result<Self, StoreError> {
         let (log, machine) = (
-            Log::open(&places.log).map_err(|error| error.within(&places.log))?,
-            Machine::open(&places.state, places.snapshots.clone()).map_err(|error| error.within(&places.state))?,
+            Log::open(&places.log, known).map_err(|error| error.within(&places.log))?,
+            Machine::open(&places.state, places.snapshots.clone(), known)
+                .map_err(|error| error.within(&places.state))?,
         );
         Self::over(log, machine, number, calls, config()).await
     }
@@ -177,7 +188,15 @@ impl Replicated {
         let config = Arc::new(config.validate().map_err(consensus)?);
         let network = network::Network(calls.clone());
         let raft = openraft::Raft::new(number, config, network, log, machine.clone()).await.map_err(consensus)?;
-        let store = Self { raft, machine, calls, number, heard: Mutex::default(), rounds: Rounds::default() };
+        let store = Self {
+            raft,
+            machine,
+            calls,
+            number,
+            heard: Mutex::default(),
+            rounds: Rounds::default(),
+            outgrown: watch::Sender::default(),
+        };
         store.recover().await?;
         Ok(store)
     }
@@ -219,19 +238,33 @@ impl Replicated {
         }
     }
 
-    /// Returns once it has failed in a way that only opening it anew mends.
-    pub async fn failed(&self) {
+    /// Returns once it cannot go on, and why: it has failed, or the collective has outgrown this release.
+    pub async fn failed(&self) -> StoreError {
         let mut metrics = self.raft.server_metrics();
         let mut running = self.raft.metrics();
+        let mut outgrown = self.outgrown.subscribe();
         loop {
+            if let Some((level, known)) = *outgrown.borrow_and_update() {
+                return StoreError::TooOld { level, known };
+            }
             if running.borrow_watched().running_state.is_err() {
-                return;
+                return StoreError::Failed;
             }
             tokio::select! {
-                changed = running.changed() => if changed.is_err() { return },
-                changed = metrics.changed() => if changed.is_err() { return },
+                changed = running.changed() => if changed.is_err() { return StoreError::Failed },
+                changed = metrics.changed() => if changed.is_err() { return StoreError::Failed },
+                // Its sender is here.
+                _ = outgrown.changed() => {}
             }
         }
+    }
+
+    /// Keeps in mind that the collective has outgrown this release, if that is why.
+    fn note<T>(&self, answer: Result<T, StoreError>) -> Result<T, StoreError> {
+        if let Err(StoreError::TooOld { level, known }) = &answer {
+            self.outgrown.send_replace(Some((*level, *known)));
+        }
+        answer
     }
 
     /// Waits until this member knows all that was acknowledged anywhere before the call.
@@ -310,6 +343,10 @@ impl Replicated {
     /// # Errors
     /// The store failed, or lost the lead on the way.
     pub async fn propose_here(&self, command: Command) -> Result<Option<(Outcome, u64)>, StoreError> {
+        // Not even passed on: a leader of an older release would read it without what is new in it.
+        if let Some(problem) = level::refusal(&command, || self.machine.view()?.level())? {
+            return Ok(Some((Outcome::Refused(problem), 0)));
+        }
         let standing = self.standing();
         if standing.leader == Some(self.number) && standing.is_cut_off() {
             return Err(StoreError::NoLeader(standing.no_majority("changes wait until it does")));
@@ -382,7 +419,7 @@ impl Replicated {
     /// # Errors
     /// It does not parse; the store failed.
     pub async fn answer(&self, call: Call, body: &[u8]) -> Result<Vec<u8>, StoreError> {
-        let answer = network::answer(&self.raft, call, body).await?;
+        let answer = self.note(network::answer(&self.raft, call, body, self.machine.known()).await)?;
         if call == Call::Append {
             *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         }
@@ -394,7 +431,7 @@ impl Replicated {
     /// # Errors
     /// It is damaged; the store failed.
     pub async fn install(&self, vote: &str, file: SnapshotFile) -> Result<Vec<u8>, StoreError> {
-        network::install(&self.raft, vote, file).await
+        self.note(network::install(&self.raft, vote, file, self.machine.known()).await)
     }
 
     /// A new file that a snapshot is received into.

@@ -1,7 +1,7 @@
 //! Calls between members: `/member/v1`, each a POST over TLS on which both sides show a member's certificate.
 
-use super::wire::{WireAppend, WireAppended, WireInstalled, WireVote, WireVoteRequest, WireVoted};
-use super::{Command, Machine, Outcome, Peer, Raft, RaftSnapshot, SnapshotFile, StoreError, Vote, consensus};
+use super::wire::{self, WireAppend, WireAppended, WireInstalled, WireVote, WireVoteRequest, WireVoted};
+use super::{Command, Level, Machine, Outcome, Peer, Raft, RaftSnapshot, SnapshotFile, StoreError, Vote, consensus};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, StreamBody};
 use hyper::body::Frame;
@@ -16,7 +16,7 @@ use rustls::ClientConfig;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio_stream::StreamExt as _;
@@ -75,7 +75,7 @@ pub struct Calls {
     introduction: Option<Bytes>,
     idle: Mutex<HashMap<MemberId, Vec<MemberConnection>>>,
     /// Members that were not reached when they were last called.
-    lost: Mutex<HashSet<MemberId>>,
+    lost: StdMutex<HashSet<MemberId>>,
 }
 
 /// Connections to one member that wait for a call.
@@ -85,7 +85,7 @@ impl Calls {
     /// `tls` shows this member's certificate; `introduction` is what it begins each connection with, where it has to.
     #[must_use]
     pub fn new(collective: CollectiveId, tls: Arc<ClientConfig>, introduction: Option<Bytes>) -> Self {
-        Self { collective, tls, introduction, idle: Mutex::default(), lost: Mutex::default() }
+        Self { collective, tls, introduction, idle: Mutex::default(), lost: StdMutex::default() }
     }
 
     /// For a member that is alone: it calls nobody, and believes nobody.
@@ -101,6 +101,18 @@ impl Calls {
         Ok(Arc::new(Self::new(CollectiveId::from_bytes([0; 16]), Arc::new(tls), None)))
     }
 
+    /// Members that were not reached when they were last called.
+    #[must_use]
+    pub fn lost(&self) -> HashSet<MemberId> {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether that is news.
+    fn set_lost(&self, member: MemberId, is_lost: bool) -> bool {
+        let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_lost { lost.insert(member) } else { lost.remove(&member) }
+    }
+
     /// A new connection, at the first of its addresses where it answers and is itself.
     ///
     /// # Errors
@@ -110,7 +122,7 @@ impl Calls {
         for url in &peer.urls {
             match MemberConnection::connect(url, self.collective, self.tls.clone(), CONNECT).await {
                 Ok(mut connection) if connection.member() == peer.id && connection.key() == peer.key.0 => {
-                    if self.lost.lock().await.remove(&peer.id) {
+                    if self.set_lost(peer.id, false) {
                         tracing::info!("member {} is reached again", peer.name);
                     }
                     if let Some(introduction) = &self.introduction {
@@ -137,7 +149,7 @@ impl Calls {
             }
         }
         // Said once, however often it is tried.
-        if self.lost.lock().await.insert(peer.id) {
+        if self.set_lost(peer.id, true) {
             tracing::warn!("member {} is not reached: {last}", peer.name);
         }
         Err(last)
@@ -317,16 +329,16 @@ fn answered<T: Serialize>(answer: &T) -> Result<Vec<u8>, StoreError> {
     serde_json::to_vec(answer).map_err(|error| StoreError::Encode(error.to_string()))
 }
 
-/// Answers a call.
+/// Answers a call, in a release that knows levels up to `known`.
 pub(super) async fn answer(
     raft: &openraft::Raft<Raft, Machine>,
     call: Call,
     body: &[u8],
+    known: Level,
 ) -> Result<Vec<u8>, StoreError> {
     match call {
         Call::Append => {
-            let request = AppendEntriesRequest::<Raft>::try_from(parsed::<WireAppend<Command>>(body)?)
-                .map_err(|error| StoreError::Message(error.to_string()))?;
+            let request = wire::append_from(body, known)?;
             answered(&WireAppended::from(raft.append_entries(request).await.map_err(consensus)?))
         }
         Call::Vote | Call::PreVote => {
@@ -340,19 +352,20 @@ pub(super) async fn answer(
     }
 }
 
-/// Takes a snapshot. `vote` is the leader's, as JSON in hexadecimal digits.
+/// Takes a snapshot, in a release that knows levels up to `known`. `vote` is the leader's, as JSON in hexadecimal digits.
 pub(super) async fn install(
     raft: &openraft::Raft<Raft, Machine>,
     vote: &str,
     file: SnapshotFile,
+    known: Level,
 ) -> Result<Vec<u8>, StoreError> {
     let vote = hex::decode(vote).map_err(|error| StoreError::Message(error.to_string()))?;
     let vote: Vote = parsed::<WireVote>(&vote)?.into();
     let path = file.path().to_owned();
-    let meta = tokio::task::spawn_blocking(move || super::snapshot::meta(&std::fs::File::open(path)?))
+    let meta = tokio::task::spawn_blocking(move || super::snapshot::meta(&std::fs::File::open(path)?, known))
         .await
         .map_err(consensus)?
-        .map_err(|error| StoreError::Snapshot(error.to_string()))?;
+        .map_err(super::snapshot::unread)?;
     let snapshot = RaftSnapshot { meta, snapshot: file };
     let response = raft.install_full_snapshot(vote, snapshot).await.map_err(consensus)?;
     answered(&WireInstalled::from(response))

@@ -5,8 +5,9 @@
 //! length of the value (4 bytes), the value. A name of length 0 ends the records; the digest's 32 bytes follow.
 
 use super::SnapshotMeta;
-use super::wire::WireSnapshotHead;
+use super::wire::{WireError, WireSnapshotHead};
 use crate::store::tables::{self, Snapshot, Write};
+use crate::store::{Level, StoreError};
 use aws_lc_rs::digest::{Context, SHA256};
 use std::fs::File;
 use std::io::{self, BufReader, Read, Write as _};
@@ -110,6 +111,15 @@ fn wrong(text: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, text.into())
 }
 
+/// Why a snapshot was not read.
+pub(super) fn unread(error: io::Error) -> StoreError {
+    match error.downcast::<WireError>() {
+        Ok(WireError::TooOld(error)) => *error,
+        Ok(error) => StoreError::Snapshot(error.to_string()),
+        Err(error) => StoreError::Snapshot(error.to_string()),
+    }
+}
+
 /// Writes a snapshot of `view` and gives its path; the file is durable.
 pub(super) fn write(directory: &Path, view: &Snapshot, meta: &SnapshotMeta) -> io::Result<PathBuf> {
     let (file, path) = create(directory)?;
@@ -126,7 +136,8 @@ pub(super) fn write(directory: &Path, view: &Snapshot, meta: &SnapshotMeta) -> i
 /// Writes a snapshot of `view` as a stream, and gives `out` back.
 pub(super) fn write_to<W: io::Write>(out: W, view: &Snapshot, meta: &SnapshotMeta) -> io::Result<W> {
     let mut out = Hashing { inner: zstd::Encoder::new(out, 1)?, digest: Context::new(&SHA256) };
-    let head = WireSnapshotHead::new(meta.last_log_id, &meta.last_membership);
+    let level = view.level().map_err(io::Error::other)?;
+    let head = WireSnapshotHead::new(level, meta.last_log_id, &meta.last_membership);
     let mut line = serde_json::to_vec(&head)?;
     line.push(b'\n');
     out.put(&line)?;
@@ -147,13 +158,13 @@ pub(super) fn write_to<W: io::Write>(out: W, view: &Snapshot, meta: &SnapshotMet
     inner.finish()
 }
 
-/// Reads what a snapshot is of, and no more.
-pub(super) fn meta(file: &File) -> io::Result<SnapshotMeta> {
+/// Reads what a snapshot is of, and no more; in a release that knows levels up to `known`.
+pub(super) fn meta(file: &File, known: Level) -> io::Result<SnapshotMeta> {
     let mut input = Hashing { inner: zstd::Decoder::new(file)?, digest: Context::new(&SHA256) };
-    head(&mut input)
+    head(&mut input, known)
 }
 
-fn head(input: &mut Hashing<impl Read>) -> io::Result<SnapshotMeta> {
+fn head(input: &mut Hashing<impl Read>, known: Level) -> io::Result<SnapshotMeta> {
     let mut line = Vec::new();
     loop {
         let byte = input.take(1)?[0];
@@ -166,15 +177,15 @@ fn head(input: &mut Hashing<impl Read>) -> io::Result<SnapshotMeta> {
         }
     }
     let head: WireSnapshotHead = serde_json::from_slice(&line)?;
-    head.into_meta().map_err(io::Error::other)
+    head.into_meta(known).map_err(io::Error::other)
 }
 
 /// Replaces all replicated tables by what the snapshot holds. The digest is checked, and the input read to its end, before this returns;
 /// the caller commits only then.
-pub(super) fn read(input: impl Read, write: &Write<'_>) -> io::Result<SnapshotMeta> {
+pub(super) fn read(input: impl Read, write: &Write<'_>, known: Level) -> io::Result<SnapshotMeta> {
     let decoder = zstd::Decoder::new(input)?;
     let mut input = Hashing { inner: BufReader::with_capacity(1 << 16, decoder), digest: Context::new(&SHA256) };
-    let meta = head(&mut input)?;
+    let meta = head(&mut input, known)?;
     for table in tables::REPLICATED {
         write.clear(table).map_err(io::Error::other)?;
     }

@@ -3,7 +3,7 @@
 use super::log::Log;
 use super::machine::Machine;
 use super::*;
-use crate::store::records::MemberRecord;
+use crate::store::records::{KeysRecord, MemberRecord};
 use crate::store::tables;
 use moor_api::ids::NodeId;
 use openraft::StorageError;
@@ -22,7 +22,9 @@ impl StoreBuilder<Raft, Log, Machine, tempfile::TempDir> for Builder {
         let dir = tempfile::tempdir().unwrap();
         let places = Places::in_dir(dir.path());
         places.make().unwrap();
-        Ok((dir, Log::open(&places.log).unwrap(), Machine::open(&places.state, places.snapshots).unwrap()))
+        let known = Level::NEWEST;
+        let machine = Machine::open(&places.state, places.snapshots, known).unwrap();
+        Ok((dir, Log::open(&places.log, known).unwrap(), machine))
     }
 }
 
@@ -42,7 +44,7 @@ fn peer(number: u8) -> Peer {
 
 fn record(number: u8, voter: bool) -> MemberRecord {
     let Peer { id, key, name, urls } = peer(number);
-    MemberRecord { id, key, unwrap: Base64::default(), name, urls, voter, invite: None, removed: false, replaces: None }
+    MemberRecord { id, voter, ..MemberRecord::only(key, Base64::default(), name, urls) }
 }
 
 /// A leader, number 1, whose log has 1000 entries; members vote or not; followers are as far as is said.
@@ -124,12 +126,12 @@ async fn a_snapshot_has_everything_and_a_damaged_one_changes_nothing() {
     let (applied, membership) = machine::State::applied(&view).unwrap();
     let meta = SnapshotMeta { last_log_id: applied, last_membership: membership };
     let path = snapshot::write(dir.path(), &view, &meta).unwrap();
-    assert_eq!(snapshot::meta(&std::fs::File::open(&path).unwrap()).unwrap(), meta);
+    assert_eq!(snapshot::meta(&std::fs::File::open(&path).unwrap(), Level::NEWEST).unwrap(), meta);
 
     let other = tempfile::tempdir().unwrap();
     let tables = other.path().join("m.redb");
     database::make(&tables).unwrap();
-    let machine = Machine::open(&tables, other.path().join("s")).unwrap();
+    let machine = Machine::open(&tables, other.path().join("s"), Level::NEWEST).unwrap();
     let bytes = std::fs::read(&path).unwrap();
     let damaged = other.path().join("damaged");
     let mut watcher = machine.watch();
@@ -178,5 +180,108 @@ async fn a_store_that_lost_what_was_not_synced_has_it_again_from_the_log() {
     std::fs::write(&places.state, before).unwrap();
     let store = open(dir.path()).await;
     assert_eq!(store.snapshot().unwrap().nodes().unwrap().len(), 100);
+    store.close().await;
+}
+
+/// The calls of another member that hold this change, as the leader of term 9.
+fn append(command: Command) -> Vec<u8> {
+    let request = openraft::raft::AppendEntriesRequest::<Raft> {
+        vote: Vote::new_committed(9, 2),
+        prev_log_id: None,
+        leader_commit: None,
+        entries: vec![Entry { log_id: LogId::new(9_u64.into(), 0), payload: openraft::EntryPayload::Normal(command) }],
+    };
+    serde_json::to_vec(&wire::WireAppend::from(&request)).unwrap()
+}
+
+#[tokio::test]
+async fn what_is_above_the_level_is_not_proposed() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = alone(dir.path()).await;
+    let founder = MemberRecord::only(vec![1].into(), vec![1].into(), "m1".into(), vec!["https://10.0.0.1".into()]);
+    let near =
+        || Command::MoveMember { number: 1, urls: founder.urls.clone(), near: vec!["10.0.0.0/8".parse().unwrap()] };
+    let member = MemberRecord { level: Level::NEAR, ..founder.clone() };
+    let anew = Command::Anew { number: 1, member, keys: KeysRecord::default() };
+    assert_eq!(store.propose(anew).await.unwrap(), Outcome::Number(1));
+    let before = store.standing().last;
+    assert!(matches!(store.propose(near()).await.unwrap(), Outcome::Refused(_)));
+    assert_eq!(store.standing().last, before, "it is in the log");
+    assert_eq!(store.propose(Command::RaiseLevel { level: Level::NEAR }).await.unwrap(), Outcome::Done);
+    assert_eq!(store.propose(near()).await.unwrap(), Outcome::Done);
+    store.close().await;
+}
+
+#[tokio::test]
+async fn a_release_that_is_too_old_does_not_open_the_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let places = Places::in_dir(dir.path());
+    let store = alone(dir.path()).await;
+    let before = std::fs::read(&places.state).unwrap();
+    assert_eq!(store.propose(Command::RaiseLevel { level: Level::NEAR }).await.unwrap(), Outcome::Done);
+    let path = {
+        let view = store.snapshot().unwrap();
+        let (applied, membership) = machine::State::applied(&view).unwrap();
+        let meta = SnapshotMeta { last_log_id: applied, last_membership: membership };
+        snapshot::write(dir.path(), &view, &meta).unwrap()
+    };
+    let close = async |store: Replicated| {
+        store.close().await;
+        drop(store);
+        database::released(&places.log).await;
+        database::released(&places.state).await;
+    };
+    close(store).await;
+    let too_old = |error: &StoreError| {
+        assert!(!error.is_damage(), "{error}");
+        let text = error.to_string();
+        assert!(text.contains("has reached feature level 2, and this release of moord knows 1 at most"), "{text}");
+        assert!(!text.contains('\n'), "{text}");
+    };
+    let old = async || {
+        let opened = Replicated::open_up_to(Level::FIRST, &places, FOUNDER, Calls::to_nobody().unwrap()).await;
+        database::released(&places.log).await;
+        database::released(&places.state).await;
+        opened.err().expect("it opens")
+    };
+    // By its tables, by the newest entry of its log, and by an entry that is to be applied again.
+    too_old(&Machine::open(&places.state, places.snapshots.clone(), Level::FIRST).err().unwrap());
+    too_old(&Log::open(&places.log, Level::FIRST).err().unwrap());
+    too_old(&snapshot::unread(snapshot::meta(&std::fs::File::open(&path).unwrap(), Level::FIRST).unwrap_err()));
+    too_old(&old().await);
+    let store = open(dir.path()).await;
+    assert_eq!(store.propose(define(1)).await.unwrap(), Outcome::Done);
+    close(store).await;
+    std::fs::write(&places.state, before).unwrap();
+    too_old(&old().await);
+    // And nothing was lost by trying.
+    let store = open(dir.path()).await;
+    assert_eq!(store.snapshot().unwrap().level().unwrap(), Level::NEAR);
+    assert_eq!(store.snapshot().unwrap().nodes().unwrap().len(), 1);
+    store.close().await;
+}
+
+#[tokio::test]
+async fn a_release_that_is_too_old_takes_no_newer_entry_and_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let places = Places::in_dir(dir.path());
+    places.make().unwrap();
+    let store = Replicated::open_up_to(Level::FIRST, &places, FOUNDER, Calls::to_nobody().unwrap()).await.unwrap();
+    let raise = append(Command::RaiseLevel { level: Level::NEAR });
+    let never = tokio::time::timeout(Duration::from_millis(50), store.failed());
+    assert!(never.await.is_err(), "it ends although nothing has come");
+    let error = store.answer(Call::Append, &raise).await.unwrap_err();
+    assert!(matches!(error, StoreError::TooOld { level: Level::NEAR, known: Level::FIRST }), "{error}");
+    assert_eq!(store.standing().last, 0);
+    assert!(matches!(store.failed().await, StoreError::TooOld { .. }));
+    // Had it come in another way, it would not be applied.
+    let entry = Entry {
+        log_id: LogId::new(9_u64.into(), 0),
+        payload: openraft::EntryPayload::Normal(Command::RaiseLevel { level: Level::NEAR }),
+    };
+    assert!(matches!(store.machine.apply(vec![(entry, None)]), Err(StoreError::TooOld { .. })));
+    assert_eq!(store.snapshot().unwrap().level().unwrap(), Level::FIRST);
+    // What it knows it takes.
+    store.answer(Call::Append, &append(define(1))).await.unwrap();
     store.close().await;
 }

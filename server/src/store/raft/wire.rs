@@ -1,13 +1,14 @@
 //! How log entries, votes, memberships and the calls between members are written: an encoding of our own, in JSON, with a version.
 //! Never openraft's serde, so that a new release of it changes neither a disk nor a wire.
 //!
-//! Fields and kinds are only ever added. A kind that is not known is refused, not skipped: a member that cannot apply a command must
-//! not go on as if it had.
+//! Fields and kinds are only ever added, each with a new [`Level`], which stands beside what is written: what is of a level that is not known
+//! is refused, neither skipped nor read without what is new in it. A member that cannot apply a command must not go on as if it had.
 
 use super::{Entry, LogId, Membership, Peer, Raft, StoredMembership, Vote};
-use crate::store::Command;
+use crate::store::{Command, Level, StoreError, level};
 use openraft::EntryPayload;
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, VoteRequest, VoteResponse};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,6 +24,33 @@ pub enum WireError {
     /// Members in it that it does not name.
     #[error("its membership is not possible: {0}")]
     Membership(String),
+    /// A newer release's.
+    #[error(transparent)]
+    TooOld(Box<StoreError>),
+}
+
+impl From<WireError> for StoreError {
+    fn from(error: WireError) -> Self {
+        match error {
+            WireError::TooOld(error) => *error,
+            error => Self::Message(error.to_string()),
+        }
+    }
+}
+
+impl WireError {
+    /// Why an entry of the log cannot be read.
+    pub(super) fn of_entry(self, index: u64) -> StoreError {
+        match self {
+            Self::TooOld(error) => *error,
+            error => StoreError::Record { table: "entries".into(), key: index.to_string(), cause: error.to_string() },
+        }
+    }
+}
+
+/// Refuses what is above the level that this release knows.
+fn check(found: Level, known: Level) -> Result<(), WireError> {
+    level::check(found, known).map_err(|error| WireError::TooOld(Box::new(error)))
 }
 
 /// Version of everything here.
@@ -128,6 +156,9 @@ enum WirePayload<C> {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct WireEntry<C> {
     version: u32,
+    /// What a release has to know to apply it.
+    #[serde(default)]
+    level: Level,
     id: WireLogId,
     payload: WirePayload<C>,
 }
@@ -139,15 +170,17 @@ impl<'a> From<&'a Entry> for WireEntry<&'a Command> {
             EntryPayload::Normal(command) => WirePayload::Command(command),
             EntryPayload::Membership(membership) => WirePayload::Membership(membership.into()),
         };
-        Self { version: VERSION, id: entry.log_id.into(), payload }
+        let level = if let EntryPayload::Normal(command) = &entry.payload { command.level() } else { Level::FIRST };
+        Self { version: VERSION, level, id: entry.log_id.into(), payload }
     }
 }
 
 impl WireEntry<Command> {
-    fn into_entry(self) -> Result<Entry, WireError> {
+    fn into_entry(self, known: Level) -> Result<Entry, WireError> {
         if self.version != VERSION {
             return Err(WireError::Version(self.version));
         }
+        check(self.level, known)?;
         let payload = match self.payload {
             WirePayload::Blank => EntryPayload::Blank,
             WirePayload::Command(command) => EntryPayload::Normal(command),
@@ -177,16 +210,15 @@ impl<'a> From<&'a AppendEntriesRequest<Raft>> for WireAppend<&'a Command> {
     }
 }
 
-impl TryFrom<WireAppend<Command>> for AppendEntriesRequest<Raft> {
-    type Error = WireError;
-    fn try_from(wire: WireAppend<Command>) -> Result<Self, WireError> {
-        Ok(Self {
-            vote: wire.vote.into(),
-            prev_log_id: wire.previous.map(Into::into),
-            leader_commit: wire.commit.map(Into::into),
-            entries: wire.entries.into_iter().map(WireEntry::into_entry).collect::<Result<_, _>>()?,
-        })
-    }
+/// Of a release that knows levels up to `known`.
+pub(super) fn append_from(bytes: &[u8], known: Level) -> Result<AppendEntriesRequest<Raft>, WireError> {
+    let wire: WireAppend<Command> = read::<_, LevelsOnly>(bytes, known)?;
+    Ok(AppendEntriesRequest {
+        vote: wire.vote.into(),
+        prev_log_id: wire.previous.map(Into::into),
+        leader_commit: wire.commit.map(Into::into),
+        entries: wire.entries.into_iter().map(|entry| entry.into_entry(known)).collect::<Result<_, _>>()?,
+    })
 }
 
 /// Its answer.
@@ -276,19 +308,23 @@ impl From<WireVoted> for VoteResponse<Raft> {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct WireSnapshotHead {
     pub(super) version: u32,
+    /// The collective's.
+    #[serde(default)]
+    pub(super) level: Level,
     pub(super) applied: Option<WireLogId>,
     pub(super) membership: WireStored,
 }
 
 impl WireSnapshotHead {
-    pub(super) fn new(applied: Option<LogId>, membership: &StoredMembership) -> Self {
-        Self { version: VERSION, applied: applied.map(Into::into), membership: membership.into() }
+    pub(super) fn new(level: Level, applied: Option<LogId>, membership: &StoredMembership) -> Self {
+        Self { version: VERSION, level, applied: applied.map(Into::into), membership: membership.into() }
     }
 
-    pub(super) fn into_meta(self) -> Result<super::SnapshotMeta, WireError> {
+    pub(super) fn into_meta(self, known: Level) -> Result<super::SnapshotMeta, WireError> {
         if self.version != VERSION {
             return Err(WireError::Version(self.version));
         }
+        check(self.level, known)?;
         Ok(super::SnapshotMeta {
             last_log_id: self.applied.map(Into::into),
             last_membership: self.membership.try_into()?,
@@ -318,6 +354,101 @@ pub(super) fn entry_bytes(entry: &Entry) -> Result<Vec<u8>, WireError> {
     Ok(serde_json::to_vec(&WireEntry::from(entry))?)
 }
 
-pub(super) fn entry_from(bytes: &[u8]) -> Result<Entry, WireError> {
-    serde_json::from_slice::<WireEntry<Command>>(bytes)?.into_entry()
+/// Of a release that knows levels up to `known`.
+pub(super) fn entry_from(bytes: &[u8], known: Level) -> Result<Entry, WireError> {
+    read::<WireEntry<Command>, LevelOnly>(bytes, known)?.into_entry(known)
+}
+
+/// What is left of an entry, or of several, for who does not understand the rest.
+trait Levelled: DeserializeOwned {
+    fn newest(&self) -> Level;
+}
+
+#[derive(Deserialize)]
+struct LevelOnly {
+    #[serde(default)]
+    level: Level,
+}
+
+impl Levelled for LevelOnly {
+    fn newest(&self) -> Level {
+        self.level
+    }
+}
+
+#[derive(Deserialize)]
+struct LevelsOnly {
+    entries: Vec<LevelOnly>,
+}
+
+impl Levelled for LevelsOnly {
+    fn newest(&self) -> Level {
+        self.entries.iter().map(|entry| entry.level).max().unwrap_or_default()
+    }
+}
+
+/// Where it does not parse because it is a newer release's, that is the reason.
+fn read<T: DeserializeOwned, L: Levelled>(bytes: &[u8], known: Level) -> Result<T, WireError> {
+    serde_json::from_slice(bytes).map_err(|error| {
+        let newest = serde_json::from_slice::<L>(bytes).map(|only| only.newest()).unwrap_or_default();
+        check(newest, known).err().unwrap_or(WireError::Json(error))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moor_api::ids::NodeId;
+
+    const NEWER: Level = Level(Level::NEWEST.0 + 1);
+
+    fn entry(command: Command) -> Entry {
+        Entry { log_id: LogId::new(1_u64.into(), 7), payload: EntryPayload::Normal(command) }
+    }
+
+    fn moved() -> Command {
+        Command::MoveMember { number: 1, urls: Vec::new(), near: vec!["10.0.0.0/8".parse().unwrap()] }
+    }
+
+    #[test]
+    fn an_entry_of_a_level_that_is_not_known_is_refused_and_not_read_without_what_is_new() {
+        let bytes = entry_bytes(&entry(moved())).unwrap();
+        assert!(entry_from(&bytes, Level::NEAR).is_ok());
+        // It parses, and would even without the field that is new: only the level says that this release must not apply it.
+        let error = entry_from(&bytes, Level::FIRST).unwrap_err().to_string();
+        assert!(error.contains("has reached feature level 2, and this release of moord knows 1 at most"), "{error}");
+        let rearm = Command::Rearm { id: NodeId::from_bytes([1; 16]) };
+        assert!(entry_from(&entry_bytes(&entry(rearm)).unwrap(), Level::FIRST).is_ok());
+    }
+
+    #[test]
+    fn a_command_that_is_not_known_is_said_to_be_a_newer_release_s() {
+        let text = |level: &str| {
+            format!(r#"{{"version":1,{level}"id":{{"term":1,"index":7}},"payload":{{"command":{{"command":"x"}}}}}}"#)
+        };
+        let newer = text(&format!(r#""level":{NEWER},"#));
+        let error = entry_from(newer.as_bytes(), Level::NEWEST).unwrap_err();
+        assert!(matches!(error, WireError::TooOld(_)), "{error}");
+        let append = format!(
+            r#"{{"vote":{{"term":1,"candidate":1,"committed":true}},"previous":null,"commit":null,"entries":[{newer}]}}"#
+        );
+        let error = append_from(append.as_bytes(), Level::NEWEST).unwrap_err();
+        assert!(matches!(error, WireError::TooOld(_)), "{error}");
+        // Where the level is one that this release knows, it is damage.
+        let error = entry_from(text("").as_bytes(), Level::NEWEST).unwrap_err();
+        assert!(matches!(error, WireError::Json(_)), "{error}");
+    }
+
+    #[test]
+    fn entries_of_other_members_are_refused_all_together() {
+        let request = AppendEntriesRequest::<Raft> {
+            vote: Vote::new_committed(1, 1),
+            prev_log_id: None,
+            leader_commit: None,
+            entries: vec![entry(Command::NextCertificate), entry(moved())],
+        };
+        let bytes = serde_json::to_vec(&WireAppend::from(&request)).unwrap();
+        assert_eq!(append_from(&bytes, Level::NEAR).unwrap().entries.len(), 2);
+        assert!(matches!(append_from(&bytes, Level::FIRST), Err(WireError::TooOld(_))));
+    }
 }

@@ -33,8 +33,8 @@ fn node(client: u8) -> NodeId {
 /// A store on this disk. Snapshots and purges come often.
 async fn open(disk: &Disk, directory: &Path) -> Result<Replicated, StoreError> {
     let database = |file| Database::builder().create_with_backend(disk.file(file));
-    let log = Log::over(database(LOG)?, directory.to_owned())?;
-    let machine = Machine::over(database(TABLES)?, directory.join("snapshots"))?;
+    let log = Log::over(database(LOG)?, directory.to_owned(), Level::NEWEST)?;
+    let machine = Machine::over(database(TABLES)?, directory.join("snapshots"), Level::NEWEST)?;
     let config = Config {
         snapshot_policy: openraft::SnapshotPolicy::LogsSinceLast(40),
         max_in_snapshot_log_to_keep: 10,
