@@ -48,8 +48,8 @@ async fn the_level_rises_with_the_last_upgrade_and_older_releases_are_refused_fr
     until(&second, "it does not say that it was upgraded", async || Ok(known(&view(&second).await?) == [2, 1])).await?;
     // It has told what it is, and looks every 2 s whether there is more to say: there is, and it may not.
     tokio::time::sleep(std::time::Duration::from_secs(5)).await;
-    for member in [&first, &second] {
-        define(member, &format!("n{}", member.port)).await?;
+    for (member, node) in [(&first, "a"), (&second, "b")] {
+        define(member, node).await?;
         let seen = view(member).await?;
         ensure!(seen.level == 1 && !is_near_used(&seen), "{seen:?}");
     }
@@ -80,7 +80,7 @@ async fn the_level_rises_with_the_last_upgrade_and_older_releases_are_refused_fr
     ensure!(!output.status.success() && text(&output.stderr).contains(TOO_OLD), "{}", text(&output.stderr));
     release(&second, "")?;
     second.run()?;
-    knows(&second, &[format!("n{}", first.port).as_str(), format!("n{}", second.port).as_str()]).await?;
+    knows(&second, &["a", "b"]).await?;
 
     // And none in; the invitation is not used up by trying.
     let third = Member::prepare()?;
