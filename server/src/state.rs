@@ -117,6 +117,7 @@ async fn found(config: &Config, keys: &Path, name: String, addresses: Vec<String
         addresses,
         site: site.clone(),
         met: Vec::new(),
+        removed: Vec::new(),
         introduction: Vec::new(),
     };
     Authority::create(keys, site.collective, &site.name)?;

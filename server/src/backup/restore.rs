@@ -118,7 +118,8 @@ async fn make(
         missing,
     };
     // It comes last: where it exists, everything else does.
-    let identity = Identity { number, id, name, addresses, site, met: Vec::new(), introduction: Vec::new() };
+    let (met, removed, introduction) = (Vec::new(), Vec::new(), Vec::new());
+    let identity = Identity { number, id, name, addresses, site, met, removed, introduction };
     identity.write(&config.identity())?;
     Ok(restored)
 }

@@ -301,7 +301,14 @@ impl Fetcher {
                     }
                     return Ok(true);
                 }
-                Fetched::Part => {}
+                Fetched::Part => {
+                    // What the next one sends is to be its own from the beginning, or it would be blamed for what this one sent.
+                    let dir = member.config.blobs();
+                    if let Err(error) = blocking(move || Incoming::resume(&dir, blob)?.restart()).await {
+                        tracing::warn!("what came of blob {blob} cannot be dropped: {error}");
+                        return Ok(false);
+                    }
+                }
                 Fetched::Other(_) => self.distrust(peer, blob),
             }
         }

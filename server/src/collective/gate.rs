@@ -34,10 +34,13 @@ enum Caller {
 }
 
 /// What is known here of a member. As long as this member has no record of itself, its records are older than itself: it knows those that
-/// were members when it joined.
+/// were members when it joined, and those that were none any more, whoever vouches for them.
 fn known(member: &Member, records: &BTreeMap<u64, MemberRecord>, id: MemberId) -> Known {
     let of = |id| records.values().find(|record| record.id == id);
     if of(member.identity.id).is_none() {
+        if member.identity.removed.contains(&id) || of(id).is_some_and(|record| record.removed) {
+            return Known::Removed;
+        }
         let met = member.identity.met.iter().find(|met| met.id == id);
         return met.map_or(Known::Not, |met| Known::Present(met.key.clone()));
     }

@@ -25,6 +25,9 @@ pub struct Identity {
     /// The members of then: it believes these until it has the records of all.
     #[serde(default)]
     pub met: Vec<Acquaintance>,
+    /// Those that had been removed then: nobody's word makes members of them.
+    #[serde(default)]
+    pub removed: Vec<MemberId>,
     /// What it shows to a member that has not heard of it; none: it founded the collective.
     #[serde(default)]
     pub introduction: Vec<Voucher>,

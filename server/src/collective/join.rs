@@ -56,6 +56,9 @@ pub(super) struct JoinReply {
     pub(super) keys: KeyFiles,
     /// All members, as the one that answers knows them.
     pub(super) members: Vec<Acquaintance>,
+    /// Those that were removed.
+    #[serde(default)]
+    pub(super) removed: Vec<MemberId>,
     /// What makes the new one known to members that lag behind.
     pub(super) introduction: Vec<Voucher>,
     pub(super) proof: Base64,
@@ -154,8 +157,8 @@ fn settle(
 ) -> anyhow::Result<Identity> {
     authority::import(keys, &reply.keys)?;
     config.make_store().context("making the store")?;
-    let JoinReply { number, name, site, members: met, introduction, .. } = reply;
-    let identity = Identity { number, id, name, addresses, site, met, introduction };
+    let JoinReply { number, name, site, members: met, removed, introduction, .. } = reply;
+    let identity = Identity { number, id, name, addresses, site, met, removed, introduction };
     // It comes last: where it exists, everything else does.
     identity.write(&config.identity())?;
     Ok(identity)

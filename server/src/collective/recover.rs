@@ -96,6 +96,7 @@ impl Recovery {
         // It is a founder now: nobody of before vouches for it, or is believed.
         identity.introduction.clear();
         identity.met.clear();
+        identity.removed.clear();
         identity.write(&config.identity())?;
         tracing::warn!(
             "member {} goes on alone as number {number}; {} others were removed",

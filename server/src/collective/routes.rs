@@ -204,14 +204,16 @@ async fn let_in(
     let own = &member.identity;
     let guest = Acquaintance { id: request.member, key: request.key.clone() };
     let introduction = extend(&own.introduction, own.id, &member.config.keys(), subject.collective, guest)?;
-    let members = member.view()?.members()?.into_values().filter(|record| !record.removed);
+    let (removed, members): (Vec<_>, Vec<_>) =
+        member.view()?.members()?.into_values().partition(|record| record.removed);
     tracing::info!("member {} ({number}) was let in from {address}", invite.name);
     Ok(Json(JoinReply {
         number,
         name: invite.name,
         site: member.site.clone(),
         keys,
-        members: members.map(|record| Acquaintance { id: record.id, key: record.key }).collect(),
+        members: members.into_iter().map(|record| Acquaintance { id: record.id, key: record.key }).collect(),
+        removed: removed.into_iter().map(|record| record.id).collect(),
         introduction,
         proof: subject.prove(&secret, Side::Host).into(),
     }))

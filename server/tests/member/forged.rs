@@ -183,9 +183,14 @@ async fn a_removed_member_comes_back_under_no_id_key_or_voucher() -> anyhow::Res
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_newcomer_without_records_takes_nothing_from_who_is_no_member() -> anyhow::Result<()> {
     let mut first = Member::start()?;
-    let mut second = Member::prepare()?;
-    let output = second.join(&invite(&first, "m2", false, 60).await?)?;
-    ensure!(output.status.success(), "moord join: {}", text(&output.stderr));
+    let (left, mut second) = (Member::prepare()?, Member::prepare()?);
+    for (member, name) in [(&left, "m2"), (&second, "m3")] {
+        let output = member.join(&invite(&first, name, false, 60).await?)?;
+        ensure!(output.status.success(), "moord join: {}", text(&output.stderr));
+        if name == "m2" {
+            first.admin().await?.change_member("remove", &MemberRequest { member: name.into() }).await?;
+        }
+    }
     let bundle = first.site().await?.bundle;
     first.kill();
     second.run()?;
@@ -198,7 +203,19 @@ async fn a_newcomer_without_records_takes_nothing_from_who_is_no_member() -> any
         let mut connection = connect(&second, &bundle, founder.issue(id, &KeyPair::generate()?)?).await?;
         all_refused(what, &mut connection, says).await?;
     }
-    is_a_member(&mut connect(&second, &bundle, founder.itself()?).await?).await?;
+    // Who was removed before it came has a voucher of the founder's all the same.
+    let left = Insider::of(&left)?;
+    let mut connection = connect(&second, &bundle, left.itself()?).await?;
+    all_refused("a removed member", &mut connection, "was removed from").await?;
+    show(&mut connection, &left.own.introduction).await?;
+    all_refused("a removed member with its voucher", &mut connection, "was removed from").await?;
+    let mut connection = connect(&second, &bundle, founder.itself()?).await?;
+    is_a_member(&mut connection).await?;
+    // A member too: terms do not end.
+    let vote = json!({ "term": u64::MAX, "candidate": 1, "committed": true });
+    let append = json!({ "vote": vote, "previous": null, "commit": null, "entries": [] }).to_string();
+    let (code, detail) = refusal(connection.post("/member/v1/append", append.into(), LIMIT).await);
+    ensure!(code == Code::BadRequest && detail.contains("is impossible"), "{code:?}: {detail}");
     ensure!(names(&second).await?.is_empty(), "it has heard of something");
     first.run()?;
     define(&first, "a").await?;

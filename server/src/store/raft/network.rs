@@ -9,6 +9,7 @@ use moor_api::client::member::MemberConnection;
 use moor_api::client::{Body, ClientError};
 use moor_api::ids::{CollectiveId, MemberId};
 use moor_api::problem::Code;
+use openraft::async_runtime::WatchReceiver as _;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, VoteRequest, VoteResponse};
@@ -113,6 +114,12 @@ impl Calls {
         if is_lost { lost.insert(member) } else { lost.remove(&member) }
     }
 
+    fn reached(&self, peer: &Peer) {
+        if self.set_lost(peer.id, false) {
+            tracing::info!("member {} is reached again", peer.name);
+        }
+    }
+
     /// A new connection, at the first of its addresses where it answers and is itself.
     ///
     /// # Errors
@@ -122,9 +129,7 @@ impl Calls {
         for url in &peer.urls {
             match MemberConnection::connect(url, self.collective, self.tls.clone(), CONNECT).await {
                 Ok(mut connection) if connection.member() == peer.id && connection.key() == peer.key.0 => {
-                    if self.set_lost(peer.id, false) {
-                        tracing::info!("member {} is reached again", peer.name);
-                    }
+                    self.reached(peer);
                     if let Some(introduction) = &self.introduction {
                         // Who does not believe it says so again with the call that follows.
                         let _ = connection.post(INTRODUCE, introduction.clone(), MAX_ANSWER).await;
@@ -196,6 +201,8 @@ impl Calls {
                 _ => true,
             };
             if is_good {
+                // Also over a connection that stood all the while: one that could not be made, when much was to be done, says little.
+                self.reached(peer);
                 self.put_back(connection).await;
             }
             answer
@@ -329,6 +336,18 @@ fn answered<T: Serialize>(answer: &T) -> Result<Vec<u8>, StoreError> {
     serde_json::to_vec(answer).map_err(|error| StoreError::Encode(error.to_string()))
 }
 
+/// Terms that a vote may be ahead of this member's: more than elections come to in the life of a collective. Terms only grow, so that one near the
+/// end of the numbers would leave none for an election, on every member that hears of it.
+const MAX_TERMS_AHEAD: u64 = 1 << 32;
+
+fn within_reach(raft: &openraft::Raft<Raft, Machine>, vote: &Vote) -> Result<(), StoreError> {
+    let (term, own) = (vote.leader_id.term, raft.metrics().borrow_watched().current_term);
+    if term > own.saturating_add(MAX_TERMS_AHEAD) {
+        return Err(StoreError::Message(format!("term {term} is impossible: this member is at {own}")));
+    }
+    Ok(())
+}
+
 /// Answers a call, in a release that knows levels up to `known`.
 pub(super) async fn answer(
     raft: &openraft::Raft<Raft, Machine>,
@@ -339,10 +358,12 @@ pub(super) async fn answer(
     match call {
         Call::Append => {
             let request = wire::append_from(body, known)?;
+            within_reach(raft, &request.vote)?;
             answered(&WireAppended::from(raft.append_entries(request).await.map_err(consensus)?))
         }
         Call::Vote | Call::PreVote => {
             let request = VoteRequest::<Raft>::from(parsed::<WireVoteRequest>(body)?);
+            within_reach(raft, &request.vote)?;
             let response = match call {
                 Call::Vote => raft.vote(request).await,
                 _ => raft.pre_vote(request).await,
@@ -361,6 +382,7 @@ pub(super) async fn install(
 ) -> Result<Vec<u8>, StoreError> {
     let vote = hex::decode(vote).map_err(|error| StoreError::Message(error.to_string()))?;
     let vote: Vote = parsed::<WireVote>(&vote)?.into();
+    within_reach(raft, &vote)?;
     let path = file.path().to_owned();
     let meta = tokio::task::spawn_blocking(move || super::snapshot::meta(&std::fs::File::open(path)?, known))
         .await
