@@ -70,6 +70,11 @@ impl Members {
         &self.urls
     }
 
+    /// Adds addresses of a reply that are not known yet, behind the known ones, whose order stays.
+    pub fn add(&mut self, members: &[MemberEndpoint]) {
+        self.learn(members.iter().flat_map(|member| member.urls.iter().cloned()).collect());
+    }
+
     /// Adds addresses that are not known yet, behind the known ones.
     fn learn(&mut self, urls: Vec<String>) {
         for url in urls {
@@ -84,7 +89,7 @@ impl Members {
     /// known stays behind. An open connection stays; returns whether it is with another member than the first.
     pub fn prefer(&mut self, members: &[MemberEndpoint]) -> bool {
         let known = std::mem::take(&mut self.urls);
-        self.learn(members.iter().flat_map(|member| member.urls.iter().cloned()).collect());
+        self.add(members);
         self.learn(known);
         let first = members.first().map(|member| member.id);
         self.connection.as_ref().is_some_and(|connection| first.is_some_and(|first| connection.member() != first))
@@ -164,6 +169,28 @@ impl Members {
         self.put_last(used.as_deref());
     }
 
+    /// Turns to the next member, if there is another address, from the one in use. Without a connection the last failure has turned
+    /// already.
+    pub fn move_on(&mut self) {
+        if self.urls.len() > 1 && self.connection.is_some() {
+            self.turn();
+        }
+    }
+
+    /// Leaves the connection, which stays open for [`Self::go_back`]. The next call opens another, to the first of the order.
+    pub fn leave(&mut self) -> Option<NodeConnection> {
+        self.connection.take()
+    }
+
+    /// Goes back to a connection that was left. The address that was tried instead comes last from now on.
+    pub fn go_back(&mut self, connection: NodeConnection) {
+        // Without one, the failure has turned the order already.
+        if self.connection.is_some() {
+            self.turn();
+        }
+        self.connection = Some(connection);
+    }
+
     /// It has failed: this address, or the first one.
     fn put_last(&mut self, url: Option<&str>) {
         let at = url.and_then(|url| self.urls.iter().position(|known| known == url)).unwrap_or(0);
@@ -238,6 +265,16 @@ mod tests {
         assert_eq!(members.urls(), ["https://b", "https://b2", "https://c", "https://a", "https://boot"]);
         // A reply that says nothing changes nothing.
         assert!(!members.prefer(&[]));
+        assert_eq!(members.urls()[0], "https://b");
+    }
+
+    #[test]
+    fn addresses_that_are_added_change_no_order() {
+        let mut members = members(&["https://b", "https://a"]);
+        members.add(&[endpoint(1, &["https://a/"]), endpoint(2, &["https://b"]), endpoint(3, &["https://c"])]);
+        assert_eq!(members.urls(), ["https://b", "https://a", "https://c"]);
+        // A failure has turned already: another turn would pass one by.
+        members.move_on();
         assert_eq!(members.urls()[0], "https://b");
     }
 

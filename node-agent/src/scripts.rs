@@ -98,16 +98,21 @@ impl Phase<'_> {
         of_phase.flat_map(|phase| phase.scripts.iter().map(String::as_str)).collect()
     }
 
-    /// Runs its scripts; returns how many there were.
+    /// Runs its scripts but the first `done`, which have run, and counts on in `done`: who calls again after a failure runs none twice.
     ///
     /// # Errors
     /// The first that fails.
-    pub async fn run(&self, members: &mut Members, reporter: &mut Reporter) -> Result<usize, ScriptError> {
-        let scripts = self.scripts();
-        for name in &scripts {
+    pub async fn run(
+        &self,
+        members: &mut Members,
+        reporter: &mut Reporter,
+        done: &mut usize,
+    ) -> Result<(), ScriptError> {
+        for name in self.scripts().into_iter().skip(*done) {
             self.one(members, reporter, name).await?;
+            *done += 1;
         }
-        Ok(scripts.len())
+        Ok(())
     }
 
     async fn one(&self, members: &mut Members, reporter: &mut Reporter, name: &str) -> Result<(), ScriptError> {

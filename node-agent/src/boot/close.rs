@@ -2,11 +2,11 @@
 //! Every way out of a boot comes through here.
 
 use super::engine::Fault;
-use super::states::{EndAction, State};
+use super::states::{Class, EndAction, State};
 use super::{Boot, call_fault, missing};
 use crate::handover::BootRecord;
 use moor_api::client::ClientError;
-use moor_api::node::StageClosed;
+use moor_api::node::{Stage, StageClosed};
 use moor_api::problem::Code;
 use std::time::Duration;
 
@@ -51,17 +51,28 @@ impl Boot {
         }
     }
 
-    /// Tells a member, which refuses this boot's tokens from now on.
+    /// Tells a member, which refuses this boot's tokens from now on. All failures are of the class `Again`: nothing leads back from here.
     async fn post_closed(&mut self) -> Result<(), Fault> {
+        let mut told = self.say_closed().await;
+        if told.as_ref().is_err_and(|fault| fault.class == Class::Restart) {
+            // A token that is void (expired, the collective's keys rotated, none yet) says nothing about the stage: a session by the
+            // soft key would still open it. PCR 15 is closed, so this one is of the run stage, which ends the boot stage as well.
+            told = match self.renew_session(Stage::Run).await {
+                Ok(()) => self.say_closed().await,
+                Err(fault) => Err(fault),
+            };
+        }
+        told.map_err(|fault| Fault::again(fault.reason))
+    }
+
+    async fn say_closed(&mut self) -> Result<(), Fault> {
         let report = StageClosed { boot: self.id };
         let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
         match members.call(async |member| member.stage_closed(&report).await).await {
             Ok(()) => Ok(()),
-            // A first try was heard although its answer was lost; or the token is void, which is what closing is for.
-            Err(ClientError::Problem(problem)) if matches!(problem.code, Code::StageClosed | Code::TokenInvalid) => {
-                Ok(())
-            }
-            Err(error) => Err(Fault::again(call_fault(&error).reason)),
+            // A first try was heard although its answer was lost.
+            Err(ClientError::Problem(problem)) if problem.code == Code::StageClosed => Ok(()),
+            Err(error) => Err(call_fault(&error)),
         }
     }
 

@@ -20,14 +20,30 @@ impl Boot {
         let mut capabilities = identity.capabilities();
         capabilities.push("tethered".to_owned());
         let hello = machine::describe(self.id, capabilities);
+        let is_waiting = self.state == Some(State::Wait);
         let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
+        if is_waiting {
+            // The one that refused may lag behind the others.
+            members.move_on();
+        }
         let mut reply = say_hello(members, &hello).await?;
         // Nodes begin with whom their boot files name, and spread over all members from there: once in a boot, because that one may not be
-        // reached from here. What follows belongs to the member that said hello last.
-        if members.prefer(&reply.members) && !std::mem::replace(&mut self.has_moved, true) {
-            members.disconnect();
-            reply = say_hello(members, &hello).await?;
-            members.prefer(&reply.members);
+        // reached from here, or have joined so lately that it knows nobody: then the first stays. What follows belongs to the member whose
+        // reply is kept.
+        if is_waiting && !is_known(&reply) {
+            // Their order would lead back to those that were asked before, and never to the last.
+            members.add(&reply.members);
+        } else if members.prefer(&reply.members)
+            && !std::mem::replace(&mut self.has_moved, true)
+            && let Some(first) = members.leave()
+        {
+            match say_hello(members, &hello).await {
+                Ok(second) if is_known(&second) => {
+                    members.prefer(&second.members);
+                    reply = second;
+                }
+                Ok(_) | Err(_) => members.go_back(first),
+            }
         }
         let bundle = self.bundle.as_ref().ok_or_else(|| missing("site bundle"))?;
         if reply.collective != bundle.collective {
@@ -78,6 +94,12 @@ impl Boot {
     }
 
     pub(super) async fn session(&mut self) -> Result<State, Fault> {
+        self.open_session(Stage::Boot).await?;
+        self.flush().await;
+        Ok(State::Config)
+    }
+
+    async fn open_session(&mut self, stage: Stage) -> Result<(), Fault> {
         let Self {
             members: Some(members),
             identity: Some(identity),
@@ -92,7 +114,6 @@ impl Boot {
         let collective = self.bundle.as_ref().map(|bundle| bundle.collective).ok_or_else(|| missing("site bundle"))?;
         let result = match members.connection().await {
             Ok(connection) => {
-                let stage = Stage::Boot;
                 identity::session(connection, identity, collective, known, nonce, self.id, stage, session).await
             }
             Err(error) => Err(IdentityError::from(error)),
@@ -103,14 +124,17 @@ impl Boot {
             }
             identity_fault(&error)
         })?;
-        if reply.stage != Stage::Boot {
+        if reply.stage != stage {
             return Err(Fault::refused("the member gave a token for another stage"));
         }
         self.expires = reply.expires;
-        members.set_token(reply.token).map_err(|error| call_fault(&error))?;
-        self.flush().await;
-        Ok(State::Config)
+        members.set_token(reply.token).map_err(|error| call_fault(&error))
     }
+}
+
+/// Whether the member knows the machine and lets it go on.
+fn is_known(reply: &HelloReply) -> bool {
+    reply.refusal.is_none() && reply.node.is_some()
 }
 
 async fn say_hello(members: &mut Members, hello: &Hello) -> Result<HelloReply, Fault> {
@@ -132,11 +156,16 @@ impl Boot {
         if clock::now().saturating_add(TOKEN_MARGIN) < self.expires {
             return Ok(());
         }
+        self.renew_session(Stage::Boot).await
+    }
+
+    /// A new session in place of one whose token is void or soon will be. Once PCR 15 is closed, no member gives one of the boot stage.
+    pub(super) async fn renew_session(&mut self, stage: Stage) -> Result<(), Fault> {
         let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
         members.disconnect();
         match self.hello().await? {
-            State::Session => self.session().await.map(drop),
-            _ => Err(Fault::fatal("the token expired, and the member wants another enrolment")),
+            State::Session => self.open_session(stage).await,
+            _ => Err(Fault::fatal("the token is void, and the member wants another enrolment")),
         }
     }
 }
@@ -150,5 +179,37 @@ fn identity_fault(error: &IdentityError) -> Fault {
         IdentityError::Refused(problem) => problem_fault(problem),
         // Connections break; chips answer "retry" and fail once. Another try begins with a new nonce.
         _ => Fault::again(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moor_api::ids::{CollectiveId, MemberId, NodeId};
+    use moor_api::node::{Base64, KnownNode, PcrRequest};
+    use moor_api::problem::{Code, Problem};
+
+    #[test]
+    fn only_a_member_that_knows_the_machine_and_refuses_nothing_is_moved_to() {
+        let node = KnownNode {
+            id: NodeId::random(),
+            name: "n1".parse().unwrap(),
+            next: NextStep::SessionSoft,
+            nonce: Base64(vec![1; 32]),
+            quote: PcrRequest { bank: None, pcrs: vec![15] },
+        };
+        let mut reply = HelloReply {
+            collective: CollectiveId::from_bytes([1; 16]),
+            member: MemberId::from_bytes([2; 16]),
+            node: Some(node),
+            refusal: None,
+            members: Vec::new(),
+            time: 0,
+        };
+        assert!(is_known(&reply));
+        reply.refusal = Some(Problem::new(Code::NotArmed, "arm it"));
+        assert!(!is_known(&reply));
+        (reply.node, reply.refusal) = (None, None);
+        assert!(!is_known(&reply), "a member whose store is empty yet");
     }
 }

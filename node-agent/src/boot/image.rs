@@ -1,11 +1,11 @@
 //! The root image: which one, its key, the tether, and the root made of both.
 
 use super::engine::Fault;
-use super::states::State;
+use super::states::{Class, State};
 use super::{Boot, call_fault, missing};
 use crate::child;
 use moor_api::deploy::RootMode;
-use moor_api::node::{EnvelopeKind, ImageOffer, KeyEnvelope, KeyRequest};
+use moor_api::node::{EnvelopeKind, ImageOffer, KeyEnvelope, KeyRequest, Stage};
 use moor_image::Dek;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
@@ -28,18 +28,29 @@ const NOT_ACCEPTED: i32 = 4;
 
 impl Boot {
     pub(super) async fn image(&mut self) -> Result<State, Fault> {
-        let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
-        let offer = members.call(async |member| member.image().await).await.map_err(|error| call_fault(&error))?;
-        check_offer(&offer).map_err(Fault::refused)?;
-        let request = KeyRequest { digest: offer.digest };
-        let envelope = members.call(async |member| member.image_key(&request).await).await;
-        let envelope = envelope.map_err(|error| call_fault(&error))?;
+        let mut asked = self.ask_image().await;
+        if asked.as_ref().is_err_and(|fault| fault.class == Class::Restart) {
+            // The token is void. The way by hello would run the scripts of phase `pre` a second time.
+            self.renew_session(Stage::Boot).await?;
+            asked = self.ask_image().await;
+        }
+        let (offer, envelope) = asked?;
         self.key = Some(self.open_envelope(envelope)?);
         let mib = offer.size.div_ceil(1 << 20);
         let mode = self.root_mode(&offer).as_str();
         self.reporter.note("image", &format!("'{}', {mib} MiB, digest {}, root {mode}", offer.name, offer.digest));
         self.offer = Some(offer);
         Ok(State::Tether)
+    }
+
+    /// Which image it is to boot, and the key to it.
+    async fn ask_image(&mut self) -> Result<(ImageOffer, KeyEnvelope), Fault> {
+        let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
+        let offer = members.call(async |member| member.image().await).await.map_err(|error| call_fault(&error))?;
+        check_offer(&offer).map_err(Fault::refused)?;
+        let request = KeyRequest { digest: offer.digest };
+        let envelope = members.call(async |member| member.image_key(&request).await).await;
+        Ok((offer, envelope.map_err(|error| call_fault(&error))?))
     }
 
     /// The key in an envelope of type `plain`. Its bytes are wiped whatever comes of it.

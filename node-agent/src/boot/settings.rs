@@ -1,7 +1,7 @@
 //! What the node is made from: the deploy document, host keys, scripts, and the files rendered from them.
 
 use super::engine::Fault;
-use super::states::State;
+use super::states::{Class, State};
 use super::{Boot, call_fault, missing};
 use crate::network::Origin;
 use crate::render::{self, BootInterface, Facts};
@@ -9,7 +9,7 @@ use crate::scripts::{Phase, ScriptError};
 use crate::ssh;
 use crate::tree::Tree;
 use moor_api::deploy::{PhaseName, SCHEMA};
-use moor_api::node::HostCertificateRequest;
+use moor_api::node::{HostCertificateRequest, Stage};
 use std::path::Path;
 
 impl Boot {
@@ -51,17 +51,28 @@ impl Boot {
 
     pub(super) async fn phase(&mut self, name: PhaseName, root: Option<&Path>, next: State) -> Result<State, Fault> {
         self.ensure_token().await?;
-        let Self { members: Some(members), document: Some(document), .. } = self else {
-            return Err(missing("configuration"));
-        };
-        let phase = Phase { name, document, root };
-        match phase.run(members, &mut self.reporter).await {
-            Ok(count) => {
-                self.reporter.note(name.as_str(), &format!("{count} scripts done"));
-                Ok(next)
+        let (mut done, mut renewed_at) = (0, None);
+        loop {
+            let Self { members: Some(members), document: Some(document), .. } = self else {
+                return Err(missing("configuration"));
+            };
+            let phase = Phase { name, document, root };
+            let result = phase.run(members, &mut self.reporter, &mut done).await;
+            match result {
+                Ok(()) => {
+                    self.reporter.note(name.as_str(), &format!("{done} scripts done"));
+                    return Ok(next);
+                }
+                // The collective's keys were rotated, or the script before took long: once for each script.
+                Err(ScriptError::Fetch { cause, .. })
+                    if renewed_at != Some(done) && call_fault(&cause).class == Class::Restart =>
+                {
+                    renewed_at = Some(done);
+                    self.renew_session(Stage::Boot).await?;
+                }
+                Err(ScriptError::Fetch { cause, .. }) if cause.is_transient() => return Err(Fault::again(cause)),
+                Err(error) => return Err(Fault::fatal(error)),
             }
-            Err(ScriptError::Fetch { cause, .. }) if cause.is_transient() => Err(Fault::again(cause)),
-            Err(error) => Err(Fault::fatal(error)),
         }
     }
 

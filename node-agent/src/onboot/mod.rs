@@ -110,17 +110,18 @@ impl Duty {
     async fn come_up(&mut self) -> Result<(), String> {
         let document =
             self.ask(async |member| member.config().await).await.map_err(|problem| format!("config: {problem}"))?;
-        let count = loop {
+        let mut done = 0;
+        loop {
             let phase = Phase { name: PhaseName::Onboot, document: &document, root: None };
-            match phase.run(&mut self.members, &mut self.reporter).await {
-                Ok(count) => break count,
+            match phase.run(&mut self.members, &mut self.reporter, &mut done).await {
+                Ok(()) => break,
                 // It did not begin to run: a member away, a token that expired while the script before it ran.
                 Err(ScriptError::Fetch { cause, .. }) if retries(&cause) => self.after_failure(&cause, 1).await,
                 Err(error) => return Err(error.to_string()),
             }
-        };
-        if count > 0 {
-            self.note("onboot", &format!("{count} scripts done")).await;
+        }
+        if done > 0 {
+            self.note("onboot", &format!("{done} scripts done")).await;
         }
         match system::wait_up(UP_LIMIT).await {
             Outcome::Running => self.booted("the system is running").await,
