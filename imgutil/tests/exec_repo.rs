@@ -147,6 +147,8 @@ fn dnf_and_zypper_install_from_what_they_are_shown() {
     let (_scratch, tree) = own_rpm();
     // Debian's RPM has its database in the home directory, where libzypp does not look.
     std::fs::write(tree.join("root/.rpmmacros"), "%_dbpath /var/lib/rpm\n").unwrap();
+    // Debian's zypper comes without the place of its repositories; an image of SUSE has it.
+    std::fs::create_dir_all(tree.join("etc/zypp/repos.d")).unwrap();
     let before = listing(&tree);
     let alone = ["--net", "none", "--try", "--drop"];
     let look = "rpm -q --qf '%{NAME} ' base hello; cat /usr/share/hello";
