@@ -9,13 +9,14 @@ use moor_api::client::ClientError;
 use moor_api::client::node::NodeConnection;
 use moor_api::client::session::SessionKey;
 use moor_api::client::tls::member_tls_config;
-use moor_api::ids::{BootId, NodeId};
+use moor_api::ids::{BootId, MemberId, NodeId};
 use moor_api::node::{
     EnrollMethod, EnrollReply, EnrollRequest, Hello, HelloReply, KnownNode, NextStep, SessionProof, SessionReply,
     SessionRequest, Stage, StatusReport,
 };
 use moor_api::proof::{Proof, Purpose};
 use moor_api::trust::SiteBundle;
+use moord::node::token::{Claims, thumbprint};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use uuid::Uuid;
@@ -44,6 +45,20 @@ impl Machine {
             detail: String::new(),
             uptime_ms: 1234,
             figures: BTreeMap::new(),
+        }
+    }
+
+    /// What a good token for its boot says.
+    pub(crate) fn claims(&self, member: MemberId, node: NodeId, epoch: u64) -> Claims {
+        Claims {
+            collective: self.bundle.collective,
+            member,
+            node,
+            boot: self.boot,
+            stage: Stage::Boot,
+            epoch,
+            expires: moord::state::now() + 60,
+            key: thumbprint(&self.session.public_key()),
         }
     }
 

@@ -10,7 +10,7 @@ use moor_api::admin::{MemberRequest, SetAttributes};
 use moor_api::node::{KeyRequest, Stage};
 use moor_api::problem::Code;
 use moor_image::Dek;
-use moord::node::token::{Claims, mint, thumbprint};
+use moord::node::token::mint;
 use moord::secrets::{Place, SealedSecret};
 use moord::store::Snapshot;
 use moord::store::records::ProfileRecord;
@@ -177,16 +177,7 @@ async fn what_a_removed_member_has_opens_nothing_of_after() -> anyhow::Result<()
     }
     // Nor does a token that it signs.
     let epoch = store.node(node)?.context("no node")?.epoch;
-    let claims = Claims {
-        collective: machine.bundle.collective,
-        member: session.member(),
-        node,
-        boot: machine.boot,
-        stage: Stage::Boot,
-        epoch,
-        expires: moord::state::now() + 60,
-        key: thumbprint(&machine.session.public_key()),
-    };
+    let claims = machine.claims(session.member(), node, epoch);
     session.set_token(&mint(ours.token()?, &claims)?)?;
     session.config().await.context("the control: a token by the keys of now")?;
     session.set_token(&mint(kept.token()?, &claims)?)?;

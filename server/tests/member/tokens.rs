@@ -27,16 +27,7 @@ async fn a_good_signature_is_not_enough() -> anyhow::Result<()> {
     let key = keys.token()?;
     member.run()?;
     let mut connection = machine.connect().await?;
-    let good = Claims {
-        collective: machine.bundle.collective,
-        member: connection.member(),
-        node,
-        boot: machine.boot,
-        stage: Stage::Boot,
-        epoch,
-        expires: moord::state::now() + 60,
-        key: thumbprint(&machine.session.public_key()),
-    };
+    let good = machine.claims(connection.member(), node, epoch);
     connection.set_token(&mint(key, &good)?)?;
     connection.config().await?;
     for (what, claims, code, says) in [
