@@ -1,4 +1,4 @@
-//! While the machine is short of memory, the reader gives back what it can do without. By what is available: the kernel's own measure of how
+//! While the machine is short of memory, or nothing is read, the reader gives back what it can do without. Short by what is available: the kernel's own measure of how
 //! long programs wait for memory (PSI) is switched off on many of them (RHEL's), and tells of a shortage only once somebody waits.
 
 use crate::kmsg::ASIDE;
@@ -28,7 +28,7 @@ impl Pressure {
         Source::open().map(Self)
     }
 
-    /// Tells `reader` when the machine is short of memory, and when it is not any more.
+    /// Tells `reader` when the machine is short of memory, and when it is not any more; and lets it rest.
     pub async fn follow(&self, reader: &Reader) -> Infallible {
         let mut is_short = false;
         loop {
@@ -43,6 +43,7 @@ impl Pressure {
                 Ok(_) => {}
                 Err(error) => tracing::debug!("cannot see how much memory is left: {error}"),
             }
+            reader.rest();
             tokio::time::sleep(EVERY).await;
         }
     }

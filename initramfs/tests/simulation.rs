@@ -12,7 +12,7 @@ mod sim;
 use common::{noise, seal};
 use moor_image::OpenOptions;
 use moor_tether::reader::world::{Path, World as _};
-use moor_tether::reader::{Figures, ReadError, Reader, Settings, Standing};
+use moor_tether::reader::{AT_REST_AFTER, Figures, ReadError, Reader, Settings, Standing};
 use seed::{first_seed, number};
 use sim::network::{Conduct, Server, Way};
 use sim::schedule::{Files, Outcome, run};
@@ -139,10 +139,13 @@ async fn pair(sim: &Sim, prefetch: Vec<u64>) -> ([Arc<Server>; 2], Reader) {
 }
 
 async fn open(sim: &Sim, servers: &[Arc<Server>; 2], prefetch: Vec<u64>) -> Reader {
+    open_with(sim, servers, Settings { cache: 600_000, prefetch, ..Settings::default() }).await
+}
+
+async fn open_with(sim: &Sim, servers: &[Arc<Server>; 2], settings: Settings) -> Reader {
     let files = FILES.clone();
     let paths = servers.iter().map(|server| Box::new(Way(server.clone())) as Box<dyn Path>).collect();
     let options = OpenOptions { key: Some(files.sample.key.clone()), ..OpenOptions::default() };
-    let settings = Settings { cache: 600_000, prefetch, ..Settings::default() };
     Reader::open(paths, Arc::new(sim.clone()), &options, settings).await.unwrap()
 }
 
@@ -435,6 +438,37 @@ fn while_memory_is_short_nothing_is_fetched_on_a_guess() {
     let counts = counts.unwrap();
     assert_eq!((counts[0], counts[2]), (16, 16), "{counts:?}");
     assert!(counts[1] > 16, "read-ahead has no part in this: {counts:?}");
+}
+
+#[test]
+fn a_reader_at_rest_keeps_little_and_the_next_read_takes_it_again() {
+    let sim = Sim::new(8);
+    let world = sim.clone();
+    let seen = sim.run(HOUR, async move {
+        let reader = open_with(&world, &two(&world), Settings { cache: 1_400_000, ..Settings::default() }).await;
+        let cache = |reader: &Reader| (reader.figures().cache_bytes, reader.figures().cache_limit);
+        for chunk in 0..90 {
+            reader.read(chunk << 14, 100).await.unwrap();
+            reader.rest();
+        }
+        let busy = cache(&reader);
+        world.sleep(AT_REST_AFTER).await;
+        reader.rest();
+        let at_rest = cache(&reader);
+        reader.read(0, 100).await.unwrap();
+        let again = cache(&reader);
+        // Memory is short and stays so, whoever reads.
+        reader.save_memory(true);
+        world.sleep(AT_REST_AFTER).await;
+        reader.rest();
+        reader.read(0, 100).await.unwrap();
+        (busy, at_rest, again, cache(&reader))
+    });
+    let (busy, at_rest, again, short) = seen.unwrap();
+    assert!(busy.0 > at_rest.1 && busy.1 > at_rest.1, "{busy:?}, {at_rest:?}");
+    assert!(at_rest.0 <= at_rest.1);
+    assert_eq!(again.1, busy.1);
+    assert_eq!(short.1, at_rest.1);
 }
 
 #[test]

@@ -19,13 +19,36 @@ pub(crate) fn leaf(index: u64, sealed: &[u8]) -> [u8; 32] {
     sha256(&[&leaf_head(index), sealed])
 }
 
-/// Leaf hashes of two sealed chunks: side by side where the processor can do that.
-pub(crate) fn leaves(chunks: [(u64, &[u8]); 2]) -> [[u8; 32]; 2] {
-    #[cfg(target_arch = "x86_64")]
-    if let Some(both) = crate::two::sha256(chunks.map(|(index, sealed)| (leaf_head(index), sealed))) {
-        return both;
+/// Leaf hashes of sealed chunks from `first` on: side by side, as many as the processor can do at once.
+pub(crate) fn leaves(first: u64, chunks: &[&[u8]]) -> Vec<[u8; 32]> {
+    let mut leaves = Vec::with_capacity(chunks.len());
+    let mut left: Vec<_> = (first..).zip(chunks).map(|(index, sealed)| (leaf_head(index), *sealed)).collect();
+    while !left.is_empty() {
+        let done = side_by_side(&left);
+        left.drain(..done.len());
+        leaves.extend(done);
     }
-    chunks.map(|(index, sealed)| leaf(index, sealed))
+    leaves
+}
+
+/// The hashes of the first ones of `messages`: of one at least.
+fn side_by_side(messages: &[([u8; 18], &[u8])]) -> Vec<[u8; 32]> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        // The last chunk of an image is shorter, and hashed alone.
+        let length = messages[0].1.len();
+        let alike =
+            messages.iter().take(crate::sixteen::LANES).take_while(|(_, sealed)| sealed.len() == length).count();
+        if let Some(many) = crate::sixteen::sha256(&messages[..alike]) {
+            return many;
+        }
+        if let [first, second, ..] = *messages
+            && let Some(both) = crate::two::sha256([first, second])
+        {
+            return both.to_vec();
+        }
+    }
+    messages.iter().take(1).map(|(head, sealed)| sha256(&[head, sealed])).collect()
 }
 
 /// What a leaf hash has before the chunk.

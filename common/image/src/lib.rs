@@ -16,7 +16,11 @@ mod metadata;
 mod read_back;
 mod report;
 mod seal;
+#[cfg(target_arch = "x86_64")]
+mod sha;
 mod sign;
+#[cfg(target_arch = "x86_64")]
+mod sixteen;
 #[cfg(target_arch = "x86_64")]
 mod two;
 #[cfg(test)]

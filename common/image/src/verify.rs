@@ -202,20 +202,14 @@ impl Verifier {
         self.decrypt_chunk(chunk, sealed)
     }
 
-    /// Does the same with chunk `first` and with the one behind it: their hashes are made side by side, which takes little longer than one.
-    pub fn open_two_chunks(
-        &self,
-        first: u64,
-        page: &LeafPage,
-        sealed: [&mut Vec<u8>; 2],
-    ) -> [Result<(), ImageError>; 2] {
-        let [one, two] = sealed;
-        let [one_leaf, two_leaf] = hash::leaves([(first, one), (first + 1, two)]);
-        let open = |chunk, sealed: &mut Vec<u8>, leaf| {
-            self.check_leaf(chunk, page, sealed, leaf)?;
+    /// Does the same with chunk `first` and those behind it: their hashes are made side by side, which takes far less time than one after the other.
+    pub fn open_chunks(&self, first: u64, page: &LeafPage, sealed: &mut [Vec<u8>]) -> Vec<Result<(), ImageError>> {
+        let leaves = hash::leaves(first, &sealed.iter().map(Vec::as_slice).collect::<Vec<_>>());
+        let open = |((chunk, sealed), leaf): ((u64, &mut Vec<u8>), [u8; 32])| {
+            self.check_leaf(chunk, page, sealed, &leaf)?;
             self.decrypt_chunk(chunk, sealed)
         };
-        [open(first, one, &one_leaf), open(first + 1, two, &two_leaf)]
+        (first..).zip(sealed).zip(leaves).map(open).collect()
     }
 
     /// After its hash.

@@ -10,6 +10,7 @@ use moor_image::{
 };
 use oracle::{Recipe, seal_header};
 use std::io;
+use std::ops::Range;
 use std::sync::Mutex;
 
 const DEK: [u8; 32] = [0x5A; 32];
@@ -208,8 +209,9 @@ fn swapped_chunks_are_found() {
 }
 
 #[test]
-fn of_two_chunks_that_are_opened_together_each_is_judged_alone() {
-    let recipe = recipe();
+fn of_chunks_that_are_opened_together_each_is_judged_alone() {
+    // More than are hashed at once, and a shorter one at the end.
+    let recipe = about((0..19 * 16_384 + 100_u32).map(|i| u8::try_from((i * 7 + (i >> 9)) % 256).unwrap()).collect());
     let file = recipe.build();
     let header = Header::parse(file[..HEADER_LENGTH].try_into().unwrap()).unwrap();
     let part = |(start, length): (u64, u64)| {
@@ -219,31 +221,38 @@ fn of_two_chunks_that_are_opened_together_each_is_judged_alone() {
     verifier.set_page_hashes(&part(verifier.page_hashes_range())).unwrap();
     let page = verifier.verify_page(0, &part(verifier.page_range(0).unwrap())).unwrap();
     let plain: Vec<_> = recipe.plaintext.chunks(1 << 14).collect();
-    // The last one is shorter, and behind it is none.
-    for first in 0..3 {
-        let good = [first, first + 1].map(|chunk| part(verifier.chunk_range(chunk).unwrap()));
-        for damaged in [None, Some(0), Some(1)] {
-            let [mut one, mut two] = good.clone();
+    let sealed =
+        |chunks: Range<u64>| chunks.map(|chunk| part(verifier.chunk_range(chunk).unwrap())).collect::<Vec<_>>();
+    for chunks in [0..2, 1..3, 17..20, 18..20, 3..12, 2..15, 0..16, 1..18, 4..20, 0..20] {
+        for damaged in [None].into_iter().chain((0..chunks.clone().count()).map(Some)) {
+            let mut bytes = sealed(chunks.clone());
             if let Some(damaged) = damaged {
-                [&mut one, &mut two][damaged][99] ^= 1;
+                bytes[damaged][99] ^= 1;
             }
-            let results = verifier.open_two_chunks(first, &page, [&mut one, &mut two]);
-            for (at, (result, bytes)) in results.into_iter().zip([one, two]).enumerate() {
-                let chunk = usize::try_from(first).unwrap() + at;
+            let results = verifier.open_chunks(chunks.start, &page, &mut bytes);
+            assert_eq!(results.len(), bytes.len());
+            for (at, (result, bytes)) in results.into_iter().zip(bytes).enumerate() {
+                let chunk = usize::try_from(chunks.start).unwrap() + at;
                 if damaged == Some(at) {
-                    assert!(matches!(result, Err(ImageError::Damaged { .. })), "{chunk}: {result:?}");
+                    assert!(matches!(result, Err(ImageError::Damaged { .. })), "{chunk} of {chunks:?}: {result:?}");
                 } else {
-                    assert!(result.is_ok() && bytes == plain[chunk], "{chunk}: {result:?}");
+                    assert!(result.is_ok() && bytes == plain[chunk], "{chunk} of {chunks:?}: {result:?}");
                 }
             }
         }
     }
-    let [mut one, mut two] = [3, 2].map(|chunk| part(verifier.chunk_range(chunk).unwrap()));
-    let [last, none] = verifier.open_two_chunks(3, &page, [&mut one, &mut two]);
-    assert!(last.is_ok() && matches!(none, Err(ImageError::Argument(_))), "{last:?}, {none:?}");
-    // Two that were exchanged fit each other's places as little as alone.
-    let [mut one, mut two] = [1, 0].map(|chunk| part(verifier.chunk_range(chunk).unwrap()));
-    assert!(verifier.open_two_chunks(0, &page, [&mut one, &mut two]).iter().all(Result::is_err));
+    // There is none behind the last.
+    let results = verifier.open_chunks(19, &page, &mut [sealed(19..20), sealed(18..19)].concat());
+    assert!(matches!(&results[..], [Ok(()), Err(ImageError::Argument(_))]), "{results:?}");
+    // Any two that were exchanged fit each other's places as little as alone.
+    for (one, other) in [(0, 1), (0, 15), (7, 8)] {
+        let mut bytes = sealed(0..16);
+        bytes.swap(one, other);
+        for (at, result) in verifier.open_chunks(0, &page, &mut bytes).into_iter().enumerate() {
+            assert_eq!(result.is_err(), at == one || at == other, "{at}");
+        }
+    }
+    assert!(verifier.open_chunks(0, &page, &mut []).is_empty());
 }
 
 #[test]

@@ -3,12 +3,15 @@
 //! What is fetched ahead is never more than half of what the reader has read in a row, so that what turns out to be a guess too many
 //! is a small part of all: a boot reads thousands of short runs, and a fixed first window fetched twice of what it needed.
 
+use super::class::DEMAND_RANGE;
 use std::ops::Range;
 
 /// Readers that are followed at the same time.
 const STREAMS: usize = 16;
 /// Largest read-ahead, in bytes.
 const LARGEST: u64 = 4 << 20;
+/// More is fetched ahead once there is room for so much, in bytes: one request, so that requests follow one another without a pause.
+const STEP: u64 = DEMAND_RANGE;
 /// One chunk ahead for so many in a row.
 const SHARE: u64 = 2;
 
@@ -27,11 +30,13 @@ pub(super) struct Ahead {
     streams: Vec<Stream>,
     clock: u64,
     largest: u64,
+    step: u64,
 }
 
 impl Ahead {
     pub(super) fn new(chunk_size: u64) -> Self {
-        Self { streams: Vec::with_capacity(STREAMS), clock: 0, largest: (LARGEST / chunk_size).max(1) }
+        let chunks = |bytes: u64| (bytes / chunk_size).max(1);
+        Self { streams: Vec::with_capacity(STREAMS), clock: 0, largest: chunks(LARGEST), step: chunks(STEP) }
     }
 
     /// A reader wants chunks `first` to `last`. Returns what to fetch ahead: nothing, unless it goes forward.
@@ -57,8 +62,8 @@ impl Ahead {
         stream.next = last + 1;
         stream.fetched = stream.fetched.max(stream.next);
         let window = (stream.row / SHARE).min(self.largest);
-        // Half of what was fetched ahead is still unread: enough.
-        if stream.fetched - stream.next > window / 2 {
+        // What is fetched ahead and unread is enough; of a short run half of it.
+        if stream.fetched - stream.next > window - window.div_ceil(2).min(self.step) {
             return 0..0;
         }
         let from = stream.fetched;

@@ -60,8 +60,9 @@ impl Ticket {
         self.promoted.notified().await;
     }
 
+    /// The bytes of this chunk are there; of two that bring them, the first counts.
     pub(super) fn arrived(&self, chunk: u64) {
-        self.at.store(chunk + 1, Ordering::Relaxed);
+        self.at.fetch_max(chunk + 1, Ordering::Relaxed);
     }
 
     /// How many chunks come before this one.

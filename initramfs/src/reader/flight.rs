@@ -8,11 +8,12 @@ use super::member::{Counted, Member, Standing};
 use super::world::Boxed;
 use super::{Inner, Landed, lock};
 use moor_image::{ImageError, LeafPage};
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::ops::Range;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -32,6 +33,10 @@ const QUICKER: u32 = 4;
 const QUICKER_ANYWAY: u32 = 2;
 /// How often a request that is overdue is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_millis(25);
+/// Chunks that are verified together: their hashes are made side by side.
+const TOGETHER: usize = 16;
+/// Who waits for a chunk that is there waits so much longer for those behind it, so that it is not hashed alone; and then for the next.
+const GATHER: Duration = Duration::from_micros(300);
 
 /// What is fetched.
 #[derive(Clone)]
@@ -64,19 +69,51 @@ struct Attempt {
     inner: Arc<Inner>,
     member: Arc<Member>,
     need: Need,
+    ticket: Arc<Ticket>,
     answer: Option<Answer>,
+    /// Bytes of the answer that are on their way, and the answer with them.
+    taking: Option<Taking>,
     /// What came together with the item before.
-    beside: Option<Result<Item, Fault>>,
+    beside: VecDeque<Outcome>,
+    /// When it was asked, or the last item's bytes were all there.
+    last: Arc<Moment>,
 }
 
-type Step = Boxed<'static, (Attempt, Result<Item, Fault>)>;
+type Taking = Boxed<'static, (Answer, Result<Vec<u8>, Fault>)>;
+
+/// Bytes, and how long they took from those before.
+type Taken = (Vec<u8>, Duration);
+
+/// An item, and how long its bytes took from those of the item before.
+type Outcome = Result<(Item, Duration), Fault>;
+
+type Step = Boxed<'static, (Attempt, Outcome)>;
+
+/// A time since the beginning of the world, which one sets and others see.
+struct Moment(AtomicU64);
+
+impl Moment {
+    fn new(time: Duration) -> Self {
+        let moment = Self(AtomicU64::new(0));
+        moment.set(time);
+        moment
+    }
+
+    fn set(&self, time: Duration) {
+        self.0.store(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    fn get(&self) -> Duration {
+        Duration::from_nanos(self.0.load(Ordering::Relaxed))
+    }
+}
 
 /// An attempt at the next item. Dropped, it gives its request up.
 struct Runner {
     member: Arc<Member>,
     step: Step,
-    /// When it was asked for the item.
-    since: Duration,
+    /// When it was asked, or its last bytes were all there.
+    last: Arc<Moment>,
     /// Whether it is the first one of its answer.
     is_first: bool,
     running: Counted,
@@ -92,7 +129,7 @@ pub(super) struct Flight {
 }
 
 enum Event {
-    Item(bool, Attempt, Item),
+    Item(bool, Attempt, Item, Duration),
     Fault(bool, Attempt, Fault),
     Promoted,
     Due,
@@ -114,8 +151,8 @@ impl Flight {
                 self.lead = Some(self.start(member, need));
             }
             match self.event().await {
-                Event::Item(is_second, attempt, item) => {
-                    self.won(is_second, attempt);
+                Event::Item(is_second, attempt, item, took) => {
+                    self.won(is_second, attempt, took);
                     return item;
                 }
                 Event::Fault(is_second, attempt, fault) => {
@@ -133,32 +170,34 @@ impl Flight {
     }
 
     fn start(&self, member: Arc<Member>, need: &Need) -> Runner {
+        let last = Arc::new(Moment::new(self.inner.world.now()));
         let attempt = Attempt {
             inner: self.inner.clone(),
             member: member.clone(),
             need: need.clone(),
+            ticket: self.ticket.clone(),
             answer: None,
-            beside: None,
+            taking: None,
+            beside: VecDeque::new(),
+            last: last.clone(),
         };
         let running = member.running();
-        let since = self.inner.world.now();
-        Runner { member, step: Box::pin(attempt.next()), since, is_first: true, running, late: None }
+        Runner { member, step: Box::pin(attempt.next()), last, is_first: true, running, late: None }
     }
 
     /// One of the two has an item: the other is given up, and it goes on with what is left.
-    fn won(&mut self, is_second: bool, attempt: Attempt) {
+    fn won(&mut self, is_second: bool, attempt: Attempt, took: Duration) {
         let now = self.inner.world.now();
         let (winner, loser) =
             if is_second { (self.second.take(), self.lead.take()) } else { (self.lead.take(), self.second.take()) };
         if let Some(loser) = loser {
-            let waited = now.saturating_sub(loser.since);
+            let waited = now.saturating_sub(loser.last.get());
             loser.member.pace().gave_up(waited, now);
             if is_second && loser.member.was_overtaken() {
                 self.inner.failed(&loser.member, &Fault::Slow(waited));
             }
         }
-        let Some(Runner { member, since, is_first, running, .. }) = winner else { return };
-        let took = now.saturating_sub(since);
+        let Some(Runner { member, last, is_first, running, .. }) = winner else { return };
         if is_first {
             member.pace().first(took, now);
         } else {
@@ -170,14 +209,8 @@ impl Flight {
         if attempt.is_done() {
             member.answered();
         } else {
-            self.lead = Some(Runner {
-                member,
-                step: Box::pin(attempt.next()),
-                since: now,
-                is_first: false,
-                running,
-                late: None,
-            });
+            let step = Box::pin(attempt.next());
+            self.lead = Some(Runner { member, step, last, is_first: false, running, late: None });
         }
     }
 
@@ -192,7 +225,7 @@ impl Flight {
                     && let Poll::Ready((attempt, result)) = runner.step.as_mut().poll(context)
                 {
                     return Poll::Ready(match result {
-                        Ok(item) => Event::Item(is_second, attempt, item),
+                        Ok((item, took)) => Event::Item(is_second, attempt, item, took),
                         Err(fault) => Event::Fault(is_second, attempt, fault),
                     });
                 }
@@ -208,7 +241,7 @@ impl Flight {
     /// How long to wait before it is asked whether the lead is overdue.
     fn patience(&self) -> Duration {
         let Some(lead) = &self.lead else { return LOOK_AGAIN };
-        let waited = self.inner.world.since(lead.since);
+        let waited = self.inner.world.since(lead.last.get());
         let limit = if self.ticket.is_wanted() { usual(&lead.member) } else { MOVE_UNWANTED_AFTER };
         limit.checked_sub(waited).filter(|left| !left.is_zero()).unwrap_or(LOOK_AGAIN)
     }
@@ -218,13 +251,13 @@ impl Flight {
         let is_wanted = self.ticket.is_wanted();
         let Some(lead) = &mut self.lead else { return };
         let now = self.inner.world.now();
-        let waited = now.saturating_sub(lead.since);
+        let waited = now.saturating_sub(lead.last.get());
         if is_wanted && lead.late.is_none() {
             lead.late = Some(lead.member.late());
         }
         if let Some(second) = &mut self.second {
             // It is judged as the lead was: if both keep waiting, no third is asked.
-            if now.saturating_sub(second.since) >= usual(&second.member) && second.late.is_none() {
+            if now.saturating_sub(second.last.get()) >= usual(&second.member) && second.late.is_none() {
                 second.late = Some(second.member.late());
             }
         }
@@ -268,64 +301,112 @@ fn usual(member: &Member) -> Duration {
 impl Attempt {
     /// Whether all of its need is there.
     fn is_done(&self) -> bool {
-        self.answer.is_none() && self.beside.is_none()
+        self.answer.is_none() && self.taking.is_none() && self.beside.is_empty()
     }
 
-    async fn next(mut self) -> (Self, Result<Item, Fault>) {
-        let result = self.item().await;
-        (self, result)
-    }
-
-    async fn item(&mut self) -> Result<Item, Fault> {
-        if let Some(beside) = self.beside.take() {
-            return beside;
+    async fn next(mut self) -> (Self, Outcome) {
+        if self.beside.is_empty()
+            && let Err(fault) = self.more().await
+        {
+            return (self, Err(fault));
         }
+        let outcome = self.beside.pop_front().unwrap_or_else(|| Err(missing()));
+        (self, outcome)
+    }
+
+    /// Brings the next items, one at least.
+    async fn more(&mut self) -> Result<(), Fault> {
         let (start, length, size) = self.range()?;
-        let mut answer = if let Some(answer) = self.answer.take() {
-            answer
-        } else {
+        if self.answer.is_none() && self.taking.is_none() {
             let total = self.inner.verifier.header().file_length();
-            self.member.get(start, length, Some(total)).await?
-        };
-        let first = self.take(&mut answer, size).await?;
-        let item = match self.need.clone() {
+            self.answer = Some(self.member.get(start, length, Some(total)).await?);
+        }
+        let mut taking = self.take(size)?;
+        let (first, took) = self.arrived((&mut taking).await)?;
+        match self.need.clone() {
             Need::Page(index) => {
                 let page = self.inner.verifier.verify_page(index, &first).map_err(Fault::Wrong)?;
-                self.member.keep(answer);
-                return Ok(Item::Page(Arc::new(page)));
+                self.beside.push_back(Ok((Item::Page(Arc::new(page)), took)));
+                self.rest();
             }
-            // Two are verified in little more time than one.
-            Need::Chunks(left, page) if left.end - left.start > 1 => {
-                let size = self.size(left.start + 1)?;
-                match self.take(&mut answer, size).await {
-                    Ok(second) => {
-                        let [item, beside] = self.verify_two(left.start, &page, first, second);
-                        self.beside = Some(beside);
-                        item
-                    }
-                    // The first is whole all the same.
-                    Err(fault) => {
-                        self.beside = Some(Err(fault));
-                        return self.verify(left.start, &page, first);
-                    }
+            Need::Chunks(left, page) => {
+                self.ticket.arrived(left.start);
+                let mut taken = vec![(first, took)];
+                let fault = self.gather(&left, &mut taken).await.err();
+                let end = left.start + taken.len() as u64;
+                let (sealed, times): (Vec<_>, Vec<_>) = taken.into_iter().unzip();
+                let items = self.verify(left.start, &page, sealed);
+                let is_good = fault.is_none() && items.iter().all(Result::is_ok);
+                self.beside.extend(items.into_iter().zip(times).map(|(item, took)| item.map(|item| (item, took))));
+                // What came before it is whole all the same.
+                self.beside.extend(fault.map(Err));
+                self.need = Need::Chunks(end..left.end, page);
+                if !is_good {
+                    (self.answer, self.taking) = (None, None);
+                } else if end == left.end {
+                    self.rest();
                 }
             }
-            Need::Chunks(left, page) => self.verify(left.start, &page, first),
-        }?;
-        if let Need::Chunks(left, _) = &mut self.need {
-            left.start += if self.beside.is_some() { 2 } else { 1 };
-            if !left.is_empty() {
-                self.answer = Some(answer);
-            } else if !matches!(self.beside, Some(Err(_))) {
-                self.member.keep(answer);
-            }
         }
-        Ok(item)
+        Ok(())
     }
 
-    /// The next bytes of an answer.
-    async fn take(&mut self, answer: &mut Answer, size: usize) -> Result<Vec<u8>, Fault> {
-        self.member.take_into(answer, size, self.inner.buffers.get(size)).await
+    /// Takes the chunks of `left` behind the first, as many as are verified together. Who waits for those that are there does not wait long for the
+    /// others.
+    async fn gather(&mut self, left: &Range<u64>, taken: &mut Vec<Taken>) -> Result<(), Fault> {
+        let world = self.inner.world.clone();
+        let ticket = self.ticket.clone();
+        let begun = world.now();
+        let mut late = world.sleep(GATHER);
+        for chunk in (left.start + 1..left.end).take(TOGETHER - 1) {
+            if ticket.is_wanted() && world.since(begun) >= GATHER {
+                break;
+            }
+            let mut taking = self.take(self.size(chunk)?)?;
+            let taken_now = poll_fn(|context| match taking.as_mut().poll(context) {
+                Poll::Ready(taken) => Poll::Ready(Some(taken)),
+                Poll::Pending if ticket.is_wanted() => late.as_mut().poll(context).map(|()| None),
+                // Once somebody waits for it, the flight comes by.
+                Poll::Pending => Poll::Pending,
+            });
+            let Some(arrived) = taken_now.await else {
+                self.taking = Some(taking);
+                break;
+            };
+            taken.push(self.arrived(arrived)?);
+            ticket.arrived(chunk);
+        }
+        Ok(())
+    }
+
+    /// The next bytes of the answer, which are on their way already or are from now on.
+    fn take(&mut self, size: usize) -> Result<Taking, Fault> {
+        if let Some(taking) = self.taking.take() {
+            return Ok(taking);
+        }
+        let mut answer = self.answer.take().ok_or_else(missing)?;
+        let (member, buffer) = (self.member.clone(), self.inner.buffers.get(size));
+        Ok(Box::pin(async move {
+            let bytes = member.take_into(&mut answer, size, buffer).await;
+            (answer, bytes)
+        }))
+    }
+
+    /// They are there.
+    fn arrived(&mut self, (answer, bytes): (Answer, Result<Vec<u8>, Fault>)) -> Result<Taken, Fault> {
+        let bytes = bytes?;
+        self.answer = Some(answer);
+        let now = self.inner.world.now();
+        let took = now.saturating_sub(self.last.get());
+        self.last.set(now);
+        Ok((bytes, took))
+    }
+
+    /// All of the answer is there, and good: its connection serves others.
+    fn rest(&mut self) {
+        if let Some(answer) = self.answer.take() {
+            self.member.keep(answer);
+        }
     }
 
     /// The length of a chunk in the file.
@@ -351,17 +432,12 @@ impl Attempt {
         Ok((start, end - start, usize::try_from(size).map_err(|_| missing())?))
     }
 
-    fn verify(&self, chunk: u64, page: &LeafPage, mut bytes: Vec<u8>) -> Result<Item, Fault> {
-        let sealed = self.sealed(&bytes);
-        let opened = self.inner.verifier.open_chunk(chunk, page, &mut bytes);
-        self.judge(chunk, opened, bytes, sealed)
-    }
-
-    fn verify_two(&self, first: u64, page: &LeafPage, mut one: Vec<u8>, mut two: Vec<u8>) -> [Result<Item, Fault>; 2] {
-        let sealed = [self.sealed(&one), self.sealed(&two)];
-        let [one_opened, two_opened] = self.inner.verifier.open_two_chunks(first, page, [&mut one, &mut two]);
-        let [one_sealed, two_sealed] = sealed;
-        [self.judge(first, one_opened, one, one_sealed), self.judge(first + 1, two_opened, two, two_sealed)]
+    /// Verifies chunks in a row, each for itself.
+    fn verify(&self, first: u64, page: &LeafPage, mut chunks: Vec<Vec<u8>>) -> Vec<Result<Item, Fault>> {
+        let sealed: Vec<_> = chunks.iter().map(|bytes| self.sealed(bytes)).collect();
+        let opened = self.inner.verifier.open_chunks(first, page, &mut chunks);
+        let each = (first..).zip(opened).zip(chunks.into_iter().zip(sealed));
+        each.map(|((chunk, opened), (bytes, sealed))| self.judge(chunk, opened, bytes, sealed)).collect()
     }
 
     /// A copy, for who keeps chunks over restarts.
@@ -377,7 +453,7 @@ impl Attempt {
         bytes: Vec<u8>,
         sealed: Option<Vec<u8>>,
     ) -> Result<Item, Fault> {
-        // Here, because of two that came together the first may be dropped while the second is still on its way.
+        // Here, because of those that came together the first may be dropped while others are still on their way.
         self.inner.counts.fetched.fetch_add(1, Ordering::Relaxed);
         let landed = match opened {
             Ok(()) => {

@@ -61,6 +61,7 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
+use std::time::Duration;
 use table::Table;
 use tokio::sync::{Semaphore, oneshot};
 use trace::Recorder;
@@ -68,8 +69,10 @@ use world::{Path, World};
 
 /// Bound of the cache of verified chunks, in bytes.
 pub const DEFAULT_CACHE: u64 = 8 << 20;
-/// The same while memory is short, unless two chunks are more: the longest read of the kernel, so that neighbours which share a chunk still fetch it once.
-const SHORT_CACHE: u64 = 1 << 20;
+/// The same while memory is short or nothing is read, unless two chunks are more: the longest read of the kernel, so that neighbours which share a chunk still fetch it once.
+const LITTLE_CACHE: u64 = 1 << 20;
+/// Without a read for so long, little is kept.
+pub const AT_REST_AFTER: Duration = Duration::from_secs(20);
 /// Bytes of all requests that somebody waits for and that run at one time.
 const BUDGET: u64 = 8 << 20;
 /// Unit of the budget's semaphore.
@@ -140,6 +143,10 @@ struct Inner {
     cache_limit: u64,
     /// Whether the machine is short of memory.
     is_short: AtomicBool,
+    /// Whether nothing was read for a while, and little is kept because of that.
+    is_at_rest: AtomicBool,
+    /// When something was read last, in milliseconds of the world.
+    read_at: AtomicU64,
     store: Option<Arc<dyn Store>>,
     table: Mutex<Table>,
     /// Held while a page is fetched, so that each is fetched once.
@@ -162,6 +169,11 @@ struct Counts {
     hedges_won: AtomicU64,
     /// A chunk that somebody wanted lately: what a member that comes back is tried with.
     recent: AtomicU64,
+}
+
+/// For an atomic; bounded far beyond any uptime.
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -195,6 +207,8 @@ impl Reader {
             cache: Mutex::new(Cache::new(settings.cache)),
             cache_limit: settings.cache,
             is_short: AtomicBool::new(false),
+            is_at_rest: AtomicBool::new(false),
+            read_at: AtomicU64::new(millis(begun)),
             store,
             table: Mutex::new(Table::new()),
             table_flight: tokio::sync::Mutex::new(()),
@@ -284,12 +298,17 @@ impl Reader {
         if is_short {
             lock(&inner.lines).clear();
         }
-        let small = SHORT_CACHE.max(2 * self.header().chunk_size());
-        let limit = if is_short { small.min(inner.cache_limit) } else { inner.cache_limit };
-        lock(&inner.cache).set_limit(limit);
-        // What fell out of the cache came back as buffers.
-        inner.buffers.keep_few(is_short);
+        inner.keep();
         inner.pump();
+    }
+
+    /// Gives memory back when nothing was read for [`AT_REST_AFTER`]; the next read takes it again. What was read lies in the kernel's page cache, too.
+    pub fn rest(&self) {
+        let inner = &self.0;
+        let since = millis(inner.world.now()).saturating_sub(inner.read_at.load(Ordering::Relaxed));
+        if since >= millis(AT_REST_AFTER) && !inner.is_at_rest.swap(true, Ordering::Relaxed) {
+            inner.keep();
+        }
     }
 
     /// From now on an outage of all members ends reads with an error after half a minute: the machine shuts down, and what waits for a
@@ -355,7 +374,12 @@ impl Read {
 impl Inner {
     /// Looks chunks `first` to `last` up, and starts flights for what is missing and for what is likely to be wanted next.
     fn order(self: &Arc<Self>, first: u64, last: u64) -> Vec<Lookup> {
-        lock(&self.trace).wanted(first, last, self.world.now());
+        let now = self.world.now();
+        self.read_at.store(millis(now), Ordering::Relaxed);
+        if self.is_at_rest.swap(false, Ordering::Relaxed) {
+            self.keep();
+        }
+        lock(&self.trace).wanted(first, last, now);
         let ahead = if self.is_short() { 0..0 } else { lock(&self.ahead).observe(first, last) };
         let mut missing = Vec::new();
         let mut lookups = Vec::new();
@@ -412,6 +436,16 @@ impl Inner {
 
     fn is_short(&self) -> bool {
         self.is_short.load(Ordering::Relaxed)
+    }
+
+    /// Keeps as much as is right just now: while memory is short, or nothing is read, little.
+    fn keep(&self) {
+        let little = self.is_short() || self.is_at_rest.load(Ordering::Relaxed);
+        let small = LITTLE_CACHE.max(2 * self.verifier.header().chunk_size());
+        let limit = if little { small.min(self.cache_limit) } else { self.cache_limit };
+        lock(&self.cache).set_limit(limit);
+        // What fell out of the cache came back as buffers.
+        self.buffers.keep_few(little);
     }
 
     /// Starts what may be fetched without anybody waiting for it, as far as there is room.

@@ -23,7 +23,7 @@ const SIZE: u64 = 4096;
 /// Bytes of one read of a whole file, as cat(1) has them.
 const WHOLE: usize = 128 << 10;
 /// What reads longer than it should by so much hangs: finding the files may take its time.
-const HANGS: Duration = Duration::from_mins(1);
+const HANGS: Duration = Duration::from_secs(20);
 
 /// What came of reads at random.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]

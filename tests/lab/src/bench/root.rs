@@ -341,7 +341,7 @@ impl<'a> Link<'a> {
         let spent = || pid.map_or(Ok(0.0), cpu);
         let file = std::fs::read_dir(mounted.tree.path())?.next().context("an empty tree")??.path();
         let mut command = tied("timeout");
-        command.args(["120", "dd", "of=/dev/null", "bs=1M", "status=none"]);
+        command.args(["30", "dd", "of=/dev/null", "bs=1M", "status=none"]);
         command.arg(format!("if={}", file.display())).arg(format!("count={}", PART >> 20));
         let (before, begun) = (spent()?, Instant::now());
         run(&mut command)?;

@@ -3,6 +3,8 @@
 //!
 //! A change of ours is what an administrator's call makes: an attribute set over HTTPS, with the token checked and the call in the audit log. etcd's
 //! is a key set through its JSON gateway, over HTTPS as well. Clients of both talk to the leader, which is the quickest way for both.
+//!
+//! `MOOR_PARTS=changes,reads,deaths,nodes` makes some of it.
 
 use super::etcd::{self, Etcd};
 use super::load::{Client, Rate, drive, failures, request};
@@ -54,10 +56,21 @@ const VALUES: usize = 40;
 pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
     let mut table = Table::new("store");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    beside_etcd(lab, &runtime, &mut table)?;
-    leaders_die(lab, &runtime, &mut table)?;
-    many_nodes(lab, &runtime, &mut table)?;
+    if is_wanted("changes") || is_wanted("reads") {
+        beside_etcd(lab, &runtime, &mut table)?;
+    }
+    if is_wanted("deaths") {
+        leaders_die(lab, &runtime, &mut table)?;
+    }
+    if is_wanted("nodes") {
+        many_nodes(lab, &runtime, &mut table)?;
+    }
     Ok(table)
+}
+
+/// Whether a part of the table is to be made.
+fn is_wanted(part: &str) -> bool {
+    std::env::var("MOOR_PARTS").map_or(true, |parts| parts.split(',').any(|wanted| wanted.trim() == part))
 }
 
 fn beside_etcd(lab: &Lab<'_>, runtime: &Runtime, table: &mut Table) -> anyhow::Result<()> {
@@ -77,7 +90,7 @@ fn beside_etcd(lab: &Lab<'_>, runtime: &Runtime, table: &mut Table) -> anyhow::R
     let (_collective, site, token, port) = runtime.block_on(three(lab))?;
     let tls = Arc::new(member_tls_config(&site, None)?);
     let ours = |requests, expected| Client { tls: tls.clone(), port, requests, expected, pause: Duration::ZERO };
-    for writers in WRITERS {
+    for writers in WRITERS.into_iter().filter(|_| is_wanted("changes")) {
         lab.say(&format!("store: {writers} clients write"));
         let both = pairs(
             PAIRS,
@@ -93,6 +106,9 @@ fn beside_etcd(lab: &Lab<'_>, runtime: &Runtime, table: &mut Table) -> anyhow::R
         )?;
         let what = if writers == 1 { "1 client".to_owned() } else { format!("{writers} clients") };
         rows(table, &format!("changes, {what}"), &both, Bar::AtLeast(1.0));
+    }
+    if !is_wanted("reads") {
+        return Ok(());
     }
     lab.say("store: reads");
     let read = |at: usize| request("GET", &format!("/admin/v1/nodes?range={}", node(at)), Some(&token), "");
