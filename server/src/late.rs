@@ -153,10 +153,10 @@ impl Waiting {
     }
 
     /// Brings a record to where it will be once all that waits is agreed.
-    fn edit(&self, node: &mut NodeRecord) {
+    fn edit(&self, node: &mut Arc<NodeRecord>) {
         let id = Some(node.id);
         for late in self.memory().waiting.values().filter(|late| late.node() == id) {
-            late.edit(node);
+            late.edit(Arc::make_mut(node));
         }
     }
 }
@@ -216,8 +216,8 @@ impl Member {
     ///
     /// # Errors
     /// The database is damaged.
-    pub(crate) fn node(&self, view: &Snapshot, id: NodeId) -> Result<Option<NodeRecord>, StoreError> {
-        let mut node = view.node(id)?;
+    pub(crate) fn node(&self, view: &Snapshot, id: NodeId) -> Result<Option<Arc<NodeRecord>>, StoreError> {
+        let mut node = view.kept_node(id)?;
         if let Some(node) = &mut node {
             self.waiting.edit(node);
         }
@@ -241,7 +241,7 @@ impl Member {
         let member = self.clone();
         let kept = tokio::task::spawn_blocking(move || {
             let view = member.view()?;
-            let late = Late::of(command, &view, |id| member.node(&view, id))?;
+            let late = Late::of(command, &view, |id| Ok(member.node(&view, id)?.map(Arc::unwrap_or_clone)))?;
             let late = late.ok_or_else(|| StoreError::NoLeader("no majority of the members answers".into()))?;
             member.waiting.push(late)
         });

@@ -14,6 +14,7 @@ pub mod config;
 pub mod content;
 pub mod cpio;
 pub mod files;
+mod heap;
 pub mod http;
 pub mod late;
 pub mod listener;

@@ -76,7 +76,7 @@ pub(super) async fn offer(
         size: image.size,
         lineage: image.lineage,
         minimum_serial: image.serial,
-        signers: profile.manifest.signers,
+        signers: profile.manifest.signers.clone(),
         signatures: image.signatures,
         urls,
         token_required: !image.encrypted,

@@ -103,7 +103,7 @@ impl<'a> Channel<'a> {
 #[derive(Clone)]
 pub struct Caller {
     /// It.
-    pub node: NodeRecord,
+    pub node: Arc<NodeRecord>,
     /// What the token says.
     pub claims: Claims,
     /// Where it calls from.
@@ -133,7 +133,7 @@ impl Caller {
     }
 
     /// The generation of the profile that this boot boots.
-    fn generation(&self, view: &Snapshot) -> Result<ProfileRecord, Failure> {
+    fn generation(&self, view: &Snapshot) -> Result<Arc<ProfileRecord>, Failure> {
         let name = &self.node.name;
         let plan = self.boot().and_then(|boot| boot.plan.as_ref());
         let plan = plan.ok_or_else(|| match &self.node.deployment {
@@ -148,7 +148,7 @@ impl Caller {
                 ),
             ),
         })?;
-        let generation = view.generation(&plan.generation.to_string())?;
+        let generation = view.kept_generation(&plan.generation.to_string())?;
         let gone = || {
             Problem::new(
                 Code::NoProfile,

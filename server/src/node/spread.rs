@@ -12,6 +12,7 @@ use moor_api::ids::{MemberId, NodeId};
 use moor_api::node::MemberEndpoint;
 use std::cmp::Reverse;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 /// How much a node is for a member.
 fn weight(node: NodeId, member: MemberId) -> [u8; 32] {
@@ -39,7 +40,7 @@ fn is_in(address: IpAddr, network: &Cidr) -> bool {
 
 /// Members in the order in which the node `node`, which calls from `address`, is to try them: those that are not reached at the end.
 fn order(
-    mut members: Vec<MemberRecord>,
+    mut members: Vec<Arc<MemberRecord>>,
     node: NodeId,
     address: Option<IpAddr>,
     is_lost: impl Fn(MemberId) -> bool,
@@ -48,7 +49,7 @@ fn order(
         let is_near = address.is_some_and(|address| member.near.iter().any(|network| is_in(address, network)));
         (is_lost(member.id), !is_near, Reverse(weight(node, member.id)))
     });
-    members.into_iter().map(|member| MemberEndpoint { id: member.id, urls: member.urls }).collect()
+    members.iter().map(|member| MemberEndpoint { id: member.id, urls: member.urls.clone() }).collect()
 }
 
 impl Member {
@@ -57,14 +58,14 @@ impl Member {
     /// # Errors
     /// The database is damaged.
     pub fn endpoints_for(&self, node: NodeId, address: Option<IpAddr>) -> Result<Vec<MemberEndpoint>, StoreError> {
-        let mut members = self.view()?.members()?;
-        members.retain(|_, member| !member.removed);
+        let mut members = self.view()?.kept_members()?;
+        members.retain(|member| !member.removed);
         if members.is_empty() {
             // It has not heard of the collective yet.
             return self.endpoints();
         }
         let lost = self.calls.lost();
-        Ok(order(members.into_values().collect(), node, address, |member| lost.contains(&member)))
+        Ok(order(members, node, address, |member| lost.contains(&member)))
     }
 }
 
@@ -75,8 +76,8 @@ mod tests {
 
     const NODES: u32 = 1000;
 
-    fn member(number: u8, near: &[&str]) -> MemberRecord {
-        MemberRecord {
+    fn member(number: u8, near: &[&str]) -> Arc<MemberRecord> {
+        Arc::new(MemberRecord {
             id: MemberId::from_bytes([number; 16]),
             near: near.iter().map(|network| network.parse().unwrap()).collect(),
             ..MemberRecord::only(
@@ -85,10 +86,10 @@ mod tests {
                 format!("m{number}"),
                 vec![format!("https://10.0.0.{number}")],
             )
-        }
+        })
     }
 
-    fn members(count: u8) -> Vec<MemberRecord> {
+    fn members(count: u8) -> Vec<Arc<MemberRecord>> {
         (1..=count).map(|number| member(number, &[])).collect()
     }
 
@@ -99,14 +100,14 @@ mod tests {
     }
 
     /// Numbers of the members, in the order for this node.
-    fn ordered(members: &[MemberRecord], number: u32, from: Option<&str>, lost: &[u8]) -> Vec<u8> {
+    fn ordered(members: &[Arc<MemberRecord>], number: u32, from: Option<&str>, lost: &[u8]) -> Vec<u8> {
         let from = from.map(|address| address.parse().unwrap());
         let order = order(members.to_vec(), node(number), from, |id| lost.contains(&id.as_bytes()[0]));
         order.into_iter().map(|endpoint| endpoint.id.as_bytes()[0]).collect()
     }
 
     /// How many nodes each member has.
-    fn shares(members: &[MemberRecord], lost: &[u8]) -> BTreeMap<u8, u32> {
+    fn shares(members: &[Arc<MemberRecord>], lost: &[u8]) -> BTreeMap<u8, u32> {
         let mut shares = BTreeMap::new();
         for number in 0..NODES {
             *shares.entry(ordered(members, number, None, lost)[0]).or_default() += 1;

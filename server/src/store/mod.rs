@@ -7,6 +7,7 @@ pub mod command;
 pub(crate) mod database;
 pub mod index;
 pub(crate) mod keys;
+mod kept;
 pub mod late;
 pub mod level;
 mod members;
@@ -28,6 +29,7 @@ use records::{
     Identity, ImageRecord, InviteRecord, KeysRecord, MemberRecord, NodeRecord, ProfileRecord, Refusals, SiteRecord,
 };
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use tokio::sync::broadcast;
 
 /// The store failed, as opposed to refused.
@@ -230,6 +232,30 @@ impl Snapshot {
     /// The database is damaged.
     pub fn node(&self, id: NodeId) -> Result<Option<NodeRecord>, StoreError> {
         self.get(tables::NODES, &id.to_string())
+    }
+
+    /// A node by id, decoded once for all who read it.
+    ///
+    /// # Errors
+    /// The database is damaged.
+    pub fn kept_node(&self, id: NodeId) -> Result<Option<Arc<NodeRecord>>, StoreError> {
+        self.kept().node(self, &id.to_string())
+    }
+
+    /// As [`Self::generation`], decoded once for all who read it.
+    ///
+    /// # Errors
+    /// The database is damaged.
+    pub fn kept_generation(&self, digest: &str) -> Result<Option<Arc<ProfileRecord>>, StoreError> {
+        self.kept().generation(self, digest)
+    }
+
+    /// The records of [`Self::members`], decoded once for all who read them.
+    ///
+    /// # Errors
+    /// The database is damaged.
+    pub fn kept_members(&self) -> Result<Vec<Arc<MemberRecord>>, StoreError> {
+        self.kept().members(self)
     }
 
     /// A node by name.

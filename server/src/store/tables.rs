@@ -1,5 +1,6 @@
 //! The tables, and JSON records in them. A thin layer over redb, so that only this module and `mod.rs` know it.
 
+use super::kept::KeptRecords;
 use super::{Event, StoreError};
 use aws_lc_rs::digest::{Context, SHA256};
 use redb::{
@@ -10,6 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// A table: text to JSON.
 pub type Table = TableDefinition<'static, &'static str, &'static [u8]>;
@@ -83,7 +85,7 @@ pub(super) fn create(transaction: &WriteTransaction) -> Result<(), StoreError> {
     Ok(())
 }
 
-fn decode<T: DeserializeOwned>(table: Table, key: &str, bytes: &[u8]) -> Result<T, StoreError> {
+pub(super) fn decode<T: DeserializeOwned>(table: Table, key: &str, bytes: &[u8]) -> Result<T, StoreError> {
     use redb::TableHandle as _;
     serde_json::from_slice(bytes).map_err(|error| StoreError::Record {
         table: table.name().to_owned(),
@@ -166,11 +168,30 @@ impl<'a> Write<'a> {
 }
 
 /// A consistent view of the store at one moment.
-pub struct Snapshot(ReadTransaction);
+pub struct Snapshot {
+    transaction: ReadTransaction,
+    /// What all views of this store have decoded.
+    kept: Arc<KeptRecords>,
+}
 
 impl Snapshot {
-    pub(super) fn new(database: &redb::Database) -> Result<Self, StoreError> {
-        Ok(Self(database.begin_read()?))
+    pub(super) fn new(database: &redb::Database, kept: Arc<KeptRecords>) -> Result<Self, StoreError> {
+        Ok(Self { transaction: database.begin_read()?, kept })
+    }
+
+    pub(super) fn kept(&self) -> &KeptRecords {
+        &self.kept
+    }
+
+    /// What `take` makes of one record's bytes.
+    pub(super) fn raw<T>(
+        &self,
+        table: Table,
+        key: &str,
+        take: impl FnOnce(&[u8]) -> T,
+    ) -> Result<Option<T>, StoreError> {
+        let open = self.transaction.open_table(table)?;
+        Ok(open.get(key)?.map(|value| take(value.value())))
     }
 
     /// One record.
@@ -178,7 +199,7 @@ impl Snapshot {
     /// # Errors
     /// The database is damaged.
     pub fn get<T: DeserializeOwned>(&self, table: Table, key: &str) -> Result<Option<T>, StoreError> {
-        let open = self.0.open_table(table)?;
+        let open = self.transaction.open_table(table)?;
         let value = open.get(key)?;
         value.map(|value| decode(table, key, value.value())).transpose()
     }
@@ -188,7 +209,7 @@ impl Snapshot {
     /// # Errors
     /// The database is damaged.
     pub fn all<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<T>, StoreError> {
-        let open = self.0.open_table(table)?;
+        let open = self.transaction.open_table(table)?;
         let mut out = Vec::new();
         for item in open.iter()? {
             let (key, value) = item?;
@@ -205,7 +226,7 @@ impl Snapshot {
         table: Table,
         mut take: impl FnMut(&str, &[u8]) -> Result<(), E>,
     ) -> Result<Result<(), E>, StoreError> {
-        let open = self.0.open_table(table)?;
+        let open = self.transaction.open_table(table)?;
         for item in open.iter()? {
             let (key, value) = item?;
             if let Err(error) = take(key.value(), value.value()) {
@@ -244,7 +265,7 @@ impl Snapshot {
     /// # Errors
     /// The database is damaged.
     pub fn keys(&self, table: Table) -> Result<Vec<String>, StoreError> {
-        let open = self.0.open_table(table)?;
+        let open = self.transaction.open_table(table)?;
         let mut out = Vec::new();
         for item in open.iter()? {
             out.push(item?.0.value().to_owned());

@@ -6,6 +6,7 @@
 use super::snapshot::{self, SnapshotFile};
 use super::wire::{WireLogId, WireStored};
 use super::{Entry, LogId, Membership, Peer, Raft, SnapshotMeta, StoredMembership};
+use crate::store::kept::KeptRecords;
 use crate::store::tables::{self, Snapshot, Write};
 use crate::store::{Event, Level, Outcome, StoreError, apply, database, level};
 use futures_util::{Stream, StreamExt as _};
@@ -29,6 +30,7 @@ const EVENTS: usize = 4096;
 /// What all handles share.
 pub(super) struct State {
     database: Database,
+    kept: Arc<KeptRecords>,
     /// Where snapshots are kept.
     directory: PathBuf,
     /// The newest level that this release knows.
@@ -67,11 +69,13 @@ impl Machine {
         let transaction = database.begin_write()?;
         tables::create(&transaction)?;
         transaction.commit()?;
-        level::check(Snapshot::new(&database)?.level()?, known)?;
+        let kept = Arc::<KeptRecords>::default();
+        level::check(Snapshot::new(&database, kept.clone())?.level()?, known)?;
         snapshot::clear(&directory).map_err(|error| StoreError::Snapshot(error.to_string()))?;
         let (events, _) = broadcast::channel(EVENTS);
         Ok(Self(Arc::new(State {
             database,
+            kept,
             directory,
             known,
             events,
@@ -83,7 +87,7 @@ impl Machine {
 
 impl State {
     pub(super) fn view(&self) -> Result<Snapshot, StoreError> {
-        Snapshot::new(&self.database)
+        Snapshot::new(&self.database, self.kept.clone())
     }
 
     /// The newest level that this release knows.
@@ -212,6 +216,8 @@ impl State {
         let path =
             snapshot::write(&self.directory, &view, &meta).map_err(|error| StoreError::Snapshot(error.to_string()))?;
         self.keep(meta.clone(), &path);
+        // It comes after many changes, and took memory of its own.
+        crate::heap::give_back();
         Ok((meta, path))
     }
 
@@ -244,6 +250,7 @@ impl State {
         transaction.commit()?;
         self.unsynced.store(0, Ordering::Relaxed);
         self.keep(meta.clone(), &path);
+        crate::heap::give_back();
         // No watcher is no error.
         let _ = self.events.send(Event::Reset);
         Ok(())
