@@ -61,8 +61,11 @@ fn all(word: u32) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn start() -> [__m512i; 8] {
-    let [a, b, c, d, e, f, g, h] = INITIAL;
-    [all(a), all(b), all(c), all(d), all(e), all(f), all(g), all(h)]
+    let mut state = [_mm512_setzero_si512(); 8];
+    for (register, word) in state.iter_mut().zip(INITIAL) {
+        *register = all(word);
+    }
+    state
 }
 
 /// A block of each lane, turned: register `n` holds word `n` of all.
@@ -117,14 +120,15 @@ fn xor(a: __m512i, b: __m512i, c: __m512i) -> __m512i {
 /// One round (FIPS 180-4, 6.2.2) with `word`, to which the round's constant was added. `state` is a to h.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn round(state: [__m512i; 8], word: __m512i) -> [__m512i; 8] {
-    let [a, b, c, d, e, f, g, h] = state;
+#[expect(clippy::many_single_char_names, reason = "they are called so")]
+fn round(state: &mut [__m512i; 8], word: __m512i) {
+    let [a, b, c, d, e, f, g, h] = *state;
     let sigma = xor(_mm512_ror_epi32::<6>(e), _mm512_ror_epi32::<11>(e), _mm512_ror_epi32::<25>(e));
     let choice = _mm512_ternarylogic_epi32::<0xCA>(e, f, g);
     let first = _mm512_add_epi32(_mm512_add_epi32(_mm512_add_epi32(h, word), choice), sigma);
     let sigma = xor(_mm512_ror_epi32::<2>(a), _mm512_ror_epi32::<13>(a), _mm512_ror_epi32::<22>(a));
     let second = _mm512_add_epi32(sigma, _mm512_ternarylogic_epi32::<0xE8>(a, b, c));
-    [_mm512_add_epi32(first, second), a, b, c, _mm512_add_epi32(d, first), e, f, g]
+    *state = [_mm512_add_epi32(first, second), a, b, c, _mm512_add_epi32(d, first), e, f, g];
 }
 
 /// The word of the schedule that takes the place of `oldest`: with those 1, 9 and 14 behind it.
@@ -152,7 +156,7 @@ fn hash(state: &mut [__m512i; 8], blocks: &[&[[u8; BLOCK]]; LANES]) {
         }
         macro_rules! first {
             ($($word:literal)*) => {$(
-                now = round(now, _mm512_add_epi32(words[$word], all(ROUNDS[$word / 4][$word % 4])));
+                round(&mut now, _mm512_add_epi32(words[$word], all(ROUNDS[$word / 4][$word % 4])));
             )*};
         }
         sixteen!(first);
@@ -165,7 +169,7 @@ fn hash(state: &mut [__m512i; 8], blocks: &[&[[u8; BLOCK]]; LANES]) {
                         words[($word + 9) % 16],
                         words[($word + 14) % 16],
                     );
-                    now = round(now, _mm512_add_epi32(words[$word], all(ROUNDS[step + $word / 4][$word % 4])));
+                    round(&mut now, _mm512_add_epi32(words[$word], all(ROUNDS[step + $word / 4][$word % 4])));
                 )*};
             }
             sixteen!(next);
@@ -197,9 +201,11 @@ mod tests {
             assert_eq!(found, alone, "{count}");
         }
         for length in (64..340).chain([4000, 9001]) {
-            let messages: [_; LANES] = std::array::from_fn(|lane| ([lane as u8; 18], &bytes[7 * lane..][..length]));
+            let messages: Vec<([u8; 18], &[u8])> =
+                (0..16).map(|lane: u8| ([lane; 18], &bytes[7 * usize::from(lane)..][..length])).collect();
             let Some(found) = sha256(&messages) else { continue };
-            assert_eq!(found, messages.map(|(head, rest)| one(&[&head, rest])), "{length}");
+            let alone: Vec<_> = messages.iter().map(|(head, rest)| one(&[head, rest])).collect();
+            assert_eq!(found, alone, "{length}");
         }
     }
 

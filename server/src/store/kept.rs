@@ -15,12 +15,15 @@ const GENERATIONS: usize = 64;
 /// Members.
 const MEMBERS: usize = 64;
 
+/// A record's bytes, and what they say.
+type Decoded<T> = (Vec<u8>, Arc<T>);
+
 /// Records of one table.
 struct Kept<T> {
     table: Table,
     /// How many at most. When one more comes, all are dropped: those that are in use come again.
     most: usize,
-    records: Mutex<HashMap<String, (Vec<u8>, Arc<T>)>>,
+    records: Mutex<HashMap<String, Decoded<T>>>,
 }
 
 impl<T: DeserializeOwned> Kept<T> {
@@ -82,7 +85,7 @@ impl KeptRecords {
         let mut members = Vec::new();
         view.each(tables::MEMBERS, |number, bytes| {
             members.push(self.members.decoded(number, bytes)?);
-            Ok(())
+            Ok::<(), StoreError>(())
         })??;
         Ok(members)
     }
