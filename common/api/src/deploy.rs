@@ -137,7 +137,7 @@ pub struct Overlay {
 
 impl Default for Overlay {
     fn default() -> Self {
-        Self { size_percent: 50, algorithm: None, limit_percent: None }
+        Self { size_percent: 25, algorithm: None, limit_percent: None }
     }
 }
 

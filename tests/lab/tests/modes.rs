@@ -65,7 +65,7 @@ fn a_node_with_too_little_memory_says_so_and_does_what_its_profile_says() -> any
     let text = std::fs::read_to_string(&path)?;
     // A quarter of the writable layer has to be free.
     let changed =
-        text.replace("size_percent: 50", "size_percent: 400").replace("on_failure: hold", "on_failure: reboot");
+        text.replace("size_percent: 25", "size_percent: 400").replace("on_failure: hold", "on_failure: reboot");
     std::fs::write(&path, changed)?;
     choose(&scenario, "untethered")?;
     let tpm = Swtpm::start(&dir.path().join("tpm"))?;
