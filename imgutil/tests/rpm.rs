@@ -433,7 +433,7 @@ fn what_zypper_leaves_in_the_root_goes_and_nothing_of_a_package_or_of_the_builde
     // Lists of files and scripts are written into the recipe of the packages as they are.
     let directory = format!("%dir %attr(0711,root,root) /{top}\n").leak();
     let link = format!(
-        "%post -n linker -p <lua>\nassert(os.rename(\"/{top}\", \"/moved\"))\nposix.symlink(\"/proc/1/root/{top}\", \"/{top}\")\n"
+        "%post -n linker -p <lua>\nassert(os.rename(\"/{top}\", \"/moved\"))\nposix.symlink(\"/proc/self/root/{top}\", \"/{top}\")\n"
     )
     .leak();
     let inside = &*format!("/{top}/inside").leak();
@@ -461,7 +461,7 @@ fn what_zypper_leaves_in_the_root_goes_and_nothing_of_a_package_or_of_the_builde
 
     let before = listing(work.path());
     built("linker");
-    assert_eq!(tree.join(top).read_link().unwrap(), Path::new("/proc/1/root").join(top));
+    assert_eq!(tree.join(top).read_link().unwrap(), Path::new("/proc/self/root").join(top));
     // It was there when the link took its place: the link was in the way of what removes it.
     assert!(tree.join("moved").join(&below).join(".tree.imgutil-build").is_dir());
     std::fs::remove_dir_all(&tree).unwrap();
