@@ -1,8 +1,8 @@
 //! Files that appear under their name only when they are complete: without a name, or with a temporary one, until then.
 //!
 //! A temporary name goes with the process that has made it: it is removed on failure and, where [`clean_up_when_asked_to_end`] was called,
-//! when a signal ends the program. What a killed one has left is removed by the next one that makes a file of the same name. Each holds
-//! a lock on its file by which others know that it lives.
+//! when a signal ends the program. What a killed one has left is removed by the next one that makes a file of the same name, or by who asks
+//! for it ([`LeftOver`]). Each holds a lock on its file by which others know that it lives.
 
 use crate::exec::{ASK_FOR_THE_END, SignalWatch};
 use crate::unpack::parent_of;
@@ -11,10 +11,10 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use std::collections::BTreeSet;
-use std::ffi::OsString;
+use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
 use std::io::Write as _;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -206,21 +206,59 @@ fn create_named(
 
 /// Removes temporary names of `name` that nobody holds any more. What cannot be removed stays: it is in nobody's way.
 fn remove_left_over(directory: &OwnedFd, name: &OsString) {
-    let Ok(entries) = rustix::fs::Dir::read_from(directory) else { return };
-    for entry in entries.flatten() {
-        let is_ours = (|| {
-            let digits =
-                entry.file_name().to_bytes().strip_prefix(b".")?.strip_prefix(name.as_bytes())?.strip_prefix(b".")?;
-            Some(digits.len() == 16 && digits.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')))
-        })();
-        if is_ours != Some(true) {
-            continue;
-        }
+    for (name, _lock) in left_over(directory, |own| own == name.as_bytes()) {
+        let _ = rustix::fs::unlinkat(directory, name, AtFlags::empty());
+    }
+}
+
+/// Temporary names that nobody holds any more, of files whose own name is wanted. Each with its lock.
+fn left_over(directory: &OwnedFd, is_wanted: impl Fn(&[u8]) -> bool) -> Vec<(CString, OwnedFd)> {
+    let Ok(entries) = rustix::fs::Dir::read_from(directory) else { return Vec::new() };
+    let take = |entry: rustix::fs::DirEntry| {
+        let name = entry.file_name();
+        own_name(name.to_bytes()).filter(|own| is_wanted(own))?;
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let Ok(file) = rustix::fs::openat(directory, entry.file_name(), flags, Mode::empty()) else { continue };
-        if rustix::fs::flock(file.as_fd(), FlockOperation::NonBlockingLockExclusive).is_ok() {
-            let _ = rustix::fs::unlinkat(directory, entry.file_name(), AtFlags::empty());
-        }
+        let file = rustix::fs::openat(directory, name, flags, Mode::empty()).ok()?;
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).ok()?;
+        Some((name.to_owned(), file))
+    };
+    entries.flatten().filter_map(take).collect()
+}
+
+/// The name that the file under a temporary name was to get.
+fn own_name(temporary: &[u8]) -> Option<&[u8]> {
+    let rest = temporary.strip_prefix(b".")?;
+    let (name, end) = rest.split_at_checked(rest.len().checked_sub(17)?)?;
+    let is_digit = |byte: &u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    end.strip_prefix(b".")?.iter().all(is_digit).then_some(name)
+}
+
+/// What a killed program has begun, under a temporary name, and nobody goes on with.
+pub(crate) struct LeftOver {
+    /// Where it is.
+    pub(crate) path: PathBuf,
+    /// Its size.
+    pub(crate) bytes: u64,
+    _lock: OwnedFd,
+}
+
+impl LeftOver {
+    /// All of them in `directory` whose own name is wanted, in no order.
+    pub(crate) fn find(directory: &Path, is_wanted: impl Fn(&[u8]) -> bool) -> Result<Vec<Self>> {
+        let context = || format!("cannot list '{}'", directory.display());
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let opened = rustix::fs::open(directory, flags, Mode::empty()).with_context(context)?;
+        let look = |(name, lock): (CString, OwnedFd)| {
+            let bytes = rustix::fs::fstat(&lock).with_context(context)?.st_size;
+            let path = directory.join(OsStr::from_bytes(name.to_bytes()));
+            Ok(Self { path, bytes: u64::try_from(bytes).unwrap_or_default(), _lock: lock })
+        };
+        left_over(&opened, is_wanted).into_iter().map(look).collect()
+    }
+
+    /// Removes it.
+    pub(crate) fn remove(&self) -> Result<()> {
+        std::fs::remove_file(&self.path).with_context(|| format!("cannot remove '{}'", self.path.display()))
     }
 }
 
@@ -302,6 +340,12 @@ mod tests {
             there
         };
         assert_eq!(there(), expected);
+        // Whoever asks for all of them finds those of other names too, and not the one that is held.
+        let found = LeftOver::find(work.path(), |own| own != b"file").expect("lists");
+        let paths: Vec<_> = found.iter().map(|left| left.path.clone()).collect();
+        assert_eq!(paths, [work.path().join(".other.0123456789abcdef")]);
+        assert!(LeftOver::find(work.path(), |_| true).expect("lists").is_empty(), "held by whoever found it");
+        drop(found);
         drop(held);
         write_whole(&work.path().join("file"), 0o644, b"x").expect("writes");
         assert_eq!(there(), [".file.0123456789ABCDEF", ".file.x", ".other.0123456789abcdef", "file"]);

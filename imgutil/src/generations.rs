@@ -2,6 +2,7 @@
 
 use crate::cmd::printable;
 use crate::pack::signature_path;
+use crate::unpack::parent_of;
 use anyhow::{Context as _, Result};
 use moor_image::read_header;
 use serde::Serialize;
@@ -44,11 +45,18 @@ pub(crate) struct Found {
     pub(crate) unreadable: Vec<(PathBuf, String)>,
 }
 
-/// Lineage and serial of an image that goes to `path`: those that follow the image that is there, or the first of a new lineage.
+/// Lineage and serial of an image that goes to `path`: those that follow the image that is there, or the first of a new lineage. The serial
+/// is greater than that of every other generation in the same directory too: it may be an old one that is replaced.
 pub(crate) fn next_at(path: &Path) -> (Uuid, u64) {
-    let old = File::open(path).ok().and_then(|file| read_header(&file).ok());
-    let next = old.and_then(|header| Some((Uuid::from_bytes(header.lineage), header.serial.checked_add(1)?)));
-    next.unwrap_or_else(|| (Uuid::new_v4(), 1))
+    let next = || {
+        let old = read_header(&File::open(path).ok()?).ok()?;
+        let lineage = Uuid::from_bytes(old.lineage);
+        // Without the others it is still the next one of that image.
+        let others = find(parent_of(path)).map(|found| found.generations).unwrap_or_default();
+        let serials = others.iter().filter(|other| other.lineage == lineage).map(|other| other.serial);
+        Some((lineage, serials.fold(old.serial, u64::max).checked_add(1)?))
+    };
+    next().unwrap_or_else(|| (Uuid::new_v4(), 1))
 }
 
 /// Looks at all `*.moor` files of a directory.

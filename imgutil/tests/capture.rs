@@ -3,14 +3,18 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod common;
+mod rpm_repo;
 
 use common::cli::{Ran, finish, names, run};
+use common::mount::{own_mounts, run as tool};
 use common::node::Node;
+use rpm_repo::{Key, Package, build as build_packages};
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// What is odd and what is secret, on each file system.
 const PLANT: &str = r#"
@@ -66,6 +70,10 @@ impl Results {
         run(arguments.iter().map(OsStr::new).chain(image)).good()
     }
 
+    fn inspect(&self) -> Value {
+        serde_json::from_str(&self.imgutil(&["inspect", "--json"]).stdout).unwrap()
+    }
+
     fn unpack(&self) {
         run([
             "unpack".as_ref(),
@@ -94,7 +102,7 @@ fn a_system_on_several_file_systems_becomes_one_image_without_its_secrets() {
     let results = Results::of(dir.path());
     results.imgutil(&["verify"]);
 
-    let inspection: Value = serde_json::from_str(&results.imgutil(&["inspect", "--json"]).stdout).unwrap();
+    let inspection = results.inspect();
     let filesystems = inspection["metadata"]["filesystems"].as_array().unwrap();
     let mounts: Vec<&str> = filesystems.iter().map(|part| part["mount"].as_str().unwrap()).collect();
     assert_eq!(mounts, ["/", "/home", "/var"], "{inspection:#}");
@@ -247,4 +255,96 @@ fn a_file_that_the_node_cannot_read_is_missed() {
         assert!(error.contains(reason), "'{reason}' is missing in: {}", ran.stderr);
     }
     assert_eq!(node.left_here(), Vec::<String>::new());
+}
+
+/// An example of a key, as packages ship them.
+const EXAMPLE: &str = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC\n\
+                       -----END PRIVATE KEY-----\n";
+
+/// Packages of such a system, one of them with an epoch.
+const PACKAGES: [Package; 2] = [
+    Package {
+        files: &[
+            ("/usr/share/doc/example/key.pem", EXAMPLE, "0644,root,root"),
+            ("/usr/share/doc/example/changed.pem", EXAMPLE, "0644,root,root"),
+        ],
+        ..Package::empty("example")
+    },
+    Package { version: ("2.0", "3.el9"), header: "Epoch: 1", ..Package::empty("hello") },
+];
+
+/// They are installed by RPM alone, in the place of EL (Debian's RPM, which stands for the node's, looks somewhere else). Its database has the
+/// key of a repository among its packages. One of the two examples was changed since.
+const RPM_SYSTEM: &str = r#"
+rm -r var/lib/dpkg
+mkdir -p var/lib/rpm
+place=$(HOME=/root rpm --eval '%_dbpath')
+if [ "$place" != /var/lib/rpm ]; then
+    mkdir -p ".${place%/*}"
+    ln -sr var/lib/rpm ".$place"
+fi
+rpmkeys --define '_dbpath /var/lib/rpm' --root "$PWD" --import "$D/RPM-GPG-KEY"
+rpm --define '_dbpath /var/lib/rpm' --define '_pkgverify_level none' --root "$PWD" -i "$D"/packages/*.rpm
+echo changed >> usr/share/doc/example/changed.pem
+"#;
+
+#[test]
+fn a_system_of_rpms_has_its_packages_with_their_epochs_and_their_own_keys_are_public() {
+    let dir = tempfile::tempdir().unwrap();
+    build_packages(&dir.path().join("packages"), &PACKAGES);
+    Key::new().export(&dir.path().join("RPM-GPG-KEY"));
+    let node = Node::start(env!("CARGO_BIN_EXE_imgutil"), dir.path(), RPM_SYSTEM);
+    let ran = capture(&node, &node.target(), &[]);
+    let error = ran.stderr.lines().find(|line| line.starts_with("imgutil: error: ")).unwrap_or_default();
+    assert!(ran.status == 1 && error.contains("example/changed.pem") && !error.contains("key.pem"), "{}", ran.stderr);
+
+    capture(&node, &node.target(), &["--allow-key", "changed.pem"]).good();
+    let results = Results::of(dir.path());
+    let expected = serde_json::json!([
+        { "name": "example", "version": "1-1", "arch": "noarch" },
+        { "name": "hello", "version": "1:2.0-3.el9", "arch": "noarch" },
+    ]);
+    assert_eq!(results.inspect()["metadata"]["packages"], expected);
+    // The same as is read from the database that is in the image.
+    let sbom: Value = serde_json::from_str(&results.imgutil(&["sbom"]).stdout).unwrap();
+    let versions: Vec<_> = sbom["packages"].as_array().unwrap().iter().map(|package| &package["versionInfo"]).collect();
+    assert!(versions.contains(&&"1:2.0-3.el9".into()) && versions.contains(&&"1-1".into()), "{sbom:#}");
+}
+
+#[test]
+fn a_capture_over_an_image_is_its_next_generation() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(env!("CARGO_BIN_EXE_imgutil"), dir.path(), "");
+    let results = Results::of(dir.path());
+    let generation = || {
+        capture(&node, &node.target(), &[]).good();
+        let inspection = results.inspect();
+        std::fs::remove_file(&results.key).unwrap();
+        (inspection["lineage"].clone(), inspection["serial"].clone())
+    };
+    let (lineage, serial) = generation();
+    assert_eq!(serial, 1);
+    assert_eq!(generation(), (lineage, 2.into()));
+}
+
+#[test]
+fn a_full_disk_here_is_not_said_to_be_the_nodes_fault() {
+    own_mounts();
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    std::fs::create_dir(&out).unwrap();
+    tool(Command::new("mount").args(["-t", "tmpfs", "-o", "size=4m", "none"]).arg(&out));
+    let large = "head -c 150000000 /dev/urandom > home/op/large";
+    let node = Node::start(env!("CARGO_BIN_EXE_imgutil"), dir.path(), large);
+    let ran = capture(&node, &node.target(), &[]);
+    assert_eq!(ran.status, 1, "{}{}", ran.stdout, ran.stderr);
+    let error = ran.stderr.lines().find(|line| line.starts_with("imgutil: error: ")).unwrap_or_default();
+    let begin = format!("imgutil: error: cannot capture 'node': cannot write '{}'", out.join("node.moor").display());
+    assert!(error.starts_with(&begin) && error.ends_with("; make room there, or choose another place"), "{error}");
+    // That nobody took what its tar sent came of it.
+    let is_blamed = ["ssh failed", "the command ended"].iter().any(|blame| error.contains(blame));
+    assert!(error.contains("No space left on device") && !is_blamed, "{error}");
+    assert_eq!(node.left_here(), Vec::<String>::new());
+    drop(node);
+    tool(Command::new("umount").arg(&out));
 }

@@ -226,6 +226,43 @@ fn generations_are_listed_and_old_ones_pruned() {
     run(["list", work.path().join("none").to_str().unwrap()]).one_line_error(1, &["cannot list", "none"]);
 }
 
+/// An image whose lineage was begun anew under its old name, and one that was packed over an old generation.
+#[test]
+fn each_lineage_of_a_name_keeps_its_newest_and_what_replaces_an_old_generation_is_the_newest() {
+    let work = tempfile::tempdir().unwrap();
+    let (tree, images) = (work.path().join("tree"), work.path().join("images"));
+    for directory in [&tree, &images] {
+        fs::create_dir(directory).unwrap();
+    }
+    let (first, second) = ("0d8b1d5e-5a3f-4a3d-9d6c-0a4f0c6a1b2c", "7f2c1d5e-5a3f-4a3d-9d6c-0a4f0c6a1b2d");
+    let made = [(first, "1", "a"), (first, "2", "b"), (first, "3", "c"), (second, "1", "d"), (second, "2", "e")];
+    for (lineage, serial, file) in made {
+        let more = ["--lineage", lineage, "--serial", serial, "--name", "web", "--plain"];
+        pack(&tree, &images, file, &more);
+    }
+    // The third one was not good, and the second is made again.
+    pack(&tree, &images, "b", &["--plain", "--name", "web"]);
+    let directory = images.to_str().unwrap();
+    let listed: serde_json::Value = serde_json::from_str(&run(["list", directory, "--json"]).good().stdout).unwrap();
+    let listed: Vec<_> = listed
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| (one["file"].as_str().unwrap(), one["lineage"].as_str().unwrap(), one["serial"].as_u64().unwrap()))
+        .collect();
+    let expected = [
+        ("a.moor", first, 1),
+        ("c.moor", first, 3),
+        ("b.moor", first, 4),
+        ("d.moor", second, 1),
+        ("e.moor", second, 2),
+    ];
+    assert_eq!(listed, expected);
+    let ran = run(["prune", directory, "--keep", "1"]).good();
+    assert!(ran.stdout.contains("removed 3 of 5 images"), "{}", ran.stdout);
+    assert_eq!(names(&images), ["b.moor", "e.moor"]);
+}
+
 #[test]
 fn base_trees_in_the_cache_of_builds_are_listed_and_pruned() {
     let work = tempfile::tempdir().unwrap();

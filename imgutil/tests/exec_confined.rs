@@ -269,7 +269,8 @@ fn no_control_group_is_left() {
 #[test]
 fn the_hosts_processes_shared_memory_and_mounts_are_out_of_reach() {
     let tree = minimal_tree();
-    // Shared memory of the host, of this process' own namespace.
+    // Shared memory of the host, of this process' own namespace, by both of its names.
+    let shared = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     let made = Command::new("ipcmk").args(["-M", "4096"]).output().unwrap();
     let id = text(&made.stdout).trim().rsplit(' ').next().unwrap().to_owned();
     let sleeper = build_tree::tied("sleep").arg("91836").spawn().map(Sleeper).unwrap();
@@ -282,7 +283,7 @@ fn the_hosts_processes_shared_memory_and_mounts_are_out_of_reach() {
         ),
     );
     let removed = Command::new("ipcrm").args(["-m", &id]).status().unwrap();
-    assert!(removed.success());
+    assert!(removed.success() && shared.path().exists());
     assert_eq!(seen, "0\n0\n0\n");
 }
 

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::cli::{names, pack, run};
+use common::cli::{finish, names, pack, run};
 use common::mount::run as tool;
 use common::odd_tree::noise;
 use common::snapshot::{assert_same, snapshot};
@@ -165,6 +165,55 @@ fn without_nameless_files_a_signal_leaves_nothing_and_a_kill_what_the_next_run_r
     assert!(ended_at(&on_nfs, "fsync", 1, (Signal::SIGKILL, "KILL"), &args));
     tool(Command::new(on_nfs[0]).args(&on_nfs[1..]).arg(env!("CARGO_BIN_EXE_imgutil")).args(args));
     assert_eq!(names(&output), ["image.key", "image.moor"]);
+
+    // The next generation has another name, and so would nobody come by who removes it.
+    let next = output.join("next.moor");
+    let key = work.path().join("next.key");
+    let args = ["pack", tree.to_str().unwrap(), "-o", next.to_str().unwrap(), "--key-file", key.to_str().unwrap()];
+    assert!(ended_at(&on_nfs, "flock", 4, (Signal::SIGKILL, "KILL"), &args));
+    let left = names(&output);
+    assert!(left.len() == 3 && left[0].starts_with(".next.moor."), "{left:?}");
+    let prune = |more: &[&str]| run([&["prune", output.to_str().unwrap()], more].concat()).good().stdout;
+    let said = prune(&["--dry-run"]);
+    assert!(said.contains("would remove 1 file that killed runs have left, "), "{said}");
+    assert_eq!(names(&output), left);
+    // Not while somebody is making it.
+    let held = fs::File::open(output.join(&left[0])).unwrap();
+    held.lock().unwrap();
+    prune(&[]);
+    assert_eq!(names(&output), left);
+    held.unlock().unwrap();
+    let said: serde_json::Value = serde_json::from_str(&prune(&["--json"])).unwrap();
+    assert_eq!(said["left_over"], serde_json::json!([output.join(&left[0])]));
+    assert_eq!(names(&output), ["image.key", "image.moor"]);
+}
+
+/// Between an image and its signatures, where a program that knows nothing of signals would end.
+#[test]
+fn a_signal_does_not_part_an_image_that_is_pruned_from_its_signatures() {
+    let work = tempfile::tempdir().unwrap();
+    let (tree, images) = (work.path().join("tree"), work.path().join("images"));
+    fs::create_dir(&tree).unwrap();
+    for (name, signal) in [("TERM", Signal::SIGTERM), ("INT", Signal::SIGINT)] {
+        fs::create_dir(&images).unwrap();
+        for serial in ["1", "2", "3"] {
+            let lineage = "0d8b1d5e-5a3f-4a3d-9d6c-0a4f0c6a1b2c";
+            pack(&tree, &images, serial, &["--lineage", lineage, "--serial", serial, "--name", "web", "--plain"]);
+            fs::write(images.join(format!("{serial}.moor.sig")), "signatures").unwrap();
+        }
+        let output = Command::new("strace")
+            .args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=unlink,unlinkat"])
+            .args(["-e", &format!("inject=unlink,unlinkat:signal={name}:when=1")])
+            .args([env!("CARGO_BIN_EXE_imgutil"), "prune", images.to_str().unwrap(), "--keep", "1"])
+            .output()
+            .unwrap();
+        let said = format!("interrupted by {signal}: 1 of 2 images were removed, each with its signatures");
+        finish(&output).one_line_error(1, &[&said]);
+        assert_eq!(names(&images), ["2.moor", "2.moor.sig", "3.moor", "3.moor.sig"]);
+        run(["prune", images.to_str().unwrap(), "--keep", "1"]).good();
+        assert_eq!(names(&images), ["3.moor", "3.moor.sig"]);
+        fs::remove_dir_all(&images).unwrap();
+    }
 }
 
 #[test]

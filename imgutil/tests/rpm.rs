@@ -419,6 +419,55 @@ fn what_a_recipe_leaves_out_is_let_in_by_nothing() {
     }
 }
 
+/// libzypp makes the directory of its cache in the root too, at the path that it has on the builder. Of that path a package may have a part,
+/// and the script of a package may put a link in its place, which leads onto the builder for whoever follows it from outside.
+#[test]
+fn what_zypper_leaves_in_the_root_goes_and_nothing_of_a_package_or_of_the_builder() {
+    let work = scratch();
+    let key = Key::new();
+    let key_file = work.path().join("key.asc");
+    key.export(&key_file);
+    let mut parts = work.path().components().skip(1).map(|part| part.as_os_str().to_str().unwrap());
+    let top = parts.next().unwrap();
+    let below: PathBuf = parts.collect();
+    // Lists of files and scripts are written into the recipe of the packages as they are.
+    let directory = format!("%dir %attr(0711,root,root) /{top}\n").leak();
+    let link = format!(
+        "%post -n linker -p <lua>\nassert(os.rename(\"/{top}\", \"/moved\"))\nposix.symlink(\"/proc/self/root/{top}\", \"/{top}\")\n"
+    )
+    .leak();
+    let inside = &*format!("/{top}/inside").leak();
+    let inside = &*Box::leak(Box::new([(inside, "", "0644,root,root")]));
+    let packages = [
+        Package::empty("base"),
+        Package { scripts: directory, ..Package::empty("owner") },
+        Package { scripts: link, ..Package::empty("linker") },
+        Package { files: inside, ..Package::empty("filler") },
+    ];
+    signed(&work.path().join("repo"), &packages, &key);
+    describe(work.path(), "zypper", &format!("file://{}/repo", work.path().display()), &key_file, "");
+    let tree = work.path().join("tree");
+    let built = |package: &str| {
+        let output = build(work.path(), &["-p", package, "tree"]);
+        assert!(output.status.success(), "{package}: {}", text(&output.stderr));
+    };
+    for (package, left) in
+        [("base", None), ("owner", Some(vec![])), ("filler", Some(vec![tree.join(top).join("inside")]))]
+    {
+        built(package);
+        assert_eq!(tree.join(top).exists().then(|| listing(&tree.join(top))), left, "{package}");
+        std::fs::remove_dir_all(&tree).unwrap();
+    }
+
+    let before = listing(work.path());
+    built("linker");
+    assert_eq!(tree.join(top).read_link().unwrap(), Path::new("/proc/self/root").join(top));
+    // It was there when the link took its place: the link was in the way of what removes it.
+    assert!(tree.join("moved").join(&below).join(".tree.imgutil-build").is_dir());
+    std::fs::remove_dir_all(&tree).unwrap();
+    assert_eq!(listing(work.path()), before);
+}
+
 /// A disk that is full in the middle of it is said so, and nothing is left on it.
 #[test]
 fn a_full_disk_is_named_and_left_empty() {

@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use zeroize::Zeroize as _;
 
 pub(crate) async fn run(client: &mut AdminClient, command: Image, json: bool) -> anyhow::Result<ExitCode> {
     match command {
@@ -50,8 +51,9 @@ pub(crate) async fn run(client: &mut AdminClient, command: Image, json: bool) ->
                 boot_loaders.insert(loader.to_owned(), upload(client, &boot_dir.join(loader)).await?);
             }
             let image = upload(client, &file).await?;
-            let request = ImportImage { name, image, key, signatures, kernel, initramfs, boot_loaders };
+            let mut request = ImportImage { name, image, key, signatures, kernel, initramfs, boot_loaders };
             let view = client.import_image(&request).await;
+            request.key.zeroize();
             let view = view.with_context(|| format!("importing '{}'", file.display()))?;
             if json {
                 output::json(&view)?;

@@ -13,7 +13,9 @@ mod survey;
 mod tree;
 
 use crate::boot_files::{self, BootFiles, BootLoaders};
+use crate::cmd::is_full_disk;
 use crate::files::{Existing, NewFile};
+use crate::generations;
 use crate::key_file::NewKeyFile;
 use crate::progress::Progress;
 use crate::scrub::{LeftOut, View, ViewOptions};
@@ -78,15 +80,16 @@ pub struct Captured {
     pub notes: Vec<String>,
 }
 
-/// Captures a node into the file `image`; an old one of this name is replaced. Its key goes to `key_file`, which must not exist. On
-/// failure neither is there.
-pub fn capture_to_files(options: &Options, name: String, image: &Path, key_file: &Path) -> Result<Captured> {
+/// Captures a node into the file `path`; an old image of this name is replaced by its next generation. Its key goes to `key_file`, which
+/// must not exist. On failure neither is there.
+pub fn capture_to_files(options: &Options, name: String, path: &Path, key_file: &Path) -> Result<Captured> {
     let key = Dek::generate()?;
     let key_file = NewKeyFile::create(key_file, &key)?;
-    let image = NewFile::create(image, 0o644)?;
+    let image = NewFile::create(path, 0o644)?;
     let out = image.file().try_clone().context("cannot use the image file twice")?;
-    let wanted = Wanted { name, lineage: Uuid::new_v4(), serial: 1, boots: false };
-    let (_, captured) = capture(options, wanted, out, key)?;
+    let (lineage, serial) = generations::next_at(path);
+    let wanted = Wanted { name, lineage, serial, boots: false };
+    let (_, captured) = capture(options, wanted, out, key, &format!("'{}'", path.display()))?;
     let key_file = key_file.appear()?;
     image.appear(Existing::Replace)?;
     key_file.keep();
@@ -104,7 +107,8 @@ pub fn capture_to_server(
     let upload = Upload::begin(server, name, profile)?;
     let wanted = Wanted { name: name.to_string(), lineage: upload.lineage, serial: upload.serial, boots: true };
     let key = Dek::generate()?;
-    let (sealed, mut captured) = capture(options, wanted, Upload::staging()?, key.clone())?;
+    let place = "a temporary file (TMPDIR says where)";
+    let (sealed, mut captured) = capture(options, wanted, Upload::staging()?, key.clone(), place)?;
     let (boot_files, boot_loaders) =
         what_boots(&sealed, &key).context("cannot take kernel and initramfs out of what was captured")?;
     if boot_loaders.is_none() {
@@ -132,8 +136,19 @@ fn what_boots(sealed: &File, key: &Dek) -> Result<(BootFiles, Option<BootLoaders
     Ok((system.boot_files()?, system.boot_loaders()?))
 }
 
-fn capture<W: Read + Write + Seek>(options: &Options, wanted: Wanted, out: W, key: Dek) -> Result<(W, Captured)> {
-    run(options, wanted, out, key).with_context(|| format!("cannot capture '{}'", options.node))
+/// `place` is what `out` is, for people.
+fn capture<W: Read + Write + Seek>(
+    options: &Options,
+    wanted: Wanted,
+    out: W,
+    key: Dek,
+    place: &str,
+) -> Result<(W, Captured)> {
+    let told = |error: anyhow::Error| {
+        // Nothing is written but the image.
+        if error.chain().any(is_full_disk) { error.context(format!("cannot write {place}")) } else { error }
+    };
+    run(options, wanted, out, key).map_err(told).with_context(|| format!("cannot capture '{}'", options.node))
 }
 
 fn run<W: Read + Write + Seek>(options: &Options, wanted: Wanted, out: W, key: Dek) -> Result<(W, Captured)> {
@@ -184,6 +199,8 @@ fn run<W: Read + Write + Seek>(options: &Options, wanted: Wanted, out: W, key: D
                 summary(&said.failures)
             ),
             (Ok(_), _) => bail!("'{place}': {}", node.reason(&ended)),
+            // Nobody takes what it sends any more: its end comes of that.
+            (Err(error), _) if error.chain().any(is_full_disk) => return Err(error),
             (Err(error), Some(0 | 1)) => return Err(error.context(format!("in the file system '{place}'"))),
             (Err(error), _) => return Err(error.context(format!("'{place}': {}", node.reason(&ended)))),
         };

@@ -286,9 +286,10 @@ fn volumes(text: &str) -> Result<BTreeMap<String, BTreeMap<String, String>>> {
         .collect())
 }
 
-/// `NAME|VERSION|ARCHITECTURE`.
+/// `NAME|VERSION|ARCHITECTURE`. `None` for what is none: RPM lists the keys that it was given among its packages.
 fn package(line: &str) -> Option<Package> {
     let mut words = line.split('|');
     let (name, version, arch) = (words.next()?, words.next()?, words.next()?);
-    Some(Package { name: name.to_owned(), version: version.to_owned(), arch: arch.to_owned() })
+    let package = Package { name: name.to_owned(), version: version.to_owned(), arch: arch.to_owned() };
+    (name != "gpg-pubkey").then_some(package)
 }

@@ -39,7 +39,7 @@ pub fn error_line(error: &anyhow::Error) -> String {
 }
 
 /// Whether a cause is a file system without room.
-fn is_full_disk(cause: &(dyn std::error::Error + 'static)) -> bool {
+pub(crate) fn is_full_disk(cause: &(dyn std::error::Error + 'static)) -> bool {
     use std::io::ErrorKind;
     let kind = match (cause.downcast_ref::<std::io::Error>(), cause.downcast_ref::<rustix::io::Errno>()) {
         (Some(error), _) => error.kind(),

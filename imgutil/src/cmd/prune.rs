@@ -2,7 +2,9 @@
 
 use super::list::{cache_table, cached, entries_json, table};
 use crate::build::cache::{self, DEFAULT_CACHE, Entry};
-use crate::generations;
+use crate::exec::{ASK_FOR_THE_END, SignalWatch};
+use crate::files::LeftOver;
+use crate::generations::{self, Generation};
 use crate::progress::bytes_text;
 use anyhow::{Context as _, Result, bail};
 use std::path::{Path, PathBuf};
@@ -13,7 +15,8 @@ const KEPT: u32 = 3;
 
 /// Removes old generations from a directory of images, and their signatures. Keys are never removed.
 ///
-/// Of each image (each lineage) the generations with the highest serials are kept. What cannot be read as an image is left alone.
+/// Of each image (each lineage) the generations with the highest serials are kept. What cannot be read as an image is left alone; what
+/// runs that were killed have begun under a hidden name goes.
 /// With --cache it removes base trees that `imgutil build` keeps instead: those that were used longest ago, and what builds that were
 /// killed have left.
 #[derive(Debug, clap::Args)]
@@ -53,21 +56,40 @@ fn prune_images(args: &Args, directory: &Path, keep: usize) -> Result<ExitCode> 
     let found = generations::find(directory)?;
     generations::warn(&found.unreadable);
     let old = generations::older_than(&found.generations, keep);
-    let bytes: u64 = old.iter().map(|generation| generation.size).sum();
+    let left = LeftOver::find(directory, |name| name.ends_with(b".moor") || name.ends_with(b".moor.sig"))?;
     if !args.dry_run {
-        for generation in &old {
-            generations::remove(directory, generation)?;
-        }
+        remove_images(directory, &old)?;
+        left.iter().try_for_each(LeftOver::remove)?;
     }
+    let bytes: u64 = old.iter().map(|generation| generation.size).sum();
+    let left_bytes: u64 = left.iter().map(|left| left.bytes).sum();
     if args.json {
-        print_json(args, &serde_json::to_value(&old)?, bytes)?;
+        let mut removed = json(args, &serde_json::to_value(&old)?, bytes + left_bytes);
+        removed["left_over"] = left.iter().map(|left| left.path.to_string_lossy()).collect();
+        println!("{}", serde_json::to_string_pretty(&removed)?);
         return Ok(ExitCode::SUCCESS);
     }
     if !old.is_empty() {
         print!("{}", table(&old));
     }
     println!("{} {} of {} images, {}", verb(args), old.len(), found.generations.len(), bytes_text(bytes));
+    if !left.is_empty() {
+        let files = if left.len() == 1 { "file" } else { "files" };
+        println!("{} {} {files} that killed runs have left, {}", verb(args), left.len(), bytes_text(left_bytes));
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A signal waits until an image and its signatures are gone: a signature that is left alone is not seen by anybody.
+fn remove_images(directory: &Path, old: &[Generation]) -> Result<()> {
+    let signals = SignalWatch::start(&ASK_FOR_THE_END)?;
+    for (count, generation) in old.iter().enumerate() {
+        if let Some(signal) = signals.take().first() {
+            bail!("interrupted by {signal}: {count} of {} images were removed, each with its signatures", old.len());
+        }
+        generations::remove(directory, generation)?;
+    }
+    Ok(())
 }
 
 fn prune_cache(args: &Args, directory: &Path, keep: usize) -> Result<ExitCode> {
@@ -83,7 +105,7 @@ fn prune_cache(args: &Args, directory: &Path, keep: usize) -> Result<ExitCode> {
         }
     }
     if args.json {
-        print_json(args, &entries_json(&old).into(), bytes)?;
+        println!("{}", serde_json::to_string_pretty(&json(args, &entries_json(&old).into(), bytes))?);
         return Ok(ExitCode::SUCCESS);
     }
     if !old.is_empty() {
@@ -94,10 +116,8 @@ fn prune_cache(args: &Args, directory: &Path, keep: usize) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn print_json(args: &Args, removed: &serde_json::Value, bytes: u64) -> Result<()> {
-    let answer = serde_json::json!({ "removed": removed, "bytes": bytes, "dry_run": args.dry_run });
-    println!("{}", serde_json::to_string_pretty(&answer)?);
-    Ok(())
+fn json(args: &Args, removed: &serde_json::Value, bytes: u64) -> serde_json::Value {
+    serde_json::json!({ "removed": removed, "bytes": bytes, "dry_run": args.dry_run })
 }
 
 fn verb(args: &Args) -> &'static str {

@@ -23,6 +23,7 @@ use std::convert::Infallible;
 use std::ops::Range;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
+use zeroize::Zeroizing;
 
 /// The header by which what belongs together is found in the logs of all members: a node sends the id of its boot.
 pub const REQUEST_ID: &str = "x-request-id";
@@ -106,6 +107,31 @@ pub type Body = BoxBody<Bytes, Box<dyn std::error::Error + Send + Sync>>;
 #[must_use]
 pub fn full(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).map_err(|never: Infallible| match never {}).boxed()
+}
+
+/// A body of JSON in memory that is wiped when it was sent, or was given up: it may hold an image's key or a passphrase. What carries it is
+/// written out of that memory (both TLS and unix sockets take several buffers at once; hyper would copy it otherwise).
+fn json_body<Q: Serialize + ?Sized>(value: &Q) -> serde_json::Result<Body> {
+    let mut length = Length(0);
+    serde_json::to_writer(&mut length, value)?;
+    // As large as it gets: growing would leave copies behind.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(length.0));
+    serde_json::to_writer(&mut *bytes, value)?;
+    Ok(full(Bytes::from_owner(bytes)))
+}
+
+/// Counts what is written to it, and keeps nothing.
+struct Length(usize);
+
+impl std::io::Write for Length {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0 += bytes.len();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Is told why an answer may be out of date.
@@ -282,9 +308,8 @@ impl Http {
     ) -> Result<Response<Incoming>, ClientError> {
         let (kind, body) = match body {
             Some(body) => {
-                let bytes =
-                    serde_json::to_vec(body).map_err(|error| ClientError::Config(format!("{path}: {error}")))?;
-                ("application/json", full(bytes))
+                let body = json_body(body).map_err(|error| ClientError::Config(format!("{path}: {error}")))?;
+                ("application/json", body)
             }
             None => ("", full(Bytes::new())),
         };
