@@ -1,7 +1,7 @@
 //! What `moord` does: from arguments to a member, as whom it runs, and how it ends.
 
 use crate::args::{Cli, Command};
-use crate::backup;
+use crate::backup::{self, Stale};
 use crate::collective;
 use crate::collective::identity::Identity;
 use crate::collective::invite::Invitation;
@@ -152,15 +152,22 @@ async fn restore(path: &Path, addresses: Vec<String>, from: Source, as_json: boo
         println!("{}", serde_json::to_string(&restored)?);
         return Ok(());
     }
-    let format = time::macros::format_description!("[year]-[month]-[day] [hour]:[minute]:[second] UTC");
     println!(
         "collective {} as it was at {}: {} nodes; this is its only member, {} ({})",
         restored.collective,
-        time::OffsetDateTime::from_unix_timestamp(i64::try_from(restored.created)?)?.format(&format)?,
+        time_of(restored.created)?,
         restored.nodes,
         restored.member,
         restored.number
     );
+    if let Some(Stale { term, index, confirmed }) = restored.stale {
+        let confirmed = confirmed.map(time_of).transpose()?;
+        println!(
+            "the backup was made without a majority: it ends with entry {index} of term {term}, and what others agreed about after that is not in \
+             it; the member that made it last knew of a majority at {}",
+            confirmed.as_deref().unwrap_or("a time that is not known")
+        );
+    }
     if restored.taken > 0 {
         println!("{} blobs were taken from the given directory", restored.taken);
     }
@@ -176,6 +183,12 @@ async fn restore(path: &Path, addresses: Vec<String>, from: Source, as_json: boo
     }
     println!("start it with `moord run --config {}`", path.display());
     Ok(())
+}
+
+/// A time in Unix seconds, for people.
+fn time_of(seconds: u64) -> anyhow::Result<String> {
+    let format = time::macros::format_description!("[year]-[month]-[day] [hour]:[minute]:[second] UTC");
+    Ok(time::OffsetDateTime::from_unix_timestamp(i64::try_from(seconds)?)?.format(&format)?)
 }
 
 async fn recover(path: &Path, force: bool) -> anyhow::Result<()> {

@@ -1,8 +1,8 @@
 //! `moord restore`: a new collective of one member, with the id, the keys and the records of the one that a backup was made of. Nodes know
 //! it by its authorities and members by its records, so it is theirs; the members of before are none any more.
 
-use super::Head;
 use super::sealed::Decrypting;
+use super::{Head, Stale};
 use crate::authority::{self, Authority};
 use crate::collective::identity::{Identity, check_name};
 use crate::config::Config;
@@ -26,6 +26,9 @@ pub struct Restored {
     pub collective: String,
     /// When the backup was made, Unix seconds.
     pub created: u64,
+    /// Why the backup may not have been the newest; none: a majority answered when it was made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stale: Option<Stale>,
     /// Name of the only member.
     pub member: String,
     /// Its number.
@@ -103,6 +106,7 @@ async fn make(
     let restored = Restored {
         collective: site.name.clone(),
         created: head.created,
+        stale: head.stale,
         member: name.clone(),
         number,
         nodes,

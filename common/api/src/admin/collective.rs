@@ -108,6 +108,9 @@ pub struct BackupRequest {
     /// What the backup is encrypted under; none: it is redacted.
     #[serde(default)]
     pub passphrase: Option<String>,
+    /// Where no majority answers, make one of what the member holds: it may not be the newest, and says so.
+    #[serde(default)]
+    pub without_majority: bool,
 }
 
 impl Drop for BackupRequest {
