@@ -101,13 +101,14 @@ pub fn finish(config: &Config) -> anyhow::Result<Option<Identity>> {
         .map_err(|error| state::not_opened(error, &identity))
         .context("opening the store (a member that runs has to be stopped first)")?;
     let settled = settle(config, identity, &records)?;
-    match &settled {
-        Some(identity) => tracing::warn!(
+    if let Some(identity) = &settled {
+        tracing::warn!(
             "a recovery was interrupted, and is finished: member {} is the only one, as number {}",
             identity.name,
             identity.number
-        ),
-        None => tracing::info!("a recovery was interrupted before it changed anything: the member is as it was"),
+        );
+    } else {
+        tracing::info!("a recovery was interrupted before it changed anything: the member is as it was");
     }
     Ok(settled)
 }

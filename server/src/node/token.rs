@@ -235,7 +235,7 @@ mod tests {
         }
         // One that is not good takes no place of one that is, and gets none of its rights.
         let changed = format!("{token}A");
-        assert_eq!(read(&changed, collective, KEY, 999), Err(TokenError::Foreign));
+        assert_eq!(read(&changed, collective, KEY, 999), Err(TokenError::Void(claims.node)));
         assert_eq!(read(&token[..token.len() - 1], collective, KEY, 999), Err(TokenError::Foreign));
         let other = Claims { node: NodeId::random(), ..claims.clone() };
         let second = mint(&key, &other).unwrap();

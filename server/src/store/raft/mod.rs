@@ -401,15 +401,14 @@ impl Replicated {
     /// neither the caller's number nor who has that one; then it is believed.
     fn speaks(&self, number: u64, by: MemberId) -> Result<(), StoreError> {
         let view = self.machine.view()?;
-        let is_its_own = match view.member(number)? {
-            Some(record) => record.id == by,
-            None => {
-                let named = self.standing().members;
-                let is_other = |(known, id): (u64, MemberId)| (known == number) != (id == by);
-                number != self.number
-                    && !view.members()?.into_iter().map(|(known, record)| (known, record.id)).any(is_other)
-                    && !named.into_iter().map(|(known, (peer, _))| (known, peer.id)).any(is_other)
-            }
+        let is_its_own = if let Some(record) = view.member(number)? {
+            record.id == by
+        } else {
+            let named = self.standing().members;
+            let is_other = |(known, id): (u64, MemberId)| (known == number) != (id == by);
+            number != self.number
+                && !view.members()?.into_iter().map(|(known, record)| (known, record.id)).any(is_other)
+                && !named.into_iter().map(|(known, (peer, _))| (known, peer.id)).any(is_other)
         };
         if is_its_own { Ok(()) } else { Err(StoreError::Speaker { number }) }
     }
@@ -421,7 +420,7 @@ impl Replicated {
     pub async fn answer(&self, call: Call, body: &[u8], by: MemberId) -> Result<Vec<u8>, StoreError> {
         let speaks = |number| self.speaks(number, by);
         let answer = network::answer(&self.raft, call, body, self.machine.known(), speaks).await;
-        let answer = self.machine.note(answer)?;
+        let answer = self.machine.note(answer).map_err(|error| self.machine.why(error))?;
         if call == Call::Append {
             *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         }
