@@ -55,6 +55,10 @@ pub enum Command {
         /// Write lines of JSON without any secret instead: to read and to compare, not to restore.
         #[arg(long, conflicts_with = "passphrase_file")]
         redact: bool,
+        /// Where no majority of the members answers, write what this member holds. Others may have agreed about more; the backup says so when
+        /// it is restored.
+        #[arg(long)]
+        without_majority: bool,
     },
     /// Make a new collective of this machine out of a backup (runs `moord restore`).
     Restore {

@@ -154,6 +154,12 @@ impl Config {
         self.state_dir.join("store/member.json")
     }
 
+    /// What a recovery is about to make of this member.
+    #[must_use]
+    pub fn recovering(&self) -> PathBuf {
+        self.state_dir.join("store/recovering.json")
+    }
+
     /// Makes a new member: its directories, and by `make`, which is given the one for its keys, what is in them. What has the member's place
     /// already is moved aside, and back where `make` fails.
     ///

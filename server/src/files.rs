@@ -23,6 +23,15 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     })
 }
 
+/// Removes a file; when it returns, it is gone for good.
+///
+/// # Errors
+/// It is not there; the directory is not writable, or cannot be synced.
+pub fn remove(path: &Path) -> io::Result<()> {
+    std::fs::remove_file(path)?;
+    sync_parent(path)
+}
+
 /// Syncs the directory that holds `path`, so that a rename in it is durable.
 ///
 /// # Errors

@@ -3,7 +3,7 @@
 //! counts from when it last knew of a majority, which lies on the disk too.
 
 use crate::files::free_space;
-use crate::state::{Member, now, now_ms};
+use crate::state::{Member, audit_entry, now};
 use crate::store::late::Late;
 use crate::store::records::NodeRecord;
 use crate::store::{Command, Outcome, Snapshot, Store as _, StoreError, database};
@@ -91,11 +91,15 @@ impl Waiting {
         self.memory().waiting.is_empty()
     }
 
-    /// Seconds since a majority was known to answer; `None`: nobody knows.
-    fn age(&self) -> Option<u64> {
+    /// When a majority was last known to answer, Unix seconds; `None`: nobody knows.
+    pub(crate) fn confirmed(&self) -> Option<u64> {
         let confirmed = self.memory().confirmed;
-        let now = now();
-        (confirmed > 0 && confirmed <= now + SKEW).then(|| now.saturating_sub(confirmed))
+        (confirmed > 0 && confirmed <= now() + SKEW).then_some(confirmed)
+    }
+
+    /// Seconds since then.
+    fn age(&self) -> Option<u64> {
+        self.confirmed().map(|confirmed| now().saturating_sub(confirmed))
     }
 
     /// A majority answers now.
@@ -255,8 +259,18 @@ impl Member {
     /// The store failed, or no majority has answered for too long: then what was to be recorded must not happen.
     pub(crate) async fn audit_for_node(self: &Arc<Self>, what: &str, fields: serde_json::Value) -> Result<(), Problem> {
         self.fresh(Bound::Secrets)?;
-        let entry = serde_json::json!({ "time_ms": now_ms(), "what": what, "fields": fields });
-        self.propose_for_node(Command::Audit { entry }).await
+        self.propose_for_node(Command::Audit { entry: audit_entry(what, &fields) }).await
+    }
+
+    /// Writes an audit line without a majority: durable here when it returns, and delivered once there is one, however long that takes.
+    ///
+    /// # Errors
+    /// The store failed, or its disk is full: then what was to be recorded must not happen.
+    pub(crate) async fn audit_alone(self: &Arc<Self>, what: &str, fields: &serde_json::Value) -> Result<(), Problem> {
+        let (member, entry) = (self.clone(), audit_entry(what, fields));
+        let kept = tokio::task::spawn_blocking(move || member.waiting.push(Late::Audit { entry }));
+        kept.await.map_err(|error| Problem::new(Code::Internal, error.to_string()))??;
+        Ok(())
     }
 
     /// The number of an SSH certificate; never given twice. Without a majority it is drawn from the upper half of all numbers, where a

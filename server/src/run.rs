@@ -1,13 +1,15 @@
 //! What `moord` does: from arguments to a member, as whom it runs, and how it ends.
 
 use crate::args::{Cli, Command};
-use crate::backup;
+use crate::backup::{self, Stale};
 use crate::collective;
+use crate::collective::identity::Identity;
 use crate::collective::invite::Invitation;
 use crate::config::Config;
 use crate::state::{self, Member};
 use crate::{listener, router};
 use anyhow::{Context as _, bail};
+use moor_api::admin::UnreadableSecret;
 use moor_api::passphrase;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
@@ -150,15 +152,22 @@ async fn restore(path: &Path, addresses: Vec<String>, from: Source, as_json: boo
         println!("{}", serde_json::to_string(&restored)?);
         return Ok(());
     }
-    let format = time::macros::format_description!("[year]-[month]-[day] [hour]:[minute]:[second] UTC");
     println!(
         "collective {} as it was at {}: {} nodes; this is its only member, {} ({})",
         restored.collective,
-        time::OffsetDateTime::from_unix_timestamp(i64::try_from(restored.created)?)?.format(&format)?,
+        time_of(restored.created)?,
         restored.nodes,
         restored.member,
         restored.number
     );
+    if let Some(Stale { term, index, confirmed }) = restored.stale {
+        let confirmed = confirmed.map(time_of).transpose()?;
+        println!(
+            "the backup was made without a majority: it ends with entry {index} of term {term}, and what others agreed about after that is not in \
+             it; the member that made it last knew of a majority at {}",
+            confirmed.as_deref().unwrap_or("a time that is not known")
+        );
+    }
     if restored.taken > 0 {
         println!("{} blobs were taken from the given directory", restored.taken);
     }
@@ -176,8 +185,19 @@ async fn restore(path: &Path, addresses: Vec<String>, from: Source, as_json: boo
     Ok(())
 }
 
+/// A time in Unix seconds, for people.
+fn time_of(seconds: u64) -> anyhow::Result<String> {
+    let format = time::macros::format_description!("[year]-[month]-[day] [hour]:[minute]:[second] UTC");
+    Ok(time::OffsetDateTime::from_unix_timestamp(i64::try_from(seconds)?)?.format(&format)?)
+}
+
 async fn recover(path: &Path, force: bool) -> anyhow::Result<()> {
     let config = prepare(path, &[])?;
+    if let Some(identity) = collective::recover::finish(&config)? {
+        println!("the recovery that was interrupted is finished");
+        recovered(&identity, path);
+        return Ok(());
+    }
     let (recovery, prospect) = collective::recover::Recovery::open(&config).await?;
     let (term, index) = prospect.newest;
     println!("no other member answers: {}", prospect.others.join(", "));
@@ -187,19 +207,32 @@ async fn recover(path: &Path, force: bool) -> anyhow::Result<()> {
     for (blob, what) in &prospect.missing {
         println!("missing here, and lost unless it is somewhere else: {what}: {blob}");
     }
+    prospect.unreadable.iter().for_each(unreadable);
     println!("the others are members no more: if one comes back, stop it, and let it join anew with `--set-aside`");
     if !force {
         bail!("nothing was changed: `--force` makes this member a collective of one");
     }
-    let identity = recovery.go_on(&config).await?;
+    let done = recovery.go_on(&config).await?;
+    // What its log had, and its tables had not.
+    done.unreadable.iter().filter(|secret| !prospect.unreadable.contains(secret)).for_each(unreadable);
+    recovered(&done.identity, path);
+    Ok(())
+}
+
+fn unreadable(UnreadableSecret { of, version, remedy }: &UnreadableSecret) {
+    println!(
+        "lost, because it does not open with the keys that are here (it is under version {version} of them): {of}: {remedy}"
+    );
+}
+
+fn recovered(identity: &Identity, config: &Path) {
     println!(
         "this is member {} ({}), the only one of collective {}; start it with `moord run --config {}`",
         identity.name,
         identity.number,
         identity.site.name,
-        path.display()
+        config.display()
     );
-    Ok(())
 }
 
 fn read_invitation(file: &Path) -> anyhow::Result<Invitation> {

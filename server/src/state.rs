@@ -3,6 +3,7 @@
 use crate::authority::{self, Addresses, Authority, MemberIssuer};
 use crate::certificate::Certificate;
 use crate::collective::identity::{self, Identity};
+use crate::collective::recover;
 use crate::config::Config;
 use crate::content;
 use crate::late::Waiting;
@@ -291,7 +292,10 @@ impl Member {
             "'{}' holds no member: make a new collective with `moord init`, or come to one with `moord join`",
             config.state_dir.display()
         );
-        let identity = Identity::read(&config.identity())?;
+        let identity = match recover::finish(&config)? {
+            Some(identity) => identity,
+            None => Identity::read(&config.identity())?,
+        };
         let authority = Authority::open(&config.keys())?;
         let Connections { issuer, certificate, calls } = connections(&config, &config.keys(), &identity)?;
         let store = Replicated::open_up_to(config.level(), &config.store(), identity.number, calls.clone()).await;

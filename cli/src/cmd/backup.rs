@@ -17,11 +17,12 @@ pub(crate) async fn run(
     file: &Path,
     passphrase_file: Option<&Path>,
     redact: bool,
+    without_majority: bool,
     json: bool,
 ) -> anyhow::Result<ExitCode> {
     let name = file.file_name().with_context(|| format!("'{}' is no name of a file", file.display()))?;
     ensure!(std::fs::symlink_metadata(file).is_err(), "'{}' exists already: give another name", file.display());
-    let mut request = BackupRequest::default();
+    let mut request = BackupRequest { passphrase: None, without_majority };
     if !redact {
         let passphrase = match passphrase_file {
             Some(file) => passphrase::read(file)?,

@@ -3,7 +3,10 @@
 use crate::args::Collective;
 use crate::output;
 use anyhow::Context as _;
-use moor_api::admin::{CollectiveMember, CollectiveView, InviteRequest, Invited, MemberRequest, ReplaceRequest};
+use moor_api::admin::{
+    CollectiveMember, CollectiveView, InviteRequest, Invited, MAX_UNREADABLE, MemberRequest, ReplaceRequest,
+    UnreadableSecret,
+};
 use moor_api::client::ClientError;
 use moor_api::client::admin::AdminClient;
 use std::io::Write as _;
@@ -119,6 +122,12 @@ fn show(view: &CollectiveView) -> anyhow::Result<ExitCode> {
             _ => output::line(format_args!("keys: version {current}, secrets are left under {}", older.join(", ")))?,
         }
     }
+    for UnreadableSecret { of, version, remedy } in &view.unreadable {
+        output::line(format_args!("{of} does not open, and version {version} of the keys is kept for it: {remedy}"))?;
+    }
+    if view.unreadable.len() == MAX_UNREADABLE {
+        output::line("there may be more: they are shown once these are seen to")?;
+    }
     if view.majority {
         return Ok(ExitCode::SUCCESS);
     }
@@ -201,6 +210,7 @@ mod tests {
             members: vec![member(1, 2), member(2, 1), member(3, 1)],
             invitations: Vec::new(),
             keys: vec![1],
+            unreadable: Vec::new(),
         };
         let said = levels(&view);
         assert!(said.starts_with("feature level 1: 2 is used once"), "{said}");

@@ -47,8 +47,8 @@ pub(crate) async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         // They were run above.
         Command::Init(_) | Command::Restore { .. } => Ok(ExitCode::SUCCESS),
-        Command::Backup { file, passphrase_file, redact } => {
-            backup::run(client, &file, passphrase_file.as_deref(), redact, cli.json).await
+        Command::Backup { file, passphrase_file, redact, without_majority } => {
+            backup::run(client, &file, passphrase_file.as_deref(), redact, without_majority, cli.json).await
         }
         Command::Collective(command) => collective::run(client, command, cli.json).await,
         Command::Node(command) => node::run(client, command, cli.json).await,

@@ -34,7 +34,7 @@ mod collective;
 
 pub use collective::{
     BackupRequest, CollectiveMember, CollectiveView, ContentBlob, ContentView, InviteRequest, Invited, KeysRotated,
-    MIN_PASSPHRASE, MemberRequest, ReplaceRequest,
+    MAX_UNREADABLE, MIN_PASSPHRASE, MemberRequest, ReplaceRequest, UnreadableSecret,
 };
 
 use crate::ids::{

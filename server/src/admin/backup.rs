@@ -1,15 +1,18 @@
 //! Backups, as they are sent to the administrator.
 
+use super::audit::Who;
+use super::stale;
 use crate::backup;
 use crate::http::{Connection, Failure, Peer, parse};
 use crate::state::Member;
+use crate::store::StoreError;
 use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::response::Response;
 use bytes::Bytes;
 use http::header;
-use moor_api::admin::{BackupRequest, MIN_PASSPHRASE};
+use moor_api::admin::{BackupRequest, MIN_PASSPHRASE, STALE};
 use moor_api::problem::{Code, Problem};
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -48,6 +51,7 @@ impl Write for Pipe {
 pub(super) async fn backup(
     State(member): State<Arc<Member>>,
     Extension(connection): Extension<Connection>,
+    Extension(Who(who)): Extension<Who>,
     body: Bytes,
 ) -> Result<Response, Failure> {
     let body = Zeroizing::new(body.to_vec());
@@ -63,13 +67,34 @@ pub(super) async fn backup(
             return Err(Problem::new(Code::BadRequest, detail).into());
         }
     }
-    member.audit("backup", serde_json::json!({ "redacted": passphrase.is_none() })).await?;
+    let fields =
+        |majority: bool| serde_json::json!({ "by": who, "redacted": passphrase.is_none(), "majority": majority });
+    tracing::info!("a backup for {who}");
+    // Before anything leaves: what is in it is then at least as new as the line.
+    let why = match member.store.linearize().await {
+        Ok(()) => {
+            member.audit("backup", fields(true)).await?;
+            None
+        }
+        Err(StoreError::NoLeader(why)) if request.without_majority => {
+            member.audit_alone("backup", &fields(false)).await?;
+            Some(why)
+        }
+        Err(StoreError::NoLeader(why)) => {
+            let detail = format!(
+                "{why}: a backup could only be of what this member holds, which may not be the newest; `--without-majority` makes such a one"
+            );
+            return Err(Problem::new(Code::NoMajority, detail).into());
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let is_stale = why.is_some();
     let (sender, receiver) = mpsc::channel(4);
     tokio::task::spawn_blocking(move || {
         let pipe = Pipe { piece: Vec::with_capacity(PIECE), sender: sender.clone() };
         let written = match &passphrase {
-            Some(passphrase) => backup::write(&member, passphrase.as_bytes(), pipe),
-            None => backup::plain::write(&member, pipe),
+            Some(passphrase) => backup::write(&member, passphrase.as_bytes(), is_stale, pipe),
+            None => backup::plain::write(&member, is_stale, pipe),
         };
         let ended = written.and_then(|mut pipe| Ok(pipe.flush()?));
         if let Err(error) = ended {
@@ -78,8 +103,10 @@ pub(super) async fn backup(
             let _ = sender.blocking_send(Err(io::Error::other("the backup failed")));
         }
     });
-    let response = Response::builder()
-        .header(header::CONTENT_TYPE, "application/octet-stream")
-        .body(Body::from_stream(ReceiverStream::new(receiver)));
+    let mut response = Response::builder().header(header::CONTENT_TYPE, "application/octet-stream");
+    if let Some(why) = why {
+        response = response.header(STALE, stale(&why));
+    }
+    let response = response.body(Body::from_stream(ReceiverStream::new(receiver)));
     response.map_err(|error| anyhow::Error::from(error).into())
 }

@@ -22,6 +22,9 @@ use std::sync::Arc;
 const MAX_LIFETIME: u64 = 86_400;
 
 pub(super) async fn show(State(member): State<Arc<Member>>) -> Result<Json<CollectiveView>, Failure> {
+    let looker = member.clone();
+    // What fails there is in the log: the same is done again and again.
+    let unreadable = tokio::task::spawn_blocking(move || rotation::kept(&looker)).await.map_err(anyhow::Error::from)?;
     let (standing, view) = (member.store.standing(), member.view()?);
     let now = now();
     let members = view.members()?.into_iter().filter(|(_, record)| !record.removed).map(|(number, record)| {
@@ -50,6 +53,7 @@ pub(super) async fn show(State(member): State<Arc<Member>>) -> Result<Json<Colle
         members: members.collect(),
         invitations: invitations.map(|invite| (invite.name, invite.expires)).collect(),
         keys: view.key_versions()?.versions.iter().map(|version| version.version).collect(),
+        unreadable: unreadable.unwrap_or_default(),
     }))
 }
 

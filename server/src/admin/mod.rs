@@ -33,9 +33,11 @@ const SOON: Duration = Duration::from_secs(2);
 
 /// The routes, behind the check who asks.
 pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
-    // What is about this member needs no majority, and says itself how it is.
-    let of_this_member =
-        Router::new().route("/metrics", get(observe::metrics)).route("/admin/v1/collective", get(collective::show));
+    // What is about this member needs no majority, and says itself how it is. So does a backup, which is asked for without one in need.
+    let of_this_member = Router::new()
+        .route("/metrics", get(observe::metrics))
+        .route("/admin/v1/collective", get(collective::show))
+        .route("/admin/v1/backup", post(backup::backup));
     let of_nodes = Router::new()
         .route("/admin/v1/nodes", get(nodes::list).post(nodes::define))
         .route("/admin/v1/nodes/remove", post(nodes::remove))
@@ -56,7 +58,6 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/admin/v1/profiles/{name}/publish", post(content::publish))
         .route("/admin/v1/profiles/{name}/boot", get(content::boot_files))
         .route("/admin/v1/tokens", post(create_token))
-        .route("/admin/v1/backup", post(backup::backup))
         .route("/admin/v1/collective/invite", post(collective::invite))
         .route("/admin/v1/collective/replace", post(collective::replace))
         .route("/admin/v1/collective/promote", post(collective::promote))
@@ -113,7 +114,12 @@ async fn may_be_stale(member: &Member) -> Option<HeaderValue> {
         Ok(Err(error)) => error.to_string(),
         Err(_) => "no majority of the voting members answers (`moor collective show`)".into(),
     };
-    Some(HeaderValue::from_str(&why).unwrap_or(HeaderValue::from_static("no majority answers")))
+    Some(stale(&why))
+}
+
+/// The value of [`STALE`] that says why.
+fn stale(why: &str) -> HeaderValue {
+    HeaderValue::from_str(why).unwrap_or(HeaderValue::from_static("no majority answers"))
 }
 
 /// The name of an administrator, for the audit log.

@@ -11,8 +11,8 @@ pub mod sealed;
 use crate::authority::{self, KeyFiles};
 use crate::secrets::Carried;
 use crate::state::{Member, now};
-use crate::store::Replicated;
 use crate::store::records::SiteRecord;
+use crate::store::{Replicated, Snapshot, StoreError};
 use anyhow::{Context as _, ensure};
 use sealed::{Decrypting, Encrypting};
 use serde::{Deserialize, Serialize};
@@ -38,13 +38,38 @@ pub struct Head {
     pub keys: KeyFiles,
     /// All versions of its keys that something in the snapshot is under.
     pub versions: Carried,
+    /// Why it may not be the newest; none: a majority answered when it was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stale: Option<Stale>,
 }
 
-/// Writes an encrypted backup of the store as it is now.
+/// A backup was made without a majority: others may have agreed about more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stale {
+    /// Term of the newest entry that is in it.
+    pub term: u64,
+    /// Its place in the log.
+    pub index: u64,
+    /// When the member last knew of a majority, Unix seconds; none: nobody knows.
+    pub confirmed: Option<u64>,
+}
+
+impl Stale {
+    /// What is known of `view`, if no majority answers.
+    fn of(member: &Member, view: &Snapshot, is_stale: bool) -> Result<Option<Self>, StoreError> {
+        if !is_stale {
+            return Ok(None);
+        }
+        let (term, index) = Replicated::newest_in(view)?;
+        Ok(Some(Self { term, index, confirmed: member.waiting.confirmed() }))
+    }
+}
+
+/// Writes an encrypted backup of the store as it is now; `is_stale`: no majority answers.
 ///
 /// # Errors
 /// A key file or the database is damaged; `out` failed.
-pub fn write<W: Write>(member: &Member, passphrase: &[u8], out: W) -> anyhow::Result<W> {
+pub fn write<W: Write>(member: &Member, passphrase: &[u8], is_stale: bool, out: W) -> anyhow::Result<W> {
     // Keys and secrets of one moment.
     let view = member.view()?;
     let ring = member.secrets.refresh(&view.key_versions()?)?;
@@ -56,6 +81,7 @@ pub fn write<W: Write>(member: &Member, passphrase: &[u8], out: W) -> anyhow::Re
         site: member.site.clone(),
         keys: authority::export(&member.config.keys())?,
         versions: ring.carry(),
+        stale: Stale::of(member, &view, is_stale)?,
     };
     let mut out = Encrypting::begin(out, passphrase).context("beginning a backup")?;
     let mut line = Zeroizing::new(serde_json::to_vec(&head)?);

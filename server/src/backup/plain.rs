@@ -4,6 +4,7 @@
 //! Secrets that the store keeps are replaced by a word. Tables that hold what machines or people said in their own words are left out,
 //! because nobody can tell what is in there: output and states of nodes, refusals; and tokens and invitations.
 
+use super::Stale;
 use crate::state::{Member, now};
 use crate::store::tables::{self, Table};
 use crate::store::{Snapshot, StoreError};
@@ -25,12 +26,17 @@ const TABLES: [Table; 8] = [
 /// What stands for a secret.
 const REDACTED: &str = "(a secret)";
 
-/// Writes the store as it is now.
+/// Writes the store as it is now; `is_stale`: no majority answers.
 ///
 /// # Errors
 /// The database is damaged; `out` failed.
-pub fn write<W: Write>(member: &Member, out: W) -> anyhow::Result<W> {
-    Ok(lines(&member.view()?, &json!({ "backup": "redacted", "version": 1, "created": now() }), out)?)
+pub fn write<W: Write>(member: &Member, is_stale: bool, out: W) -> anyhow::Result<W> {
+    let view = member.view()?;
+    let mut head = json!({ "backup": "redacted", "version": 1, "created": now() });
+    if let Some(stale) = Stale::of(member, &view, is_stale)? {
+        head["stale"] = json!(stale);
+    }
+    Ok(lines(&view, &head, out)?)
 }
 
 fn lines<W: Write>(view: &Snapshot, head: &Value, mut out: W) -> Result<W, StoreError> {

@@ -1,17 +1,16 @@
 //! `moord restore`: a new collective of one member, with the id, the keys and the records of the one that a backup was made of. Nodes know
 //! it by its authorities and members by its records, so it is theirs; the members of before are none any more.
 
-use super::Head;
 use super::sealed::Decrypting;
+use super::{Head, Stale};
 use crate::authority::{self, Authority};
 use crate::collective::identity::{Identity, check_name};
 use crate::config::Config;
 use crate::content::{Incoming, path_of};
 use crate::secrets::{Ring, UnwrapKey};
 use crate::state;
-use crate::store::raft::{Calls, Survivor};
+use crate::store::raft::Survivor;
 use crate::store::records::MemberRecord;
-use crate::store::{Command, Outcome, Store as _};
 use anyhow::{Context as _, bail, ensure};
 use moor_api::ids::Sha256Digest;
 use serde::Serialize;
@@ -27,6 +26,9 @@ pub struct Restored {
     pub collective: String,
     /// When the backup was made, Unix seconds.
     pub created: u64,
+    /// Why the backup may not have been the newest; none: a majority answered when it was made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stale: Option<Stale>,
     /// Name of the only member.
     pub member: String,
     /// Its number.
@@ -79,21 +81,14 @@ async fn make(
 ) -> anyhow::Result<Restored> {
     let (key, unwrap) = (authority::create_member_key(keys)?, UnwrapKey::create(keys)?);
     let member = MemberRecord::only(key.into(), unwrap, name.clone(), config.urls.clone());
-    // Who was a member then may have the keys of then.
-    let mut ring = Ring::carried(&head.versions, head.site.collective)?;
-    ring.draw()?;
-    let record = ring.record_for(&member)?;
+    let ring = Ring::carried(&head.versions, head.site.collective)?;
     let id = member.id;
     config.make_store().context("making the store")?;
-    let survivor = Survivor::open(&config.store()).context("making the store")?;
-    let (store, number) = survivor.restore(tables, member.peer(), Calls::to_nobody()?).await?;
-    let begun = store.propose(Command::Anew { number, member, keys: record }).await;
-    let view = store.snapshot();
-    store.close().await;
-    if let Outcome::Refused(problem) = begun? {
-        return Err(problem.into());
-    }
-    let view = view?;
+    let mut survivor = Survivor::open(&config.store()).context("making the store")?;
+    let only = member.clone();
+    // Who was a member then may have the keys of then.
+    let number = survivor.restore(tables, member, move |before| ring.begin_anew(&only, before)).await?;
+    let view = survivor.view()?;
     let site = view.site()?.context("the backup has no collective in it")?;
     ensure!(site.collective == head.site.collective, "its keys are of another collective than its records");
     authority::import(keys, &head.keys)?;
@@ -111,6 +106,7 @@ async fn make(
     let restored = Restored {
         collective: site.name.clone(),
         created: head.created,
+        stale: head.stale,
         member: name.clone(),
         number,
         nodes,

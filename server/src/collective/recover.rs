@@ -1,17 +1,24 @@
 //! `moord recover`: the majority is lost for ever, and one that survives goes on as a collective of one. What only the lost ones had is lost
 //! with them, so this is never done by itself, and not while another member answers.
+//!
+//! Who is interrupted goes on: what the member is to be is written down first ([`Intention`]), then its tables change in one transaction, and
+//! then `member.json` says what they say. Whichever of `moord run` and `moord recover` comes next finds by the tables how far it came.
 
 use super::identity::Identity;
+use super::rotation::unreadable;
 use crate::authority;
 use crate::config::Config;
-use crate::secrets::{Keyring, Ring};
+use crate::files;
+use crate::secrets::Keyring;
 use crate::state::{self, Connections, connections};
-use crate::store::raft::{Calls, Peer, Survivor};
-use crate::store::records::MemberRecord;
-use crate::store::{Command, Outcome, Replicated, Store as _};
+use crate::store::raft::{Peer, Survivor, members_in};
+use crate::store::records::{KeysRecord, MemberRecord};
 use anyhow::{Context as _, bail, ensure};
-use moor_api::ids::Sha256Digest;
+use moor_api::admin::UnreadableSecret;
+use moor_api::ids::{MemberId, Sha256Digest};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// What there is to go on with, and what is not.
 pub struct Prospect {
@@ -21,13 +28,89 @@ pub struct Prospect {
     pub others: Vec<String>,
     /// Content that this member does not have: blob, and what it is.
     pub missing: BTreeMap<Sha256Digest, String>,
+    /// Secrets that this member does not open.
+    pub unreadable: Vec<UnreadableSecret>,
+}
+
+/// What became of it.
+pub struct Recovered {
+    /// The member that goes on.
+    pub identity: Identity,
+    /// Secrets that it does not open, with all that its log had.
+    pub unreadable: Vec<UnreadableSecret>,
 }
 
 /// A member that does not run, and the others that it has heard of.
 pub struct Recovery {
     survivor: Survivor,
     identity: Identity,
+    keyring: Keyring,
     others: Vec<Peer>,
+}
+
+/// What a recovery is about to make of this member: in `recovering.json` from before the tables change until `member.json` says it.
+#[derive(Serialize, Deserialize)]
+struct Intention {
+    /// The id that the member is to have, which none has.
+    id: MemberId,
+}
+
+impl Intention {
+    fn write(&self, path: &Path) -> anyhow::Result<()> {
+        let text = serde_json::to_vec(self)?;
+        files::write(path, &text, 0o600).with_context(|| format!("writing '{}'", path.display()))
+    }
+
+    fn read(path: &Path) -> anyhow::Result<Self> {
+        let text = std::fs::read(path).with_context(|| format!("reading '{}'", path.display()))?;
+        serde_json::from_slice(&text).with_context(|| format!("'{}' is damaged", path.display()))
+    }
+}
+
+/// Makes `member.json` say what the tables say, where a recovery has come so far; `None`: it has changed nothing, and is forgotten.
+fn settle(
+    config: &Config,
+    identity: Identity,
+    records: &BTreeMap<u64, MemberRecord>,
+) -> anyhow::Result<Option<Identity>> {
+    let path = config.recovering();
+    let Intention { id } = Intention::read(&path)?;
+    let number = records.iter().find(|(_, record)| record.id == id).map(|(number, _)| *number);
+    let settled = number.map(|number| {
+        // It is a founder now: nobody of before vouches for it, or is believed.
+        let (met, removed, introduction) = (Vec::new(), Vec::new(), Vec::new());
+        Identity { number, id, met, removed, introduction, ..identity }
+    });
+    if let Some(identity) = &settled {
+        identity.write(&config.identity())?;
+    }
+    files::remove(&path).with_context(|| format!("removing '{}'", path.display()))?;
+    Ok(settled)
+}
+
+/// Finishes a recovery that was interrupted, if it has changed the member's tables. The member does not run.
+///
+/// # Errors
+/// The tables cannot be opened, or are damaged; the directory is not writable.
+pub fn finish(config: &Config) -> anyhow::Result<Option<Identity>> {
+    if !config.recovering().exists() {
+        return Ok(None);
+    }
+    let identity = Identity::read(&config.identity())?;
+    let records = members_in(&config.store())
+        .map_err(|error| state::not_opened(error, &identity))
+        .context("opening the store (a member that runs has to be stopped first)")?;
+    let settled = settle(config, identity, &records)?;
+    if let Some(identity) = &settled {
+        tracing::warn!(
+            "a recovery was interrupted, and is finished: member {} is the only one, as number {}",
+            identity.name,
+            identity.number
+        );
+    } else {
+        tracing::info!("a recovery was interrupted before it changed anything: the member is as it was");
+    }
+    Ok(settled)
 }
 
 impl Recovery {
@@ -72,45 +155,37 @@ impl Recovery {
         let gone = state::missing(&view, &config.blobs())?;
         missing.retain(|blob, _| gone.contains(blob));
         let names = others.iter().map(|peer| peer.name.clone()).collect();
-        let prospect = Prospect { newest: survivor.newest().await?, others: names, missing };
-        Ok((Self { survivor, identity, others }, prospect))
+        // Without its own key nothing is begun.
+        let keyring = Keyring::open(&config.keys(), identity.site.collective, identity.id)?;
+        let unreadable = unreadable(&view, &keyring.openable(&view.key_versions()?), |_| true)?;
+        let prospect = Prospect { newest: survivor.newest().await?, others: names, missing, unreadable };
+        Ok((Self { survivor, identity, keyring, others }, prospect))
     }
 
     /// Goes on alone: as a member with another number and id, because those of before are known to members that may come back.
     ///
     /// # Errors
-    /// The store is damaged, or failed.
-    pub async fn go_on(self, config: &Config) -> anyhow::Result<Identity> {
-        let Self { survivor, mut identity, others } = self;
-        let key = authority::member_public(&config.keys())?;
+    /// The store is damaged, or failed; the directory is not writable.
+    pub async fn go_on(self, config: &Config) -> anyhow::Result<Recovered> {
+        let Self { mut survivor, identity, keyring, others } = self;
+        let (key, unwrap) = (authority::member_public(&config.keys())?, keyring.public()?);
+        let member = MemberRecord::only(key.into(), unwrap, identity.name.clone(), config.urls.clone());
+        let only = member.clone();
+        Intention { id: member.id }.write(&config.recovering())?;
+        // The lost ones have the keys of before.
+        let keys = move |before: &KeysRecord| keyring.openable(before).begin_anew(&only, before);
+        survivor.begin_anew(identity.number, member, keys).await?;
+        let view = survivor.view()?;
+        let identity = settle(config, identity, &view.members()?)?.context("the tables did not change")?;
         let keyring = Keyring::open(&config.keys(), identity.site.collective, identity.id)?;
-        let member = MemberRecord::only(key.into(), keyring.public()?, identity.name.clone(), config.urls.clone());
-        identity.id = member.id;
-        let (store, number) = survivor.begin_anew(member.peer(), Calls::to_nobody()?).await?;
-        let begun = begin(&store, &keyring, number, member).await;
-        store.close().await;
-        if let Outcome::Refused(problem) = begun? {
-            return Err(problem.into());
-        }
-        identity.number = number;
-        // It is a founder now: nobody of before vouches for it, or is believed.
-        identity.introduction.clear();
-        identity.met.clear();
-        identity.removed.clear();
-        identity.write(&config.identity())?;
+        let ring = keyring.refresh(&view.key_versions()?)?;
+        let unreadable = unreadable(&view, &ring, |_| true)?;
         tracing::warn!(
-            "member {} goes on alone as number {number}; {} others were removed",
+            "member {} goes on alone as number {}; {} others were removed",
             identity.name,
+            identity.number,
             others.len()
         );
-        Ok(identity)
+        Ok(Recovered { identity, unreadable })
     }
-}
-
-/// Makes `member` the only one, with a new version of the keys: the lost ones have the others.
-async fn begin(store: &Replicated, keyring: &Keyring, number: u64, member: MemberRecord) -> anyhow::Result<Outcome> {
-    let mut ring: Ring = keyring.refresh(&store.snapshot()?.key_versions()?)?.as_ref().clone();
-    ring.draw()?;
-    let keys = ring.record_for(&member)?;
-    Ok(store.propose(Command::Anew { number, member, keys }).await?)
 }

@@ -63,20 +63,39 @@ fn json(bytes: impl Into<Body>) -> Result<Response, Failure> {
 fn refusal(error: StoreError) -> Failure {
     match error {
         StoreError::Message(text) => Problem::new(Code::BadRequest, text).into(),
+        StoreError::Speaker { .. } => Problem::new(Code::Forbidden, error.to_string()).into(),
         error => error.into(),
     }
 }
 
-async fn append(State(member): State<Arc<Member>>, body: Bytes) -> Result<Response, Failure> {
-    json(member.store.answer(Call::Append, &body).await.map_err(refusal)?)
+/// Nobody speaks in another member's name: what is said is bound to the keys of the connection.
+async fn answer(member: &Member, call: Call, connection: &Connection, body: &[u8]) -> Result<Response, Failure> {
+    let by = shown(connection)?.id;
+    json(member.store.answer(call, body, by).await.map_err(refusal)?)
 }
 
-async fn vote(State(member): State<Arc<Member>>, body: Bytes) -> Result<Response, Failure> {
-    json(member.store.answer(Call::Vote, &body).await.map_err(refusal)?)
+async fn append(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    body: Bytes,
+) -> Result<Response, Failure> {
+    answer(&member, Call::Append, &connection, &body).await
 }
 
-async fn pre_vote(State(member): State<Arc<Member>>, body: Bytes) -> Result<Response, Failure> {
-    json(member.store.answer(Call::PreVote, &body).await.map_err(refusal)?)
+async fn vote(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    body: Bytes,
+) -> Result<Response, Failure> {
+    answer(&member, Call::Vote, &connection, &body).await
+}
+
+async fn pre_vote(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    body: Bytes,
+) -> Result<Response, Failure> {
+    answer(&member, Call::PreVote, &connection, &body).await
 }
 
 #[derive(Deserialize)]
@@ -86,9 +105,11 @@ struct SnapshotQuery {
 
 async fn snapshot(
     State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
     Query(query): Query<SnapshotQuery>,
     body: Body,
 ) -> Result<Response, Failure> {
+    let leading = member.store.leading(&query.vote, shown(&connection)?.id).map_err(refusal)?;
     let (file, path) = member.store.receiving().map_err(anyhow::Error::from)?;
     let received = receive(file, body).await;
     let file = match received {
@@ -99,7 +120,7 @@ async fn snapshot(
             return Err(error.context("receiving a snapshot").into());
         }
     };
-    let installed = member.store.install(&query.vote, SnapshotFile::received(file, path.clone())).await;
+    let installed = member.store.install(leading, SnapshotFile::received(file, path.clone())).await;
     if installed.is_err() {
         let _ = std::fs::remove_file(&path);
     }

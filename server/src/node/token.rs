@@ -46,6 +46,9 @@ pub enum TokenError {
     /// Not a token at all, or not signed by this collective.
     #[error("the token is not one of this collective, or its keys were rotated since: open a new session")]
     Foreign,
+    /// It says that it is one of this collective, and is not signed by the key of now: that was rotated since, or somebody made it up.
+    #[error("the token is not one of this collective, or its keys were rotated since: open a new session")]
+    Void(NodeId),
     /// Too old.
     #[error("the token expired: open a new session")]
     Expired(NodeId),
@@ -55,12 +58,12 @@ pub enum TokenError {
 }
 
 impl TokenError {
-    /// The node it was issued to; known when the signature is good.
+    /// The node it was issued to; of a void one, as it says itself.
     #[must_use]
     pub const fn node(self) -> Option<NodeId> {
         match self {
             Self::Foreign => None,
-            Self::Expired(node) | Self::OtherKey(node) => Some(node),
+            Self::Void(node) | Self::Expired(node) | Self::OtherKey(node) => Some(node),
         }
     }
 }
@@ -96,8 +99,8 @@ pub fn mint(key: &Ed25519KeyPair, claims: &Claims) -> anyhow::Result<String> {
     Ok(format!("{PREFIX}{}.{}", BASE64.encode(&claims), BASE64.encode(signature)))
 }
 
-/// What a token of this collective says, by its signature alone.
-fn signed_claims(public: &[u8], token: &str) -> Result<Claims, TokenError> {
+/// What a token says, if its signature is good.
+fn signed_claims(public: &[u8], collective: CollectiveId, token: &str) -> Result<Claims, TokenError> {
     let foreign = TokenError::Foreign;
     if token.len() > MAX_LENGTH {
         return Err(foreign);
@@ -105,8 +108,15 @@ fn signed_claims(public: &[u8], token: &str) -> Result<Claims, TokenError> {
     let (claims, signature) = token.strip_prefix(PREFIX).and_then(|rest| rest.split_once('.')).ok_or(foreign)?;
     let claims = BASE64.decode(claims).map_err(|_| foreign)?;
     let signature = BASE64.decode(signature).map_err(|_| foreign)?;
-    UnparsedPublicKey::new(&ED25519, public).verify(&signed(&claims), &signature).map_err(|_| foreign)?;
-    serde_json::from_slice(&claims).map_err(|_| foreign)
+    let is_signed = UnparsedPublicKey::new(&ED25519, public).verify(&signed(&claims), &signature).is_ok();
+    let claims: Claims = serde_json::from_slice(&claims).map_err(|_| foreign)?;
+    if is_signed {
+        Ok(claims)
+    } else if claims.collective == collective {
+        Err(TokenError::Void(claims.node))
+    } else {
+        Err(foreign)
+    }
 }
 
 /// The token that came last over a connection, whose signature was good: it is not checked again with each call. All else about it is.
@@ -142,7 +152,7 @@ impl Known {
         let claims = if let Some(claims) = known {
             claims
         } else {
-            let claims = signed_claims(public, token)?;
+            let claims = signed_claims(public, collective, token)?;
             *last = Some(Checked { token: token.to_owned(), public: public.to_vec(), claims: claims.clone() });
             claims
         };
@@ -203,7 +213,9 @@ mod tests {
         assert_eq!(read(public, collective, &token, None, 999), Err(TokenError::OtherKey(node)));
         assert_eq!(read(public, CollectiveId::random(), &token, Some(KEY), 999), Err(TokenError::Foreign));
         let other = Ed25519KeyPair::generate().unwrap();
-        assert_eq!(read(other.public_key().as_ref(), collective, &token, Some(KEY), 999), Err(TokenError::Foreign));
+        let by_the_other = |collective| read(other.public_key().as_ref(), collective, &token, Some(KEY), 999);
+        assert_eq!(by_the_other(collective), Err(TokenError::Void(node)), "its node is none that nobody knows");
+        assert_eq!(by_the_other(CollectiveId::random()), Err(TokenError::Foreign));
     }
 
     #[test]
@@ -223,7 +235,7 @@ mod tests {
         }
         // One that is not good takes no place of one that is, and gets none of its rights.
         let changed = format!("{token}A");
-        assert_eq!(read(&changed, collective, KEY, 999), Err(TokenError::Foreign));
+        assert_eq!(read(&changed, collective, KEY, 999), Err(TokenError::Void(claims.node)));
         assert_eq!(read(&token[..token.len() - 1], collective, KEY, 999), Err(TokenError::Foreign));
         let other = Claims { node: NodeId::random(), ..claims.clone() };
         let second = mint(&key, &other).unwrap();
@@ -232,12 +244,12 @@ mod tests {
         // Also by the key that signs tokens now.
         let rotated = Ed25519KeyPair::generate().unwrap();
         let by_the_new = known.read(rotated.public_key().as_ref(), collective, &token, Some(KEY), 999);
-        assert_eq!(by_the_new, Err(TokenError::Foreign));
+        assert_eq!(by_the_new, Err(TokenError::Void(claims.node)));
         assert_eq!(read(&token, collective, KEY, 999), Ok(claims));
     }
 
     #[test]
-    fn a_changed_token_is_foreign() {
+    fn a_changed_token_is_none() {
         let key = Ed25519KeyPair::generate().unwrap();
         let collective = CollectiveId::random();
         let token = mint(&key, &claims(collective)).unwrap();
@@ -246,11 +258,8 @@ mod tests {
             bytes[at] = if bytes[at] == b'A' { b'B' } else { b'A' };
             let changed = String::from_utf8(bytes).unwrap();
             if changed != token {
-                assert_eq!(
-                    read(key.public_key().as_ref(), collective, &changed, Some(KEY), 0),
-                    Err(TokenError::Foreign),
-                    "{at}"
-                );
+                let read = read(key.public_key().as_ref(), collective, &changed, Some(KEY), 0);
+                assert!(matches!(read, Err(TokenError::Foreign | TokenError::Void(_))), "{at}: {read:?}");
             }
         }
         for bad in ["", "moorn1.", "moorn1..", "moorn2.a.b", &"x".repeat(5000)] {
@@ -266,8 +275,10 @@ mod tests {
     fn a_signature_of_something_else_is_no_token() {
         let key = Ed25519KeyPair::generate().unwrap();
         let collective = CollectiveId::random();
-        let body = serde_json::to_vec(&claims(collective)).unwrap();
+        let claims = claims(collective);
+        let body = serde_json::to_vec(&claims).unwrap();
         let token = format!("{PREFIX}{}.{}", BASE64.encode(&body), BASE64.encode(key.sign(&body)));
-        assert_eq!(read(key.public_key().as_ref(), collective, &token, Some(KEY), 0), Err(TokenError::Foreign));
+        let read = read(key.public_key().as_ref(), collective, &token, Some(KEY), 0);
+        assert_eq!(read, Err(TokenError::Void(claims.node)));
     }
 }

@@ -113,6 +113,17 @@ impl Keyring {
         Ok(ring)
     }
 
+    /// The versions of a record that this member opens. The others are left out, also where they should open: for who goes on with what there is.
+    #[must_use]
+    pub fn openable(&self, record: &KeysRecord) -> Ring {
+        let open = |version: &KeyVersion| {
+            let opened = self.unwrap(version.version, version.wrapped.get(&self.member)?).ok()?;
+            Some((version.version, Arc::new(opened)))
+        };
+        let versions = record.versions.iter().filter_map(open).collect();
+        Ring { collective: self.collective, versions, current: record.current().unwrap_or(0) }
+    }
+
     fn unwrap(&self, version: u32, wrapped: &WrappedKey) -> anyhow::Result<Version> {
         let from = EncapsulatedSecret(wrapped.encapsulated.0.clone());
         let aad = bound_to(self.collective, self.member, version);
@@ -183,5 +194,38 @@ mod tests {
         let given = ring.wrap_all(b.record.id, &b.record.unwrap).unwrap();
         both.versions[0].wrapped.insert(b.record.id, given[&1].clone());
         assert_eq!(&*theirs.refresh(&both).unwrap().open_secret(PLACE, &sealed).unwrap(), b"secret");
+    }
+
+    #[test]
+    fn who_goes_on_alone_keeps_the_keys_that_it_does_not_open() {
+        let collective = CollectiveId::random();
+        let (a, b, new) = (somebody(), somebody(), somebody());
+        let mut ring = Ring::first(collective).unwrap();
+        let first = ring.seal(PLACE, b"first").unwrap();
+        let mut before = ring.record_for(&a.record).unwrap();
+        ring.draw().unwrap();
+        let second = ring.seal(PLACE, b"second").unwrap();
+        // Version 1 is for a alone; version 2 for both, but what is there for b does not open; version 3 as it should be.
+        before.versions.extend(ring.record_for(&a.record).unwrap().versions.pop());
+        let other = before.versions[0].wrapped[&a.record.id].clone();
+        before.versions[1].wrapped.insert(b.record.id, other);
+        ring.draw().unwrap();
+        let third = ring.seal(PLACE, b"third").unwrap();
+        before.versions.extend(ring.record_for(&b.record).unwrap().versions.pop());
+        let theirs = Keyring::open(b.dir.path(), collective, b.record.id).unwrap();
+        assert!(theirs.refresh(&before).is_err());
+        // The same keys under another id.
+        let anew = MemberRecord { unwrap: b.record.unwrap.clone(), ..new.record };
+        let after = theirs.openable(&before).begin_anew(&anew, &before).unwrap();
+        assert_eq!(after.versions.iter().map(|version| version.version).collect::<Vec<_>>(), [1, 2, 3, 4]);
+        assert_eq!(after.versions[..2], before.versions[..2]);
+        let ring = Keyring::open(b.dir.path(), collective, anew.id).unwrap().refresh(&after).unwrap();
+        assert_eq!(&*ring.open_secret(PLACE, &third).unwrap(), b"third");
+        assert_eq!(ring.seal(PLACE, b"x").unwrap().key_version(), 4);
+        assert!(ring.open_secret(PLACE, &first).is_err() && ring.open_secret(PLACE, &second).is_err());
+        // Who had a part in them has it still.
+        let ours = Keyring::open(a.dir.path(), collective, a.record.id).unwrap().refresh(&after).unwrap();
+        assert_eq!(&*ours.open_secret(PLACE, &first).unwrap(), b"first");
+        assert_eq!(&*ours.open_secret(PLACE, &second).unwrap(), b"second");
     }
 }

@@ -174,6 +174,21 @@ impl Ring {
         Ok(())
     }
 
+    /// The keys of a collective that begins anew with `member` alone: those that are here, and a new version of them, which is the current one. Versions
+    /// of `before` that are not here stay as they are: something may be under them, and nothing else could ever open it.
+    ///
+    /// # Errors
+    /// No randomness; the member has no usable key.
+    pub fn begin_anew(mut self, member: &MemberRecord, before: &KeysRecord) -> anyhow::Result<KeysRecord> {
+        // Its number is one that no version had.
+        self.current = self.current.max(before.current().unwrap_or(0));
+        self.draw()?;
+        let mut keys = self.record_for(member)?;
+        keys.versions.extend(before.versions.iter().filter(|version| !self.has(version.version)).cloned());
+        keys.versions.sort_unstable_by_key(|version| version.version);
+        Ok(keys)
+    }
+
     /// All versions, encrypted to this one member.
     ///
     /// # Errors
@@ -291,14 +306,6 @@ impl Ring {
         data.truncate(length);
         Ok(data)
     }
-
-    /// The secret in the same place, under the current version.
-    ///
-    /// # Errors
-    /// As of the two steps.
-    pub fn seal_anew(&self, place: Place<'_>, secret: &SealedSecret) -> anyhow::Result<SealedSecret> {
-        self.seal(place, &self.open_secret(place, secret)?)
-    }
 }
 
 #[cfg(test)]
@@ -330,7 +337,7 @@ mod tests {
         ring.draw().unwrap();
         assert_ne!(old.token_public().unwrap(), ring.token_public().unwrap());
         assert_eq!(&*ring.open_secret(PLACE, &before).unwrap(), b"secret");
-        let after = ring.seal_anew(PLACE, &before).unwrap();
+        let after = ring.seal(PLACE, &ring.open_secret(PLACE, &before).unwrap()).unwrap();
         assert_eq!((before.key_version(), after.key_version()), (1, 2));
         assert_eq!(&*ring.open_secret(PLACE, &after).unwrap(), b"secret");
         let error = old.open_secret(PLACE, &after).unwrap_err().to_string();

@@ -23,9 +23,16 @@ fn no_such_node() -> Outcome {
 
 /// Applies one command. One that is above the collective's level is refused, whoever proposed it: every member finds the same.
 pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, StoreError> {
-    if let Some(problem) = level::refusal(&command, || level::of(write))? {
-        return Ok(Outcome::Refused(problem));
+    match level::within(command, || level::of(write))? {
+        Ok((command, refused)) => {
+            let outcome = done(write, command)?;
+            Ok(refused.map_or(outcome, Outcome::Refused))
+        }
+        Err(problem) => Ok(Outcome::Refused(problem)),
     }
+}
+
+fn done(write: &Write<'_>, command: Command) -> Result<Outcome, StoreError> {
     match command {
         Command::Found { site, founder, keys } => {
             if write.get::<serde_json::Value>(tables::SITE, "site")?.is_some() {
@@ -110,7 +117,7 @@ pub(super) fn apply(write: &Write<'_>, command: Command) -> Result<Outcome, Stor
         Command::Audit { entry } => audit(write, &entry),
         Command::Audited { entry, change } => {
             audit(write, &entry)?;
-            apply(write, *change)
+            done(write, *change)
         }
     }
 }
@@ -400,7 +407,17 @@ fn put_profile(write: &Write<'_>, mut profile: ProfileRecord) -> Result<Outcome,
 fn put_image(write: &Write<'_>, image: &ImageRecord) -> Result<Outcome, StoreError> {
     if let Some(same) = write.get::<ImageRecord>(tables::IMAGES, &image.digest.to_string())? {
         if (&same.name, same.blob) == (&image.name, image.blob) {
-            // Its content may have been lost, and was sent anew.
+            // Its content may have been lost, and was sent anew; or its key does not open any more, and this one opens the image.
+            if image.key.is_some() {
+                if let Some(refusal) = keys::outdated(write, image.key.iter())? {
+                    return Ok(refusal);
+                }
+                write.put(
+                    tables::IMAGES,
+                    &image.digest.to_string(),
+                    &ImageRecord { key: image.key.clone(), ..same },
+                )?;
+            }
             return Ok(Outcome::Done);
         }
         return Ok(refused(

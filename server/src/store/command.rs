@@ -365,7 +365,6 @@ impl Command {
     #[must_use]
     pub fn level(&self) -> Level {
         match self {
-            Self::RaiseLevel { level } => *level,
             Self::Audited { change, .. } => change.level(),
             Self::MoveMember { near, .. } if !near.is_empty() => Level::NEAR,
             Self::Found { .. }
@@ -374,6 +373,8 @@ impl Command {
             | Self::Join { .. }
             | Self::MoveMember { .. }
             | Self::TellLevel { .. }
+            // Every release knows this much of it: whether the level rises, and for whom it is too high, is found when it is applied.
+            | Self::RaiseLevel { .. }
             | Self::RotateKeys { .. }
             | Self::Reseal { .. }
             | Self::DropKeys { .. }

@@ -24,7 +24,8 @@ const MAX_VERSIONS: usize = 16;
 /// Secrets that one command seals anew.
 pub(crate) const MAX_RESEALED: usize = 64;
 
-fn get(write: &Write<'_>) -> Result<KeysRecord, StoreError> {
+/// The versions, while they change.
+pub(super) fn of(write: &Write<'_>) -> Result<KeysRecord, StoreError> {
     Ok(write.get(tables::SITE, RECORD)?.unwrap_or_default())
 }
 
@@ -37,7 +38,7 @@ pub(super) fn outdated<'a>(
     write: &Write<'_>,
     mut sealed: impl Iterator<Item = &'a SealedSecret>,
 ) -> Result<Option<Outcome>, StoreError> {
-    let current = get(write)?.current();
+    let current = of(write)?.current();
     let is_other = |secret: &SealedSecret| current.is_some_and(|current| secret.key_version() != current);
     let detail = "the collective's keys were rotated meanwhile, and nothing was changed: try again";
     Ok(sealed.any(is_other).then(|| refused(Code::Conflict, detail)))
@@ -45,7 +46,7 @@ pub(super) fn outdated<'a>(
 
 /// Adds a version. It has to be for those who are members, and for nobody else.
 pub(super) fn rotate(write: &Write<'_>, new: KeyVersion) -> Result<Outcome, StoreError> {
-    let mut keys = get(write)?;
+    let mut keys = of(write)?;
     let next = keys.current().unwrap_or(0) + 1;
     if new.version != next {
         return Ok(refused(Code::Conflict, format!("the next version of the keys is {next}, not {}", new.version)));
@@ -55,7 +56,10 @@ pub(super) fn rotate(write: &Write<'_>, new: KeyVersion) -> Result<Outcome, Stor
         return Ok(refused(Code::Conflict, "members came or went while the keys were rotated: try again"));
     }
     if keys.versions.len() >= MAX_VERSIONS {
-        let detail = format!("secrets are under {MAX_VERSIONS} versions of the keys: wait until they are sealed anew");
+        let detail = format!(
+            "secrets are under {MAX_VERSIONS} versions of the keys: wait until they are sealed anew, and see to those that do not open \
+             (`moor collective show`)"
+        );
         return Ok(refused(Code::Conflict, detail));
     }
     keys.versions.push(new);
@@ -65,7 +69,7 @@ pub(super) fn rotate(write: &Write<'_>, new: KeyVersion) -> Result<Outcome, Stor
 
 /// Drops a version that nothing is under any more.
 pub(super) fn drop_version(write: &Write<'_>, version: u32) -> Result<Outcome, StoreError> {
-    let mut keys = get(write)?;
+    let mut keys = of(write)?;
     if keys.current() == Some(version) {
         return Ok(refused(Code::Conflict, format!("version {version} of the keys is the current one")));
     }
@@ -74,15 +78,18 @@ pub(super) fn drop_version(write: &Write<'_>, version: u32) -> Result<Outcome, S
     Ok(Outcome::Done)
 }
 
-/// Whether these are all versions that there are, for a member that comes.
+/// Whether these are all versions that a member has, for one that comes. Who went on alone may have left some that nobody has any more.
 pub(super) fn are_all(write: &Write<'_>, wrapped: &[(u32, WrappedKey)]) -> Result<bool, StoreError> {
-    let given = wrapped.iter().map(|(version, _)| *version);
-    Ok(get(write)?.versions.iter().map(|version| version.version).eq(given))
+    let members = write.all::<MemberRecord>(tables::MEMBERS)?.into_iter().filter(|member| !member.removed);
+    let members: BTreeSet<MemberId> = members.map(|member| member.id).collect();
+    let (keys, given) = (of(write)?, wrapped.iter().map(|(version, _)| *version));
+    let held = keys.versions.iter().filter(|version| version.wrapped.keys().any(|id| members.contains(id)));
+    Ok(held.map(|version| version.version).eq(given))
 }
 
 /// Gives them to it.
 pub(super) fn admit(write: &Write<'_>, member: MemberId, wrapped: Vec<(u32, WrappedKey)>) -> Result<(), StoreError> {
-    let (mut keys, mut given) = (get(write)?, wrapped.into_iter().collect::<BTreeMap<_, _>>());
+    let (mut keys, mut given) = (of(write)?, wrapped.into_iter().collect::<BTreeMap<_, _>>());
     for version in &mut keys.versions {
         if let Some(wrapped) = given.remove(&version.version) {
             version.wrapped.insert(member, wrapped);

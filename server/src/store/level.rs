@@ -4,6 +4,9 @@
 //! the collective's level is not proposed, or done as before; the leader raises the level once every member's release knows the next one.
 //! A release that does not know a field drops it without a word, and holds something else than the others from then on: so an entry or a
 //! snapshot of a level that a release does not know is never taken, and the member ends and says why.
+//!
+//! Nothing gets into the log that is above the level which was reached. The rise itself every release takes, because it may be refused, and
+//! finds out when it is applied: who does not know a level that was reached does not apply that, and ends.
 
 use super::command::{Command, Outcome};
 use super::records::MemberRecord;
@@ -64,14 +67,11 @@ pub(super) fn check(level: Level, known: Level) -> Result<(), StoreError> {
     if level > known { Err(StoreError::TooOld { level, known }) } else { Ok(()) }
 }
 
-/// Why a command is not for a collective of the level `of`, if it is not. What is inside of one that is audited is looked at by itself.
-pub(super) fn refusal(
-    command: &Command,
-    of: impl FnOnce() -> Result<Level, StoreError>,
-) -> Result<Option<Problem>, StoreError> {
+/// Why a command is not for a collective of the level `of`, if it is not.
+fn refusal(command: &Command, of: impl FnOnce() -> Result<Level, StoreError>) -> Result<Option<Problem>, StoreError> {
     let needed = command.level();
     // Nearly all are of the first.
-    if needed == Level::FIRST || matches!(command, Command::RaiseLevel { .. } | Command::Audited { .. }) {
+    if needed == Level::FIRST {
         return Ok(None);
     }
     let level = of()?;
@@ -83,6 +83,23 @@ pub(super) fn refusal(
         )
     };
     Ok((needed > level).then(|| Problem::new(Code::Conflict, detail())))
+}
+
+/// What of a command may be written into the log of a collective of the level `of`, with the refusal of the rest; or the refusal of all. Of one that
+/// is audited the line of the audit log may always. What is above the level would lock out releases that do not know it, although
+/// nothing comes of it.
+///
+/// # Errors
+/// The database is damaged.
+pub(super) fn within(
+    command: Command,
+    of: impl FnOnce() -> Result<Level, StoreError>,
+) -> Result<Result<(Command, Option<Problem>), Problem>, StoreError> {
+    Ok(match (refusal(&command, of)?, command) {
+        (None, command) => Ok((command, None)),
+        (refused, Command::Audited { entry, .. }) => Ok((Command::Audit { entry }, refused)),
+        (Some(problem), _) => Err(problem),
+    })
 }
 
 /// Raises the collective's level. It never falls.
@@ -170,6 +187,22 @@ mod tests {
     }
 
     #[test]
+    fn what_is_above_the_level_leaves_its_line_of_the_audit_log_and_nothing_else() {
+        let audited = |change| Command::Audited { entry: serde_json::json!({ "what": "x" }), change: Box::new(change) };
+        let within = |command, level| within(command, || Ok(level)).unwrap();
+        assert!(within(near(1), Level::FIRST).is_err());
+        let (left, refused) = within(audited(near(1)), Level::FIRST).unwrap();
+        assert!(matches!(left, Command::Audit { .. }) && refused.is_some(), "{left}");
+        for (command, level) in
+            [(near(1), Level::NEAR), (audited(near(1)), Level::NEAR), (Command::NextCertificate, Level::FIRST)]
+        {
+            let kind = command.kind();
+            let (left, refused) = within(command, level).unwrap();
+            assert!(left.kind() == kind && refused.is_none(), "{kind}");
+        }
+    }
+
+    #[test]
     fn the_level_rises_when_all_are_able_to_and_never_falls() {
         with_members(&[Level::NEAR, Level::FIRST], |write| {
             let raise = || apply::apply(write, Command::RaiseLevel { level: Level::NEAR }).unwrap();
@@ -214,8 +247,9 @@ mod tests {
             (audited(Command::Rearm { id }), Level::FIRST),
             (audited(near(1)), Level::NEAR),
             (Command::TellLevel { number: 1, level: Level(7) }, Level::FIRST),
-            // Who does not know the level must not go on as if it had not risen.
-            (Command::RaiseLevel { level: Level(7) }, Level(7)),
+            // It may be refused: only once the level has risen nobody goes on who does not know it.
+            (Command::RaiseLevel { level: Level(7) }, Level::FIRST),
+            (audited(Command::RaiseLevel { level: Level(7) }), Level::FIRST),
         ] {
             assert_eq!(command.level(), level, "{command}");
         }

@@ -74,9 +74,20 @@ pub enum StoreError {
     /// A snapshot is not usable or cannot be written.
     #[error("a snapshot of the store: {0}")]
     Snapshot(String),
+    /// The collective's keys cannot be made.
+    #[error("the collective's keys: {0}")]
+    Keys(String),
     /// A message of another member is not understood.
     #[error("a message of another member is not understood: {0}")]
     Message(String),
+    /// A member speaks for another one.
+    #[error(
+        "member {number} has another id than the one that this connection has proven: nobody speaks for another member"
+    )]
+    Speaker {
+        /// The number that it gives itself.
+        number: u64,
+    },
     /// openraft said so.
     #[error("consensus: {0}")]
     Consensus(String),
@@ -216,6 +227,14 @@ impl Snapshot {
     /// The database is damaged.
     pub fn members(&self) -> Result<BTreeMap<u64, MemberRecord>, StoreError> {
         Ok((1..).zip(self.all::<MemberRecord>(tables::MEMBERS)?).collect())
+    }
+
+    /// A member by number, also one that was removed.
+    ///
+    /// # Errors
+    /// The database is damaged.
+    pub fn member(&self, number: u64) -> Result<Option<MemberRecord>, StoreError> {
+        self.get(tables::MEMBERS, &apply::ordered_key(number))
     }
 
     /// An invitation that was not used.

@@ -3,13 +3,13 @@
 use super::command::{Resealed, SealedIn};
 use super::raft::{Calls, FOUNDER, Peer, Places};
 use super::records::{
-    Armed, Identity, InviteRecord, KeyVersion, KeysRecord, MAX_BOOTS, MAX_LOG_BYTES, MAX_STRANGERS, MemberRecord,
-    SiteRecord, WrappedKey,
+    Armed, Identity, ImageRecord, InviteRecord, KeyVersion, KeysRecord, MAX_BOOTS, MAX_LOG_BYTES, MAX_STRANGERS,
+    MemberRecord, SiteRecord, WrappedKey,
 };
 use super::{Command, Level, Outcome, Replicated, Store as _, database, index};
 use crate::secrets::SealedSecret;
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
-use moor_api::ids::{BootId, CollectiveId, MemberId, NodeId};
+use moor_api::ids::{BootId, CollectiveId, MemberId, NodeId, Sha256Digest};
 use moor_api::node::PcrBank;
 use moor_api::problem::{Code, Problem};
 use std::collections::BTreeMap;
@@ -385,4 +385,78 @@ async fn keys_are_for_those_who_are_members_and_nothing_new_is_under_an_older_ve
     assert_eq!(f.store.snapshot().unwrap().invite(late).unwrap(), None);
     assert_eq!(f.refused(rotate(3, &[one, two])).await, Code::Conflict);
     assert_eq!(f.done(rotate(3, &[one])).await, Outcome::Number(3));
+}
+
+#[tokio::test]
+async fn who_comes_is_given_what_members_have_and_not_what_was_lost() {
+    let f = Fixture::new().await;
+    let record = |key: u8| MemberRecord::only(vec![key].into(), vec![key].into(), "m1".into(), Vec::new());
+    let (founder, survivor, two) = (record(1), record(2), MemberId::random());
+    let (lost, only) = (founder.id, survivor.id);
+    let site = SiteRecord { collective: CollectiveId::random(), name: "site".into(), bundle_version: 1, created: 1 };
+    f.done(Command::Found { site, founder, keys: KeysRecord { versions: vec![keys(1, &[lost])] } }).await;
+    let anew = KeysRecord { versions: vec![keys(1, &[lost]), keys(2, &[only]), keys(3, &[only])] };
+    f.done(Command::Anew { number: 2, member: survivor, keys: anew }).await;
+    let invitation = uuid::Uuid::new_v4();
+    let secret = sealed(3, "aa");
+    let invite = InviteRecord { name: "m2".into(), voter: true, expires: 9, replaces: None, secret };
+    f.done(Command::Invite { id: invitation, invite, now: 1 }).await;
+    let join = |versions: &[u32]| Command::Join {
+        invite: invitation,
+        member: two,
+        key: vec![3].into(),
+        unwrap: vec![3].into(),
+        keys: versions.iter().map(|version| (*version, keys(1, &[two]).wrapped[&two].clone())).collect(),
+        urls: Vec::new(),
+        now: 1,
+        level: Level::FIRST,
+    };
+    for wrong in [&[][..], &[3], &[1, 2, 3]] {
+        assert_eq!(f.refused(join(wrong)).await, Code::Conflict, "{wrong:?}");
+    }
+    assert_eq!(f.done(join(&[2, 3])).await, Outcome::Number(3));
+    let versions = f.store.snapshot().unwrap().key_versions().unwrap().versions;
+    assert_eq!(versions, [keys(1, &[lost]), keys(2, &[only, two]), keys(3, &[only, two])]);
+}
+
+#[tokio::test]
+async fn a_key_of_an_image_that_comes_again_takes_the_place_of_the_one_that_was() {
+    let f = Fixture::new().await;
+    let founder = MemberRecord::only(vec![1].into(), vec![1].into(), "m1".into(), Vec::new());
+    let site = SiteRecord { collective: CollectiveId::random(), name: "site".into(), bundle_version: 1, created: 1 };
+    let first = keys(1, &[founder.id]);
+    f.done(Command::Found { site, founder, keys: KeysRecord { versions: vec![first] } }).await;
+    let digest = Sha256Digest([1; 32]);
+    let before = ImageRecord {
+        name: "root".parse().unwrap(),
+        digest,
+        blob: Sha256Digest([2; 32]),
+        size: 1,
+        lineage: uuid::Uuid::nil(),
+        serial: 1,
+        created: 1,
+        encrypted: true,
+        key: Some(sealed(1, "01")),
+        signatures: None,
+        kernel: Sha256Digest([3; 32]),
+        initramfs: Sha256Digest([4; 32]),
+        boot_loaders: BTreeMap::new(),
+        kernel_version: None,
+        os: None,
+        offered: false,
+    };
+    let kept = || f.store.snapshot().unwrap().image(&digest.to_string()).unwrap().unwrap();
+    f.done(Command::PutImage { image: before.clone() }).await;
+    f.done(Command::OfferImage { digest }).await;
+    f.done(Command::PutImage { image: ImageRecord { key: None, ..before.clone() } }).await;
+    assert_eq!(kept().key, Some(sealed(1, "01")));
+    let stale = ImageRecord { key: Some(sealed(2, "02")), ..before.clone() };
+    assert_eq!(
+        f.refused(Command::PutImage { image: stale }).await,
+        Code::Conflict,
+        "under another version than the current one"
+    );
+    f.done(Command::PutImage { image: ImageRecord { key: Some(sealed(1, "03")), ..before } }).await;
+    assert_eq!(kept().key, Some(sealed(1, "03")));
+    assert!(kept().offered, "nodes boot it as before");
 }

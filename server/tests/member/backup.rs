@@ -390,9 +390,74 @@ async fn what_is_no_backup_or_no_place_for_one_is_refused_and_leaves_nothing() -
     let bundle = member.site().await?.bundle;
     let token = member.admin().await?.create_token(&TokenRequest { name: "me".into(), lifetime: 600 }).await?.token;
     let mut remote = AdminClient::https(&member.url(), &bundle, &token).await?;
-    let request = BackupRequest { passphrase: Some(PASSPHRASE.into()) };
+    let request = BackupRequest { passphrase: Some(PASSPHRASE.into()), without_majority: false };
     assert_eq!(refusal(remote.backup(&request).await.map(drop)).0, Code::Forbidden);
     let mut parts = remote.backup(&BackupRequest::default()).await?;
     ensure!(parts.next().await?.is_some(), "a redacted one may be made from afar");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_majority_a_backup_is_made_only_when_asked_for_and_says_so() -> anyhow::Result<()> {
+    let mut first = Member::start()?;
+    define(&first, "n1").await?;
+    let mut second = joined(&first, "m2", true).await?;
+    voters(&first, 2).await?;
+    let make = |name: &str, more: &[&str]| {
+        let pass = secret_file(&first, &format!("{name}.pass"), PASSPHRASE)?;
+        let file = first.path(name);
+        let arguments = [&["backup", shown_path(&file), "--passphrase-file", shown_path(&pass)], more].concat();
+        anyhow::Ok((file.clone(), shown(&moor(&first, &arguments)?.output()?)))
+    };
+    // As long as there is one, it is as any other.
+    let (fresh, (status, _, err)) = make("fresh", &["--without-majority"])?;
+    ensure!(status == Some(0) && err.is_empty(), "{err}");
+    second.kill();
+    until(&first, "it has a majority", async || Ok(!view(&first).await?.majority)).await?;
+    let (file, (status, out, err)) = make("refused", &[])?;
+    ensure!(status == Some(1) && err.contains("`--without-majority` makes such a one"), "{out}{err}");
+    ensure!(!file.exists(), "a file is left");
+    let (stale, (status, out, err)) = make("stale", &["--without-majority"])?;
+    ensure!(status == Some(0) && err.contains("no majority"), "{out}{err}");
+    let redacted = first.path("redacted");
+    let (status, _, err) =
+        shown(&moor(&first, &["backup", "--redact", "--without-majority", shown_path(&redacted)])?.output()?);
+    ensure!(status == Some(0) && err.contains("no majority"), "{err}");
+    let text_of = std::fs::read_to_string(&redacted)?;
+    let head: serde_json::Value = serde_json::from_str(text_of.lines().next().context("no line")?)?;
+    ensure!(head["stale"]["index"].as_u64().is_some_and(|index| index > 0), "{head}");
+    for (file, is_stale) in [(&fresh, false), (&stale, true)] {
+        chown(file, Some(UID), Some(UID))?;
+        let mut restored = Member::prepare()?;
+        let output = restore(&restored, file, PASSPHRASE, &[])?;
+        let said = text(&output.stdout);
+        ensure!(output.status.success(), "{said}{}", text(&output.stderr));
+        ensure!(said.contains("was made without a majority: it ends with entry") == is_stale, "{said}");
+        restored.run()?;
+        knows(&restored, &["n1"]).await?;
+    }
+    let member = Member::prepare()?;
+    let output = restore(&member, &stale, PASSPHRASE, &["--json"])?;
+    let told: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    ensure!(
+        told["stale"]["term"].as_u64().is_some_and(|term| term > 0) && told["stale"]["confirmed"].is_u64(),
+        "{told}"
+    );
+    // That it was made is in the audit log of all, once a majority is back.
+    second.run()?;
+    let lines = async || {
+        let mut admin = second.admin().await?;
+        let mut parts = admin.backup(&BackupRequest::default()).await?;
+        let mut bytes = Vec::new();
+        while let Some(piece) = parts.next().await? {
+            bytes.extend_from_slice(&piece);
+        }
+        let lines = text(&bytes);
+        let is_line = |line: &&str| line.contains(r#""what":"backup""#) && line.contains(r#""majority":false"#);
+        anyhow::Ok(lines.lines().filter(is_line).count())
+    };
+    until(&first, "no majority comes back", async || Ok(view(&second).await?.majority)).await?;
+    until(&first, "the lines are not delivered", async || Ok(lines().await? == 2)).await?;
+    ensure!(first.terminate()?, "it does not stop:\n{}", first.log());
     Ok(())
 }

@@ -27,6 +27,7 @@ use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 
 const LIMIT: usize = 1 << 20;
+const FOR_ANOTHER: &str = "nobody speaks for another member";
 
 /// Whoever has the key directory of somebody who is or was a member.
 struct Insider {
@@ -65,13 +66,15 @@ async fn connect(to: &Member, bundle: &SiteBundle, (chain, key): Identity) -> an
     Ok(MemberConnection::connect(&to.url(), bundle.collective, tls, TIMEOUT).await?)
 }
 
-/// A call of each kind that members make, which would do harm: what the member says to each.
-async fn calls(connection: &mut MemberConnection) -> anyhow::Result<Vec<(&'static str, Code, String)>> {
-    let vote = json!({ "term": 1000, "candidate": 2, "committed": true });
+/// What a member says to a call.
+type Said = (&'static str, Code, String);
+
+/// A call of each kind by which a leader leads, in the name of the member of this number: what the member says to each.
+async fn calls_of_leaders(connection: &mut MemberConnection, candidate: u64) -> anyhow::Result<Vec<Said>> {
+    let vote = json!({ "term": 1000, "candidate": candidate, "committed": true });
     let asked = json!({
-        "vote": { "term": 1000, "candidate": 2, "committed": false }, "last": { "term": 1000, "index": 1_000_000 },
+        "vote": { "term": 1000, "candidate": candidate, "committed": false }, "last": { "term": 1000, "index": 1_000_000 },
     });
-    let define = json!({ "command": "define-node", "id": NodeId::random(), "name": "evil", "attributes": {} });
     let snapshot = format!("/member/v1/snapshot?vote={}", hex::encode(vote.to_string()));
     let append = json!({ "vote": vote, "previous": null, "commit": null, "entries": [] });
     let mut said = Vec::new();
@@ -80,6 +83,18 @@ async fn calls(connection: &mut MemberConnection) -> anyhow::Result<Vec<(&'stati
         ("vote", "/member/v1/vote", asked.to_string()),
         ("pre-vote", "/member/v1/pre-vote", asked.to_string()),
         ("snapshot", snapshot.as_str(), "no snapshot".into()),
+    ] {
+        let (code, detail) = refusal(connection.post(path, Bytes::from(body), LIMIT).await);
+        said.push((what, code, detail));
+    }
+    Ok(said)
+}
+
+/// A call of each kind that members make, which would do harm.
+async fn calls(connection: &mut MemberConnection) -> anyhow::Result<Vec<Said>> {
+    let define = json!({ "command": "define-node", "id": NodeId::random(), "name": "evil", "attributes": {} });
+    let mut said = calls_of_leaders(connection, 2).await?;
+    for (what, path, body) in [
         ("propose", "/member/v1/propose", define.to_string()),
         ("read-index", "/member/v1/read-index", String::new()),
         ("lacking", "/member/v1/lacking", "[]".into()),
@@ -101,14 +116,14 @@ async fn all_refused(what: &str, connection: &mut MemberConnection, says: &str) 
     Ok(())
 }
 
-/// What does no harm is answered: who asks is a member.
-async fn is_a_member(connection: &mut MemberConnection) -> anyhow::Result<()> {
+/// What does no harm is answered: who asks is the member of this number.
+async fn is_member(number: u64, connection: &mut MemberConnection) -> anyhow::Result<()> {
     connection.post("/member/v1/lacking", Bytes::from_static(b"[]"), LIMIT).await?;
-    may_vote(connection).await
+    may_vote(number, connection).await
 }
 
-async fn may_vote(connection: &mut MemberConnection) -> anyhow::Result<()> {
-    let old = json!({ "vote": { "term": 0, "candidate": 1, "committed": false }, "last": null });
+async fn may_vote(number: u64, connection: &mut MemberConnection) -> anyhow::Result<()> {
+    let old = json!({ "vote": { "term": 0, "candidate": number, "committed": false }, "last": null });
     connection.post("/member/v1/pre-vote", Bytes::from(old.to_string()), LIMIT).await?;
     Ok(())
 }
@@ -124,7 +139,7 @@ async fn a_removed_member_comes_back_under_no_id_key_or_voucher() -> anyhow::Res
     let bundle = first.site().await?.bundle;
     let (gone, stays) = (Insider::of(&second)?, Insider::of(&third)?);
     // The control: as long as it is a member, its certificate is good.
-    is_a_member(&mut connect(&first, &bundle, gone.itself()?).await?).await?;
+    is_member(2, &mut connect(&first, &bundle, gone.itself()?).await?).await?;
     // Whose secret it could read.
     let waiting = invite(&first, "m9", true, 600).await?;
     first.admin().await?.change_member("remove", &MemberRequest { member: "m2".into() }).await?;
@@ -133,7 +148,7 @@ async fn a_removed_member_comes_back_under_no_id_key_or_voucher() -> anyhow::Res
     for host in [&first, &third] {
         let is_out = async || {
             let mut connection = connect(host, &bundle, gone.itself()?).await?;
-            anyhow::Ok(is_a_member(&mut connection).await.is_err() && may_vote(&mut connection).await.is_err())
+            anyhow::Ok(is_member(2, &mut connection).await.is_err() && may_vote(2, &mut connection).await.is_err())
         };
         until(host, "it is not removed", is_out).await?;
     }
@@ -142,7 +157,7 @@ async fn a_removed_member_comes_back_under_no_id_key_or_voucher() -> anyhow::Res
     let term = view(&first).await?.term;
     let (removed, unknown, another) = ("was removed from", "has not heard of", "is another key than");
     for host in [&first, &third] {
-        is_a_member(&mut connect(host, &bundle, stays.itself()?).await?).await?;
+        is_member(3, &mut connect(host, &bundle, stays.itself()?).await?).await?;
         let stranger = MemberId::random();
         let cases = [
             ("the removed member", gone.own.id, gone.key()?, removed),
@@ -179,6 +194,42 @@ async fn a_removed_member_comes_back_under_no_id_key_or_voucher() -> anyhow::Res
     Ok(())
 }
 
+/// A member calls itself by the number of another one, of the one that it calls, and by one that nobody has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_speaks_in_nobody_else_s_name() -> anyhow::Result<()> {
+    let [first, second, mut third] = three().await?;
+    let (bundle, own) = (first.site().await?.bundle, Insider::of(&third)?);
+    assert_eq!(own.own.number, 3);
+    // It has heard of all there is, so that its own calls are good; and none of them comes from elsewhere.
+    define(&first, "a").await?;
+    knows(&third, &["a"]).await?;
+    third.kill();
+    until(&first, "nobody leads", async || Ok(view(&first).await?.leader.is_some_and(|leader| leader != 3))).await?;
+    define(&first, "b").await?;
+    knows(&second, &["a", "b"]).await?;
+    let before = view(&first).await?;
+    for host in [&first, &second] {
+        let mut connection = connect(host, &bundle, own.itself()?).await?;
+        is_member(3, &mut connection).await?;
+        for number in [1, 2, 9] {
+            for (call, code, detail) in calls_of_leaders(&mut connection, number).await? {
+                ensure!(
+                    code == Code::Forbidden && detail.contains(FOR_ANOTHER),
+                    "{call} as {number}: {code:?}: {detail}"
+                );
+            }
+        }
+    }
+    // All of that has done nothing.
+    define(&first, "c").await?;
+    knows(&second, &["a", "b", "c"]).await?;
+    let after = view(&first).await?;
+    assert_eq!((after.term, after.leader), (before.term, before.leader));
+    third.run()?;
+    knows(&third, &["a", "b", "c"]).await?;
+    Ok(())
+}
+
 /// A member that has just joined, and has no record of anybody, believes those of which it was told.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_newcomer_without_records_takes_nothing_from_who_is_no_member() -> anyhow::Result<()> {
@@ -210,7 +261,11 @@ async fn a_newcomer_without_records_takes_nothing_from_who_is_no_member() -> any
     show(&mut connection, &left.own.introduction).await?;
     all_refused("a removed member with its voucher", &mut connection, "was removed from").await?;
     let mut connection = connect(&second, &bundle, founder.itself()?).await?;
-    is_a_member(&mut connection).await?;
+    is_member(1, &mut connection).await?;
+    // It knows nobody by number yet, but itself.
+    for (call, code, detail) in calls_of_leaders(&mut connection, Insider::of(&second)?.own.number).await? {
+        ensure!(code == Code::Forbidden && detail.contains(FOR_ANOTHER), "{call}: {code:?}: {detail}");
+    }
     // A member too: terms do not end.
     let vote = json!({ "term": u64::MAX, "candidate": 1, "committed": true });
     let append = json!({ "vote": vote, "previous": null, "commit": null, "entries": [] }).to_string();

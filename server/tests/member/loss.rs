@@ -4,10 +4,15 @@ use crate::cli::{moor, shown};
 use crate::collective::{PATIENCE, blobs, define, joined, knows, names, text, three, until, view, voters};
 use crate::machine::Machine;
 use crate::node_api::prepared;
-use crate::support::Member;
+use crate::rotation::{boots, planted};
+use crate::support::{Member, as_user};
 use anyhow::{Context as _, ensure};
+use moor_api::ids::MemberId;
 use moor_api::node::Stage;
-use std::time::Instant;
+use moord::collective::identity::Identity;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// The members by number, and whether each votes.
 async fn votes(member: &Member) -> anyhow::Result<Vec<(u64, bool)>> {
@@ -115,5 +120,92 @@ async fn the_last_survivor_of_three_goes_on_alone_and_the_others_are_none_any_mo
     let alone = Member::init()?;
     let (done, _, err) = recover(&alone, &["--force"])?;
     ensure!(!done && err.contains("it is its own majority"), "{err}");
+    Ok(())
+}
+
+/// Puts a copy of a member's store in its place.
+fn put(member: &Member, copy: &Path) -> anyhow::Result<()> {
+    let store = member.path("state/store");
+    std::fs::remove_dir_all(&store)?;
+    copied(copy, &store)
+}
+
+fn copied(from: &Path, to: &Path) -> anyhow::Result<()> {
+    ensure!(Command::new("cp").arg("-a").args([from, to]).status()?.success(), "copying '{}'", from.display());
+    Ok(())
+}
+
+/// `moord recover`: whether it succeeds, and all that it says.
+fn recovers(member: &Member, more: &[&str]) -> anyhow::Result<(bool, String)> {
+    let output = member.moord("recover", more)?;
+    Ok((output.status.success(), text(&output.stdout) + &text(&output.stderr)))
+}
+
+const HASH: &str = "$6$planted$qwertzuiop1";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_recovery_that_is_interrupted_anywhere_goes_on_and_loses_no_key() -> anyhow::Result<()> {
+    let (mut first, mut machine, dek) = planted().await?;
+    let mut second = joined(&first, "m2", true).await?;
+    voters(&first, 2).await?;
+    first.kill();
+    second.kill();
+    let (store, copy) = (first.path("state/store"), first.path("copy"));
+    copied(&store, &copy)?;
+    let (member, intention) = (store.join("member.json"), store.join("recovering.json"));
+    let intend = |id: MemberId| std::fs::write(&intention, serde_json::json!({ "id": id }).to_string());
+
+    // It was written down what is to come, and nothing has come of it: the member is as it was.
+    intend(MemberId::random())?;
+    first.run()?;
+    ensure!(!view(&first).await?.majority && !intention.exists());
+    first.kill();
+    put(&first, &copy)?;
+    intend(MemberId::random())?;
+    let (done, said) = recovers(&first, &[])?;
+    ensure!(!done && said.contains("nothing was changed: `--force`"), "{said}");
+
+    // To its end, and how long that takes.
+    let begun = Instant::now();
+    let (done, said) = recovers(&first, &["--force"])?;
+    ensure!(done && said.contains("the only one of collective test") && !said.contains("does not open"), "{said}");
+    let whole = begun.elapsed();
+    ensure!(!intention.exists());
+    let (after, id) = (first.path("after"), Identity::read(&member)?.id);
+    copied(&store, &after)?;
+
+    // The tables have changed, and nothing says so yet. Whatever comes next finishes it.
+    for by_recover in [true, false] {
+        put(&first, &after)?;
+        std::fs::copy(copy.join("member.json"), &member)?;
+        intend(id)?;
+        if by_recover {
+            let (done, said) = recovers(&first, &[])?;
+            ensure!(done && said.contains("that was interrupted is finished"), "{said}");
+        }
+        first.run()?;
+        ensure!(!intention.exists() && Identity::read(&member)?.id == id);
+        assert_eq!(votes(&first).await?, [(3, true)]);
+        boots(&first, &mut machine, &dek, HASH).await?;
+        first.kill();
+    }
+
+    // Killed at any moment.
+    for moment in 0..10 {
+        put(&first, &copy)?;
+        let config = first.config();
+        let mut command = as_user(&["recover", "--config", &config, "--force"]);
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        std::thread::sleep(whole * moment / 9 + Duration::from_millis(1));
+        child.kill()?;
+        child.wait()?;
+        let (done, said) = recovers(&first, &["--force"])?;
+        // It may have been through.
+        ensure!(done || said.contains("it is its own majority"), "after {moment}/9: {said}");
+        first.run()?;
+        assert_eq!(votes(&first).await?, [(3, true)], "after {moment}/9");
+        boots(&first, &mut machine, &dek, HASH).await.with_context(|| format!("after {moment}/9"))?;
+        first.kill();
+    }
     Ok(())
 }

@@ -7,20 +7,24 @@ use crate::node_api::prepared;
 use crate::support::{Member, refusal};
 use anyhow::{Context as _, ensure};
 use moor_api::admin::{MemberRequest, SetAttributes};
+use moor_api::ids::CollectiveId;
 use moor_api::node::{KeyRequest, Stage};
 use moor_api::problem::Code;
 use moor_image::Dek;
 use moord::node::token::mint;
-use moord::secrets::{Place, SealedSecret};
-use moord::store::Snapshot;
+use moord::secrets::{Place, Ring, SealedSecret};
 use moord::store::records::ProfileRecord;
 use moord::store::tables;
+use moord::store::{Command, Outcome, Snapshot, Store as _};
+use std::collections::BTreeMap;
+use std::fs::File;
 use std::time::{Duration, Instant};
 
 const PRIVATE: &str = "a private file";
+const HASH: &str = "crypted.rootpassword";
 
 /// A member with a node that has an identity and two secrets: its own, and one of the profile; and the key of its image.
-async fn planted() -> anyhow::Result<(Member, Machine, Dek)> {
+pub(crate) async fn planted() -> anyhow::Result<(Member, Machine, Dek)> {
     let (member, machine) = prepared().await?;
     let mut admin = member.admin().await?;
     let dek = Dek::generate()?;
@@ -34,14 +38,18 @@ async fn planted() -> anyhow::Result<(Member, Machine, Dek)> {
 }
 
 async fn set_hash(member: &Member, hash: &str) -> anyhow::Result<()> {
-    let set = [("crypted.rootpassword".to_owned(), hash.to_owned())].into();
-    let changed = member.admin().await?.set(&SetAttributes { range: "n1".into(), set, clear: Vec::new() }).await?;
+    set_hash_of(member, "n1", hash).await
+}
+
+async fn set_hash_of(member: &Member, node: &str, hash: &str) -> anyhow::Result<()> {
+    let set = [(HASH.to_owned(), hash.to_owned())].into();
+    let changed = member.admin().await?.set(&SetAttributes { range: node.into(), set, clear: Vec::new() }).await?;
     ensure!(changed.refused.is_empty(), "{changed:?}");
     Ok(())
 }
 
 /// The node boots from this member, and gets its secrets.
-async fn boots(member: &Member, machine: &mut Machine, dek: &Dek, hash: &str) -> anyhow::Result<()> {
+pub(crate) async fn boots(member: &Member, machine: &mut Machine, dek: &Dek, hash: &str) -> anyhow::Result<()> {
     machine.asks(member);
     machine.reboot()?;
     let mut boot = machine.connect().await?;
@@ -182,5 +190,67 @@ async fn what_a_removed_member_has_opens_nothing_of_after() -> anyhow::Result<()
     session.config().await.context("the control: a token by the keys of now")?;
     session.set_token(&mint(kept.token()?, &claims)?)?;
     assert_eq!(refusal(session.config().await).0, Code::TokenInvalid);
+    Ok(())
+}
+
+/// Gives a node a secret that no key of the collective opens, as if it had been damaged. The member does not run.
+async fn damage(member: &Member, node: &str) -> anyhow::Result<()> {
+    let store = member.store().await?;
+    let id = store.snapshot()?.node_named(node)?.context("no node")?.id;
+    let place = Place { table: "nodes", id: &id.to_string(), field: HASH };
+    let secret = Ring::first(CollectiveId::random())?.seal(place, b"$6$planted$qwertzuiop9")?;
+    let secrets = [(HASH.to_owned(), secret)].into();
+    let set = Command::SetAttributes { id, set: BTreeMap::new(), secrets, clear: Vec::new() };
+    ensure!(store.propose(set).await? == Outcome::Done);
+    store.close().await;
+    drop(store);
+    // The thread of a log ends a moment after its store was closed.
+    for file in ["log.redb", "member.redb"] {
+        let path = member.path("state/store").join(file);
+        until(member, "this process keeps the store", async || Ok(File::open(&path)?.try_lock().is_ok())).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_secret_that_does_not_open_holds_nothing_else_up_and_is_named() -> anyhow::Result<()> {
+    let (mut first, mut machine, dek) = planted().await?;
+    first.define("n2", uuid::Uuid::new_v4()).await?;
+    ensure!(first.terminate()?, "it does not stop:\n{}", first.log());
+    damage(&first, "n2").await?;
+    first.run()?;
+    // However often: only the version that it is under is kept.
+    for version in [2, 3] {
+        assert_eq!(first.admin().await?.rotate_key().await?.version, version);
+        until(&first, "the others are not sealed anew", async || Ok(view(&first).await?.keys == [1, version])).await?;
+        boots(&first, &mut machine, &dek, "$6$planted$qwertzuiop1").await?;
+    }
+    let named = "attribute 'crypted.rootpassword' of node n2";
+    let told = format!(
+        "{named} does not open, and version 1 of the keys is kept for it: set it anew (`moor node set n2 --file"
+    );
+    until(&first, "the log does not say so", async || Ok(first.log().contains(&told))).await?;
+    assert_eq!(first.log().matches(&told).count(), 1, "it is said once:\n{}", first.log());
+    let (status, out, err) = shown(&moor(&first, &["collective", "show"])?.output()?);
+    ensure!(status == Some(0) && out.contains(&told), "{out}{err}");
+    let (_, out, _) = shown(&moor(&first, &["--json", "collective", "show"])?.output()?);
+    let json: serde_json::Value = serde_json::from_str(&out)?;
+    ensure!(json["unreadable"][0]["of"] == named && json["unreadable"][0]["version"] == 1, "{out}");
+    assert_eq!(json["unreadable"].as_array().map(Vec::len), Some(1));
+    ensure!(first.terminate()?, "it does not stop:\n{}", first.log());
+    {
+        let (ring, store) = first.opened()?;
+        let secrets = sealed(&store.view()?)?;
+        for (table, id, field, secret) in &secrets {
+            let opens = ring.open_secret(Place { table, id, field }, secret).is_ok();
+            assert_eq!(secret.key_version(), if opens { 3 } else { 1 }, "{table} {id} {field}");
+        }
+        ensure!(secrets.iter().filter(|(.., secret)| secret.key_version() == 1).count() == 1 && secrets.len() >= 5);
+    }
+    first.run()?;
+    // What is to be done about it helps.
+    set_hash_of(&first, "n2", "$6$planted$qwertzuiop4").await?;
+    all_under(&first, 3).await?;
+    ensure!(view(&first).await?.unreadable.is_empty());
     Ok(())
 }

@@ -2,11 +2,15 @@
 
 use crate::machine::Machine;
 use crate::node_api::prepared;
-use crate::support::refusal;
+use crate::support::{TIMEOUT, refusal};
+use anyhow::ensure;
 use moor_api::deploy::PhaseName;
 use moor_api::ids::NodeId;
 use moor_api::node::Stage;
 use moor_api::problem::Code;
+use moord::node::token::mint;
+use moord::secrets::Ring;
+use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 #[tokio::test]
@@ -56,5 +60,31 @@ async fn what_a_stranger_makes_up_is_kept_once() -> anyhow::Result<()> {
     calls.sort_unstable();
     calls.dedup();
     assert_eq!(calls, ["GET files", "GET scripts", "POST session"], "{why}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_node_whose_token_was_made_void_is_no_stranger() -> anyhow::Result<()> {
+    let (member, machine) = prepared().await?;
+    member.arm("n1", "once").await?;
+    let mut connection = machine.connect().await?;
+    machine.log_in(&mut connection, Stage::Boot).await?;
+    member.admin().await?.rotate_key().await?;
+    let end = Instant::now() + TIMEOUT;
+    while connection.config().await.is_ok() {
+        ensure!(Instant::now() < end, "a token of before is good:\n{}", member.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(refusal(connection.config().await).0, Code::TokenInvalid);
+    let why = member.why("n1").await?;
+    ensure!(why.contains("its keys were rotated since"), "{why}");
+    let nobody = refusal(member.admin().await?.why("127.0.0.1").await);
+    assert_eq!(nobody.0, Code::NotFound, "{nobody:?}");
+    // Who makes up a node is one.
+    let foreign = Ring::first(machine.bundle.collective)?;
+    let claims = machine.claims(connection.member(), NodeId::random(), 1);
+    connection.set_token(&mint(foreign.token()?, &claims)?)?;
+    assert_eq!(refusal(connection.config().await).0, Code::TokenInvalid);
+    ensure!(member.why("127.0.0.1").await?.contains("is not one of this collective"));
     Ok(())
 }

@@ -28,6 +28,23 @@ pub struct CollectiveView {
     /// Versions of the collective's keys that secrets are under; the last is the one for new ones.
     #[serde(default)]
     pub keys: Vec<u32>,
+    /// Secrets that do not open, the first [`MAX_UNREADABLE`] of them: an older version of the keys is kept for each.
+    #[serde(default)]
+    pub unreadable: Vec<UnreadableSecret>,
+}
+
+/// Secrets that do not open are named up to so many.
+pub const MAX_UNREADABLE: usize = 100;
+
+/// A secret that does not open, and so cannot be sealed under newer keys.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnreadableSecret {
+    /// What it is, for people.
+    pub of: String,
+    /// The version of the collective's keys that it is under, which is kept for it.
+    pub version: u32,
+    /// What to do about it.
+    pub remedy: String,
 }
 
 /// The collective's keys were rotated.
@@ -91,6 +108,9 @@ pub struct BackupRequest {
     /// What the backup is encrypted under; none: it is redacted.
     #[serde(default)]
     pub passphrase: Option<String>,
+    /// Where no majority answers, make one of what the member holds: it may not be the newest, and says so.
+    #[serde(default)]
+    pub without_majority: bool,
 }
 
 impl Drop for BackupRequest {

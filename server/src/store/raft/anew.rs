@@ -5,20 +5,31 @@
 
 use super::log::Log;
 use super::machine::{Machine, State};
-use super::{Calls, LogId, Peer, Places, Replicated, Vote, config, consensus};
-use crate::store::tables::Snapshot;
+use super::{Entry, LogId, Peer, Places, Replicated, Vote, consensus, snapshot};
+use crate::store::records::{KeysRecord, MemberRecord};
+use crate::store::tables::{self, Snapshot};
 use crate::store::{Level, StoreError};
 use openraft::EntryPayload;
 use openraft::storage::{RaftLogReader as _, RaftLogStorage as _};
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::sync::Arc;
-
-/// Entries that are applied at a time.
-const BATCH: u64 = 256;
 
 fn broken(error: impl std::fmt::Display) -> StoreError {
     StoreError::Message(error.to_string())
+}
+
+/// Term and place of an entry.
+fn place(id: Option<LogId>) -> (u64, u64) {
+    id.map_or((0, 0), |id| (**id.committed_leader_id(), id.index()))
+}
+
+/// The members by number, as the tables of a member that does not run have them: also those that were removed.
+///
+/// # Errors
+/// The tables cannot be opened (the member runs), are not there, or are damaged; the collective is of a newer release.
+pub fn members_in(places: &Places) -> Result<BTreeMap<u64, MemberRecord>, StoreError> {
+    let machine = Machine::open(&places.state, places.snapshots.clone(), Level::NEWEST);
+    machine.map_err(|error| error.within(&places.state))?.view()?.members()
 }
 
 /// Log and tables of a member that does not run.
@@ -64,7 +75,7 @@ impl Survivor {
     /// The database is damaged.
     pub async fn newest(&self) -> Result<(u64, u64), StoreError> {
         let (_, last) = self.last(self.log.clone()).await?;
-        Ok(last.map_or((0, 0), |id| (**id.committed_leader_id(), id.index())))
+        Ok(place(last))
     }
 
     /// All members of the newest membership that this member has heard of, whether it was agreed or not.
@@ -75,77 +86,95 @@ impl Survivor {
         let (_, stored) = State::applied(&self.view()?)?;
         let mut peers: BTreeMap<u64, Peer> =
             stored.membership().nodes().map(|(number, peer)| (*number, peer.clone())).collect();
-        self.behind(async |entries| {
-            for (entry, _) in &entries {
-                if let EntryPayload::Membership(membership) = &entry.payload {
-                    peers.extend(membership.nodes().map(|(number, peer)| (*number, peer.clone())));
-                }
+        for entry in self.behind().await? {
+            if let EntryPayload::Membership(membership) = &entry.payload {
+                peers.extend(membership.nodes().map(|(number, peer)| (*number, peer.clone())));
             }
-            Ok(())
-        })
-        .await?;
+        }
         Ok(peers)
     }
 
-    /// Gives the entries that were not applied to `take`, in order.
-    async fn behind(
-        &self,
-        mut take: impl AsyncFnMut(Vec<openraft::storage::EntryResponder<super::Raft>>) -> Result<(), StoreError>,
-    ) -> Result<(), StoreError> {
+    /// The entries that were not applied, in order: little more than what is applied between two syncs of the tables.
+    async fn behind(&self) -> Result<Vec<Entry>, StoreError> {
         let mut log = self.log.clone();
         let (applied, last) = self.last(log.clone()).await?;
-        let (mut next, end) = (applied.map_or(0, |id| id.index() + 1), last.map_or(0, |id| id.index() + 1));
-        while next < end {
-            let entries = log.try_get_log_entries(next..end.min(next + BATCH)).await.map_err(broken)?;
-            let first = entries.first().map(|entry| entry.log_id.index());
-            if first != Some(next) {
-                return Err(broken(format!("the log is damaged: entry {next} is missing")));
-            }
-            next += entries.len() as u64;
-            take(entries.into_iter().map(|entry| (entry, None)).collect()).await?;
+        let (next, end) = (applied.map_or(0, |id| id.index() + 1), last.map_or(0, |id| id.index() + 1));
+        let entries = log.try_get_log_entries(next..end).await.map_err(broken)?;
+        if entries.len() as u64 != end.saturating_sub(next)
+            || entries.first().is_some_and(|first| first.log_id.index() != next)
+        {
+            return Err(broken(format!("the log is damaged: entries are missing from {next} on")));
         }
-        Ok(())
+        Ok(entries)
     }
 
-    /// Applies all that the log has, and goes on as the only member. What the log has may have been acknowledged, so none of it is dropped.
+    /// Applies all that the log has, and makes `member` the only one, with the keys that `keys` makes of those that there are; returns its number.
+    /// `before` is the number that it has now. What the log has may have been acknowledged, so none of it is dropped.
+    ///
+    /// Whoever is interrupted finds a member that is as it was, or the new one: never entries applied of which nobody knows whether they were
+    /// agreed, in a member that may go on with those of before.
     ///
     /// # Errors
-    /// The store is damaged, or failed.
-    pub async fn begin_anew(mut self, peer: Peer, calls: Arc<Calls>) -> Result<(Replicated, u64), StoreError> {
-        self.behind(async |entries| {
-            let machine = self.machine.clone();
-            tokio::task::spawn_blocking(move || machine.apply(entries)).await.map_err(consensus)?
-        })
-        .await?;
+    /// The store is damaged, or failed; `keys` makes none. Then it is as it was.
+    pub async fn begin_anew(
+        &mut self,
+        before: u64,
+        member: MemberRecord,
+        keys: impl FnOnce(&KeysRecord) -> anyhow::Result<KeysRecord> + Send + 'static,
+    ) -> Result<u64, StoreError> {
+        let entries = self.behind().await?;
         let (_, last) = self.last(self.log.clone()).await?;
         let voted = self.log.read_vote().await.map_err(broken)?.map_or(0, |vote| vote.leader_id.term);
-        let (number, term) = self.machine.begin_anew(None::<std::io::Empty>, (voted, last), peer)?;
-        self.alone(number, term, calls).await
+        let term = last.map_or(0, |id| **id.committed_leader_id()).max(voted) + 1;
+        // Before the tables: they must not be of a term that no vote stands behind. To those of before it is one in an election that nobody wins.
+        self.log.save_vote(&Vote::new(term, before)).await.map_err(broken)?;
+        let machine = self.machine.clone();
+        let begin = move || {
+            let fill = |write: &tables::Write<'_>| {
+                for entry in entries {
+                    machine.take(write, entry)?;
+                }
+                Ok(last)
+            };
+            machine.begin_anew(fill, term, member, keys)
+        };
+        let (number, _) = tokio::task::spawn_blocking(begin).await.map_err(consensus)??;
+        Ok(number)
     }
 
     /// The same with the tables of a backup, over a store that was made for it.
     ///
     /// # Errors
-    /// The backup is damaged: then nothing was changed. The store failed.
+    /// The backup is damaged, or of a newer level; `keys` makes none: then nothing was changed. The store failed.
     pub async fn restore(
-        self,
+        &mut self,
         tables: impl Read + Send + 'static,
-        peer: Peer,
-        calls: Arc<Calls>,
-    ) -> Result<(Replicated, u64), StoreError> {
+        member: MemberRecord,
+        keys: impl FnOnce(&KeysRecord) -> anyhow::Result<KeysRecord> + Send + 'static,
+    ) -> Result<u64, StoreError> {
         let machine = self.machine.clone();
-        let fill = move || machine.begin_anew(Some(tables), (0, None), peer);
-        let (number, term) = tokio::task::spawn_blocking(fill).await.map_err(consensus)??;
-        self.alone(number, term, calls).await
-    }
-
-    async fn alone(mut self, number: u64, term: u64, calls: Arc<Calls>) -> Result<(Replicated, u64), StoreError> {
+        let begin = move || {
+            let fill = |write: &tables::Write<'_>| {
+                let read = snapshot::read(tables, write, machine.known()).map_err(snapshot::unread)?;
+                Ok(read.last_log_id)
+            };
+            machine.begin_anew(fill, 1, member, keys)
+        };
+        let (number, term) = tokio::task::spawn_blocking(begin).await.map_err(consensus)??;
         self.log.save_vote(&Vote::new(term, number)).await.map_err(broken)?;
-        Ok((Replicated::over(self.log, self.machine, number, calls, config()).await?, number))
+        Ok(number)
     }
 }
 
 impl Replicated {
+    /// Term and place of the newest entry that is in `view`.
+    ///
+    /// # Errors
+    /// The database is damaged.
+    pub fn newest_in(view: &Snapshot) -> Result<(u64, u64), StoreError> {
+        Ok(place(State::applied(view)?.0))
+    }
+
     /// Writes all tables as they are in `view` to `out`, as a snapshot.
     ///
     /// # Errors

@@ -5,10 +5,11 @@
 
 use super::snapshot::{self, SnapshotFile};
 use super::wire::{WireLogId, WireStored};
-use super::{Entry, LogId, Membership, Peer, Raft, SnapshotMeta, StoredMembership};
+use super::{Entry, LogId, Membership, Raft, SnapshotMeta, StoredMembership};
 use crate::store::kept::KeptRecords;
+use crate::store::records::{KeysRecord, MemberRecord};
 use crate::store::tables::{self, Snapshot, Write};
-use crate::store::{Event, Level, Outcome, StoreError, apply, database, level};
+use crate::store::{Command, Event, Level, Outcome, StoreError, apply, database, keys, level};
 use futures_util::{Stream, StreamExt as _};
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
@@ -18,7 +19,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 
 /// Entries that one transaction applies at most.
 const BATCH: usize = 256;
@@ -36,6 +37,8 @@ pub(super) struct State {
     /// The newest level that this release knows.
     known: Level,
     events: broadcast::Sender<Event>,
+    /// The level of what came, where this release does not know it.
+    outgrown: watch::Sender<Option<Level>>,
     unsynced: AtomicUsize,
     newest: Mutex<Option<(SnapshotMeta, PathBuf)>>,
 }
@@ -79,6 +82,7 @@ impl Machine {
             directory,
             known,
             events,
+            outgrown: watch::Sender::default(),
             unsynced: AtomicUsize::new(0),
             newest: Mutex::new(None),
         })))
@@ -97,6 +101,27 @@ impl State {
 
     pub(super) fn watch(&self) -> broadcast::Receiver<Event> {
         self.events.subscribe()
+    }
+
+    /// The level of what came, once it is one that this release does not know.
+    pub(super) fn outgrown(&self) -> watch::Receiver<Option<Level>> {
+        self.outgrown.subscribe()
+    }
+
+    /// Why it failed: because the collective has outgrown this release, or as `error` says.
+    pub(super) fn why(&self, error: StoreError) -> StoreError {
+        match *self.outgrown.borrow() {
+            Some(level) => StoreError::TooOld { level, known: self.known },
+            None => error,
+        }
+    }
+
+    /// Keeps in mind that the collective has outgrown this release, if that is why.
+    pub(super) fn note<T>(&self, answer: Result<T, StoreError>) -> Result<T, StoreError> {
+        if let Err(StoreError::TooOld { level, .. }) = &answer {
+            self.outgrown.send_replace(Some(*level));
+        }
+        answer
     }
 
     /// Where a snapshot that is received may be put.
@@ -122,6 +147,10 @@ impl State {
     }
 
     pub(super) fn apply(&self, chunk: Vec<EntryResponder<Raft>>) -> Result<(), StoreError> {
+        self.note(self.apply_chunk(chunk))
+    }
+
+    fn apply_chunk(&self, chunk: Vec<EntryResponder<Raft>>) -> Result<(), StoreError> {
         let mut transaction = self.database.begin_write()?;
         let waiting = self.unsynced.fetch_add(chunk.len(), Ordering::Relaxed) + chunk.len();
         if waiting < UNSYNCED {
@@ -135,26 +164,15 @@ impl State {
         let mut answers = Vec::with_capacity(chunk.len());
         let mut last = None;
         for (entry, responder) in chunk {
-            let Entry { log_id, payload } = entry;
-            last = Some(log_id);
-            let outcome = match payload {
-                EntryPayload::Blank => Outcome::Done,
-                EntryPayload::Normal(command) => {
-                    // Nothing of it is committed then.
-                    level::check(command.level(), self.known)?;
-                    apply::apply(&write, command)?
-                }
-                EntryPayload::Membership(membership) => {
-                    let stored = StoredMembership::new(Some(log_id), membership);
-                    write.put(tables::RAFT, "membership", &WireStored::from(&stored))?;
-                    Outcome::Done
-                }
-            };
+            last = Some(entry.log_id);
+            let outcome = self.take(&write, entry)?;
             answers.extend(responder.map(|responder| (responder, outcome)));
         }
         if let Some(last) = last {
             write.put(tables::RAFT, "applied", &WireLogId::from(last))?;
         }
+        // Only now it is known whether the level has risen: who was to raise it may have been refused. Nothing is committed if it has.
+        level::check(level::of(&write)?, self.known)?;
         let events = write.into_events();
         transaction.commit()?;
         for (responder, outcome) in answers {
@@ -167,6 +185,22 @@ impl State {
         Ok(())
     }
 
+    /// Applies one entry. What is above the level that this release knows is not read without what is new in it.
+    pub(super) fn take(&self, write: &Write<'_>, entry: Entry) -> Result<Outcome, StoreError> {
+        match entry.payload {
+            EntryPayload::Blank => Ok(Outcome::Done),
+            EntryPayload::Normal(command) => {
+                level::check(command.level(), self.known)?;
+                apply::apply(write, command)
+            }
+            EntryPayload::Membership(membership) => {
+                let stored = StoredMembership::new(Some(entry.log_id), membership);
+                write.put(tables::RAFT, "membership", &WireStored::from(&stored))?;
+                Ok(Outcome::Done)
+            }
+        }
+    }
+
     /// Writes a snapshot of `view` to `out`, for a backup.
     ///
     /// # Errors
@@ -177,31 +211,37 @@ impl State {
         snapshot::write_to(out, view, &meta).map_err(|error| StoreError::Snapshot(error.to_string()))
     }
 
-    /// Makes `peer` the only member, in an entry that stands behind `last` and in a term after `term`: with `input`, a snapshot that all
-    /// tables are replaced by before, or with what they hold. Returns its number, and the term.
+    /// Makes `member` the only one, by an entry that stands behind the newest that `fill` puts into the tables, in the term `least` or a later one.
+    /// `keys` makes its keys of those that there are. Returns its number, and the term.
+    ///
+    /// All of it is one transaction: who is interrupted finds everything as it was, or all of it.
     ///
     /// # Errors
-    /// The snapshot or the database is damaged; then nothing was changed.
+    /// Those of `fill` and `keys`; the database is damaged, or failed; the tables are of a level that this release does not know. Then nothing
+    /// was changed.
     pub(super) fn begin_anew(
         &self,
-        input: Option<impl io::Read>,
-        (term, last): (u64, Option<LogId>),
-        peer: Peer,
+        fill: impl FnOnce(&Write<'_>) -> Result<Option<LogId>, StoreError>,
+        least: u64,
+        member: MemberRecord,
+        keys: impl FnOnce(&KeysRecord) -> anyhow::Result<KeysRecord>,
     ) -> Result<(u64, u64), StoreError> {
         let transaction = self.database.begin_write()?;
         let write = Write::new(&transaction);
-        let mut newest = last;
-        if let Some(input) = input {
-            let read = snapshot::read(input, &write, self.known).map_err(snapshot::unread)?;
-            newest = newest.max(read.last_log_id);
-        }
+        let newest = fill(&write)?;
         let number = write.get::<u64>(tables::COUNTERS, "member")?.unwrap_or(0) + 1;
-        let term = newest.map_or(0, |id| **id.committed_leader_id()).max(term) + 1;
+        let term = least.max(newest.map_or(0, |id| **id.committed_leader_id()) + 1);
         let at = LogId::new(term.into(), newest.map_or(0, |id| id.index()) + 1);
-        let membership = Membership::new(vec![BTreeSet::from([number])], BTreeMap::from([(number, peer)]))
+        let membership = Membership::new(vec![BTreeSet::from([number])], BTreeMap::from([(number, member.peer())]))
             .map_err(super::consensus)?;
         write.put(tables::RAFT, "applied", &WireLogId::from(at))?;
         write.put(tables::RAFT, "membership", &WireStored::from(&StoredMembership::new(Some(at), membership)))?;
+        let before = keys::of(&write)?;
+        let keys = keys(&before).map_err(|error| StoreError::Keys(format!("{error:#}")))?;
+        if let Outcome::Refused(problem) = apply::apply(&write, Command::Anew { number, member, keys })? {
+            return Err(super::consensus(problem));
+        }
+        level::check(level::of(&write)?, self.known)?;
         transaction.commit()?;
         self.unsynced.store(0, Ordering::Relaxed);
         Ok((number, term))

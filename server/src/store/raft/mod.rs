@@ -17,8 +17,8 @@ mod standing;
 mod tests;
 mod wire;
 
-pub use anew::Survivor;
-pub use network::{Call, Calls};
+pub use anew::{Survivor, members_in};
+pub use network::{Call, Calls, Leading};
 pub(crate) use network::{INTRODUCE, proposed};
 pub use snapshot::SnapshotFile;
 pub use standing::Standing;
@@ -43,7 +43,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::{broadcast, watch};
+use tokio::sync::broadcast;
 
 /// A member, as the membership names it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -128,8 +128,6 @@ pub struct Replicated {
     /// When the leader was heard last.
     heard: Mutex<Option<Instant>>,
     rounds: Rounds,
-    /// What came is of a level that this release does not know.
-    outgrown: watch::Sender<Option<(Level, Level)>>,
 }
 
 fn config() -> Config {
@@ -187,17 +185,10 @@ impl Replicated {
     ) -> Result<Self, StoreError> {
         let config = Arc::new(config.validate().map_err(consensus)?);
         let network = network::Network(calls.clone());
-        let raft = openraft::Raft::new(number, config, network, log, machine.clone()).await.map_err(consensus)?;
-        let store = Self {
-            raft,
-            machine,
-            calls,
-            number,
-            heard: Mutex::default(),
-            rounds: Rounds::default(),
-            outgrown: watch::Sender::default(),
-        };
-        store.recover().await?;
+        let raft = openraft::Raft::new(number, config, network, log, machine.clone()).await;
+        let raft = raft.map_err(|error| machine.why(consensus(error)))?;
+        let store = Self { raft, machine, calls, number, heard: Mutex::default(), rounds: Rounds::default() };
+        store.recover().await.map_err(|error| store.machine.why(error))?;
         Ok(store)
     }
 
@@ -242,10 +233,10 @@ impl Replicated {
     pub async fn failed(&self) -> StoreError {
         let mut metrics = self.raft.server_metrics();
         let mut running = self.raft.metrics();
-        let mut outgrown = self.outgrown.subscribe();
+        let mut outgrown = self.machine.outgrown();
         loop {
-            if let Some((level, known)) = *outgrown.borrow_and_update() {
-                return StoreError::TooOld { level, known };
+            if let Some(level) = *outgrown.borrow_and_update() {
+                return StoreError::TooOld { level, known: self.machine.known() };
             }
             if running.borrow_watched().running_state.is_err() {
                 return StoreError::Failed;
@@ -257,14 +248,6 @@ impl Replicated {
                 _ = outgrown.changed() => {}
             }
         }
-    }
-
-    /// Keeps in mind that the collective has outgrown this release, if that is why.
-    fn note<T>(&self, answer: Result<T, StoreError>) -> Result<T, StoreError> {
-        if let Err(StoreError::TooOld { level, known }) = &answer {
-            self.outgrown.send_replace(Some((*level, *known)));
-        }
-        answer
     }
 
     /// Waits until this member knows all that was acknowledged anywhere before the call.
@@ -343,10 +326,10 @@ impl Replicated {
     /// # Errors
     /// The store failed, or lost the lead on the way.
     pub async fn propose_here(&self, command: Command) -> Result<Option<(Outcome, u64)>, StoreError> {
-        // Not even passed on: a leader of an older release would read it without what is new in it.
-        if let Some(problem) = level::refusal(&command, || self.machine.view()?.level())? {
-            return Ok(Some((Outcome::Refused(problem), 0)));
-        }
+        let (command, refused) = match level::within(command, || self.machine.view()?.level())? {
+            Ok(within) => within,
+            Err(problem) => return Ok(Some((Outcome::Refused(problem), 0))),
+        };
         let standing = self.standing();
         if standing.leader == Some(self.number) && standing.is_cut_off() {
             return Err(StoreError::NoLeader(standing.no_majority("changes wait until it does")));
@@ -356,7 +339,7 @@ impl Replicated {
             return Err(StoreError::NoLeader(standing.no_majority(then)));
         };
         match written {
-            Ok(written) => Ok(Some((written.data, written.log_id.index()))),
+            Ok(written) => Ok(Some((refused.map_or(written.data, Outcome::Refused), written.log_id.index()))),
             Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => Ok(None),
             Err(RaftError::APIError(ClientWriteError::LogEntryDiscarded(_))) => Err(StoreError::Unknown),
             Err(error) => Err(consensus(error)),
@@ -414,24 +397,50 @@ impl Replicated {
         })
     }
 
-    /// Answers a call of another member.
+    /// Refuses the member `by`, which has proven who it is, where it gives itself the number of another one. Where this member is behind, it knows
+    /// neither the caller's number nor who has that one; then it is believed.
+    fn speaks(&self, number: u64, by: MemberId) -> Result<(), StoreError> {
+        let view = self.machine.view()?;
+        let is_its_own = if let Some(record) = view.member(number)? {
+            record.id == by
+        } else {
+            let named = self.standing().members;
+            let is_other = |(known, id): (u64, MemberId)| (known == number) != (id == by);
+            number != self.number
+                && !view.members()?.into_iter().map(|(known, record)| (known, record.id)).any(is_other)
+                && !named.into_iter().map(|(known, (peer, _))| (known, peer.id)).any(is_other)
+        };
+        if is_its_own { Ok(()) } else { Err(StoreError::Speaker { number }) }
+    }
+
+    /// Answers a call of the member `by`.
     ///
     /// # Errors
-    /// It does not parse; the store failed.
-    pub async fn answer(&self, call: Call, body: &[u8]) -> Result<Vec<u8>, StoreError> {
-        let answer = self.note(network::answer(&self.raft, call, body, self.machine.known()).await)?;
+    /// It does not parse, or is in another member's name; the store failed.
+    pub async fn answer(&self, call: Call, body: &[u8], by: MemberId) -> Result<Vec<u8>, StoreError> {
+        let speaks = |number| self.speaks(number, by);
+        let answer = network::answer(&self.raft, call, body, self.machine.known(), speaks).await;
+        let answer = self.machine.note(answer).map_err(|error| self.machine.why(error))?;
         if call == Call::Append {
             *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         }
         Ok(answer)
     }
 
+    /// Reads the vote with which the member `by` wants to send a snapshot.
+    ///
+    /// # Errors
+    /// It does not parse, or is in another member's name.
+    pub fn leading(&self, vote: &str, by: MemberId) -> Result<Leading, StoreError> {
+        Leading::read(&self.raft, vote, |number| self.speaks(number, by))
+    }
+
     /// Takes a snapshot that the leader sends: `file` lies in [`Self::receiving`].
     ///
     /// # Errors
     /// It is damaged; the store failed.
-    pub async fn install(&self, vote: &str, file: SnapshotFile) -> Result<Vec<u8>, StoreError> {
-        self.note(network::install(&self.raft, vote, file, self.machine.known()).await)
+    pub async fn install(&self, leading: Leading, file: SnapshotFile) -> Result<Vec<u8>, StoreError> {
+        self.machine.note(network::install(&self.raft, leading, file, self.machine.known()).await)
     }
 
     /// A new file that a snapshot is received into.
@@ -446,16 +455,22 @@ impl Replicated {
 impl Store for Replicated {
     async fn propose(&self, command: Command) -> Result<Outcome, StoreError> {
         let until = Instant::now() + PATIENCE;
+        // What is above the level is not even passed on: a leader of an older release would read it without what is new in it.
+        let (command, refused) = match level::within(command, || self.machine.view()?.level())? {
+            Ok(within) => within,
+            Err(problem) => return Ok(Outcome::Refused(problem)),
+        };
+        let told = |outcome| refused.clone().map_or(outcome, Outcome::Refused);
         loop {
             if let Some((outcome, _)) = self.propose_here(command.clone()).await? {
-                return Ok(outcome);
+                return Ok(told(outcome));
             }
             if let Some(leader) = self.leader() {
                 match self.calls.propose(&leader, &command).await {
                     Ok(Some((outcome, index))) => {
                         // Best effort: the change is made; who reads at once should see it.
                         let _ = self.applied(index).await;
-                        return Ok(outcome);
+                        return Ok(told(outcome));
                     }
                     // It leads no more, or was not reached at all: nothing was proposed.
                     Ok(None) => {}

@@ -348,21 +348,24 @@ fn within_reach(raft: &openraft::Raft<Raft, Machine>, vote: &Vote) -> Result<(),
     Ok(())
 }
 
-/// Answers a call, in a release that knows levels up to `known`.
+/// Answers a call, in a release that knows levels up to `known`. `speaks` refuses numbers that are not the caller's.
 pub(super) async fn answer(
     raft: &openraft::Raft<Raft, Machine>,
     call: Call,
     body: &[u8],
     known: Level,
+    speaks: impl Fn(u64) -> Result<(), StoreError>,
 ) -> Result<Vec<u8>, StoreError> {
     match call {
         Call::Append => {
             let request = wire::append_from(body, known)?;
+            speaks(request.vote.leader_id.voted_for)?;
             within_reach(raft, &request.vote)?;
             answered(&WireAppended::from(raft.append_entries(request).await.map_err(consensus)?))
         }
         Call::Vote | Call::PreVote => {
             let request = VoteRequest::<Raft>::from(parsed::<WireVoteRequest>(body)?);
+            speaks(request.vote.leader_id.voted_for)?;
             within_reach(raft, &request.vote)?;
             let response = match call {
                 Call::Vote => raft.vote(request).await,
@@ -373,16 +376,31 @@ pub(super) async fn answer(
     }
 }
 
-/// Takes a snapshot, in a release that knows levels up to `known`. `vote` is the leader's, as JSON in hexadecimal digits.
+/// The vote of a leader that sends a snapshot.
+pub struct Leading(Vote);
+
+impl Leading {
+    /// `text` is JSON in hexadecimal digits. `speaks` refuses numbers that are not the caller's.
+    pub(super) fn read(
+        raft: &openraft::Raft<Raft, Machine>,
+        text: &str,
+        speaks: impl Fn(u64) -> Result<(), StoreError>,
+    ) -> Result<Self, StoreError> {
+        let text = hex::decode(text).map_err(|error| StoreError::Message(error.to_string()))?;
+        let vote: Vote = parsed::<WireVote>(&text)?.into();
+        speaks(vote.leader_id.voted_for)?;
+        within_reach(raft, &vote)?;
+        Ok(Self(vote))
+    }
+}
+
+/// Takes a snapshot, in a release that knows levels up to `known`.
 pub(super) async fn install(
     raft: &openraft::Raft<Raft, Machine>,
-    vote: &str,
+    Leading(vote): Leading,
     file: SnapshotFile,
     known: Level,
 ) -> Result<Vec<u8>, StoreError> {
-    let vote = hex::decode(vote).map_err(|error| StoreError::Message(error.to_string()))?;
-    let vote: Vote = parsed::<WireVote>(&vote)?.into();
-    within_reach(raft, &vote)?;
     let path = file.path().to_owned();
     let meta = tokio::task::spawn_blocking(move || super::snapshot::meta(&std::fs::File::open(path)?, known))
         .await

@@ -183,32 +183,68 @@ async fn a_store_that_lost_what_was_not_synced_has_it_again_from_the_log() {
     store.close().await;
 }
 
-/// The calls of another member that hold this change, as the leader of term 9.
-fn append(command: Command) -> Vec<u8> {
+/// The call of another member that holds these changes, as the leader of term 9: all of them are agreed.
+fn append(commands: Vec<Command>) -> Vec<u8> {
+    let entry = |(index, command)| Entry {
+        log_id: LogId::new(9_u64.into(), index),
+        payload: openraft::EntryPayload::Normal(command),
+    };
+    let entries: Vec<Entry> = (0..).zip(commands).map(entry).collect();
     let request = openraft::raft::AppendEntriesRequest::<Raft> {
         vote: Vote::new_committed(9, 2),
         prev_log_id: None,
-        leader_commit: None,
-        entries: vec![Entry { log_id: LogId::new(9_u64.into(), 0), payload: openraft::EntryPayload::Normal(command) }],
+        leader_commit: entries.last().map(|entry| entry.log_id),
+        entries,
     };
     serde_json::to_vec(&wire::WireAppend::from(&request)).unwrap()
+}
+
+fn leader() -> MemberId {
+    peer(2).id
+}
+
+fn founder(level: Level) -> MemberRecord {
+    let record = MemberRecord::only(vec![1].into(), vec![1].into(), "m1".into(), vec!["https://10.0.0.1".into()]);
+    MemberRecord { level, ..record }
+}
+
+/// A collective of this member alone.
+fn anew(member: MemberRecord) -> Command {
+    Command::Anew { number: 1, member, keys: KeysRecord::default() }
+}
+
+/// Of level 2.
+fn near() -> Command {
+    Command::MoveMember { number: 1, urls: vec!["https://10.0.0.1".into()], near: vec!["10.0.0.0/8".parse().unwrap()] }
+}
+
+async fn close(store: Replicated, places: &Places) {
+    store.close().await;
+    drop(store);
+    database::released(&places.log).await;
+    database::released(&places.state).await;
 }
 
 #[tokio::test]
 async fn what_is_above_the_level_is_not_proposed() {
     let dir = tempfile::tempdir().unwrap();
+    let places = Places::in_dir(dir.path());
     let store = alone(dir.path()).await;
-    let founder = MemberRecord::only(vec![1].into(), vec![1].into(), "m1".into(), vec!["https://10.0.0.1".into()]);
-    let near =
-        || Command::MoveMember { number: 1, urls: founder.urls.clone(), near: vec!["10.0.0.0/8".parse().unwrap()] };
-    let member = MemberRecord { level: Level::NEAR, ..founder.clone() };
-    let anew = Command::Anew { number: 1, member, keys: KeysRecord::default() };
-    assert_eq!(store.propose(anew).await.unwrap(), Outcome::Number(1));
+    assert_eq!(store.propose(anew(founder(Level::NEAR))).await.unwrap(), Outcome::Number(1));
     let before = store.standing().last;
     assert!(matches!(store.propose(near()).await.unwrap(), Outcome::Refused(_)));
     assert_eq!(store.standing().last, before, "it is in the log");
+    let audited = Command::Audited { entry: serde_json::json!({ "what": "near" }), change: Box::new(near()) };
+    assert!(matches!(store.propose(audited.clone()).await.unwrap(), Outcome::Refused(_)));
+    assert_eq!(store.snapshot().unwrap().keys(tables::AUDIT).unwrap().len(), 1, "that it was asked for");
+    assert_eq!(store.standing().last, before + 1);
+    // So that a release opens the log that does not know what was asked for.
+    close(store, &places).await;
+    drop(Log::open(&places.log, Level::FIRST).unwrap());
+    database::released(&places.log).await;
+    let store = open(dir.path()).await;
     assert_eq!(store.propose(Command::RaiseLevel { level: Level::NEAR }).await.unwrap(), Outcome::Done);
-    assert_eq!(store.propose(near()).await.unwrap(), Outcome::Done);
+    assert_eq!(store.propose(audited).await.unwrap(), Outcome::Done);
     store.close().await;
 }
 
@@ -225,13 +261,9 @@ async fn a_release_that_is_too_old_does_not_open_the_store() {
         let meta = SnapshotMeta { last_log_id: applied, last_membership: membership };
         snapshot::write(dir.path(), &view, &meta).unwrap()
     };
-    let close = async |store: Replicated| {
-        store.close().await;
-        drop(store);
-        database::released(&places.log).await;
-        database::released(&places.state).await;
-    };
-    close(store).await;
+    // It is of that level, whatever came of it.
+    assert!(matches!(store.propose(near()).await.unwrap(), Outcome::Refused(_)));
+    close(store, &places).await;
     let too_old = |error: &StoreError| {
         assert!(!error.is_damage(), "{error}");
         let text = error.to_string();
@@ -251,7 +283,7 @@ async fn a_release_that_is_too_old_does_not_open_the_store() {
     too_old(&old().await);
     let store = open(dir.path()).await;
     assert_eq!(store.propose(define(1)).await.unwrap(), Outcome::Done);
-    close(store).await;
+    close(store, &places).await;
     std::fs::write(&places.state, before).unwrap();
     too_old(&old().await);
     // And nothing was lost by trying.
@@ -267,21 +299,121 @@ async fn a_release_that_is_too_old_takes_no_newer_entry_and_ends() {
     let places = Places::in_dir(dir.path());
     places.make().unwrap();
     let store = Replicated::open_up_to(Level::FIRST, &places, FOUNDER, Calls::to_nobody().unwrap()).await.unwrap();
-    let raise = append(Command::RaiseLevel { level: Level::NEAR });
+    let newer = append(vec![near()]);
     let never = tokio::time::timeout(Duration::from_millis(50), store.failed());
     assert!(never.await.is_err(), "it ends although nothing has come");
-    let error = store.answer(Call::Append, &raise).await.unwrap_err();
+    let error = store.answer(Call::Append, &newer, leader()).await.unwrap_err();
     assert!(matches!(error, StoreError::TooOld { level: Level::NEAR, known: Level::FIRST }), "{error}");
     assert_eq!(store.standing().last, 0);
     assert!(matches!(store.failed().await, StoreError::TooOld { .. }));
     // Had it come in another way, it would not be applied.
-    let entry = Entry {
-        log_id: LogId::new(9_u64.into(), 0),
-        payload: openraft::EntryPayload::Normal(Command::RaiseLevel { level: Level::NEAR }),
-    };
+    let entry = Entry { log_id: LogId::new(9_u64.into(), 0), payload: openraft::EntryPayload::Normal(near()) };
     assert!(matches!(store.machine.apply(vec![(entry, None)]), Err(StoreError::TooOld { .. })));
     assert_eq!(store.snapshot().unwrap().level().unwrap(), Level::FIRST);
     // What it knows it takes.
-    store.answer(Call::Append, &append(define(1))).await.unwrap();
+    store.answer(Call::Append, &append(vec![define(1)]), leader()).await.unwrap();
+    store.close().await;
+}
+
+#[tokio::test]
+async fn only_a_level_that_has_risen_locks_a_release_out() {
+    for (told, risen) in [(Level::FIRST, false), (Level::NEAR, true)] {
+        let dir = tempfile::tempdir().unwrap();
+        let places = Places::in_dir(dir.path());
+        places.make().unwrap();
+        let old = async || Replicated::open_up_to(Level::FIRST, &places, FOUNDER, Calls::to_nobody().unwrap()).await;
+        let store = old().await.unwrap();
+        let raise = Command::RaiseLevel { level: Level::NEAR };
+        let raised =
+            Command::Audited { entry: serde_json::json!({ "what": "raise" }), change: Box::new(raise.clone()) };
+        let call = append(vec![anew(founder(told)), raise, raised, define(1)]);
+        let answered = store.answer(Call::Append, &call, leader()).await;
+        if risen {
+            // It is on the disk before it is applied, or not: the answer may come in between.
+            assert!(matches!(answered, Ok(_) | Err(StoreError::TooOld { .. })), "{answered:?}");
+            let why = store.failed().await;
+            assert!(matches!(why, StoreError::TooOld { level: Level::NEAR, known: Level::FIRST }), "{why}");
+            assert_eq!(store.snapshot().unwrap().level().unwrap(), Level::FIRST, "it was applied");
+            close(store, &places).await;
+            continue;
+        }
+        answered.unwrap();
+        // Refused by all: one has gone back to an older release, and goes on with it.
+        store.applied(3).await.unwrap();
+        let never = tokio::time::timeout(Duration::from_millis(50), store.failed());
+        assert!(never.await.is_err(), "it ends");
+        close(store, &places).await;
+        let store = old().await.unwrap();
+        assert_eq!(store.snapshot().unwrap().nodes().unwrap().len(), 1);
+        assert_eq!(store.snapshot().unwrap().level().unwrap(), Level::FIRST);
+        close(store, &places).await;
+    }
+}
+
+#[tokio::test]
+async fn nobody_speaks_for_another_member() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = alone(dir.path()).await;
+    assert_eq!(store.propose(anew(founder(Level::FIRST))).await.unwrap(), Outcome::Number(1));
+    let (one, known) = (store.snapshot().unwrap().member(1).unwrap().unwrap().id, peer(2).id);
+    // What the membership says of number 1 is another id than the record's here.
+    let membership = peer(1).id;
+    for (number, by, may) in [
+        (1, one, true),
+        (1, known, false),
+        (2, one, false),
+        (2, membership, false),
+        // This member is behind.
+        (2, known, true),
+        (3, known, true),
+    ] {
+        let spoken = store.speaks(number, by);
+        assert_eq!(spoken.is_ok(), may, "{number} by {by}");
+        assert!(may || matches!(spoken, Err(StoreError::Speaker { .. })));
+    }
+    store.close().await;
+}
+
+#[tokio::test]
+async fn who_begins_anew_changes_all_at_once_or_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let places = Places::in_dir(dir.path());
+    let store = alone(dir.path()).await;
+    let tables = std::fs::read(&places.state).unwrap();
+    for number in 0..10 {
+        assert_eq!(store.propose(define(number)).await.unwrap(), Outcome::Done);
+    }
+    close(store, &places).await;
+    // As after a crash: tables of long ago, and a log that has more.
+    std::fs::write(&places.state, &tables).unwrap();
+    let mut survivor = Survivor::open(&places).unwrap();
+    let before = survivor.view().unwrap().digests().unwrap();
+    let none = |_: &KeysRecord| -> anyhow::Result<KeysRecord> { anyhow::bail!("there are none") };
+    let error = survivor.begin_anew(FOUNDER, founder(Level::FIRST), none).await.unwrap_err().to_string();
+    assert!(error.contains("there are none"), "{error}");
+    assert!(survivor.view().unwrap().digests().unwrap() == before, "what was not agreed was applied");
+    // The members of before may have come back meanwhile: it is one of them still.
+    drop(survivor);
+    database::released(&places.log).await;
+    let store = open(dir.path()).await;
+    assert_eq!(store.propose(define(10)).await.unwrap(), Outcome::Done);
+    close(store, &places).await;
+
+    std::fs::write(&places.state, &tables).unwrap();
+    let mut survivor = Survivor::open(&places).unwrap();
+    let (member, (term, last)) = (founder(Level::FIRST), survivor.newest().await.unwrap());
+    let number = survivor.begin_anew(FOUNDER, member.clone(), |before| Ok(before.clone())).await.unwrap();
+    drop(survivor);
+    database::released(&places.log).await;
+    let records = members_in(&places).unwrap();
+    assert_eq!((records.len(), records[&number].id), (1, member.id));
+    let store = Replicated::open(&places, number, Calls::to_nobody().unwrap()).await.unwrap();
+    assert_eq!(store.snapshot().unwrap().nodes().unwrap().len(), 11);
+    assert_eq!(store.propose(define(11)).await.unwrap(), Outcome::Done);
+    let standing = store.standing();
+    assert!(standing.term > term && standing.last > last, "{standing:?}, after {last} of term {term}");
+    let members: Vec<_> =
+        standing.members.into_iter().map(|(number, (peer, votes))| (number, peer.id, votes)).collect();
+    assert_eq!(members, [(number, member.id, true)]);
     store.close().await;
 }
