@@ -1,6 +1,6 @@
 //! Real members, each in a network of its own. Clients come over the unix sockets, which no partition cuts.
 
-use crate::etcd::{self, Gateway};
+use crate::etcd::{self, Gateway, Seat};
 use crate::net::{Network, address};
 use crate::shim::{self, Orders};
 use anyhow::{Context as _, ensure};
@@ -28,7 +28,14 @@ struct Member {
     dir: tempfile::TempDir,
     orders: Orders,
     child: Option<Child>,
+    /// Of etcd: it comes to a cluster that is there.
+    joins: bool,
 }
+
+/// What is left of a disk that is as good as full, in bytes: less than a member needs to go on.
+const FULL: u64 = 4 << 20;
+/// The same for etcd. It lays claim to the place of its log beforehand, so all that grows is its database, by a page of 4 KiB now and then.
+const ETCD_FULL: u64 = 64 << 10;
 
 /// What an earlier release knows: it is the same program, which does as one.
 const OLD_LEVEL: u32 = 1;
@@ -122,7 +129,7 @@ impl Cluster {
         self.net.mount(at, &state, UID)?;
         chown(&path, Some(UID), Some(UID))?;
         let orders = Orders::new(path.join("orders"))?;
-        self.members.push(Member { dir, orders, child: None });
+        self.members.push(Member { dir, orders, child: None, joins: false });
         self.configure(at, self.is_old)
     }
 
@@ -198,6 +205,17 @@ impl Cluster {
         command
     }
 
+    /// etcd as member `at`. What is preloaded is for it alone: it holds up whatever the process starts afterwards as well.
+    fn etcd_command(&self, at: usize) -> anyhow::Result<Command> {
+        let Member { dir, orders, joins, .. } = &self.members[at];
+        let mut command = self.nobody(at);
+        command.args(["env", &format!("--chdir={}", dir.path().display()), "MOOR_GO=1"]);
+        command.arg(format!("MOOR_ORDERS={}", orders.path.display()));
+        command.arg(format!("LD_PRELOAD={}", self.library.display()));
+        command.args(etcd::words(at, self.members.len(), *joins)?);
+        Ok(command)
+    }
+
     pub(crate) fn is_etcd(&self) -> bool {
         self.is_etcd
     }
@@ -224,9 +242,16 @@ impl Cluster {
         &self.members[at].orders
     }
 
-    /// How many bytes its disk has left; `None`: enough.
-    pub(crate) fn room(&self, at: usize, left: Option<u64>) -> anyhow::Result<()> {
-        self.net.room(at, &self.path(at, "state"), left)
+    /// Its disk is as good as full from now on.
+    pub(crate) fn fill(&self, at: usize) -> anyhow::Result<()> {
+        self.net.room(at, &self.path(at, "state"), Some(if self.is_etcd { ETCD_FULL } else { FULL }))
+    }
+
+    /// Waits until a member whose disk is full has ended for that reason, makes room, and starts it.
+    pub(crate) fn clear(&mut self, at: usize) -> anyhow::Result<()> {
+        self.ended_because(at, if self.is_etcd { etcd::FULL } else { "the disk of the member's store is full" })?;
+        self.net.room(at, &self.path(at, "state"), None)?;
+        self.start(at)
     }
 
     pub(crate) async fn admin(&self, at: usize) -> anyhow::Result<AdminClient> {
@@ -249,9 +274,7 @@ impl Cluster {
             let mut command = if self.is_etcd {
                 // It does not remove the socket of one that was killed.
                 let _ = std::fs::remove_file(self.socket(at));
-                let mut command = self.nobody(at);
-                etcd::words(&mut command, at, self.members.len(), self.members[at].dir.path())?;
-                command
+                self.etcd_command(at)?
             } else {
                 let mut command = self.moord(at, &["run"], &[]);
                 command.env("LD_PRELOAD", &self.library).env("MOOR_ORDERS", &self.members[at].orders.path);
@@ -280,7 +303,7 @@ impl Cluster {
     }
 
     /// Waits until the member has ended by itself, for this reason.
-    pub(crate) fn ended_because(&mut self, at: usize, reason: &str) -> anyhow::Result<()> {
+    fn ended_because(&mut self, at: usize, reason: &str) -> anyhow::Result<()> {
         let mut child = self.members[at].child.take().context("not running")?;
         let end = Instant::now() + PATIENCE;
         while child.try_wait()?.is_none() {
@@ -303,7 +326,7 @@ impl Cluster {
     }
 
     /// Says whether member `at` is to vote, and waits until it is so.
-    pub(crate) async fn set_voter(&self, at: usize, votes: bool) -> anyhow::Result<()> {
+    async fn set_voter(&self, at: usize, votes: bool) -> anyhow::Result<()> {
         let (action, request) = (if votes { "promote" } else { "demote" }, MemberRequest { member: name(at) });
         let other = (at + 1) % self.members.len();
         let end = Instant::now() + PATIENCE;
@@ -327,6 +350,48 @@ impl Cluster {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         Ok(())
+    }
+
+    /// It votes no more, and is killed.
+    pub(crate) async fn demote(&mut self, at: usize) -> anyhow::Result<()> {
+        if self.is_etcd {
+            // There is no other way to take the vote from a member.
+            self.seat(at, Seat::None).await?;
+        } else {
+            self.set_voter(at, false).await?;
+        }
+        self.kill(at);
+        Ok(())
+    }
+
+    /// It is started, and votes again.
+    pub(crate) async fn promote(&mut self, at: usize) -> anyhow::Result<()> {
+        if self.is_etcd {
+            self.seat(at, Seat::Learner).await?;
+            // It is another member than the one that was removed.
+            std::fs::remove_dir_all(self.net.outside(at, &self.path(at, etcd::DATA)))?;
+            self.members[at].joins = true;
+            self.start(at)?;
+            return self.seat(at, Seat::Voter).await;
+        }
+        self.start(at)?;
+        self.set_voter(at, true).await
+    }
+
+    /// Waits until a member of etcd is what it is to be to the others, who refuse that until all of them have been well for five seconds, and a vote to
+    /// who has not caught up.
+    async fn seat(&self, at: usize, wanted: Seat) -> anyhow::Result<()> {
+        let other = (at + 1) % self.members.len();
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let ask = async { Gateway::new(&self.socket(other)).await?.seat(at, wanted).await };
+            let is_so = tokio::time::timeout(Duration::from_secs(10), ask).await;
+            if matches!(is_so, Ok(Ok(true))) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < end, "member {at} does not come to be {wanted:?}: {is_so:?}\n{}", self.log(other));
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
     }
 
     /// The place of the leader among the members, if any of them says that it leads.

@@ -5,8 +5,6 @@ use crate::cluster::Cluster;
 use nix::sys::signal::Signal;
 use std::time::Duration;
 
-/// What is left of a disk that is as good as full: less than a member needs to go on.
-const FULL: u64 = 4 << 20;
 /// How wrong clocks are, in seconds: certificates that are good to one are not to the other.
 const STEPS: [i64; 6] = [-700 * 86_400, -3600, -2, 2, 3600, 400 * 86_400];
 
@@ -25,7 +23,7 @@ pub(crate) enum Fault {
     Part(usize, usize),
     /// All that run are killed at once.
     KillAll,
-    /// All that vote are killed: whoever does not is alone.
+    /// All that vote are killed: whoever does not is alone. All of etcd vote.
     Orphan,
     /// Every sync takes longer.
     Slow(usize, Duration),
@@ -35,7 +33,7 @@ pub(crate) enum Fault {
     Clock(usize, i64),
     /// The same, and it is started with that clock.
     StartWithClock(usize, i64),
-    /// It votes no more, and is killed. It votes again when it is back.
+    /// It votes no more, and is killed. It votes again when it is back. Of etcd it is removed, and comes back as a learner that is given a vote.
     Demote(usize),
     /// It is ended, and started as one of the newer release. Not drawn: [`UPGRADE`] has its order.
     Upgrade(usize),
@@ -53,8 +51,7 @@ impl Fault {
         let count = cluster.count();
         let at = leader.filter(|_| random.bool()).unwrap_or_else(|| random.usize(0..count));
         let step = STEPS[random.usize(0..STEPS.len())];
-        // What etcd can suffer comes first.
-        match random.u8(0..if cluster.is_etcd() { 8 } else { 14 }) {
+        match random.u8(0..14) {
             0 => Self::Kill(at),
             1 => Self::Restart(at),
             2 => Self::Pause(at),
@@ -107,17 +104,14 @@ impl Fault {
             Self::KillAll => (0..count).for_each(|at| cluster.kill(at)),
             Self::Orphan => (0..VOTERS).for_each(|at| cluster.kill(at)),
             Self::Slow(at, by) => cluster.orders(at).slow(by)?,
-            Self::Full(at) => cluster.room(at, Some(FULL))?,
+            Self::Full(at) => cluster.fill(at)?,
             Self::Clock(at, by) => cluster.orders(at).clock(by)?,
             Self::StartWithClock(at, by) => {
                 cluster.kill(at);
                 cluster.orders(at).clock(by)?;
                 cluster.start(at)?;
             }
-            Self::Demote(at) => {
-                cluster.set_voter(at, false).await?;
-                cluster.kill(at);
-            }
+            Self::Demote(at) => cluster.demote(at).await?,
             Self::Upgrade(at) => cluster.upgrade(at, false)?,
             Self::GoBack(at) => cluster.upgrade(at, true)?,
         }
@@ -133,16 +127,9 @@ impl Fault {
             Self::Orphan => cluster.start_all(0..VOTERS),
             Self::Isolate(_) | Self::Mute(_) | Self::Deafen(_) | Self::Part(..) => cluster.net.heal(),
             Self::Slow(at, _) => Ok(cluster.orders(at).slow(Duration::ZERO)?),
-            Self::Full(at) => {
-                cluster.ended_because(at, "the disk of the member's store is full")?;
-                cluster.room(at, None)?;
-                cluster.start(at)
-            }
+            Self::Full(at) => cluster.clear(at),
             Self::Clock(at, _) | Self::StartWithClock(at, _) => Ok(cluster.orders(at).clock(0)?),
-            Self::Demote(at) => {
-                cluster.start(at)?;
-                cluster.set_voter(at, true).await
-            }
+            Self::Demote(at) => cluster.promote(at).await,
         }
     }
 }

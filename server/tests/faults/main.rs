@@ -20,6 +20,7 @@ mod shim;
 use anyhow::{Context as _, ensure};
 use clients::{KEYS, Line, Shared, Way, client, define, way};
 use cluster::Cluster;
+use etcd::Gateway;
 use fault::{Fault, UPGRADE};
 use history::{Act, Call};
 use moor_api::client::ClientError;
@@ -179,6 +180,29 @@ async fn nothing_acknowledged_is_lost_and_no_read_is_stale_in_two_hours() -> any
 #[ignore = "some minutes more: make test-full"]
 async fn etcd_is_acquitted_under_the_same_faults() -> anyhow::Result<()> {
     suffer(Cluster::etcd(VOTERS).await?, first_seed(), number("MOOR_SECONDS").unwrap_or(ETCD_SECONDS)).await.map(drop)
+}
+
+/// Slow disks and wrong clocks reach etcd, which calls no C library for either: what is preloaded there does more than to be there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn etcd_feels_slow_disks_and_wrong_clocks() -> anyhow::Result<()> {
+    const SLOW: Duration = Duration::from_millis(400);
+    const WRONG: i64 = -700 * 86_400;
+    let cluster = Cluster::etcd(VOTERS).await?;
+    let mut line = Line::new(&way(&cluster, 0)).await?;
+    ensure!(line.write(0, 1).await, "a write of three members that are well");
+    (0..VOTERS).try_for_each(|at| cluster.orders(at).slow(SLOW))?;
+    let began = Instant::now();
+    ensure!(line.write(0, 2).await, "a write of three members with slow disks");
+    let took = began.elapsed();
+    ensure!(took >= SLOW, "acknowledged after {took:?}, and two have to sync first");
+    (0..VOTERS).try_for_each(|at| cluster.orders(at).slow(Duration::ZERO))?;
+    cluster.orders(0).clock(WRONG)?;
+    let now = time::OffsetDateTime::now_utc();
+    let wrong = (Gateway::new(&cluster.socket(0)).await?.time().await? - now).whole_seconds();
+    ensure!((wrong - WRONG).abs() < 60, "it is {wrong} s wrong");
+    let right = (Gateway::new(&cluster.socket(1)).await?.time().await? - now).whole_seconds();
+    ensure!(right.abs() < 60, "its neighbour is {right} s wrong");
+    Ok(())
 }
 
 /// All members are killed at once while clients write. What they had acknowledged is judged when they are back.

@@ -2,9 +2,9 @@
  *
  * In C, because what the loader puts in front of the C library has to be called as that library's functions are. */
 #define _GNU_SOURCE
+#include "orders.h"
 #include <fcntl.h>
 #include <stdarg.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,21 +14,11 @@
 #include <time.h>
 #include <unistd.h>
 
-/* As the test writes it; all zero, nothing is changed. */
-struct orders {
-    /* So long a sync takes longer, in milliseconds. */
-    volatile int64_t slow;
-    /* So many seconds the clock is wrong. */
-    volatile int64_t clock;
-    /* From when a database is opened. More than 0: it is in the memory of this process, and dies with it; a sync writes it to its place if the last
-     * one that did was so many milliseconds ago, and else only says so. With 1 every sync does. */
-    volatile int64_t lies;
-};
-
 static const struct orders honest;
-static const struct orders *orders = &honest;
+const struct orders *orders = &honest;
 
-__attribute__((constructor)) static void begin(void) {
+__attribute__((constructor)) static void begin(int count, char **words, char **environment) {
+    (void)count, (void)words;
     const char *path = getenv("MOOR_ORDERS");
     int fd = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
     if (fd < 0)
@@ -37,6 +27,8 @@ __attribute__((constructor)) static void begin(void) {
     if (page != MAP_FAILED)
         orders = page;
     close(fd);
+    if (getenv("MOOR_GO"))
+        begin_go(environment);
 }
 
 int clock_gettime(clockid_t clock, struct timespec *time) {
