@@ -8,7 +8,7 @@ pub mod plain;
 pub mod restore;
 pub mod sealed;
 
-use crate::authority::{self, KeyFiles};
+use crate::authority::KeyFiles;
 use crate::secrets::Carried;
 use crate::state::{Member, now};
 use crate::store::Replicated;
@@ -46,7 +46,7 @@ pub struct Head {
 /// A key file or the database is damaged; `out` failed.
 pub fn write<W: Write>(member: &Member, passphrase: &[u8], out: W) -> anyhow::Result<W> {
     // Keys and secrets of one moment.
-    let view = member.view()?;
+    let (keys, _, view) = member.export_keys()?;
     let ring = member.secrets.refresh(&view.key_versions()?)?;
     ring.token().context("the keys of the collective")?;
     let head = Head {
@@ -54,7 +54,7 @@ pub fn write<W: Write>(member: &Member, passphrase: &[u8], out: W) -> anyhow::Re
         release: env!("CARGO_PKG_VERSION").into(),
         created: now(),
         site: member.site.clone(),
-        keys: authority::export(&member.config.keys())?,
+        keys,
         versions: ring.carry(),
     };
     let mut out = Encrypting::begin(out, passphrase).context("beginning a backup")?;
