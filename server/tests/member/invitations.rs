@@ -13,6 +13,7 @@ use moor_api::ids::MemberId;
 use moor_api::node::Base64;
 use moor_api::problem::Code;
 use moord::collective::invite::{Invitation, Side, Subject};
+use moord::store::Level;
 use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData as _};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -115,7 +116,7 @@ async fn a_proof_that_was_made_for_another_connection_is_refused_and_uses_nothin
     let proof = Base64(subject.prove(&invitation.secret()?, Side::Guest));
     let request = json!({
         "invite": invitation.id, "member": member, "key": Base64(key), "unwrap": Base64(UNWRAP.to_vec()), "urls": ["https://127.0.0.1:1"],
-        "proof": proof
+        "proof": proof, "level": Level::NEWEST
     });
     let request = Bytes::from(serde_json::to_vec(&request)?);
     let stolen = thief.post("/member/v1/join", request.clone(), 1 << 20).await;
