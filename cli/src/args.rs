@@ -44,6 +44,9 @@ pub enum Command {
     /// The members: show, invite, join, replace, promote, demote, remove, recover.
     #[command(subcommand)]
     Collective(Collective),
+    /// The authorities that members and nodes know each other by: show, rotate, retire.
+    #[command(subcommand)]
+    Authority(Authority),
     /// Write a backup of the store to a new file: all records, and the keys of the collective, under a passphrase. Content (images, files of
     /// profiles) is not in it.
     Backup {
@@ -171,6 +174,23 @@ pub enum Collective {
         /// Do not ask.
         #[arg(short)]
         yes: bool,
+    },
+}
+
+/// `moor authority …`
+#[derive(Debug, Subcommand)]
+pub enum Authority {
+    /// Show the authorities, and which members and nodes have not acknowledged the newest trust bundle.
+    Show,
+    /// Make a new authority of certificates beside the one in use: nodes and members trust both from now on. Nothing is from the new one
+    /// before the old one is retired.
+    Rotate,
+    /// Let the new authority take over, and trust the old one no more. Refused as long as members or nodes have not acknowledged the trust
+    /// bundle that has the new one.
+    Retire {
+        /// Leave nodes behind that have not acknowledged: they trust no member until they boot with new boot files.
+        #[arg(long)]
+        force: bool,
     },
 }
 

@@ -1,13 +1,22 @@
 //! The authorities of the collective: the X.509 root with its three intermediates, and the two SSH authorities. Made by
 //! `moord init`, each private key in a 0600 file of its own. Beside them lies the member's own key, which no other member ever has.
+//!
+//! An X.509 authority has a number. While one takes the place of another, both are here: which there are, and which of them this member's
+//! certificate is from, is in a file of its own ([`Held`]).
+
+mod held;
+mod x509;
+
+pub use held::Held;
+pub use x509::{describe, has, make, put, remove, root};
 
 use crate::files;
 use anyhow::{Context as _, ensure};
 use moor_api::ids::{CollectiveId, MemberId};
-use moor_api::trust::{authority_uri, member_uri};
+use moor_api::trust::member_uri;
 use rcgen::{
-    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData as _, SanType, SigningKey as _,
+    ExtendedKeyUsagePurpose, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData as _, SanType,
+    SigningKey as _,
 };
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::pem::PemObject as _;
@@ -18,34 +27,15 @@ use ssh_key::{Algorithm, LineEnding, PrivateKey};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use time::{Duration, OffsetDateTime};
+use x509::{name_of, params, uri};
 use zeroize::{Zeroize, Zeroizing};
 
-/// Roles of the intermediates, as their URI names them.
-const ROLES: [&str; 3] = ["member", "node", "token"];
-/// All files of the key directory, and whether they are secret.
-const FILES: [(&str, bool); 10] = [
-    ("root.key", true),
-    ("root.pem", false),
-    ("member-ca.key", true),
-    ("member-ca.pem", false),
-    ("node-ca.key", true),
-    ("node-ca.pem", false),
-    ("token-ca.key", true),
-    ("token-ca.pem", false),
-    ("ssh-host-ca", true),
-    ("ssh-user-ca", true),
-];
+/// Files of the SSH authorities; they are secret.
+const SSH: [&str; 2] = ["ssh-host-ca", "ssh-user-ca"];
 /// The file of the member's own key.
 const MEMBER_KEY: &str = "member.key";
-/// Days that a root is valid.
-const ROOT_DAYS: i64 = 3650;
-/// Days that an intermediate is valid.
-const INTERMEDIATE_DAYS: i64 = 1825;
 /// Days that a member's certificate is valid; it is renewed at each start and each day.
 const MEMBER_DAYS: i64 = 90;
-/// Clocks of nodes differ; an hour of grace costs nothing.
-const GRACE: Duration = Duration::hours(1);
 
 /// Where a member is reached, for the SANs that firmware and browsers want.
 #[derive(Debug, Clone, Default)]
@@ -56,10 +46,8 @@ pub struct Addresses {
     pub names: Vec<String>,
 }
 
-/// The key material of a running member. No `Debug`.
+/// The SSH authorities. No `Debug`.
 pub struct Authority {
-    /// Root certificate, PEM.
-    pub root_pem: String,
     /// Signs host certificates.
     pub ssh_host: PrivateKey,
     /// Signs user certificates.
@@ -83,16 +71,15 @@ pub struct MemberIssuer {
 }
 
 impl MemberIssuer {
-    /// A new certificate of the member's key.
+    /// A new certificate of the member's key, from the authority that [`Held`] says.
     ///
     /// # Errors
     /// The key or the member authority is missing or damaged; no randomness.
     pub fn issue(&self) -> anyhow::Result<CertifiedKey> {
         let files = Files(self.keys.clone());
+        let authority = Held::read(&self.keys)?.issuing;
         let key = files.key(MEMBER_KEY)?;
-        let mut leaf = params(&format!("member {}", self.member), MEMBER_DAYS)?;
-        let created = OffsetDateTime::from_unix_timestamp(i64::try_from(self.created)?)?;
-        leaf.not_before = leaf.not_before.min(created - GRACE);
+        let mut leaf = params(&format!("member {}", self.member), MEMBER_DAYS, self.created)?;
         leaf.subject_alt_names.push(uri(member_uri(self.collective, self.member))?);
         leaf.subject_alt_names.extend(self.addresses.ips.iter().copied().map(SanType::IpAddress));
         for name in &self.addresses.names {
@@ -107,9 +94,8 @@ impl MemberIssuer {
         leaf.serial_number = Some(serial.to_vec().into());
         leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        let certificate = leaf.signed_by(&key, &files.issuer("member")?)?;
-        let intermediate = CertificateDer::from_pem_slice(files.read("member-ca.pem")?.as_bytes())
-            .context("the member authority is not a certificate")?;
+        let certificate = leaf.signed_by(&key, &files.member_issuer(authority)?)?;
+        let intermediate = files.certificate(&name_of(authority, "member-ca.pem"))?;
         let private = PrivateKeyDer::try_from(key.serialize_der())
             .map_err(|error| anyhow::anyhow!("the member's key is not usable: {error}"))?;
         let chain = vec![certificate.der().clone(), intermediate];
@@ -140,38 +126,21 @@ impl Files {
             .with_context(|| format!("'{}' is not a private key", self.path(name).display()))
     }
 
-    fn issuer(&self, role: &str) -> anyhow::Result<Issuer<'static, KeyPair>> {
-        let key = self.key(&format!("{role}-ca.key"))?;
-        Issuer::from_ca_cert_pem(&self.read(&format!("{role}-ca.pem"))?, key)
-            .with_context(|| format!("the {role} authority is not usable"))
+    fn certificate(&self, name: &str) -> anyhow::Result<CertificateDer<'static>> {
+        CertificateDer::from_pem_slice(self.read(name)?.as_bytes())
+            .with_context(|| format!("'{}' is not a certificate", self.path(name).display()))
+    }
+
+    fn member_issuer(&self, number: u32) -> anyhow::Result<Issuer<'static, KeyPair>> {
+        let key = self.key(&name_of(number, "member-ca.key"))?;
+        Issuer::from_ca_cert_pem(&self.read(&name_of(number, "member-ca.pem"))?, key)
+            .context("the member authority is not usable")
     }
 
     fn ssh(&self, name: &str) -> anyhow::Result<PrivateKey> {
         PrivateKey::from_openssh(&*self.read(name)?)
             .with_context(|| format!("'{}' is not an SSH key", self.path(name).display()))
     }
-}
-
-fn params(name: &str, days: i64) -> anyhow::Result<CertificateParams> {
-    let mut params = CertificateParams::new(Vec::new())?;
-    let mut subject = DistinguishedName::new();
-    subject.push(DnType::CommonName, name);
-    params.distinguished_name = subject;
-    let now = OffsetDateTime::now_utc();
-    params.not_before = now - GRACE;
-    params.not_after = now + Duration::days(days);
-    Ok(params)
-}
-
-fn uri(text: String) -> anyhow::Result<SanType> {
-    Ok(SanType::URI(text.try_into().context("making a URI name")?))
-}
-
-fn authority_params(name: &str, days: i64, constraint: BasicConstraints) -> anyhow::Result<CertificateParams> {
-    let mut params = params(name, days)?;
-    params.is_ca = IsCa::Ca(constraint);
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    Ok(params)
 }
 
 /// Makes the key of a new member in `dir`; returns its public half, DER `SubjectPublicKeyInfo`. Other members know it by that: a
@@ -207,6 +176,14 @@ pub fn sign_as_member(dir: &Path, message: &[u8]) -> anyhow::Result<Vec<u8>> {
 #[serde(transparent)]
 pub struct KeyFiles(BTreeMap<String, String>);
 
+impl KeyFiles {
+    /// Root certificate of what [`make`] gave, PEM.
+    #[must_use]
+    pub fn root(&self) -> Option<&str> {
+        self.0.get("root.pem").map(String::as_str)
+    }
+}
+
 impl Drop for KeyFiles {
     fn drop(&mut self) {
         self.0.values_mut().for_each(Zeroize::zeroize);
@@ -219,9 +196,13 @@ impl Drop for KeyFiles {
 /// A file is missing.
 pub fn export(dir: &Path) -> anyhow::Result<KeyFiles> {
     let files = Files(dir.to_owned());
+    let held = Held::read(dir)?;
     let mut keys = KeyFiles(BTreeMap::new());
-    for (name, _) in FILES {
-        keys.0.insert(name.to_owned(), files.read(name)?.to_string());
+    for name in held.files() {
+        keys.0.insert(name.clone(), files.read(&name)?.to_string());
+    }
+    if held != Held::default() {
+        keys.0.insert(held::FILE.to_owned(), held.to_text()?);
     }
     Ok(keys)
 }
@@ -229,43 +210,28 @@ pub fn export(dir: &Path) -> anyhow::Result<KeyFiles> {
 /// Writes what [`export`] gave into `dir`, where at most the member's own key is.
 ///
 /// # Errors
-/// A file is missing, or one that nobody knows is there; the directory is not writable.
+/// A file is missing; the directory is not writable.
 pub fn import(dir: &Path, keys: &KeyFiles) -> anyhow::Result<()> {
     let files = Files(dir.to_owned());
-    for (name, secret) in FILES {
-        let text =
-            keys.0.get(name).with_context(|| format!("the member that lets this one in did not send '{name}'"))?;
-        files.write(name, text, if secret { 0o600 } else { 0o644 })?;
+    let held = keys.0.get(held::FILE).map(|text| Held::from_text(text)).transpose()?;
+    for name in held.clone().unwrap_or_default().files() {
+        let text = keys.0.get(&name).with_context(|| format!("the authorities came without '{name}'"))?;
+        let is_public = Path::new(&name).extension().is_some_and(|extension| extension == "pem");
+        files.write(&name, text, if is_public { 0o644 } else { 0o600 })?;
     }
-    Ok(())
+    // It comes last: what it names is there.
+    held.map_or(Ok(()), |held| held.write(dir))
 }
 
 impl Authority {
-    /// Makes all authorities of a new collective in `dir`, which must be empty.
+    /// Makes all authorities of a collective that begins at `created` (Unix seconds) in `dir`, which must be without any.
     ///
     /// # Errors
     /// The directory is not writable; no randomness.
-    pub fn create(dir: &Path, collective: CollectiveId, name: &str) -> anyhow::Result<()> {
+    pub fn create(dir: &Path, collective: CollectiveId, name: &str, created: u64) -> anyhow::Result<()> {
         let files = Files(dir.to_owned());
-        let root_key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let root_params = authority_params(&format!("{name} root"), ROOT_DAYS, BasicConstraints::Constrained(1))?;
-        let root: Certificate = root_params.self_signed(&root_key)?;
-        files.write("root.key", &root_key.serialize_pem(), 0o600)?;
-        files.write("root.pem", &root.pem(), 0o644)?;
-        let root_issuer = Issuer::new(root_params, root_key);
-        for role in ROLES {
-            let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-            let mut params = authority_params(
-                &format!("{name} {role} authority"),
-                INTERMEDIATE_DAYS,
-                BasicConstraints::Constrained(0),
-            )?;
-            params.subject_alt_names.push(uri(authority_uri(collective, role))?);
-            let certificate = params.signed_by(&key, &root_issuer)?;
-            files.write(&format!("{role}-ca.key"), &key.serialize_pem(), 0o600)?;
-            files.write(&format!("{role}-ca.pem"), &certificate.pem(), 0o644)?;
-        }
-        for (file, comment) in [("ssh-host-ca", "host authority"), ("ssh-user-ca", "user authority")] {
+        put(dir, 1, &make(collective, name, 1, created)?)?;
+        for (file, comment) in SSH.into_iter().zip(["host authority", "user authority"]) {
             let mut key = PrivateKey::random(&mut OsRng, Algorithm::Ed25519).context("making an SSH authority")?;
             key.set_comment(format!("{name} {comment}"));
             files.write(file, &key.to_openssh(LineEnding::LF)?, 0o600)?;
@@ -273,15 +239,16 @@ impl Authority {
         Ok(())
     }
 
-    /// Opens everything.
+    /// Opens them.
     ///
     /// # Errors
     /// A key file is missing or damaged.
     pub fn open(dir: &Path) -> anyhow::Result<Self> {
         let files = Files(dir.to_owned());
-        let ssh_host = files.ssh("ssh-host-ca")?;
+        let [ssh_host, ssh_user] = SSH.map(|name| files.ssh(name));
+        let ssh_host = ssh_host?;
         ensure!(ssh_host.algorithm() == Algorithm::Ed25519, "the SSH host authority is not an Ed25519 key");
-        Ok(Self { root_pem: files.read("root.pem")?.to_string(), ssh_host, ssh_user: files.ssh("ssh-user-ca")? })
+        Ok(Self { ssh_host, ssh_user: ssh_user? })
     }
 
     /// `ssh-ed25519 …` line of the host authority.
@@ -315,9 +282,9 @@ mod tests {
     fn openssl_verifies_the_chain_also_by_a_clock_that_stands_at_the_beginning() {
         let dir = tempfile::tempdir().unwrap();
         let collective = CollectiveId::random();
-        Authority::create(dir.path(), collective, "site").unwrap();
-        let public = create_member_key(dir.path()).unwrap();
         let created = crate::state::now();
+        Authority::create(dir.path(), collective, "site", created).unwrap();
+        let public = create_member_key(dir.path()).unwrap();
         let addresses = Addresses { ips: vec!["10.0.0.1".parse().unwrap()], names: vec!["m1.example".into()] };
         let member = MemberId::random();
         let issuer = MemberIssuer { keys: dir.path().to_owned(), collective, member, addresses, created };
@@ -357,7 +324,7 @@ mod tests {
     fn private_keys_are_for_their_owner_and_a_second_open_is_the_same() {
         use std::os::unix::fs::MetadataExt as _;
         let dir = tempfile::tempdir().unwrap();
-        Authority::create(dir.path(), CollectiveId::random(), "site").unwrap();
+        Authority::create(dir.path(), CollectiveId::random(), "site", 1).unwrap();
         create_member_key(dir.path()).unwrap();
         for entry in std::fs::read_dir(dir.path()).unwrap() {
             let entry = entry.unwrap();
@@ -371,5 +338,54 @@ mod tests {
         std::fs::remove_file(dir.path().join("ssh-user-ca")).unwrap();
         let error = format!("{:#}", Authority::open(dir.path()).err().unwrap());
         assert!(error.contains("ssh-user-ca"), "{error}");
+    }
+
+    /// Two authorities beside each other, and a collective that is older than the second.
+    #[test]
+    fn a_certificate_is_from_the_authority_that_is_said_and_that_one_s_private_keys_go_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (collective, created) = (CollectiveId::random(), crate::state::now() - 90 * 86_400);
+        Authority::create(dir.path(), collective, "site", created).unwrap();
+        create_member_key(dir.path()).unwrap();
+        let issuer = MemberIssuer {
+            keys: dir.path().to_owned(),
+            collective,
+            member: MemberId::random(),
+            addresses: Addresses::default(),
+            created,
+        };
+        put(dir.path(), 2, &make(collective, "site", 2, created).unwrap()).unwrap();
+        let verifies = |root: &str| {
+            let issued = issuer.issue().unwrap();
+            for (certificate, name) in issued.cert.iter().zip(["leaf.der", "issuer.der"]) {
+                std::fs::write(dir.path().join(name), certificate).unwrap();
+            }
+            let output = Command::new("openssl")
+                .args(["verify", "-purpose", "sslserver", "-attime", &created.to_string()])
+                .args(["-CAfile", root, "-untrusted", "issuer.der", "leaf.der"])
+                .current_dir(dir.path())
+                .output()
+                .unwrap();
+            output.status.success()
+        };
+        assert!(verifies("root.pem") && !verifies("root-2.pem"));
+        Held { version: 2, trusted: vec![1, 2], issuing: 2 }.write(dir.path()).unwrap();
+        assert!(!verifies("root.pem") && verifies("root-2.pem"));
+        let ((one, _), (two, until)) = (describe(dir.path(), 1).unwrap(), describe(dir.path(), 2).unwrap());
+        assert_ne!(one, two);
+        let days = (until - crate::state::now()) / 86_400;
+        assert!((1824..=1825).contains(&days), "the member authority ends before the root: {days}");
+
+        // Another member gets all of it; then the first goes.
+        let other = tempfile::tempdir().unwrap();
+        import(other.path(), &export(dir.path()).unwrap()).unwrap();
+        assert_eq!(Held::read(other.path()).unwrap(), Held::read(dir.path()).unwrap());
+        assert!(has(other.path(), 1) && has(other.path(), 2) && !has(other.path(), 3));
+        remove(other.path(), 1).unwrap();
+        remove(other.path(), 1).unwrap();
+        assert!(!has(other.path(), 1) && has(other.path(), 2));
+        assert!(!other.path().join("root.key").exists());
+        let error = export(other.path()).err().unwrap().to_string();
+        assert!(error.contains("root.key"), "{error}");
     }
 }

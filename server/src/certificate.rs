@@ -40,6 +40,16 @@ impl Certificate {
         self.key.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Makes another in its place, which new connections show.
+    ///
+    /// # Errors
+    /// As of [`Certificate::new`]; then the one before stays.
+    pub fn replace(&self, issuer: &MemberIssuer) -> anyhow::Result<()> {
+        let issued = Arc::new(issuer.issue()?);
+        *self.key.write().unwrap_or_else(PoisonError::into_inner) = issued;
+        Ok(())
+    }
+
     /// Renews it until `stop`.
     pub async fn renew(&self, issuer: &MemberIssuer, stop: CancellationToken) {
         loop {
@@ -53,10 +63,9 @@ impl Certificate {
             }
             // Tried again a day later where it fails, or when the clock is set again.
             self.made.store(now, Ordering::Relaxed);
-            match issuer.issue() {
-                Ok(issued) => *self.key.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(issued),
-                // The old one is good for weeks: it is tried again, and said each time.
-                Err(error) => tracing::error!("renewing the member's certificate: {error:#}"),
+            // The old one is good for weeks: it is tried again, and said each time.
+            if let Err(error) = self.replace(issuer) {
+                tracing::error!("renewing the member's certificate: {error:#}");
             }
         }
     }

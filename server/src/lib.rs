@@ -28,6 +28,7 @@ pub mod secrets;
 pub mod state;
 pub mod store;
 pub mod traces;
+pub mod trust;
 
 use axum::Router;
 use axum::middleware::{from_fn, from_fn_with_state};

@@ -10,7 +10,6 @@ use axum::{Extension, Router};
 use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use moor_api::client::tls::MemberVerifier;
 use moor_api::proof::{EXPORTER_LABEL, EXPORTER_LENGTH};
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
@@ -123,7 +122,6 @@ fn tls_config(certificate: Arc<Certificate>) -> anyhow::Result<ServerConfig> {
 /// An address or the socket is not to be had.
 pub async fn serve(member: Arc<Member>, app: Router, stop: CancellationToken) -> anyhow::Result<()> {
     let acceptor = TlsAcceptor::from(Arc::new(tls_config(member.certificate.clone()).context("setting up TLS")?));
-    let members = Arc::new(MemberVerifier::new(&member.bundle()?, Arc::new(aws_lc_rs::default_provider()))?);
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let addresses = Addresses::new(member.config.connections_per_address.get());
     let mut loops = tokio::task::JoinSet::new();
@@ -132,7 +130,7 @@ pub async fn serve(member: Arc<Member>, app: Router, stop: CancellationToken) ->
     for address in &member.config.listen {
         let listener = TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))?;
         tracing::info!("listening on https://{address}");
-        let tls = Tls { acceptor: acceptor.clone(), members: members.clone(), addresses: addresses.clone() };
+        let tls = Tls { acceptor: acceptor.clone(), member: member.clone(), addresses: addresses.clone() };
         loops.spawn(accept_tls(listener, tls, app.clone(), permits.clone(), stop.clone()));
     }
     let socket = &member.config.socket;
@@ -188,8 +186,8 @@ async fn next<T>(stop: &CancellationToken, accept: impl Future<Output = std::io:
 #[derive(Clone)]
 struct Tls {
     acceptor: TlsAcceptor,
-    /// Knows members by their certificates.
-    members: Arc<MemberVerifier>,
+    /// Knows other members by their certificates.
+    member: Arc<Member>,
     addresses: Arc<Addresses>,
 }
 
@@ -221,7 +219,7 @@ fn guarded<S: AsyncRead + AsyncWrite>(stream: S, limit: Duration) -> Guarded<S> 
 }
 
 async fn handshake(
-    Tls { acceptor, members, .. }: &Tls,
+    Tls { acceptor, member, .. }: &Tls,
     tcp: TcpStream,
     address: std::net::SocketAddr,
 ) -> Option<(Tcp, Peer)> {
@@ -247,7 +245,7 @@ async fn handshake(
     // Most clients are nodes, whose certificate has no chain: only a member's has.
     let member = match session.peer_certificates() {
         Some([leaf, chain @ ..]) if !chain.is_empty() && exporter.is_some() => {
-            members.member(leaf, chain, UnixTime::now()).ok()
+            member.trust.taken().verifier.member(leaf, chain, UnixTime::now()).ok()
         }
         _ => None,
     };

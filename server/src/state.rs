@@ -19,8 +19,8 @@ use crate::store::records::{MemberRecord, ProfileRecord, SiteRecord};
 use crate::store::tables;
 use crate::store::{Command, Outcome, Replicated, Snapshot, Store as _, StoreError};
 use crate::traces::Traces;
+use crate::trust::{self, Heard, Trust};
 use anyhow::Context as _;
-use moor_api::client::tls::peer_tls_config;
 use moor_api::ids::{CollectiveId, Sha256Digest};
 use moor_api::node::MemberEndpoint;
 use moor_api::problem::Problem;
@@ -39,15 +39,19 @@ pub struct Member {
     pub store: Replicated,
     /// Its way to other members.
     pub calls: Arc<Calls>,
-    /// Its keys.
+    /// The SSH authorities.
     pub authority: Authority,
+    /// Whom it believes to be a member, and which authority its certificate is from.
+    pub trust: Trust,
+    /// What nodes said of their trust.
+    pub said: Heard,
     /// Issues its own certificate.
     pub issuer: MemberIssuer,
     /// Its certificate as it is now.
     pub certificate: Arc<Certificate>,
     /// The collective's keys.
     pub secrets: Keyring,
-    /// The collective.
+    /// The collective, as it was when this member was started: the version of the trust bundle is in [`Member::trust`].
     pub site: SiteRecord,
     /// This member.
     pub identity: Identity,
@@ -121,7 +125,7 @@ async fn found(config: &Config, keys: &Path, name: String, addresses: Vec<String
         removed: Vec::new(),
         introduction: Vec::new(),
     };
-    Authority::create(keys, site.collective, &site.name)?;
+    Authority::create(keys, site.collective, &site.name, site.created)?;
     let Connections { calls, .. } = connections(config, keys, &identity)?;
     config.make_store().context("making the store")?;
     let store = Replicated::open(&config.store(), FOUNDER, calls).await.context("making the store")?;
@@ -140,6 +144,7 @@ async fn found(config: &Config, keys: &Path, name: String, addresses: Vec<String
 pub(crate) struct Connections {
     issuer: MemberIssuer,
     certificate: Arc<Certificate>,
+    trust: Trust,
     pub(crate) calls: Arc<Calls>,
 }
 
@@ -152,27 +157,14 @@ pub(crate) fn connections(config: &Config, keys: &Path, identity: &Identity) -> 
         created: identity.site.created,
     };
     let certificate = Arc::new(Certificate::new(&issuer)?);
-    let authority = Authority::open(keys)?;
-    let bundle = bundle(&identity.site, &authority, Vec::new())?;
-    let tls = Arc::new(peer_tls_config(&bundle, certificate.clone())?);
+    let trust = Trust::open(keys, &identity.site)?;
+    let tls = trust::peer_calls(&identity.site, &trust.taken(), certificate.clone())?;
     let introduction = match &identity.introduction[..] {
         [] => None,
         vouchers => Some(serde_json::to_vec(vouchers)?.into()),
     };
     let calls = Arc::new(Calls::new(identity.site.collective, tls, introduction));
-    Ok(Connections { issuer, certificate, calls })
-}
-
-fn bundle(site: &SiteRecord, authority: &Authority, members: Vec<String>) -> anyhow::Result<SiteBundle> {
-    Ok(SiteBundle {
-        version: site.bundle_version,
-        collective: site.collective,
-        name: site.name.clone(),
-        roots: vec![authority.root_pem.clone()],
-        members,
-        ssh_host_authorities: vec![authority.ssh_host_line()?],
-        built: site.created,
-    })
+    Ok(Connections { issuer, certificate, trust, calls })
 }
 
 /// Where this member is reached: by its URLs, at the addresses it listens on, and by what `init` was told.
@@ -297,7 +289,7 @@ impl Member {
             None => Identity::read(&config.identity())?,
         };
         let authority = Authority::open(&config.keys())?;
-        let Connections { issuer, certificate, calls } = connections(&config, &config.keys(), &identity)?;
+        let Connections { issuer, certificate, trust, calls } = connections(&config, &config.keys(), &identity)?;
         let store = Replicated::open_up_to(config.level(), &config.store(), identity.number, calls.clone()).await;
         let store = store.map_err(|error| not_opened(error, &identity)).context("opening the store")?;
         let site = store.snapshot()?.site()?.unwrap_or_else(|| identity.site.clone());
@@ -308,11 +300,13 @@ impl Member {
         let traces = Traces::new(config.traces());
         let path = config.waiting();
         let waiting = Waiting::open(&path).map_err(|error| not_opened(error.within(&path), &identity))?;
-        Ok(Arc::new(Self {
+        let member = Self {
             config,
             store,
             calls,
             authority,
+            trust,
+            said: Heard::default(),
             issuer,
             certificate,
             secrets,
@@ -327,7 +321,13 @@ impl Member {
             requests: Requests::default(),
             waiting,
             traces,
-        }))
+        };
+        member.sweep_authorities().context("removing the keys of an authority that was dropped")?;
+        // What cannot be taken up now is tried again: until then the member is as it was.
+        if let Err(error) = member.take_up() {
+            tracing::error!("the authorities: {error:#}");
+        }
+        Ok(Arc::new(member))
     }
 
     /// Members that nodes may talk to: this one first, because the asker reaches it.
@@ -359,7 +359,9 @@ impl Member {
     /// Never, for keys that were opened.
     pub fn bundle(&self) -> anyhow::Result<SiteBundle> {
         let members = self.endpoints()?.into_iter().flat_map(|member| member.urls).collect();
-        bundle(&self.site, &self.authority, members)
+        let taken = self.trust.taken();
+        let ssh = vec![self.authority.ssh_host_line()?];
+        Ok(trust::bundle(&self.site, &taken.held, taken.roots.clone(), members, ssh))
     }
 
     /// A consistent view of the store.

@@ -1,5 +1,6 @@
 //! One module per noun; each command is a call of the API and a few lines that print the answer.
 
+mod authority;
 mod backup;
 mod collective;
 mod content;
@@ -51,6 +52,7 @@ pub(crate) async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             backup::run(client, &file, passphrase_file.as_deref(), redact, without_majority, cli.json).await
         }
         Command::Collective(command) => collective::run(client, command, cli.json).await,
+        Command::Authority(command) => authority::run(client, command, cli.json).await,
         Command::Node(command) => node::run(client, command, cli.json).await,
         Command::Arm(arm) => node::arm(client, &arm, cli.json).await,
         Command::Deploy(deploy) => node::deploy(client, &deploy, cli.json).await,

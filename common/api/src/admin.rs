@@ -26,12 +26,20 @@
 //! | `POST collective/replace` (socket only) | [`ReplaceRequest`] → [`Invited`] |
 //! | `POST collective/{promote,demote,remove}` | [`MemberRequest`] → empty |
 //! | `POST collective/rotate-key` | empty → [`KeysRotated`] |
+//! | `GET authority` | [`AuthorityView`] |
+//! | `POST authority/rotate` | empty → [`AuthorityRotated`] |
+//! | `POST authority/retire` | [`RetireRequest`] → [`AuthorityRetired`] |
 //! | `POST backup` (socket only, but for a redacted one) | [`BackupRequest`] → the backup |
 //!
 //! `GET /public/images/DIGEST` (ranges) and `GET /public/boot/PROFILE/{kernel,initramfs,site.cpio}` (and [`BOOT_LOADERS`]) need no token.
 
+mod authority;
 mod collective;
 
+pub use authority::{
+    AuthorityInfo, AuthorityRetired, AuthorityRotated, AuthorityState, AuthorityView, MemberTrust, RetireRequest,
+    SshAuthorityInfo,
+};
 pub use collective::{
     BackupRequest, CollectiveMember, CollectiveView, ContentBlob, ContentView, InviteRequest, Invited, KeysRotated,
     MAX_UNREADABLE, MIN_PASSPHRASE, MemberRequest, ReplaceRequest, UnreadableSecret,

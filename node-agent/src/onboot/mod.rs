@@ -33,6 +33,9 @@ const RENEW_TOKEN: u64 = 120;
 /// How long the system may take to be up.
 const UP_LIMIT: Duration = Duration::from_mins(15);
 
+/// A trust bundle that was taken up is acknowledged after this time: somebody may wait for it.
+const ACKNOWLEDGE: Duration = Duration::from_secs(2);
+
 /// Heartbeats come no more and no less often than this, whatever a member says.
 const HEARTBEAT: (u32, u32) = (5, 3600);
 
@@ -211,7 +214,11 @@ impl Duty {
                 if reply.generation.is_some_and(|generation| generation != self.record.generation) {
                     crate::console::say("onboot", "another generation is to be run: the next boot takes it");
                 }
+                let before = self.bundle.version;
                 self.follow(&reply).await;
+                if self.bundle.version != before {
+                    return ACKNOWLEDGE.mul_f64(0.5 + jitter());
+                }
                 let seconds = reply.interval.clamp(HEARTBEAT.0, HEARTBEAT.1);
                 // A thousand nodes that booted together come apart.
                 Duration::from_secs(u64::from(seconds)).mul_f64(0.9 + jitter() / 5.0)

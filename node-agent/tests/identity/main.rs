@@ -8,6 +8,7 @@ mod member;
 #[path = "../../../tests/port.rs"]
 mod port;
 mod raw;
+mod rotation;
 mod sessions;
 mod swtpm;
 

@@ -52,14 +52,31 @@ impl Member {
             chown(path, Some(UID), Some(UID)).unwrap();
         }
         crate::swtpm::good(member.moord("init").args(["--address", "127.0.0.1"]));
-        let mut child = member.moord("run").stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        member.run();
+        member
+    }
+
+    /// Starts it, and waits until it answers.
+    pub(crate) fn run(&mut self) {
+        let mut child = self.moord("run").stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let end = Instant::now() + TIMEOUT;
-        while std::os::unix::net::UnixStream::connect(member.path("api.sock")).is_err() {
+        while std::os::unix::net::UnixStream::connect(self.path("api.sock")).is_err() {
             assert!(child.try_wait().unwrap().is_none() && Instant::now() < end, "moord does not answer");
             std::thread::sleep(Duration::from_millis(20));
         }
-        member.child = Some(child);
-        member
+        self.child = Some(child);
+    }
+
+    /// SIGKILL.
+    pub(crate) fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("https://127.0.0.1:{}", self.port)
     }
 
     /// `moord` lies beside the folder of the tests: cargo builds the workspace's programs with them.
@@ -83,7 +100,7 @@ impl Member {
         command
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
@@ -101,17 +118,14 @@ impl Member {
         self.admin().await.arm(&ArmRequest { range: name.into(), until: "once".into() }).await.unwrap();
     }
 
-    async fn bundle(&self) -> SiteBundle {
+    pub(crate) async fn bundle(&self) -> SiteBundle {
         self.admin().await.site().await.unwrap().bundle
     }
 }
 
 impl Drop for Member {
     fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        self.kill();
     }
 }
 
@@ -129,8 +143,7 @@ impl Visit {
         let bundle = member.bundle().await;
         let key = SessionKey::generate().unwrap();
         let config = Arc::new(member_tls_config(&bundle, Some(&key)).unwrap());
-        let url = format!("https://127.0.0.1:{}", member.port);
-        let connection = NodeConnection::connect(&url, bundle.collective, config, TIMEOUT).await.unwrap();
+        let connection = NodeConnection::connect(&member.url(), bundle.collective, config, TIMEOUT).await.unwrap();
         Self { bundle, uuid, boot, key, connection }
     }
 

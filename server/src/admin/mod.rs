@@ -1,6 +1,7 @@
 //! `/admin/v1`: what administrators may do, over the socket by who they are and over HTTPS by a token.
 
 mod audit;
+mod authority;
 mod backup;
 mod collective;
 mod content;
@@ -64,6 +65,9 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/admin/v1/collective/demote", post(collective::demote))
         .route("/admin/v1/collective/remove", post(collective::remove))
         .route("/admin/v1/collective/rotate-key", post(collective::rotate_key))
+        .route("/admin/v1/authority", get(authority::show))
+        .route("/admin/v1/authority/rotate", post(authority::rotate))
+        .route("/admin/v1/authority/retire", post(authority::retire))
         .route_layer(axum::middleware::from_fn_with_state(member.clone(), audit::first))
         .merge(of_nodes)
         .route_layer(axum::middleware::from_fn_with_state(member.clone(), up_to_date))

@@ -8,7 +8,7 @@ pub mod plain;
 pub mod restore;
 pub mod sealed;
 
-use crate::authority::{self, KeyFiles};
+use crate::authority::KeyFiles;
 use crate::secrets::Carried;
 use crate::state::{Member, now};
 use crate::store::records::SiteRecord;
@@ -71,7 +71,7 @@ impl Stale {
 /// A key file or the database is damaged; `out` failed.
 pub fn write<W: Write>(member: &Member, passphrase: &[u8], is_stale: bool, out: W) -> anyhow::Result<W> {
     // Keys and secrets of one moment.
-    let view = member.view()?;
+    let (keys, _, view) = member.export_keys()?;
     let ring = member.secrets.refresh(&view.key_versions()?)?;
     ring.token().context("the keys of the collective")?;
     let head = Head {
@@ -79,7 +79,7 @@ pub fn write<W: Write>(member: &Member, passphrase: &[u8], is_stale: bool, out: 
         release: env!("CARGO_PKG_VERSION").into(),
         created: now(),
         site: member.site.clone(),
-        keys: authority::export(&member.config.keys())?,
+        keys,
         versions: ring.carry(),
         stale: Stale::of(member, &view, is_stale)?,
     };

@@ -5,7 +5,7 @@ use super::gate::{Gate, guard, shown};
 use super::invite::{Side, Subject};
 use super::join::{self, JoinReply, JoinRequest};
 use super::voucher::{Acquaintance, Voucher, extend};
-use crate::authority;
+use crate::authority::KeyFiles;
 use crate::content;
 use crate::http::{Connection, Failure, Peer, parse};
 use crate::node::enroll::p256_point;
@@ -217,11 +217,10 @@ async fn let_in(
         tracing::warn!("{address}: a wrong proof for the invitation of {}", invite.name);
         return Err(refused().into());
     }
-    let keys = authority::export(&member.config.keys())?;
     member
         .audit("join", serde_json::json!({ "name": invite.name, "member": request.member, "urls": request.urls }))
         .await?;
-    let number = take_in(&member, &request).await?;
+    let (number, keys) = take_in(&member, &request).await?;
     let own = &member.identity;
     let guest = Acquaintance { id: request.member, key: request.key.clone() };
     let introduction = extend(&own.introduction, own.id, &member.config.keys(), subject.collective, guest)?;
@@ -240,11 +239,13 @@ async fn let_in(
     }))
 }
 
-/// The join itself; returns the new member's number. Where the keys are rotated at the same moment, it is tried again with the new ones.
-async fn take_in(member: &Member, request: &JoinRequest) -> Result<u64, Failure> {
+/// The join itself; returns the new member's number, and the authorities for it. Where keys or authorities are rotated at the same moment, it
+/// is tried again with the new ones.
+async fn take_in(member: &Member, request: &JoinRequest) -> Result<(u64, KeyFiles), Failure> {
     let mut tries = 0;
     loop {
         tries += 1;
+        let (authorities, authority, _) = member.export_keys()?;
         let keys = member.ring()?.wrap_all(request.member, &request.unwrap);
         let keys = keys.map_err(|_| Problem::new(Code::BadRequest, "a member's key for the keys is one on X25519"))?;
         let command = Command::Join {
@@ -256,9 +257,10 @@ async fn take_in(member: &Member, request: &JoinRequest) -> Result<u64, Failure>
             urls: request.urls.clone(),
             now: now(),
             level: request.level,
+            authority,
         };
         match member.propose(command).await {
-            Ok(Outcome::Number(number)) => return Ok(number),
+            Ok(Outcome::Number(number)) => return Ok((number, authorities)),
             Ok(_) => return Err(anyhow::anyhow!("a join has no number").into()),
             Err(problem) if problem.code == Code::Conflict && tries < 3 => member.store.linearize().await?,
             Err(problem) => return Err(problem.into()),

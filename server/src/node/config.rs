@@ -108,7 +108,7 @@ fn document(member: &Member, caller: &Caller, profile: &ProfileRecord) -> Result
         locale: LocaleSection { lang: text(attributes, "locale.lang"), keymap: text(attributes, "locale.keymap") },
         members: caller.endpoints(member)?,
         phases,
-        trust_version: member.site.bundle_version,
+        trust_version: member.trust.version(),
         secrets,
     })
 }
@@ -256,6 +256,7 @@ mod tests {
             deployment: None,
             pin: None,
             boots: Vec::new(),
+            trust: None,
         }
     }
 

@@ -121,12 +121,13 @@ pub(super) async fn heartbeat(
     let report: Heartbeat = parse(&body)?;
     own_boot(&caller, report.boot)?;
     member.heartbeats.note(caller.node.id);
+    member.note_trust(&caller.node, report.boot, report.trust_version);
     let view = member.view()?;
     let generation = match &caller.node.deployment {
         Some(order) => view.profile(order.profile.as_str())?.map(|profile| profile.generation),
         None => None,
     };
-    let trust_version = member.site.bundle_version;
+    let trust_version = member.trust.version();
     let bundle = if report.trust_version < trust_version { Some(member.bundle()?) } else { None };
     let members = caller.endpoints(&member)?;
     Ok(Json(HeartbeatReply { interval: HEARTBEAT, trust_version, generation, members, bundle }))

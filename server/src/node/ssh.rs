@@ -151,6 +151,7 @@ mod tests {
             deployment: None,
             pin: None,
             boots: Vec::new(),
+            trust: None,
         }
     }
 

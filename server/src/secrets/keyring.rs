@@ -1,6 +1,6 @@
 //! A member's way to the collective's keys: its own key, in a 0600 file, and what the store has for that.
 
-use super::{INFO, KEY, Ring, SUITE, Version, bound_to};
+use super::{AUTHORITY, INFO, KEY, Ring, SUITE, Version, bound_to};
 use crate::files;
 use crate::store::records::{KeyVersion, KeysRecord, WrappedKey};
 use anyhow::{Context as _, ensure};
@@ -124,6 +124,24 @@ impl Keyring {
         Ring { collective: self.collective, versions, current: record.current().unwrap_or(0) }
     }
 
+    /// What [`wrap_authority`](super::wrap_authority) encrypted of authority `number`. A member that went on alone had another id before, and
+    /// the same key.
+    ///
+    /// # Errors
+    /// None of it is for this member, or is what it says.
+    pub fn open_authority(
+        &self,
+        number: u32,
+        wrapped: &BTreeMap<MemberId, WrappedKey>,
+    ) -> anyhow::Result<Zeroizing<Vec<u8>>> {
+        let opened = wrapped.iter().find_map(|(member, wrapped)| {
+            let from = EncapsulatedSecret(wrapped.encapsulated.0.clone());
+            let aad = bound_to(self.collective, *member, number);
+            SUITE.open(&from, AUTHORITY, &aad, &wrapped.ciphertext.0, &self.key.0).ok()
+        });
+        opened.map(Zeroizing::new).with_context(|| format!("authority {number} does not open by this member's key"))
+    }
+
     fn unwrap(&self, version: u32, wrapped: &WrappedKey) -> anyhow::Result<Version> {
         let from = EncapsulatedSecret(wrapped.encapsulated.0.clone());
         let aad = bound_to(self.collective, self.member, version);
@@ -227,5 +245,25 @@ mod tests {
         let ours = Keyring::open(a.dir.path(), collective, a.record.id).unwrap().refresh(&after).unwrap();
         assert_eq!(&*ours.open_secret(PLACE, &first).unwrap(), b"first");
         assert_eq!(&*ours.open_secret(PLACE, &second).unwrap(), b"second");
+    }
+
+    #[test]
+    fn an_authority_opens_for_those_it_was_encrypted_to_and_under_its_number() {
+        use crate::secrets::wrap_authority;
+        let collective = CollectiveId::random();
+        let (a, b, c) = (somebody(), somebody(), somebody());
+        let wrapped = wrap_authority(b"keys", 2, collective, [&a.record, &b.record]).unwrap();
+        let keyring = |of: &Somebody, id| Keyring::open(of.dir.path(), collective, id).unwrap();
+        for member in [&a, &b] {
+            assert_eq!(&**keyring(member, member.record.id).open_authority(2, &wrapped).unwrap(), b"keys");
+        }
+        assert_eq!(&**keyring(&a, MemberId::random()).open_authority(2, &wrapped).unwrap(), b"keys", "by another id");
+        let error = keyring(&c, c.record.id).open_authority(2, &wrapped).unwrap_err().to_string();
+        assert!(error.contains("authority 2 does not open by this member's key"), "{error}");
+        assert!(keyring(&a, a.record.id).open_authority(3, &wrapped).is_err(), "another number");
+        let moved = [(b.record.id, wrapped[&a.record.id].clone())].into();
+        assert!(keyring(&a, a.record.id).open_authority(2, &moved).is_err(), "in another member's place");
+        let elsewhere = Keyring::open(a.dir.path(), CollectiveId::random(), a.record.id).unwrap();
+        assert!(elsewhere.open_authority(2, &wrapped).is_err());
     }
 }

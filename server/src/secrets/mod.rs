@@ -25,8 +25,9 @@ use zeroize::{Zeroize, Zeroizing};
 
 /// Bytes of one key.
 const KEY: usize = 32;
-/// What is encrypted by HPKE: nothing else of this member's key is.
+/// What is encrypted by HPKE: one is never taken for the other.
 const INFO: &[u8] = b"moor/v1 collective keys";
+const AUTHORITY: &[u8] = b"moor/v1 authority";
 
 /// An encrypted secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -131,6 +132,26 @@ impl Version {
         let wrapped: anyhow::Result<_> = members.into_iter().map(wrap).collect();
         Ok(KeyVersion { version, wrapped: wrapped? })
     }
+}
+
+/// Encrypts the keys of X.509 authority `number` to each of these members, by the public half of its key.
+///
+/// # Errors
+/// One has no such key.
+pub fn wrap_authority<'a>(
+    keys: &[u8],
+    number: u32,
+    collective: CollectiveId,
+    members: impl IntoIterator<Item = &'a MemberRecord>,
+) -> anyhow::Result<BTreeMap<MemberId, WrappedKey>> {
+    let wrap = |member: &MemberRecord| {
+        let (aad, to) = (bound_to(collective, member.id, number), HpkePublicKey(member.unwrap.0.clone()));
+        let sealed = SUITE.seal(AUTHORITY, &aad, keys, &to);
+        let (EncapsulatedSecret(encapsulated), ciphertext) =
+            sealed.with_context(|| format!("member {} has no usable key", member.name))?;
+        Ok((member.id, WrappedKey { encapsulated: encapsulated.into(), ciphertext: ciphertext.into() }))
+    };
+    members.into_iter().map(wrap).collect()
 }
 
 /// Versions of the collective's keys, as they are carried in a backup: hexadecimal. No `Debug`; what it held is wiped.

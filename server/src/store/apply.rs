@@ -7,7 +7,7 @@ use super::records::{
     MAX_STRANGERS, NodeRecord, Order, Plan, ProfileRecord, Refusals,
 };
 use super::tables::{self, Write};
-use super::{Event, StoreError, index, keys, late, level, members};
+use super::{Event, StoreError, authorities, index, keys, late, level, members};
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
 use moor_api::ids::{BootId, ImageDigest, NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
@@ -49,8 +49,9 @@ fn done(write: &Write<'_>, command: Command) -> Result<Outcome, StoreError> {
             }
             members::invite(write, id, &invite, now)
         }
-        Command::Join { invite, member, key, unwrap, keys, urls, now, level } => {
-            members::join(write, invite, members::Guest { id: member, key, unwrap, keys, urls, level }, now)
+        Command::Join { invite, member, key, unwrap, keys, urls, now, level, authority } => {
+            let guest = members::Guest { id: member, key, unwrap, keys, urls, level, authority };
+            members::join(write, invite, guest, now)
         }
         Command::MoveMember { number, urls, near } => members::change(write, number, |member| {
             member.urls = urls;
@@ -63,6 +64,7 @@ fn done(write: &Write<'_>, command: Command) -> Result<Outcome, StoreError> {
         Command::RotateKeys { new } => keys::rotate(write, new),
         Command::Reseal { secrets } => keys::reseal(write, secrets),
         Command::DropKeys { version } => keys::drop_version(write, version),
+        Command::Authorities { change } => authorities::apply(write, change),
         Command::DefineNode { id, name, attributes } => define(write, id, name, attributes),
         Command::RemoveNode { id } => remove_node(write, id),
         Command::SetAttributes { id, set, secrets, clear } => {
@@ -84,7 +86,8 @@ fn done(write: &Write<'_>, command: Command) -> Result<Outcome, StoreError> {
         Command::Arm { id, armed } => change(write, id, |node| node.armed = armed),
         Command::Rearm { id } => {
             let Some(before) = node(write, id)? else { return Ok(no_such_node()) };
-            let mut node = NodeRecord { identity: None, boots: Vec::new(), armed: Armed::Once, ..before.clone() };
+            let forgotten = NodeRecord { identity: None, boots: Vec::new(), trust: None, ..before.clone() };
+            let mut node = NodeRecord { armed: Armed::Once, ..forgotten };
             node.epoch = next(write, "epoch")?;
             index::update(write, Some(&before), Some(&node))?;
             put_node(write, &node)?;
@@ -162,6 +165,7 @@ fn define(
         deployment: None,
         pin: None,
         boots: Vec::new(),
+        trust: None,
     };
     index::update(write, None, Some(&record))?;
     put_node(write, &record)?;

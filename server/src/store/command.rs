@@ -1,6 +1,7 @@
 //! Every change of the store, as data. A command carries all it needs (times, ids, random values), so that applying it gives the same
 //! result on every member, whenever it is applied.
 
+use super::authorities::AuthorityChange;
 use super::late::Late;
 use super::level::Level;
 use super::records::{
@@ -73,6 +74,9 @@ pub enum Command {
         /// The newest level that its release knows.
         #[serde(default)]
         level: Level,
+        /// The newest authority that it was given. From [`Level::AUTHORITIES`] on, unless it is the first.
+        #[serde(default = "super::records::first", skip_serializing_if = "super::records::is_first")]
+        authority: u32,
     },
     /// A member is reached elsewhere.
     MoveMember {
@@ -122,6 +126,11 @@ pub enum Command {
     DropKeys {
         /// Which.
         version: u32,
+    },
+    /// What becomes of the X.509 authorities, and who has acknowledged them.
+    Authorities {
+        /// What.
+        change: AuthorityChange,
     },
     /// A new node.
     DefineNode {
@@ -337,6 +346,7 @@ impl Command {
             Self::RotateKeys { .. } => "rotate-keys",
             Self::Reseal { .. } => "reseal",
             Self::DropKeys { .. } => "drop-keys",
+            Self::Authorities { change } => change.kind(),
             Self::DefineNode { .. } => "define-node",
             Self::RemoveNode { .. } => "remove-node",
             Self::SetAttributes { .. } => "set-attributes",
@@ -367,6 +377,8 @@ impl Command {
         match self {
             Self::Audited { change, .. } => change.level(),
             Self::MoveMember { near, .. } if !near.is_empty() => Level::NEAR,
+            Self::Join { authority, .. } if *authority > 1 => Level::AUTHORITIES,
+            Self::Authorities { .. } => Level::AUTHORITIES,
             Self::Found { .. }
             | Self::Anew { .. }
             | Self::Invite { .. }
@@ -462,6 +474,7 @@ mod tests {
                 urls: Vec::new(),
                 now: 1,
                 level: Level::FIRST,
+                authority: 2,
             },
             Command::Audited { entry: serde_json::json!({ "what": "x" }), change: Box::new(Command::Rearm { id }) },
             Command::Bind { id, identity: soft, boot, now: 1 },

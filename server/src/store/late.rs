@@ -225,6 +225,7 @@ mod tests {
             deployment: None,
             pin: None,
             boots: boots.collect(),
+            trust: None,
         }
     }
 

@@ -25,8 +25,10 @@ impl Level {
     pub const FIRST: Self = Self(1);
     /// Members say which networks they are near to.
     pub const NEAR: Self = Self(2);
+    /// Authorities are rotated; members and nodes acknowledge trust bundles.
+    pub const AUTHORITIES: Self = Self(3);
     /// What this release knows.
-    pub const NEWEST: Self = Self::NEAR;
+    pub const NEWEST: Self = Self::AUTHORITIES;
 }
 
 impl Default for Level {

@@ -5,7 +5,7 @@ use super::command::Outcome;
 use super::level::{self, Level};
 use super::records::{InviteRecord, KeysRecord, MemberRecord, WrappedKey};
 use super::tables::{self, Write};
-use super::{StoreError, keys};
+use super::{StoreError, authorities, keys};
 use moor_api::ids::MemberId;
 use moor_api::node::Base64;
 use moor_api::problem::Code;
@@ -27,7 +27,7 @@ fn none(number: u64) -> Outcome {
 }
 
 /// Numbers and records of the members that are present.
-fn present(write: &Write<'_>) -> Result<Vec<MemberRecord>, StoreError> {
+pub(super) fn present(write: &Write<'_>) -> Result<Vec<MemberRecord>, StoreError> {
     Ok(write.all::<MemberRecord>(tables::MEMBERS)?.into_iter().filter(|member| !member.removed).collect())
 }
 
@@ -107,6 +107,8 @@ pub(super) struct Guest {
     pub(super) keys: Vec<(u32, WrappedKey)>,
     pub(super) urls: Vec<String>,
     pub(super) level: Level,
+    /// The newest authority that it was given.
+    pub(super) authority: u32,
 }
 
 /// Why a member of this level is none for the collective, if it is not.
@@ -124,7 +126,7 @@ pub(super) fn tell_level(write: &Write<'_>, number: u64, known: Level) -> Result
 }
 
 pub(super) fn join(write: &Write<'_>, invite: Uuid, guest: Guest, now: u64) -> Result<Outcome, StoreError> {
-    let Guest { id, key, unwrap, keys, urls, level } = guest;
+    let Guest { id, key, unwrap, keys, urls, level, authority } = guest;
     // First: an invitation is not used up by it.
     if let Some(refused) = too_old(write, level)? {
         return Ok(refused);
@@ -150,6 +152,9 @@ pub(super) fn join(write: &Write<'_>, invite: Uuid, guest: Guest, now: u64) -> R
     if !keys::are_all(write, &keys)? {
         return Ok(refused(Code::Conflict, "the collective's keys were rotated meanwhile: try again"));
     }
+    if authorities::newest(write)? != authority {
+        return Ok(refused(Code::Conflict, "the collective's authorities were rotated meanwhile: try again"));
+    }
     write.remove(tables::INVITES, &invite.to_string())?;
     keys::admit(write, id, keys)?;
     let number = next(write, "member")?;
@@ -165,6 +170,8 @@ pub(super) fn join(write: &Write<'_>, invite: Uuid, guest: Guest, now: u64) -> R
         replaces: found.replaces,
         level,
         near: Vec::new(),
+        trust: 1,
+        shows: 1,
     };
     put(write, number, &record)?;
     Ok(Outcome::Number(number))

@@ -1,5 +1,6 @@
 //! What the store keeps, as records. They are serialised as JSON: self-describing, so that a later version reads them.
 
+use super::authorities::NodeTrust;
 use super::level::Level;
 use super::raft::Peer;
 use crate::secrets::SealedSecret;
@@ -58,6 +59,22 @@ pub struct MemberRecord {
     /// Networks that it is near to: nodes in them are sent to it before others. From [`Level::NEAR`] on.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub near: Vec<Cidr>,
+    /// The version of the trust bundle that it has taken up. From [`Level::AUTHORITIES`] on, as the next.
+    #[serde(default = "first", skip_serializing_if = "is_first")]
+    pub trust: u64,
+    /// The authority that its certificate is from.
+    #[serde(default = "first", skip_serializing_if = "is_first")]
+    pub shows: u32,
+}
+
+/// What counts from one on, before anything was counted.
+pub(super) fn first<T: From<u8>>() -> T {
+    1.into()
+}
+
+/// Nothing is written then: a record is what it was before this was counted.
+pub(super) fn is_first<T: From<u8> + PartialEq>(value: &T) -> bool {
+    *value == first()
 }
 
 impl MemberRecord {
@@ -76,6 +93,8 @@ impl MemberRecord {
             replaces: None,
             level: Level::FIRST,
             near: Vec::new(),
+            trust: 1,
+            shows: 1,
         }
     }
 
@@ -165,6 +184,9 @@ pub struct NodeRecord {
     /// Its last boots, newest last, at most [`MAX_BOOTS`], and among them the newest that came to its end.
     #[serde(default)]
     pub boots: Vec<BootRecord>,
+    /// Which trust bundle it has, where there is a choice. From [`Level::AUTHORITIES`] on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trust: Option<NodeTrust>,
 }
 
 /// Boots that are remembered for each node.

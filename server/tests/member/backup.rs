@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-const PASSPHRASE: &str = "a passphrase of the test";
+pub(crate) const PASSPHRASE: &str = "a passphrase of the test";
 const HASH: &str = "$6$planted$qwertzuiop";
 const PRIVATE: &str = "planted-private-file";
 
@@ -123,7 +123,7 @@ fn none_of(what: &str, bytes: &[u8], secrets: &[Secret]) -> anyhow::Result<()> {
 }
 
 /// `moor backup`, with the passphrase in a file; the backup belongs to the user that will restore it.
-fn backup(member: &Member, name: &str) -> anyhow::Result<PathBuf> {
+pub(crate) fn backup(member: &Member, name: &str) -> anyhow::Result<PathBuf> {
     let (file, passphrase) = (member.path(name), secret_file(member, &format!("{name}.pass"), PASSPHRASE)?);
     let arguments = ["--json", "backup", shown_path(&file), "--passphrase-file", shown_path(&passphrase)];
     let (status, out, err) = shown(&moor(member, &arguments)?.output()?);
@@ -137,7 +137,7 @@ fn backup(member: &Member, name: &str) -> anyhow::Result<PathBuf> {
 }
 
 /// `moord restore` into `member`, by this passphrase.
-fn restore(member: &Member, file: &Path, passphrase: &str, more: &[&str]) -> anyhow::Result<Output> {
+pub(crate) fn restore(member: &Member, file: &Path, passphrase: &str, more: &[&str]) -> anyhow::Result<Output> {
     let name = format!("restore.pass-{}", std::fs::read_dir(member.dir.path())?.count());
     let pass = secret_file(member, &name, passphrase)?;
     let arguments = [shown_path(file), "--address", "127.0.0.1", "--passphrase-file", shown_path(&pass)];

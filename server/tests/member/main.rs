@@ -3,6 +3,7 @@
 
 mod admin_api;
 mod alone;
+mod authority;
 mod backup;
 mod bad_input;
 mod cli;

@@ -3,9 +3,10 @@
 use super::tls::{handshake_failure, member_tls_config};
 use super::{Body, ClientError, Http, chain, full};
 use crate::admin::{
-    ArmRequest, BackupRequest, BlobAdded, BootFiles, Changed, CollectiveView, ContentView, CreateProfile, DefineNodes,
-    DeployRequest, ImageView, ImportImage, InviteRequest, Invited, KeysRotated, LogEvent, MemberRequest, NodeView,
-    ProfileView, RangeRequest, ReplaceRequest, SetAttributes, SiteInfo, StatusEvent, TokenCreated, TokenRequest, Why,
+    ArmRequest, AuthorityRetired, AuthorityRotated, AuthorityView, BackupRequest, BlobAdded, BootFiles, Changed,
+    CollectiveView, ContentView, CreateProfile, DefineNodes, DeployRequest, ImageView, ImportImage, InviteRequest,
+    Invited, KeysRotated, LogEvent, MemberRequest, NodeView, ProfileView, RangeRequest, ReplaceRequest, RetireRequest,
+    SetAttributes, SiteInfo, StatusEvent, TokenCreated, TokenRequest, Why,
 };
 use crate::client::node::parse_https;
 use crate::ids::{ImageDigest, ProfileName};
@@ -305,6 +306,21 @@ impl AdminClient {
     /// `POST collective/rotate-key`: new keys, and everything is sealed anew.
     pub async fn rotate_key(&mut self) -> Result<KeysRotated, ClientError> {
         self.http.json(Method::POST, "/admin/v1/collective/rotate-key", None::<&()>).await
+    }
+
+    /// `GET authority`.
+    pub async fn authority(&mut self) -> Result<AuthorityView, ClientError> {
+        self.http.json::<(), _>(Method::GET, "/admin/v1/authority", None).await
+    }
+
+    /// `POST authority/rotate`: a new one beside the one in use.
+    pub async fn rotate_authority(&mut self) -> Result<AuthorityRotated, ClientError> {
+        self.http.json(Method::POST, "/admin/v1/authority/rotate", None::<&()>).await
+    }
+
+    /// `POST authority/retire`: the new one takes the place of the old one.
+    pub async fn retire_authority(&mut self, request: &RetireRequest) -> Result<AuthorityRetired, ClientError> {
+        self.http.json(Method::POST, "/admin/v1/authority/retire", Some(request)).await
     }
 
     /// Any other call of the API, for additions that have no method here.

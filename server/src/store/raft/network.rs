@@ -17,7 +17,7 @@ use rustls::ClientConfig;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+use std::sync::{Arc, Mutex as StdMutex, PoisonError, RwLock as StdRwLock};
 use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio_stream::StreamExt as _;
@@ -71,7 +71,7 @@ pub(crate) struct Proposed {
 /// How other members are reached: idle connections by member.
 pub struct Calls {
     collective: CollectiveId,
-    tls: Arc<ClientConfig>,
+    tls: StdRwLock<Arc<ClientConfig>>,
     /// The body of the call that begins each connection: who this member is, for those that have not heard of it.
     introduction: Option<Bytes>,
     idle: Mutex<HashMap<MemberId, Vec<MemberConnection>>>,
@@ -86,7 +86,13 @@ impl Calls {
     /// `tls` shows this member's certificate; `introduction` is what it begins each connection with, where it has to.
     #[must_use]
     pub fn new(collective: CollectiveId, tls: Arc<ClientConfig>, introduction: Option<Bytes>) -> Self {
-        Self { collective, tls, introduction, idle: Mutex::default(), lost: StdMutex::default() }
+        let (tls, idle, lost) = (StdRwLock::new(tls), Mutex::default(), StdMutex::default());
+        Self { collective, tls, introduction, idle, lost }
+    }
+
+    /// New connections are made with this from now on. Those that stand were good when they were made, and stay.
+    pub(crate) fn set_tls(&self, tls: Arc<ClientConfig>) {
+        *self.tls.write().unwrap_or_else(PoisonError::into_inner) = tls;
     }
 
     /// For a member that is alone: it calls nobody, and believes nobody.
@@ -126,8 +132,9 @@ impl Calls {
     /// It is not reached, or another member answers there.
     pub async fn connect(&self, peer: &Peer) -> Result<MemberConnection, ClientError> {
         let mut last = ClientError::Config(format!("member {} has no address", peer.name));
+        let tls = self.tls.read().unwrap_or_else(PoisonError::into_inner).clone();
         for url in &peer.urls {
-            match MemberConnection::connect(url, self.collective, self.tls.clone(), CONNECT).await {
+            match MemberConnection::connect(url, self.collective, tls.clone(), CONNECT).await {
                 Ok(mut connection) if connection.member() == peer.id && connection.key() == peer.key.0 => {
                     self.reached(peer);
                     if let Some(introduction) = &self.introduction {

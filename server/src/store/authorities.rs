@@ -1,0 +1,334 @@
+//! What commands do to the records of the X.509 authorities, and who has acknowledged them.
+//!
+//! One takes the place of another in three steps. *Rotated*: the new one is beside the old one, and the trust bundle has both; members' certificates
+//! are from the old one, so that whoever trusts only that is not cut off. *Retiring*: all have acknowledged that bundle, and members change to
+//! certificates from the new one. *Dropped*: no member shows one from the old one any more, and the trust bundle has the new one alone.
+
+use super::StoreError;
+use super::apply::refused;
+use super::command::{Command, Outcome};
+use super::members;
+use super::records::{MemberRecord, NodeRecord, SiteRecord, WrappedKey};
+use super::tables::{self, Snapshot, Write};
+use moor_api::ids::{BootId, MemberId, NodeId};
+use moor_api::problem::Code;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// The record, in the table of the collective. It is made by the first rotation: before it there is the authority that the collective began with.
+const RECORD: &str = "authorities";
+/// What nodes say that one command writes down.
+pub(crate) const MAX_SAID: usize = 256;
+/// Names that a refusal has in it.
+const MAX_NAMES: usize = 20;
+
+/// An X.509 authority.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuthorityRecord {
+    /// Counts from 1 on; never given twice.
+    pub number: u32,
+    /// Root certificate, PEM.
+    pub root: String,
+    /// When it was made, Unix seconds.
+    pub made: u64,
+    /// The first version of the trust bundle that has it; set when it is added.
+    pub since: u64,
+    /// Its files, encrypted to each member of then. Empty for the first: who joins gets it from the one that lets it in.
+    #[serde(default)]
+    pub wrapped: BTreeMap<MemberId, WrappedKey>,
+    /// Members' certificates are not to be from it any more.
+    #[serde(default)]
+    pub retiring: bool,
+}
+
+/// All that are trusted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuthoritiesRecord {
+    /// Oldest first.
+    pub list: Vec<AuthorityRecord>,
+}
+
+impl AuthoritiesRecord {
+    /// The one that members' certificates are to be from.
+    #[must_use]
+    pub fn issuing(&self) -> Option<&AuthorityRecord> {
+        self.list.iter().find(|authority| !authority.retiring)
+    }
+}
+
+/// Which version of the trust bundle a node has, as it said itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeTrust {
+    /// In which boot.
+    pub boot: BootId,
+    /// The oldest that it said in this boot: what its boot payload has.
+    pub began: u64,
+    /// The newest.
+    pub now: u64,
+}
+
+impl NodeTrust {
+    /// With what it said besides, in whatever order that came. A later boot is another matter.
+    #[must_use]
+    pub fn and(self, said: Self) -> Self {
+        if self.boot != said.boot {
+            return said;
+        }
+        Self { boot: self.boot, began: self.began.min(said.began), now: self.now.max(said.now) }
+    }
+}
+
+/// What a node said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Said {
+    /// Which node.
+    pub node: NodeId,
+    /// What.
+    pub trust: NodeTrust,
+}
+
+impl NodeRecord {
+    /// Whether it may have to be told of version `version` of the trust bundle still. A machine that was never bound has nothing to be told.
+    #[must_use]
+    pub fn is_behind(&self, version: u64) -> bool {
+        version > 1 && self.identity.is_some() && self.trust.is_none_or(|trust| trust.now < version)
+    }
+}
+
+/// A change of the authorities. Variants and fields are only ever added.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "authority")]
+pub enum AuthorityChange {
+    /// A new one beside the one in use; the outcome is the version of the trust bundle.
+    Rotate {
+        /// The one that the collective began with, where no record has it yet.
+        first: Option<AuthorityRecord>,
+        /// The new one, for those who are members.
+        new: AuthorityRecord,
+    },
+    /// Members' certificates are from the next one from now on.
+    Retire {
+        /// The one that they were from.
+        number: u32,
+        /// The version of the trust bundle that all have acknowledged.
+        version: u64,
+        /// Nodes that have not, and are left behind.
+        left: BTreeSet<NodeId>,
+    },
+    /// One that was retired is trusted no more: no member shows a certificate from it. The outcome is the version of the trust bundle.
+    Drop {
+        /// Which.
+        number: u32,
+    },
+    /// A member has taken up a version of the trust bundle.
+    TakeUp {
+        /// Which member.
+        number: u64,
+        /// The version.
+        trust: u64,
+        /// The authority that its certificate is from.
+        shows: u32,
+    },
+    /// Nodes say which version of the trust bundle they have.
+    Said {
+        /// A bounded number of them.
+        nodes: Vec<Said>,
+    },
+}
+
+impl AuthorityChange {
+    /// Its kind, for logs.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Rotate { .. } => "rotate-authority",
+            Self::Retire { .. } => "retire-authority",
+            Self::Drop { .. } => "drop-authority",
+            Self::TakeUp { .. } => "take-up-authority",
+            Self::Said { .. } => "authority-acknowledged",
+        }
+    }
+}
+
+impl From<AuthorityChange> for Command {
+    fn from(change: AuthorityChange) -> Self {
+        Self::Authorities { change }
+    }
+}
+
+/// Applies one.
+pub(super) fn apply(write: &Write<'_>, change: AuthorityChange) -> Result<Outcome, StoreError> {
+    match change {
+        AuthorityChange::Rotate { first, new } => rotate(write, first, new),
+        AuthorityChange::Retire { number, version, left } => retire(write, number, version, &left),
+        AuthorityChange::Drop { number } => drop_retired(write, number),
+        AuthorityChange::TakeUp { number, trust, shows } => members::change(write, number, |member| {
+            member.trust = trust;
+            member.shows = shows;
+        }),
+        AuthorityChange::Said { nodes } => said(write, &nodes),
+    }
+}
+
+/// At most so many of these names that a line can be read, and how many there are.
+#[must_use]
+pub fn named(names: &[String]) -> String {
+    let shown = names.iter().take(MAX_NAMES).map(String::as_str).collect::<Vec<_>>().join(", ");
+    if names.len() > MAX_NAMES { format!("{shown} and {} more", names.len() - MAX_NAMES) } else { shown }
+}
+
+impl Snapshot {
+    /// The authorities and the version of the trust bundle, once one was rotated.
+    ///
+    /// # Errors
+    /// The database is damaged.
+    pub fn authorities(&self) -> Result<Option<(u64, AuthoritiesRecord)>, StoreError> {
+        let record = self.get::<AuthoritiesRecord>(tables::SITE, RECORD)?;
+        Ok(record.zip(self.site()?).map(|(record, site)| (site.bundle_version, record)))
+    }
+}
+
+fn get(write: &Write<'_>) -> Result<Option<AuthoritiesRecord>, StoreError> {
+    write.get(tables::SITE, RECORD)
+}
+
+fn site(write: &Write<'_>) -> Result<Option<SiteRecord>, StoreError> {
+    write.get(tables::SITE, "site")
+}
+
+/// Writes the record, and the collective with a new version of the trust bundle; returns that.
+fn renew(write: &Write<'_>, mut site: SiteRecord, record: &AuthoritiesRecord) -> Result<Outcome, StoreError> {
+    site.bundle_version += 1;
+    write.put(tables::SITE, RECORD, record)?;
+    write.put(tables::SITE, "site", &site)?;
+    Ok(Outcome::Number(site.bundle_version))
+}
+
+fn none() -> Outcome {
+    refused(Code::Conflict, "the authorities were changed meanwhile: `moor authority show`")
+}
+
+/// The number of the newest.
+pub(super) fn newest(write: &Write<'_>) -> Result<u32, StoreError> {
+    Ok(get(write)?.and_then(|record| record.list.last().map(|authority| authority.number)).unwrap_or(1))
+}
+
+/// Adds one. `first` is the one that the collective began with, where there is no record yet.
+fn rotate(write: &Write<'_>, first: Option<AuthorityRecord>, mut new: AuthorityRecord) -> Result<Outcome, StoreError> {
+    let Some(site) = site(write)? else { return Ok(none()) };
+    let list = match (get(write)?, first) {
+        (Some(record), _) => record.list,
+        (None, Some(first)) if first.number == 1 => vec![first],
+        (None, _) => return Ok(none()),
+    };
+    if let [old, new] = &list[..] {
+        return Ok(refused(
+            Code::Conflict,
+            format!(
+                "authority {} is beside authority {} already: `moor authority retire` lets it take over first",
+                new.number, old.number
+            ),
+        ));
+    }
+    if list.last().is_none_or(|last| last.number.checked_add(1) != Some(new.number)) {
+        return Ok(none());
+    }
+    // As with the collective's keys: for those who are members, and for nobody else.
+    let members = members::present(write)?.into_iter().map(|member| member.id).collect::<BTreeSet<_>>();
+    if !members.iter().eq(new.wrapped.keys()) {
+        return Ok(refused(Code::Conflict, "members came or went while the authority was made: try again"));
+    }
+    new.since = site.bundle_version + 1;
+    renew(write, site, &AuthoritiesRecord { list: [list, vec![new]].concat() })
+}
+
+/// Members that have not taken up this version of the trust bundle.
+#[must_use]
+pub fn members_behind<'a>(members: impl IntoIterator<Item = &'a MemberRecord>, version: u64) -> Vec<String> {
+    let behind = members.into_iter().filter(|member| !member.removed && member.trust < version);
+    behind.map(|member| member.name.clone()).collect()
+}
+
+/// Members' certificates are from the next authority from now on. All have to have acknowledged `version` of the trust bundle, which has
+/// both, except for the nodes `left`.
+fn retire(write: &Write<'_>, number: u32, version: u64, left: &BTreeSet<NodeId>) -> Result<Outcome, StoreError> {
+    let (Some(mut record), Some(site)) = (get(write)?, site(write)?) else { return Ok(none()) };
+    let is_so = matches!(&record.list[..], [old, _] if old.number == number && !old.retiring);
+    if !is_so || site.bundle_version != version {
+        return Ok(none());
+    }
+    let members = members_behind(&members::present(write)?, version);
+    if !members.is_empty() {
+        return Ok(refused(
+            Code::Conflict,
+            format!(
+                "these members have not taken up trust bundle {version}, and would be cut off: {}: start them, or take out who is gone for \
+                 good (`moor collective remove`)",
+                named(&members)
+            ),
+        ));
+    }
+    let nodes = write.all::<NodeRecord>(tables::NODES)?;
+    let behind: Vec<String> = nodes
+        .iter()
+        .filter(|node| node.is_behind(version) && !left.contains(&node.id))
+        .map(|node| node.name.to_string())
+        .collect();
+    if !behind.is_empty() {
+        return Ok(refused(
+            Code::Conflict,
+            format!(
+                "these nodes have not acknowledged trust bundle {version}, and would trust no member any more: {}: they do within a minute \
+                 once they run; `--force` leaves them behind",
+                named(&behind)
+            ),
+        ));
+    }
+    record.list[0].retiring = true;
+    write.put(tables::SITE, RECORD, &record)?;
+    Ok(Outcome::Done)
+}
+
+/// Members that do not show a certificate from authority `number` or a later one.
+#[must_use]
+pub fn showing_older<'a>(members: impl IntoIterator<Item = &'a MemberRecord>, number: u32) -> Vec<String> {
+    let older = members.into_iter().filter(|member| !member.removed && member.shows < number);
+    older.map(|member| member.name.clone()).collect()
+}
+
+/// Trusts an authority no more that no member shows a certificate from.
+fn drop_retired(write: &Write<'_>, number: u32) -> Result<Outcome, StoreError> {
+    let (Some(mut record), Some(site)) = (get(write)?, site(write)?) else { return Ok(none()) };
+    let next = match &record.list[..] {
+        [old, next] if old.number == number && old.retiring => next.number,
+        _ => return Ok(none()),
+    };
+    let older = showing_older(&members::present(write)?, next);
+    if !older.is_empty() {
+        return Ok(refused(
+            Code::Conflict,
+            format!("these members show certificates from authority {number} still: {}", named(&older)),
+        ));
+    }
+    record.list.remove(0);
+    renew(write, site, &record)
+}
+
+/// Writes down what nodes said; those that are gone say nothing any more.
+fn said(write: &Write<'_>, nodes: &[Said]) -> Result<Outcome, StoreError> {
+    if nodes.len() > MAX_SAID {
+        return Ok(refused(Code::BadRequest, format!("more than {MAX_SAID} nodes at a time")));
+    }
+    let newest = site(write)?.map_or(1, |site| site.bundle_version);
+    for Said { node, trust } in nodes {
+        let Some(mut record) = super::apply::node(write, *node)? else { continue };
+        // Nobody has a version that there is not.
+        let trust = NodeTrust { now: trust.now.min(newest), ..*trust };
+        record.trust = Some(record.trust.map_or(trust, |before| before.and(trust)));
+        super::apply::put_node(write, &record)?;
+    }
+    Ok(Outcome::Done)
+}
+
+#[cfg(test)]
+mod tests;

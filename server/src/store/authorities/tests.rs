@@ -1,0 +1,201 @@
+//! Rotations, step by step, over tables in memory.
+
+use super::AuthorityChange as Change;
+use super::*;
+use crate::store::apply;
+use crate::store::level::Level;
+use crate::store::records::{Identity, KeysRecord};
+use moor_api::ids::CollectiveId;
+use redb::Database;
+use redb::backends::InMemoryBackend;
+
+fn member(name: &str) -> MemberRecord {
+    MemberRecord {
+        level: Level::NEWEST,
+        ..MemberRecord::only(vec![1].into(), vec![1].into(), name.into(), vec!["https://10.0.0.1".into()])
+    }
+}
+
+struct Site<'a> {
+    write: &'a Write<'a>,
+    members: Vec<MemberRecord>,
+    node: NodeId,
+}
+
+impl Site<'_> {
+    fn apply(&self, command: impl Into<Command>) -> Outcome {
+        apply::apply(self.write, command.into()).unwrap()
+    }
+
+    fn refused(&self, command: impl Into<Command>, why: &str) {
+        let before = (get(self.write).unwrap(), site(self.write).unwrap().map(|site| site.bundle_version));
+        match self.apply(command) {
+            Outcome::Refused(problem) => assert!(problem.detail.contains(why), "{problem}"),
+            other => panic!("not refused ({why}): {other}"),
+        }
+        let after = (get(self.write).unwrap(), site(self.write).unwrap().map(|site| site.bundle_version));
+        assert_eq!(before, after, "{why}");
+    }
+
+    fn authority(&self, number: u32, members: usize) -> AuthorityRecord {
+        let key = WrappedKey { encapsulated: vec![1].into(), ciphertext: vec![2].into() };
+        let wrapped = self.members[..members].iter().map(|member| (member.id, key.clone())).collect();
+        AuthorityRecord { number, root: format!("PEM {number}"), made: 1, since: 1, wrapped, retiring: false }
+    }
+
+    fn rotate(&self, number: u32) -> Change {
+        Change::Rotate { first: Some(self.authority(1, 0)), new: self.authority(number, 2) }
+    }
+
+    fn takes_up(&self, number: u64, trust: u64, shows: u32) {
+        assert_eq!(self.apply(Change::TakeUp { number, trust, shows }), Outcome::Done);
+    }
+
+    fn says(&self, boot: u8, version: u64) {
+        let trust = NodeTrust { boot: BootId::from_bytes([boot; 16]), began: version, now: version };
+        assert_eq!(self.apply(Change::Said { nodes: vec![Said { node: self.node, trust }] }), Outcome::Done);
+    }
+
+    fn trust(&self) -> Option<(u64, u64)> {
+        apply::node(self.write, self.node).unwrap().unwrap().trust.map(|trust| (trust.began, trust.now))
+    }
+}
+
+fn with_site(level: Level, then: impl FnOnce(&Site<'_>)) {
+    let database = Database::builder().create_with_backend(InMemoryBackend::new()).unwrap();
+    let transaction = database.begin_write().unwrap();
+    tables::create(&transaction).unwrap();
+    let write = Write::new(&transaction);
+    let of = Site { write: &write, members: vec![member("m1"), member("m2")], node: NodeId::random() };
+    let site = SiteRecord { collective: CollectiveId::random(), name: "x".into(), bundle_version: 1, created: 1 };
+    of.apply(Command::Found { site, founder: of.members[0].clone(), keys: KeysRecord::default() });
+    members::found(&write, &of.members[1]).unwrap();
+    if level > Level::FIRST {
+        assert_eq!(of.apply(Command::RaiseLevel { level }), Outcome::Done);
+    }
+    for (id, name, identity) in [
+        (of.node, "n1", Some(Identity::Soft { public_key: vec![1].into(), unproven: false })),
+        (NodeId::random(), "n2", None),
+    ] {
+        of.apply(Command::DefineNode { id, name: name.parse().unwrap(), attributes: BTreeMap::new() });
+        let mut node = apply::node(&write, id).unwrap().unwrap();
+        node.identity = identity;
+        apply::put_node(&write, &node).unwrap();
+    }
+    then(&of);
+}
+
+fn retire(version: u64, left: &[NodeId]) -> Change {
+    Change::Retire { number: 1, version, left: left.iter().copied().collect() }
+}
+
+#[test]
+fn one_takes_the_place_of_another_once_all_have_acknowledged_it() {
+    with_site(Level::NEWEST, |site| {
+        site.refused(retire(1, &[]), "changed meanwhile");
+        site.refused(site.rotate(3), "changed meanwhile");
+        let for_one = Change::Rotate { first: Some(site.authority(1, 0)), new: site.authority(2, 1) };
+        site.refused(for_one, "members came or went");
+        assert_eq!(site.apply(site.rotate(2)), Outcome::Number(2));
+        site.refused(site.rotate(3), "authority 2 is beside authority 1 already");
+        let issuing = || get(site.write).unwrap().unwrap().issuing().unwrap().number;
+        assert_eq!(issuing(), 1);
+
+        site.refused(retire(2, &[]), "these members have not taken up trust bundle 2, and would be cut off: m1, m2:");
+        site.takes_up(1, 2, 1);
+        site.refused(retire(2, &[site.node]), "cut off: m2:");
+        site.takes_up(2, 2, 1);
+        // A node that was never bound does not count.
+        site.refused(retire(2, &[]), "these nodes have not acknowledged trust bundle 2");
+        site.says(1, 1);
+        site.refused(retire(2, &[]), "trust no member any more: n1:");
+        site.refused(retire(1, &[site.node]), "changed meanwhile");
+        site.says(1, 2);
+        site.refused(Change::Drop { number: 1 }, "changed meanwhile");
+        assert_eq!(site.apply(retire(2, &[])), Outcome::Done);
+        assert_eq!(issuing(), 2);
+        site.refused(retire(2, &[]), "changed meanwhile");
+
+        site.takes_up(1, 2, 2);
+        site.refused(Change::Drop { number: 1 }, "show certificates from authority 1 still: m2");
+        site.takes_up(2, 2, 2);
+        assert_eq!(site.apply(Change::Drop { number: 1 }), Outcome::Number(3));
+        let left: Vec<u32> = get(site.write).unwrap().unwrap().list.iter().map(|one| one.number).collect();
+        assert_eq!(left, [2]);
+        assert_eq!(get(site.write).unwrap().unwrap().list[0].since, 2);
+        assert_eq!(newest(site.write).unwrap(), 2);
+        // And so on.
+        assert_eq!(site.apply(site.rotate(3)), Outcome::Number(4));
+    });
+}
+
+#[test]
+fn nodes_that_are_left_behind_are_named_and_members_never_are() {
+    with_site(Level::NEWEST, |site| {
+        site.apply(site.rotate(2));
+        site.takes_up(1, 2, 1);
+        site.refused(retire(2, &[site.node]), "cut off: m2");
+        assert_eq!(site.apply(Command::RemoveMember { number: 2 }), Outcome::Done);
+        assert_eq!(site.apply(retire(2, &[site.node])), Outcome::Done);
+    });
+}
+
+#[test]
+fn what_a_node_says_counts_for_its_boot_in_whatever_order_it_comes() {
+    with_site(Level::NEWEST, |site| {
+        site.apply(site.rotate(2));
+        site.says(1, 2);
+        site.says(1, 1);
+        assert_eq!(site.trust(), Some((1, 2)));
+        // It has booted anew, out of boot files of before.
+        site.says(2, 1);
+        assert_eq!(site.trust(), Some((1, 1)));
+        // There is no version 9.
+        site.says(3, 9);
+        assert_eq!(site.trust().map(|(_, now)| now), Some(2));
+        let trust = NodeTrust { boot: BootId::from_bytes([1; 16]), began: 1, now: 1 };
+        let many = vec![Said { node: site.node, trust }; MAX_SAID + 1];
+        site.refused(Change::Said { nodes: many }, "more than 256 nodes");
+        // Another machine in its place has said nothing.
+        site.apply(Command::Rearm { id: site.node });
+        assert_eq!(site.trust(), None);
+    });
+}
+
+#[test]
+fn a_collective_with_a_member_of_an_older_release_keeps_its_authority() {
+    with_site(Level::NEAR, |site| {
+        site.refused(site.rotate(2), "needs feature level 3, and the collective is at 2");
+    });
+}
+
+#[test]
+fn a_long_list_of_names_is_cut() {
+    let names: Vec<String> = (1..=25).map(|number| format!("n{number}")).collect();
+    assert!(named(&names).ends_with("n19, n20 and 5 more"));
+    assert_eq!(named(&names[..2]), "n1, n2");
+}
+
+/// Inside of a command that is audited, as they are in the log.
+#[test]
+fn a_change_reads_back_and_says_what_it_needs() {
+    let key = WrappedKey { encapsulated: vec![1].into(), ciphertext: vec![2].into() };
+    let wrapped = [(MemberId::random(), key)].into();
+    let new = AuthorityRecord { number: 2, root: "PEM".into(), made: 1, since: 0, wrapped, retiring: false };
+    let node = NodeId::random();
+    let trust = NodeTrust { boot: BootId::random(), began: 1, now: 2 };
+    for change in [
+        Change::Rotate { first: None, new },
+        Change::Retire { number: 1, version: 2, left: [node].into() },
+        Change::Drop { number: 1 },
+        Change::TakeUp { number: 1, trust: 2, shows: 1 },
+        Change::Said { nodes: vec![Said { node, trust }] },
+    ] {
+        let kind = change.kind();
+        let command = Command::Audited { entry: serde_json::json!({ "what": "x" }), change: Box::new(change.into()) };
+        assert_eq!((command.kind(), command.level()), (kind, Level::AUTHORITIES));
+        let text = serde_json::to_string(&command).unwrap();
+        let back: Command = serde_json::from_str(&text).unwrap();
+        assert_eq!(serde_json::to_string(&back).unwrap(), text);
+    }
+}
