@@ -324,7 +324,10 @@ fn a_capture_over_an_image_is_its_next_generation() {
     };
     let (lineage, serial) = generation();
     assert_eq!(serial, 1);
+    let signatures = dir.path().join("out/node.moor.sig");
+    std::fs::write(&signatures, "of the image before").unwrap();
     assert_eq!(generation(), (lineage, 2.into()));
+    assert!(!signatures.exists(), "they would be over another image");
 }
 
 #[test]

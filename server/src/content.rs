@@ -115,7 +115,9 @@ impl Incoming {
                     format!("less than {} MiB would be left on its disk", RESERVE >> 20),
                 ));
             }
-            self.file.sync_data()?;
+            if self.looked > 0 {
+                self.file.sync_data()?;
+            }
             self.looked = self.size + LOOK;
         }
         self.file.write_all(bytes)?;

@@ -17,6 +17,7 @@ use crate::cmd::is_full_disk;
 use crate::files::{Existing, NewFile};
 use crate::generations;
 use crate::key_file::NewKeyFile;
+use crate::pack;
 use crate::progress::Progress;
 use crate::scrub::{LeftOut, View, ViewOptions};
 use crate::system::System;
@@ -83,6 +84,7 @@ pub struct Captured {
 /// Captures a node into the file `path`; an old image of this name is replaced by its next generation. Its key goes to `key_file`, which
 /// must not exist. On failure neither is there.
 pub fn capture_to_files(options: &Options, name: String, path: &Path, key_file: &Path) -> Result<Captured> {
+    pack::check_names(path, key_file)?;
     let key = Dek::generate()?;
     let key_file = NewKeyFile::create(key_file, &key)?;
     let image = NewFile::create(path, 0o644)?;
@@ -91,7 +93,8 @@ pub fn capture_to_files(options: &Options, name: String, path: &Path, key_file: 
     let wanted = Wanted { name, lineage, serial, boots: false };
     let (_, captured) = capture(options, wanted, out, key, &format!("'{}'", path.display()))?;
     let key_file = key_file.appear()?;
-    image.appear(Existing::Replace)?;
+    // Nothing is signed here: signatures of the image before would only be wrong.
+    pack::appear(image, path, None)?;
     key_file.keep();
     Ok(captured)
 }

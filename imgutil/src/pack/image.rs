@@ -75,7 +75,9 @@ pub fn pack_to_files(
 ) -> Result<Packed> {
     let root = scan::open_root(tree)?;
     // Everything that can be wrong without packing is looked at first.
-    check_names(destination)?;
+    if let Some(key_file) = destination.key_file {
+        check_names(destination.image, key_file)?;
+    }
     check_places(root.as_fd(), tree, destination)?;
     let sign_key = destination.sign_key.map(read_sign_key).transpose()?;
     let (boot_files, cannot_boot) = match (describe::boot_files(root.as_fd()), destination.boot_dir) {
@@ -121,7 +123,7 @@ pub fn pack_to_files(
 
 /// Gives the image its name, and its signature file the contents that belong to it. There is no moment at which the image that is
 /// there, the old one or the new one, lacks a signature that it has: until both are in place the file vouches for both.
-fn appear(image: NewFile, path: &Path, signature: Option<SignatureFile>) -> Result<()> {
+pub(crate) fn appear(image: NewFile, path: &Path, signature: Option<SignatureFile>) -> Result<()> {
     let path = signature_path(path);
     let old = match std::fs::read(&path) {
         Ok(bytes) => Some(bytes),
@@ -150,10 +152,9 @@ fn appear(image: NewFile, path: &Path, signature: Option<SignatureFile>) -> Resu
 }
 
 /// Refuses a key file that the image, or its signatures, would take the place of: the key would be lost.
-fn check_names(destination: &Destination<'_>) -> Result<()> {
+pub(crate) fn check_names(image: &Path, key_file: &Path) -> Result<()> {
     let place = |path: &Path| Some((parent_of(path).canonicalize().ok()?, path.file_name()?.to_owned()));
-    let Some(key_file) = destination.key_file else { return Ok(()) };
-    for other in [destination.image, &signature_path(destination.image)] {
+    for other in [image, &signature_path(image)] {
         if place(key_file).is_some_and(|key_file| Some(key_file) == place(other)) {
             bail!(
                 "'{}' cannot be the key file, because '{}' goes there: name another file",

@@ -15,6 +15,7 @@ mod to_server;
 pub(crate) use describe::{initramfs_names, newest_kernel, newest_version, os_name};
 pub(crate) use image::signature_path;
 pub use image::{Destination, PackOptions, Packed, pack_to_files};
+pub(crate) use image::{appear, check_names};
 pub(crate) use look::{Looked, look_at_tree};
 pub use scan::Warnings;
 pub use selinux::Labels;

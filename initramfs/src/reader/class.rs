@@ -60,6 +60,11 @@ impl Ticket {
         self.promoted.notified().await;
     }
 
+    /// It begins anew, with this chunk.
+    pub(super) fn begins(&self, chunk: u64) {
+        self.at.store(chunk, Ordering::Relaxed);
+    }
+
     /// The bytes of this chunk are there; of two that bring them, the first counts.
     pub(super) fn arrived(&self, chunk: u64) {
         self.at.fetch_max(chunk + 1, Ordering::Relaxed);

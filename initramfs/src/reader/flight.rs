@@ -37,6 +37,8 @@ const LOOK_AGAIN: Duration = Duration::from_millis(25);
 const TOGETHER: usize = 16;
 /// Who waits for a chunk that is there waits so much longer for those behind it, so that it is not hashed alone; and then for the next.
 const GATHER: Duration = Duration::from_micros(300);
+/// The same where nobody waits: what came must not wait for long to be verified, since a flight that is moved loses it.
+const GATHER_UNWANTED: Duration = Duration::from_millis(50);
 
 /// What is fetched.
 #[derive(Clone)]
@@ -148,7 +150,7 @@ impl Flight {
         loop {
             if self.lead.is_none() {
                 let member = self.inner.fleet.pick(need.items()).await;
-                self.lead = Some(self.start(member, need));
+                self.lead = Some(self.begin(member, need));
             }
             match self.event().await {
                 Event::Item(is_second, attempt, item, took) => {
@@ -167,6 +169,14 @@ impl Flight {
                 Event::Due => self.overdue(need),
             }
         }
+    }
+
+    /// A new lead: nothing of the need is there.
+    fn begin(&self, member: Arc<Member>, need: &Need) -> Runner {
+        if let Need::Chunks(chunks, _) = need {
+            self.ticket.begins(chunks.start);
+        }
+        self.start(member, need)
     }
 
     fn start(&self, member: Arc<Member>, need: &Need) -> Runner {
@@ -281,7 +291,7 @@ impl Flight {
             member.pace().gave_up(waited, now);
             self.lead = match self.second.take() {
                 Some(second) => Some(second),
-                None => Some(self.start(other, need)),
+                None => Some(self.begin(other, need)),
             };
             if !is_resting {
                 self.inner.failed(&member, &Fault::Slow(waited));
@@ -357,17 +367,26 @@ impl Attempt {
         let world = self.inner.world.clone();
         let ticket = self.ticket.clone();
         let begun = world.now();
-        let mut late = world.sleep(GATHER);
-        for chunk in (left.start + 1..left.end).take(TOGETHER - 1) {
-            if ticket.is_wanted() && world.since(begun) >= GATHER {
+        let limit = || if ticket.is_wanted() { GATHER } else { GATHER_UNWANTED };
+        let (mut soon, mut late) = (None, None);
+        // While memory is short, what is not verified yet takes no more than it has to.
+        let together = if self.inner.is_short() { 2 } else { TOGETHER };
+        for chunk in (left.start + 1..left.end).take(together - 1) {
+            if world.since(begun) >= limit() {
                 break;
             }
             let mut taking = self.take(self.size(chunk)?)?;
-            let taken_now = poll_fn(|context| match taking.as_mut().poll(context) {
-                Poll::Ready(taken) => Poll::Ready(Some(taken)),
-                Poll::Pending if ticket.is_wanted() => late.as_mut().poll(context).map(|()| None),
+            let taken_now = poll_fn(|context| {
+                if let Poll::Ready(taken) = taking.as_mut().poll(context) {
+                    return Poll::Ready(Some(taken));
+                }
                 // Once somebody waits for it, the flight comes by.
-                Poll::Pending => Poll::Pending,
+                let (limit, sleep) = (limit(), if ticket.is_wanted() { &mut soon } else { &mut late });
+                let left = limit.saturating_sub(world.since(begun));
+                if left.is_zero() {
+                    return Poll::Ready(None);
+                }
+                sleep.get_or_insert_with(|| world.sleep(left)).as_mut().poll(context).map(|()| None)
             });
             let Some(arrived) = taken_now.await else {
                 self.taking = Some(taking);

@@ -73,6 +73,8 @@ pub const DEFAULT_CACHE: u64 = 8 << 20;
 const LITTLE_CACHE: u64 = 1 << 20;
 /// Without a read for so long, little is kept.
 pub const AT_REST_AFTER: Duration = Duration::from_secs(20);
+/// So long a boot may take that has a list of what to prefetch.
+const BOOT: Duration = Duration::from_mins(5);
 /// Bytes of all requests that somebody waits for and that run at one time.
 const BUDGET: u64 = 8 << 20;
 /// Unit of the budget's semaphore.
@@ -145,6 +147,7 @@ struct Inner {
     is_short: AtomicBool,
     /// Whether nothing was read for a while, and little is kept because of that.
     is_at_rest: AtomicBool,
+    begun: Duration,
     /// When something was read last, in milliseconds of the world.
     read_at: AtomicU64,
     store: Option<Arc<dyn Store>>,
@@ -208,6 +211,7 @@ impl Reader {
             cache_limit: settings.cache,
             is_short: AtomicBool::new(false),
             is_at_rest: AtomicBool::new(false),
+            begun,
             read_at: AtomicU64::new(millis(begun)),
             store,
             table: Mutex::new(Table::new()),
@@ -306,8 +310,12 @@ impl Reader {
     pub fn rest(&self) {
         let inner = &self.0;
         let since = millis(inner.world.now()).saturating_sub(inner.read_at.load(Ordering::Relaxed));
-        if since >= millis(AT_REST_AFTER) && !inner.is_at_rest.swap(true, Ordering::Relaxed) {
+        // What was fetched for the boot is there to be read, however long that takes.
+        let is_booting = lock(&inner.prefetch).has_list() && inner.world.since(inner.begun) < BOOT;
+        if since >= millis(AT_REST_AFTER) && !is_booting && !inner.is_at_rest.swap(true, Ordering::Relaxed) {
             inner.keep();
+            // What was fetched ahead is gone.
+            *lock(&inner.ahead) = Ahead::new(inner.verifier.header().chunk_size());
         }
     }
 
@@ -440,10 +448,11 @@ impl Inner {
 
     /// Keeps as much as is right just now: while memory is short, or nothing is read, little.
     fn keep(&self) {
-        let little = self.is_short() || self.is_at_rest.load(Ordering::Relaxed);
         let small = LITTLE_CACHE.max(2 * self.verifier.header().chunk_size());
-        let limit = if little { small.min(self.cache_limit) } else { self.cache_limit };
-        lock(&self.cache).set_limit(limit);
+        // Whoever comes last here has seen what everybody before has set.
+        let mut cache = lock(&self.cache);
+        let little = self.is_short() || self.is_at_rest.load(Ordering::Relaxed);
+        cache.set_limit(if little { small.min(self.cache_limit) } else { self.cache_limit });
         // What fell out of the cache came back as buffers.
         self.buffers.keep_few(little);
     }

@@ -26,6 +26,11 @@ impl Prefetch {
         Self { list, next: 0, unread, most: usize::try_from(cache / 2).unwrap_or(usize::MAX) }
     }
 
+    /// Whether there is anything to prefetch at all.
+    pub(super) fn has_list(&self) -> bool {
+        !self.list.is_empty()
+    }
+
     /// Somebody wants chunks `first` to `last`.
     pub(super) fn wanted(&mut self, first: u64, last: u64) {
         if !self.unread.is_empty() {
