@@ -290,6 +290,9 @@ impl Member {
         };
         let authority = Authority::open(&config.keys())?;
         let Connections { issuer, certificate, trust, calls } = connections(&config, &config.keys(), &identity)?;
+        // Before the store, whose tasks would talk about their end after the reason was told.
+        let path = config.waiting();
+        let waiting = Waiting::open(&path).map_err(|error| not_opened(error.within(&path), &identity))?;
         let store = Replicated::open_up_to(config.level(), &config.store(), identity.number, calls.clone()).await;
         let store = store.map_err(|error| not_opened(error, &identity)).context("opening the store")?;
         let site = store.snapshot()?.site()?.unwrap_or_else(|| identity.site.clone());
@@ -298,8 +301,6 @@ impl Member {
         let nonces = Nonces::new(identity.id)?;
         content::sweep(&config.blobs());
         let traces = Traces::new(config.traces());
-        let path = config.waiting();
-        let waiting = Waiting::open(&path).map_err(|error| not_opened(error.within(&path), &identity))?;
         let member = Self {
             config,
             store,
