@@ -1,6 +1,7 @@
 //! Rotation of the X.509 authority: what an administrator asks for, and what each member does by itself. It takes up what the records say, says so,
 //! and writes down what nodes have acknowledged; whoever leads drops an authority that is retired once no member shows a certificate from it.
 
+use super::gate::check_present;
 use crate::authority;
 use crate::secrets::wrap_authority;
 use crate::state::{Member, audit_entry, now};
@@ -28,12 +29,13 @@ const SOON: Duration = Duration::from_secs(10);
 /// Makes an authority beside the one in use.
 ///
 /// # Errors
-/// No majority answers; there are two already.
+/// No majority answers; there are two already; this member was removed.
 pub(crate) async fn rotate(member: &Member) -> Result<AuthorityRotated, Problem> {
     let mut tries = 0;
     loop {
         tries += 1;
         member.store.linearize().await?;
+        check_present(member)?;
         let made = next(member);
         let (first, new) =
             made.map_err(|error| Problem::new(Code::Internal, format!("making an authority: {error:#}")))?;
