@@ -175,15 +175,15 @@ impl Member {
         }
     }
 
-    /// All keys that members share, the number of the newest X.509 authority among them, and the records of the same moment.
+    /// All keys that members share, the version of the trust bundle that they are of, and the records of the same moment.
     ///
     /// # Errors
     /// As of [`Member::take_up`]; a file is missing.
-    pub fn export_keys(&self) -> anyhow::Result<(KeyFiles, u32, Snapshot)> {
+    pub fn export_keys(&self) -> anyhow::Result<(KeyFiles, u64, Snapshot)> {
         let _alone = self.trust.change();
         let view = self.view()?;
         self.take_up_alone(&view)?;
-        Ok((authority::export(&self.trust.keys)?, self.trust.taken().held.newest(), view))
+        Ok((authority::export(&self.trust.keys)?, self.trust.version(), view))
     }
 
     /// Notes which version of the trust bundle a node says that it has, if that is worth writing down.

@@ -64,13 +64,13 @@ fn is_passing(member: &Member) -> Result<bool, Problem> {
 /// The next authority for those who are members, and the first one where no record has it yet.
 fn next(member: &Member) -> anyhow::Result<(Option<AuthorityRecord>, AuthorityRecord)> {
     let view = member.view()?;
-    let (first, last) = if let Some((_, record)) = view.authorities()? {
-        (None, record.list.last().map_or(1, |authority| authority.number))
-    } else {
+    let first = if view.authorities()?.is_none() {
         let (root, made) = (first_root(member)?, member.site.created);
-        (Some(AuthorityRecord { number: 1, root, made, since: 1, wrapped: BTreeMap::new(), retiring: false }), 1)
+        Some(AuthorityRecord { number: 1, root, made, since: 1, wrapped: BTreeMap::new(), retiring: false })
+    } else {
+        None
     };
-    let number = last.checked_add(1).context("there are no more numbers")?;
+    let number = view.next_authority()?.context("there are no more numbers")?;
     let site = &member.site;
     let files = authority::make(site.collective, &site.name, number, site.created)?;
     let root = files.root().context("it has no root")?.to_owned();

@@ -17,6 +17,9 @@ use moord::store::Level;
 use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 
+/// What a collective that begins anew adds to the version of its trust bundle, so that none is given twice.
+const JUMP: u64 = 1 << 20;
+
 /// A command of `moor` that works: its answer, and what it warns of.
 fn good(member: &Member, arguments: &[&str]) -> anyhow::Result<(String, String)> {
     let (status, out, err) = shown(&moor(member, arguments)?.output()?);
@@ -185,7 +188,48 @@ async fn the_old_authority_goes_once_all_have_acknowledged_the_new_one() -> anyh
     ensure!(output.status.success(), "{}", text(&output.stderr));
     restored.run()?;
     connects(&restored, &new).await?;
-    ensure!(trusts(&restored, 3, 1).await?.roots == new.roots, "another authority");
+    ensure!(trusts(&restored, JUMP + 3, 1).await?.roots == new.roots, "another authority");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_took_up_what_a_restored_backup_does_not_know_is_waited_for() -> anyhow::Result<()> {
+    let (mut member, mut machine) = prepared().await?;
+    knows_of_it(&member).await?;
+    booted(&member, &machine).await?;
+    let file = backup(&member, "before.backup")?;
+    good(&member, &["authority", "rotate"])?;
+    let lost = trusts(&member, 2, 2).await?;
+    machine.bundle = lost.clone();
+    beats(&machine, 2).await?;
+    acknowledged(&member).await?;
+    member.kill();
+
+    let mut restored = Member::prepare()?;
+    let output = restore(&restored, &file, PASSPHRASE, &[])?;
+    ensure!(output.status.success(), "{}", text(&output.stderr));
+    restored.run()?;
+    machine.asks(&restored);
+    good(&restored, &["authority", "rotate"])?;
+    let version = JUMP + 2;
+    let both = trusts(&restored, version, 2).await?;
+    ensure!(both.roots[0] == lost.roots[0] && both.roots[1] != lost.roots[1], "{both:?}");
+    let otherwise = "the member does not say what it trusts";
+    until(&restored, otherwise, async || {
+        Ok(authorities(&restored).await?.members.iter().all(|member| member.version == version))
+    })
+    .await?;
+    let reply = beats(&machine, 2).await?;
+    ensure!(reply.bundle.as_ref() == Some(&both), "{reply:?}");
+    let says = format!("these nodes have not acknowledged trust bundle {version}");
+    refused(&restored, &["authority", "retire"], &[&*says, ": n1: "])?;
+    machine.bundle = both;
+    beats(&machine, version).await?;
+    acknowledged(&restored).await?;
+    let (out, _) = good(&restored, &["authority", "retire"])?;
+    ensure!(out == "authority 1 is retired, and trusted no more\n", "{out}");
+    machine.bundle = trusts(&restored, version + 1, 1).await?;
+    beats(&machine, version + 1).await?;
     Ok(())
 }
 
