@@ -3,6 +3,7 @@
 use crate::backup::{PASSPHRASE, backup, restore};
 use crate::cli::{moor, said_no, shown};
 use crate::collective::{define, joined, text, three, until, view, voters};
+use crate::loss::copied;
 use crate::machine::Machine;
 use crate::node_api::prepared;
 use crate::support::{Member, TIMEOUT};
@@ -230,6 +231,43 @@ async fn a_node_that_took_up_what_a_restored_backup_does_not_know_is_waited_for(
     ensure!(out == "authority 1 is retired, and trusted no more\n", "{out}");
     machine.bundle = trusts(&restored, version + 1, 1).await?;
     beats(&machine, version + 1).await?;
+    Ok(())
+}
+
+/// A power cut takes back what was not synced yet, of the log and of the tables; what was taken up of it is in the key directory.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_whose_tables_are_of_before_does_not_go_back_to_an_authority_that_was_dropped() -> anyhow::Result<()> {
+    let mut member = Member::start()?;
+    knows_of_it(&member).await?;
+    good(&member, &["authority", "rotate"])?;
+    trusts(&member, 2, 2).await?;
+    until(&member, "it does not say what it trusts", async || {
+        Ok(authorities(&member).await?.members.iter().all(|member| member.version == 2))
+    })
+    .await?;
+    member.kill();
+    let (store, before) = (member.path("state/store"), member.path("before"));
+    copied(&store, &before)?;
+    member.run()?;
+    let retired = "authority 1 is retired, and trusted no more\n";
+    let (out, _) = good(&member, &["authority", "retire"])?;
+    ensure!(out == retired, "{out}");
+    let new = trusts(&member, 3, 1).await?;
+    until(&member, "the old keys are there", async || Ok(private_keys(&member)? == ["root-2.key"])).await?;
+    member.kill();
+    std::fs::remove_dir_all(before.join("keys"))?;
+    copied(&store.join("keys"), &before.join("keys"))?;
+    std::fs::remove_dir_all(&store)?;
+    std::fs::rename(&before, &store)?;
+
+    member.run()?;
+    connects(&member, &new).await?;
+    ensure!(bundle(&member).await? == new, "it went back");
+    // What is missing happens once more.
+    let (out, _) = good(&member, &["authority", "retire"])?;
+    ensure!(out == retired, "{out}");
+    ensure!(trusts(&member, 3, 1).await? == new, "another bundle");
+    ensure!(private_keys(&member)? == ["root-2.key"], "{:?}", private_keys(&member)?);
     Ok(())
 }
 
