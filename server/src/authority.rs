@@ -8,7 +8,7 @@ mod held;
 mod x509;
 
 pub use held::Held;
-pub use x509::{describe, has, make, put, remove, root};
+pub use x509::{describe, has, make, put, remove_before, root};
 
 use crate::files;
 use anyhow::{Context as _, ensure};
@@ -381,10 +381,24 @@ mod tests {
         import(other.path(), &export(dir.path()).unwrap()).unwrap();
         assert_eq!(Held::read(other.path()).unwrap(), Held::read(dir.path()).unwrap());
         assert!(has(other.path(), 1) && has(other.path(), 2) && !has(other.path(), 3));
-        remove(other.path(), 1).unwrap();
-        remove(other.path(), 1).unwrap();
-        assert!(!has(other.path(), 1) && has(other.path(), 2));
-        assert!(!other.path().join("root.key").exists());
+        // Also what a write that was interrupted has left of it.
+        std::fs::write(other.path().join("root.part-7"), "a key").unwrap();
+        let names = |dir: &Path| -> Vec<String> {
+            let mut names: Vec<_> = std::fs::read_dir(dir)
+                .unwrap()
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                .collect();
+            names.sort();
+            names
+        };
+        let second = x509::FILES.iter().map(|(name, _)| name_of(2, name));
+        let mut left: Vec<String> =
+            second.chain(["authorities.json", "ssh-host-ca", "ssh-user-ca"].map(str::to_owned)).collect();
+        left.sort();
+        for _ in 0..2 {
+            remove_before(other.path(), 2).unwrap();
+            assert_eq!(names(other.path()), left);
+        }
         let error = export(other.path()).err().unwrap().to_string();
         assert!(error.contains("root.key"), "{error}");
     }

@@ -8,7 +8,7 @@ use rustls::client::ResolvesClientCert;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
@@ -21,6 +21,8 @@ const LOOK: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Certificate {
     key: RwLock<Arc<CertifiedKey>>,
+    /// One is made at a time: of two, the one that stays must not be from the authority that was the right one before.
+    replacing: Mutex<()>,
     /// When it was made, Unix seconds.
     made: AtomicU64,
 }
@@ -32,7 +34,7 @@ impl Certificate {
     /// The member authority is missing or damaged.
     pub fn new(issuer: &MemberIssuer) -> anyhow::Result<Self> {
         let made = AtomicU64::new(now());
-        Ok(Self { key: RwLock::new(Arc::new(issuer.issue()?)), made })
+        Ok(Self { key: RwLock::new(Arc::new(issuer.issue()?)), replacing: Mutex::default(), made })
     }
 
     fn current(&self) -> Arc<CertifiedKey> {
@@ -45,6 +47,7 @@ impl Certificate {
     /// # Errors
     /// As of [`Certificate::new`]; then the one before stays.
     pub fn replace(&self, issuer: &MemberIssuer) -> anyhow::Result<()> {
+        let _alone = self.replacing.lock().unwrap_or_else(PoisonError::into_inner);
         let issued = Arc::new(issuer.issue()?);
         *self.key.write().unwrap_or_else(PoisonError::into_inner) = issued;
         Ok(())

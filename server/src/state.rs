@@ -323,7 +323,6 @@ impl Member {
             waiting,
             traces,
         };
-        member.sweep_authorities().context("removing the keys of an authority that was dropped")?;
         // What cannot be taken up now is tried again: until then the member is as it was.
         if let Err(error) = member.take_up() {
             tracing::error!("the authorities: {error:#}");

@@ -35,8 +35,9 @@ pub struct Taken {
 pub struct Trust {
     keys: PathBuf,
     taken: RwLock<Arc<Taken>>,
-    /// One change of the key directory at a time, and none while somebody reads all of it.
-    changing: Mutex<()>,
+    /// One change of the key directory at a time, and none while somebody reads all of it. In it is the authority before which no keys
+    /// are left; none: nobody has looked yet.
+    changing: Mutex<Option<u32>>,
 }
 
 impl Trust {
@@ -62,7 +63,7 @@ impl Trust {
         self.taken().held.version
     }
 
-    fn change(&self) -> MutexGuard<'_, ()> {
+    fn change(&self) -> MutexGuard<'_, Option<u32>> {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -106,29 +107,35 @@ pub fn bundle(
     }
 }
 
-/// What a member holds that has taken up the records; `None`: they name no authority that could issue.
-fn wanted(version: u64, record: &AuthoritiesRecord) -> Option<Held> {
+/// What a member that holds `held` is to take up of the records; `None`: nothing. It never goes back. Its tables do when it is killed: they may
+/// then be older than what it has taken up, and the others may have dropped what it would go back to.
+fn due(held: &Held, version: u64, record: &AuthoritiesRecord) -> anyhow::Result<Option<Held>> {
+    let issuing = record.issuing().context("the records name no authority that is in use")?.number;
     let trusted = record.list.iter().map(|authority| authority.number).collect();
-    record.issuing().map(|issuing| Held { version, trusted, issuing: issuing.number })
+    let is_newer = (version, issuing) > (held.version, held.issuing);
+    Ok(is_newer.then_some(Held { version, trusted, issuing }))
 }
 
 impl Member {
-    /// Takes up what the records say of the authorities.
+    /// Takes up what the records say of the authorities, and removes the keys of those that were dropped.
     ///
     /// # Errors
-    /// A new authority does not open by this member's key; the key directory is not writable. Then all is as it was.
+    /// A new authority does not open by this member's key; the key directory is not writable. What was not done is tried again by the next call.
     pub fn take_up(&self) -> anyhow::Result<()> {
-        let _alone = self.trust.change();
-        self.take_up_alone(&self.view()?)
+        let mut removed = self.trust.change();
+        self.take_up_alone(&self.view()?)?;
+        let oldest = self.trust.taken().held.oldest();
+        if *removed != Some(oldest) {
+            authority::remove_before(&self.trust.keys, oldest)?;
+            *removed = Some(oldest);
+        }
+        Ok(())
     }
 
     fn take_up_alone(&self, view: &Snapshot) -> anyhow::Result<()> {
         let Some((version, record)) = view.authorities()? else { return Ok(()) };
         let (keys, before) = (&self.trust.keys, self.trust.taken());
-        let wanted = wanted(version, &record).context("the records name no authority that is in use")?;
-        if wanted == before.held {
-            return Ok(());
-        }
+        let Some(wanted) = due(&before.held, version, &record)? else { return Ok(()) };
         for authority in &record.list {
             if !authority::has(keys, authority.number) {
                 let text = self.secrets.open_authority(authority.number, &authority.wrapped)?;
@@ -148,9 +155,6 @@ impl Member {
         // What failed until here is tried again: nothing else says that it was done.
         self.calls.set_tls(calls);
         *self.trust.taken.write().unwrap_or_else(PoisonError::into_inner) = taken;
-        for number in before.held.trusted.iter().filter(|number| !wanted.trusted.contains(number)) {
-            authority::remove(keys, *number)?;
-        }
         tracing::info!(
             "trust bundle {} was taken up: authorities {:?}, and certificates are from authority {}",
             wanted.version,
@@ -160,30 +164,15 @@ impl Member {
         Ok(())
     }
 
-    /// Removes the keys of an authority that was dropped before this member was killed.
+    /// All keys that members share, the version of the trust bundle that they are of, and the records of the same moment.
     ///
     /// # Errors
-    /// The key directory is not writable.
-    pub fn sweep_authorities(&self) -> anyhow::Result<()> {
-        let _alone = self.trust.change();
-        let held = Held::read(&self.trust.keys)?;
-        let oldest = held.trusted.iter().copied().min().unwrap_or(1);
-        // They are dropped in their order: only the last can have been left.
-        match oldest.checked_sub(1) {
-            Some(last) if last > 0 => authority::remove(&self.trust.keys, last),
-            _ => Ok(()),
-        }
-    }
-
-    /// All keys that members share, the number of the newest X.509 authority among them, and the records of the same moment.
-    ///
-    /// # Errors
-    /// As of [`Member::take_up`]; a file is missing.
-    pub fn export_keys(&self) -> anyhow::Result<(KeyFiles, u32, Snapshot)> {
+    /// A new authority does not open by this member's key; the key directory is not writable, or a file is missing in it.
+    pub fn export_keys(&self) -> anyhow::Result<(KeyFiles, u64, Snapshot)> {
         let _alone = self.trust.change();
         let view = self.view()?;
         self.take_up_alone(&view)?;
-        Ok((authority::export(&self.trust.keys)?, self.trust.taken().held.newest(), view))
+        Ok((authority::export(&self.trust.keys)?, self.trust.version(), view))
     }
 
     /// Notes which version of the trust bundle a node says that it has, if that is worth writing down.
@@ -257,8 +246,9 @@ mod tests {
     use std::collections::BTreeMap;
 
     #[test]
-    fn what_is_held_follows_the_records() {
-        let of = |list: &[(u32, bool)]| {
+    fn what_is_held_follows_the_records_and_never_goes_back() {
+        let held = |version, trusted: &[u32], issuing| Held { version, trusted: trusted.to_vec(), issuing };
+        let of = |before: &Held, version, list: &[(u32, bool)]| {
             let list = list.iter().map(|(number, retiring)| AuthorityRecord {
                 number: *number,
                 root: String::new(),
@@ -267,13 +257,28 @@ mod tests {
                 wrapped: BTreeMap::new(),
                 retiring: *retiring,
             });
-            wanted(7, &AuthoritiesRecord { list: list.collect() })
+            due(before, version, &AuthoritiesRecord { list: list.collect() })
         };
-        let held = |trusted: &[u32], issuing| Some(Held { version: 7, trusted: trusted.to_vec(), issuing });
-        assert_eq!(of(&[(1, false), (2, false)]), held(&[1, 2], 1));
-        assert_eq!(of(&[(1, true), (2, false)]), held(&[1, 2], 2));
-        assert_eq!(of(&[(2, false)]), held(&[2], 2));
-        assert_eq!(of(&[(2, true)]), None);
+        let none = Held::default();
+        let rotated: (u64, &[_], _) = (2, &[(1, false), (2, false)], held(2, &[1, 2], 1));
+        let retiring: (u64, &[_], _) = (2, &[(1, true), (2, false)], held(2, &[1, 2], 2));
+        let dropped: (u64, &[_], _) = (3, &[(2, false)], held(3, &[2], 2));
+        // In their order, and one that was missed makes no difference.
+        let steps = [&rotated, &retiring, &dropped];
+        for (at, (version, list, then)) in steps.iter().enumerate() {
+            assert_eq!(of(&none, *version, list).unwrap().as_ref(), Some(then));
+            for (_, _, before) in &steps[..at] {
+                assert_eq!(of(before, *version, list).unwrap().as_ref(), Some(then), "{before:?}");
+            }
+            // What is taken up already, or is older than that.
+            for (_, _, before) in &steps[at..] {
+                assert_eq!(of(before, *version, list).unwrap(), None, "{before:?}");
+            }
+        }
+        // After a restore or a recovery, whatever was taken up before.
+        let anew = held(9, &[1], 1);
+        assert_eq!(of(&dropped.2, 9, &[(1, false)]).unwrap(), Some(anew));
+        assert!(of(&none, 2, &[(2, true)]).is_err());
     }
 
     #[test]

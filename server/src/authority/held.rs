@@ -66,10 +66,10 @@ impl Held {
         Ok(held)
     }
 
-    /// The newest authority that is here.
+    /// The oldest authority that is here.
     #[must_use]
-    pub fn newest(&self) -> u32 {
-        self.trusted.iter().copied().max().unwrap_or(self.issuing)
+    pub fn oldest(&self) -> u32 {
+        self.trusted.iter().copied().min().unwrap_or(self.issuing)
     }
 
     /// Names of the files that members share.
@@ -90,7 +90,7 @@ mod tests {
         let held = Held { version: 3, trusted: vec![1, 2], issuing: 2 };
         held.write(dir.path()).unwrap();
         assert_eq!(Held::read(dir.path()).unwrap(), held);
-        assert_eq!(held.newest(), 2);
+        assert_eq!(held.oldest(), 1);
         for bad in [
             "",
             "{}",

@@ -116,18 +116,29 @@ pub fn has(dir: &Path, number: u32) -> bool {
     FILES.iter().all(|(name, _)| dir.join(name_of(number, name)).exists())
 }
 
-/// Removes what there is of X.509 authority `number`.
+/// The number of the X.509 authority that a file is of, also one that was being written when its writer ended ([`files::write`]).
+fn number_of(file: &str) -> Option<u32> {
+    let (stem, extension) = file.split_once('.')?;
+    if !matches!(extension, "key" | "pem") && !extension.starts_with("part-") {
+        return None;
+    }
+    FILES.iter().find_map(|(name, _)| match stem.strip_prefix(name.split_once('.')?.0)? {
+        "" => Some(1),
+        rest => rest.strip_prefix('-')?.parse().ok(),
+    })
+}
+
+/// Removes all that there is of X.509 authorities before `oldest`.
 ///
 /// # Errors
 /// The directory is not writable.
-pub fn remove(dir: &Path, number: u32) -> anyhow::Result<()> {
-    for (name, _) in FILES {
-        let path = dir.join(name_of(number, name));
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("removing '{}'", path.display()));
-            }
-            _ => {}
+pub fn remove_before(dir: &Path, oldest: u32) -> anyhow::Result<()> {
+    let listing = || format!("looking for keys of old authorities in '{}'", dir.display());
+    for entry in std::fs::read_dir(dir).with_context(listing)? {
+        let entry = entry.with_context(listing)?;
+        if entry.file_name().to_str().and_then(number_of).is_some_and(|number| number < oldest) {
+            let path = entry.path();
+            std::fs::remove_file(&path).with_context(|| format!("removing '{}'", path.display()))?;
         }
     }
     files::sync_parent(&dir.join("x")).with_context(|| format!("syncing '{}'", dir.display()))

@@ -1,6 +1,7 @@
 //! Rotation of the X.509 authority: what an administrator asks for, and what each member does by itself. It takes up what the records say, says so,
 //! and writes down what nodes have acknowledged; whoever leads drops an authority that is retired once no member shows a certificate from it.
 
+use super::gate::check_present;
 use crate::authority;
 use crate::secrets::wrap_authority;
 use crate::state::{Member, audit_entry, now};
@@ -28,12 +29,13 @@ const SOON: Duration = Duration::from_secs(10);
 /// Makes an authority beside the one in use.
 ///
 /// # Errors
-/// No majority answers; there are two already.
+/// No majority answers; there are two already; this member was removed.
 pub(crate) async fn rotate(member: &Member) -> Result<AuthorityRotated, Problem> {
     let mut tries = 0;
     loop {
         tries += 1;
         member.store.linearize().await?;
+        check_present(member)?;
         let made = next(member);
         let (first, new) =
             made.map_err(|error| Problem::new(Code::Internal, format!("making an authority: {error:#}")))?;
@@ -62,13 +64,13 @@ fn is_passing(member: &Member) -> Result<bool, Problem> {
 /// The next authority for those who are members, and the first one where no record has it yet.
 fn next(member: &Member) -> anyhow::Result<(Option<AuthorityRecord>, AuthorityRecord)> {
     let view = member.view()?;
-    let (first, last) = if let Some((_, record)) = view.authorities()? {
-        (None, record.list.last().map_or(1, |authority| authority.number))
-    } else {
+    let first = if view.authorities()?.is_none() {
         let (root, made) = (first_root(member)?, member.site.created);
-        (Some(AuthorityRecord { number: 1, root, made, since: 1, wrapped: BTreeMap::new(), retiring: false }), 1)
+        Some(AuthorityRecord { number: 1, root, made, since: 1, wrapped: BTreeMap::new(), retiring: false })
+    } else {
+        None
     };
-    let number = last.checked_add(1).context("there are no more numbers")?;
+    let number = view.next_authority()?.context("there are no more numbers")?;
     let site = &member.site;
     let files = authority::make(site.collective, &site.name, number, site.created)?;
     let root = files.root().context("it has no root")?.to_owned();

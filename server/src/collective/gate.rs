@@ -55,6 +55,16 @@ fn refused(detail: &str) -> Failure {
     Problem::new(Code::Forbidden, detail).into()
 }
 
+/// Who is being removed may answer, and lead, for a moment still. It makes no keys and no authority for the others: it would know them.
+///
+/// # Errors
+/// This member is none any more, as far as it knows.
+pub(super) fn check_present(member: &Member) -> Result<(), Problem> {
+    let records = member.view()?.members()?;
+    let is_present = records.get(&member.identity.number).is_some_and(|own| !own.removed);
+    if is_present { Ok(()) } else { Err(Problem::new(Code::Forbidden, REMOVED)) }
+}
+
 /// The member that the certificate names, with the key that the handshake has proven.
 pub(super) fn shown(connection: &Connection) -> Result<Acquaintance, Failure> {
     match &connection.peer {

@@ -2,6 +2,7 @@
 //! under an older version is then sealed anew, in bounded changes that leave alone what was changed meanwhile, and the older version goes.
 //! A secret that does not open keeps the version that it is under, and no other: an administrator is told of it.
 
+use super::gate::check_present;
 use crate::secrets::{Place, Ring, SealedSecret, Version};
 use crate::state::{Member, audit_entry};
 use crate::store::command::{Resealed, SealedIn};
@@ -30,12 +31,13 @@ const BATCH: usize = 256 << 10;
 /// Makes a new version of the keys, for those who are members; returns its number.
 ///
 /// # Errors
-/// No majority answers; so many versions are in use that first something has to be sealed anew.
+/// No majority answers; so many versions are in use that first something has to be sealed anew; this member was removed.
 pub(crate) async fn rotate(member: &Member) -> Result<u32, Problem> {
     let mut tries = 0;
     loop {
         tries += 1;
         member.store.linearize().await?;
+        check_present(member)?;
         let new =
             next(member).map_err(|error| Problem::new(Code::Internal, format!("rotating the keys: {error:#}")))?;
         let version = new.version;

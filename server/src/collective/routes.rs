@@ -245,7 +245,7 @@ async fn take_in(member: &Member, request: &JoinRequest) -> Result<(u64, KeyFile
     let mut tries = 0;
     loop {
         tries += 1;
-        let (authorities, authority, _) = member.export_keys()?;
+        let (authorities, trust, _) = member.export_keys()?;
         let keys = member.ring()?.wrap_all(request.member, &request.unwrap);
         let keys = keys.map_err(|_| Problem::new(Code::BadRequest, "a member's key for the keys is one on X25519"))?;
         let command = Command::Join {
@@ -257,7 +257,7 @@ async fn take_in(member: &Member, request: &JoinRequest) -> Result<(u64, KeyFile
             urls: request.urls.clone(),
             now: now(),
             level: request.level,
-            authority,
+            trust,
         };
         match member.propose(command).await {
             Ok(Outcome::Number(number)) => return Ok((number, authorities)),

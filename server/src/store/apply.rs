@@ -49,8 +49,8 @@ fn done(write: &Write<'_>, command: Command) -> Result<Outcome, StoreError> {
             }
             members::invite(write, id, &invite, now)
         }
-        Command::Join { invite, member, key, unwrap, keys, urls, now, level, authority } => {
-            let guest = members::Guest { id: member, key, unwrap, keys, urls, level, authority };
+        Command::Join { invite, member, key, unwrap, keys, urls, now, level, trust } => {
+            let guest = members::Guest { id: member, key, unwrap, keys, urls, level, trust };
             members::join(write, invite, guest, now)
         }
         Command::MoveMember { number, urls, near } => members::change(write, number, |member| {
@@ -240,6 +240,7 @@ fn begin_boot(write: &Write<'_>, id: NodeId, boot: BootId, evidence: Option<Evid
     for other in node.boots.iter_mut().filter(|record| record.boot != boot) {
         other.closed = true;
     }
+    node.forget_trust(boot);
     let record = boot_record(&mut node, boot, false);
     record.plan = plan;
     if evidence.is_some() {

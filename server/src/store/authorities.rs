@@ -17,6 +17,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// The record, in the table of the collective. It is made by the first rotation: before it there is the authority that the collective began with.
 const RECORD: &str = "authorities";
+/// The counter of a collective that began anew: members of before may have given authorities numbers up to this one.
+const GIVEN: &str = "authority";
 /// What nodes say that one command writes down.
 pub(crate) const MAX_SAID: usize = 256;
 /// Names that a refusal has in it.
@@ -92,6 +94,11 @@ impl NodeRecord {
     #[must_use]
     pub fn is_behind(&self, version: u64) -> bool {
         version > 1 && self.identity.is_some() && self.trust.is_none_or(|trust| trust.now < version)
+    }
+
+    /// A boot begins. What was said in another one is over: this one may have begun with older boot files.
+    pub(super) fn forget_trust(&mut self, boot: BootId) {
+        self.trust = self.trust.filter(|trust| trust.boot == boot);
     }
 }
 
@@ -186,6 +193,15 @@ impl Snapshot {
         let record = self.get::<AuthoritiesRecord>(tables::SITE, RECORD)?;
         Ok(record.zip(self.site()?).map(|(record, site)| (site.bundle_version, record)))
     }
+
+    /// The number of the next authority, which none has or had. `None`: there are no more.
+    ///
+    /// # Errors
+    /// The database is damaged.
+    pub fn next_authority(&self) -> Result<Option<u32>, StoreError> {
+        let record = self.get::<AuthoritiesRecord>(tables::SITE, RECORD)?;
+        Ok(next_number(record.as_ref(), self.get(tables::COUNTERS, GIVEN)?))
+    }
 }
 
 fn get(write: &Write<'_>) -> Result<Option<AuthoritiesRecord>, StoreError> {
@@ -208,15 +224,45 @@ fn none() -> Outcome {
     refused(Code::Conflict, "the authorities were changed meanwhile: `moor authority show`")
 }
 
-/// The number of the newest.
-pub(super) fn newest(write: &Write<'_>) -> Result<u32, StoreError> {
-    Ok(get(write)?.and_then(|record| record.list.last().map(|authority| authority.number)).unwrap_or(1))
+/// The version of the trust bundle that members take up: before the first rotation there is one.
+pub(super) fn version(write: &Write<'_>) -> Result<u64, StoreError> {
+    Ok(get(write)?.and(site(write)?).map_or(1, |site| site.bundle_version))
+}
+
+/// The highest number that an authority may have: where a collective began anew, that `given` says.
+fn highest(record: Option<&AuthoritiesRecord>, given: Option<u64>) -> u64 {
+    let newest = record.and_then(|record| record.list.last()).map_or(1, |authority| authority.number);
+    given.unwrap_or(0).max(newest.into())
+}
+
+fn next_number(record: Option<&AuthoritiesRecord>, given: Option<u64>) -> Option<u32> {
+    highest(record, given).checked_add(1)?.try_into().ok()
+}
+
+/// A collective of one begins anew. After the backup, or by members that are lost, authorities may have been made that nothing is known of here, and
+/// nodes have acknowledged their trust bundles: what comes now has a number and a version that are `jump` beyond. What was retired goes: no
+/// other member shows a certificate from it any more, and this one may have removed its keys.
+pub(super) fn begin_anew(write: &Write<'_>, jump: u64) -> Result<(), StoreError> {
+    let record = get(write)?;
+    let given = highest(record.as_ref(), write.get(tables::COUNTERS, GIVEN)?) + jump;
+    write.put(tables::COUNTERS, GIVEN, &given)?;
+    if let Some(mut site) = site(write)? {
+        site.bundle_version += jump;
+        write.put(tables::SITE, "site", &site)?;
+    }
+    if let Some(mut record) = record {
+        record.list.retain(|authority| !authority.retiring);
+        write.put(tables::SITE, RECORD, &record)?;
+    }
+    Ok(())
 }
 
 /// Adds one. `first` is the one that the collective began with, where there is no record yet.
 fn rotate(write: &Write<'_>, first: Option<AuthorityRecord>, mut new: AuthorityRecord) -> Result<Outcome, StoreError> {
     let Some(site) = site(write)? else { return Ok(none()) };
-    let list = match (get(write)?, first) {
+    let record = get(write)?;
+    let number = next_number(record.as_ref(), write.get(tables::COUNTERS, GIVEN)?);
+    let list = match (record, first) {
         (Some(record), _) => record.list,
         (None, Some(first)) if first.number == 1 => vec![first],
         (None, _) => return Ok(none()),
@@ -230,7 +276,7 @@ fn rotate(write: &Write<'_>, first: Option<AuthorityRecord>, mut new: AuthorityR
             ),
         ));
     }
-    if list.last().is_none_or(|last| last.number.checked_add(1) != Some(new.number)) {
+    if number != Some(new.number) {
         return Ok(none());
     }
     // As with the collective's keys: for those who are members, and for nobody else.
@@ -322,6 +368,10 @@ fn said(write: &Write<'_>, nodes: &[Said]) -> Result<Outcome, StoreError> {
     let newest = site(write)?.map_or(1, |site| site.bundle_version);
     for Said { node, trust } in nodes {
         let Some(mut record) = super::apply::node(write, *node)? else { continue };
+        // It may come after the node has begun another boot.
+        if record.boots.last().is_some_and(|newest| newest.boot != trust.boot) {
+            continue;
+        }
         // Nobody has a version that there is not.
         let trust = NodeTrust { now: trust.now.min(newest), ..*trust };
         record.trust = Some(record.trust.map_or(trust, |before| before.and(trust)));

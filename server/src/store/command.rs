@@ -74,9 +74,9 @@ pub enum Command {
         /// The newest level that its release knows.
         #[serde(default)]
         level: Level,
-        /// The newest authority that it was given. From [`Level::AUTHORITIES`] on, unless it is the first.
+        /// The version of the trust bundle that it was given. From [`Level::AUTHORITIES`] on, unless it is the first.
         #[serde(default = "super::records::first", skip_serializing_if = "super::records::is_first")]
-        authority: u32,
+        trust: u64,
     },
     /// A member is reached elsewhere.
     MoveMember {
@@ -377,7 +377,7 @@ impl Command {
         match self {
             Self::Audited { change, .. } => change.level(),
             Self::MoveMember { near, .. } if !near.is_empty() => Level::NEAR,
-            Self::Join { authority, .. } if *authority > 1 => Level::AUTHORITIES,
+            Self::Join { trust, .. } if *trust > 1 => Level::AUTHORITIES,
             Self::Authorities { .. } => Level::AUTHORITIES,
             Self::Found { .. }
             | Self::Anew { .. }
@@ -474,7 +474,7 @@ mod tests {
                 urls: Vec::new(),
                 now: 1,
                 level: Level::FIRST,
-                authority: 2,
+                trust: 2,
             },
             Command::Audited { entry: serde_json::json!({ "what": "x" }), change: Box::new(Command::Rearm { id }) },
             Command::Bind { id, identity: soft, boot, now: 1 },

@@ -109,6 +109,7 @@ impl Late {
                 for other in node.boots.iter_mut().filter(|record| record.boot != *boot) {
                     other.closed = true;
                 }
+                node.forget_trust(*boot);
                 let record = boot_record(node, *boot, false);
                 record.plan.clone_from(plan);
                 if evidence.is_some() {

@@ -43,7 +43,7 @@ pub(super) fn found(write: &Write<'_>, founder: &MemberRecord) -> Result<Outcome
 }
 
 /// How far counters jump whose numbers may have been given out after a backup, or by members that are lost. They are never given twice.
-const JUMP: u64 = 1 << 20;
+pub(super) const JUMP: u64 = 1 << 20;
 
 pub(super) fn anew(
     write: &Write<'_>,
@@ -64,6 +64,7 @@ pub(super) fn anew(
         let value = write.get::<u64>(tables::COUNTERS, counter)?.unwrap_or(0);
         write.put(tables::COUNTERS, counter, &(value + JUMP))?;
     }
+    authorities::begin_anew(write, JUMP)?;
     keys::put(write, keys)?;
     found(write, member)
 }
@@ -107,8 +108,8 @@ pub(super) struct Guest {
     pub(super) keys: Vec<(u32, WrappedKey)>,
     pub(super) urls: Vec<String>,
     pub(super) level: Level,
-    /// The newest authority that it was given.
-    pub(super) authority: u32,
+    /// The version of the trust bundle that it was given.
+    pub(super) trust: u64,
 }
 
 /// Why a member of this level is none for the collective, if it is not.
@@ -126,7 +127,7 @@ pub(super) fn tell_level(write: &Write<'_>, number: u64, known: Level) -> Result
 }
 
 pub(super) fn join(write: &Write<'_>, invite: Uuid, guest: Guest, now: u64) -> Result<Outcome, StoreError> {
-    let Guest { id, key, unwrap, keys, urls, level, authority } = guest;
+    let Guest { id, key, unwrap, keys, urls, level, trust } = guest;
     // First: an invitation is not used up by it.
     if let Some(refused) = too_old(write, level)? {
         return Ok(refused);
@@ -152,7 +153,8 @@ pub(super) fn join(write: &Write<'_>, invite: Uuid, guest: Guest, now: u64) -> R
     if !keys::are_all(write, &keys)? {
         return Ok(refused(Code::Conflict, "the collective's keys were rotated meanwhile: try again"));
     }
-    if authorities::newest(write)? != authority {
+    // It would show a certificate, or trust one, from an authority that was dropped.
+    if authorities::version(write)? != trust {
         return Ok(refused(Code::Conflict, "the collective's authorities were rotated meanwhile: try again"));
     }
     write.remove(tables::INVITES, &invite.to_string())?;

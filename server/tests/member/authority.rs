@@ -3,6 +3,7 @@
 use crate::backup::{PASSPHRASE, backup, restore};
 use crate::cli::{moor, said_no, shown};
 use crate::collective::{define, joined, text, three, until, view, voters};
+use crate::loss::copied;
 use crate::machine::Machine;
 use crate::node_api::prepared;
 use crate::support::{Member, TIMEOUT};
@@ -16,6 +17,9 @@ use moor_api::trust::SiteBundle;
 use moord::store::Level;
 use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
+
+/// What a collective that begins anew adds to the version of its trust bundle, so that none is given twice.
+const JUMP: u64 = 1 << 20;
 
 /// A command of `moor` that works: its answer, and what it warns of.
 fn good(member: &Member, arguments: &[&str]) -> anyhow::Result<(String, String)> {
@@ -185,7 +189,85 @@ async fn the_old_authority_goes_once_all_have_acknowledged_the_new_one() -> anyh
     ensure!(output.status.success(), "{}", text(&output.stderr));
     restored.run()?;
     connects(&restored, &new).await?;
-    ensure!(trusts(&restored, 3, 1).await?.roots == new.roots, "another authority");
+    ensure!(trusts(&restored, JUMP + 3, 1).await?.roots == new.roots, "another authority");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_took_up_what_a_restored_backup_does_not_know_is_waited_for() -> anyhow::Result<()> {
+    let (mut member, mut machine) = prepared().await?;
+    knows_of_it(&member).await?;
+    booted(&member, &machine).await?;
+    let file = backup(&member, "before.backup")?;
+    good(&member, &["authority", "rotate"])?;
+    let lost = trusts(&member, 2, 2).await?;
+    machine.bundle = lost.clone();
+    beats(&machine, 2).await?;
+    acknowledged(&member).await?;
+    member.kill();
+
+    let mut restored = Member::prepare()?;
+    let output = restore(&restored, &file, PASSPHRASE, &[])?;
+    ensure!(output.status.success(), "{}", text(&output.stderr));
+    restored.run()?;
+    machine.asks(&restored);
+    good(&restored, &["authority", "rotate"])?;
+    let version = JUMP + 2;
+    let both = trusts(&restored, version, 2).await?;
+    ensure!(both.roots[0] == lost.roots[0] && both.roots[1] != lost.roots[1], "{both:?}");
+    let otherwise = "the member does not say what it trusts";
+    until(&restored, otherwise, async || {
+        Ok(authorities(&restored).await?.members.iter().all(|member| member.version == version))
+    })
+    .await?;
+    let reply = beats(&machine, 2).await?;
+    ensure!(reply.bundle.as_ref() == Some(&both), "{reply:?}");
+    let says = format!("these nodes have not acknowledged trust bundle {version}");
+    refused(&restored, &["authority", "retire"], &[&*says, ": n1: "])?;
+    machine.bundle = both;
+    beats(&machine, version).await?;
+    acknowledged(&restored).await?;
+    let (out, _) = good(&restored, &["authority", "retire"])?;
+    ensure!(out == "authority 1 is retired, and trusted no more\n", "{out}");
+    machine.bundle = trusts(&restored, version + 1, 1).await?;
+    beats(&machine, version + 1).await?;
+    Ok(())
+}
+
+/// A power cut takes back what was not synced yet, of the log and of the tables; what was taken up of it is in the key directory.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_whose_tables_are_of_before_does_not_go_back_to_an_authority_that_was_dropped() -> anyhow::Result<()> {
+    let mut member = Member::start()?;
+    knows_of_it(&member).await?;
+    good(&member, &["authority", "rotate"])?;
+    trusts(&member, 2, 2).await?;
+    until(&member, "it does not say what it trusts", async || {
+        Ok(authorities(&member).await?.members.iter().all(|member| member.version == 2))
+    })
+    .await?;
+    member.kill();
+    let (store, before) = (member.path("state/store"), member.path("before"));
+    copied(&store, &before)?;
+    member.run()?;
+    let retired = "authority 1 is retired, and trusted no more\n";
+    let (out, _) = good(&member, &["authority", "retire"])?;
+    ensure!(out == retired, "{out}");
+    let new = trusts(&member, 3, 1).await?;
+    until(&member, "the old keys are there", async || Ok(private_keys(&member)? == ["root-2.key"])).await?;
+    member.kill();
+    std::fs::remove_dir_all(before.join("keys"))?;
+    copied(&store.join("keys"), &before.join("keys"))?;
+    std::fs::remove_dir_all(&store)?;
+    std::fs::rename(&before, &store)?;
+
+    member.run()?;
+    connects(&member, &new).await?;
+    ensure!(bundle(&member).await? == new, "it went back");
+    // What is missing happens once more.
+    let (out, _) = good(&member, &["authority", "retire"])?;
+    ensure!(out == retired, "{out}");
+    ensure!(trusts(&member, 3, 1).await? == new, "another bundle");
+    ensure!(private_keys(&member)? == ["root-2.key"], "{:?}", private_keys(&member)?);
     Ok(())
 }
 

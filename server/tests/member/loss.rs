@@ -130,7 +130,7 @@ fn put(member: &Member, copy: &Path) -> anyhow::Result<()> {
     copied(copy, &store)
 }
 
-fn copied(from: &Path, to: &Path) -> anyhow::Result<()> {
+pub(crate) fn copied(from: &Path, to: &Path) -> anyhow::Result<()> {
     ensure!(Command::new("cp").arg("-a").args([from, to]).status()?.success(), "copying '{}'", from.display());
     Ok(())
 }

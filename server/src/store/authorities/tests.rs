@@ -3,11 +3,14 @@
 use super::AuthorityChange as Change;
 use super::*;
 use crate::store::apply;
+use crate::store::late::Late;
 use crate::store::level::Level;
-use crate::store::records::{Identity, KeysRecord};
+use crate::store::members::JUMP;
+use crate::store::records::{Identity, InviteRecord, KeysRecord};
 use moor_api::ids::CollectiveId;
 use redb::Database;
 use redb::backends::InMemoryBackend;
+use uuid::Uuid;
 
 fn member(name: &str) -> MemberRecord {
     MemberRecord {
@@ -45,6 +48,22 @@ impl Site<'_> {
 
     fn rotate(&self, number: u32) -> Change {
         Change::Rotate { first: Some(self.authority(1, 0)), new: self.authority(number, 2) }
+    }
+
+    fn numbers(&self) -> Vec<u32> {
+        get(self.write).unwrap().unwrap().list.iter().map(|one| one.number).collect()
+    }
+
+    /// As the third member, alone: what it makes then.
+    fn begins_anew(&self) -> Change {
+        let only = member("m3");
+        let anew = Command::Anew { number: 3, member: only.clone(), keys: KeysRecord::default() };
+        assert_eq!(self.apply(anew), Outcome::Number(3));
+        let given = self.write.get(tables::COUNTERS, GIVEN).unwrap();
+        let number = next_number(get(self.write).unwrap().as_ref(), given).unwrap();
+        let mut new = self.authority(number, 1);
+        new.wrapped = new.wrapped.into_values().map(|wrapped| (only.id, wrapped)).collect();
+        Change::Rotate { first: Some(self.authority(1, 0)), new }
     }
 
     fn takes_up(&self, number: u64, trust: u64, shows: u32) {
@@ -120,10 +139,8 @@ fn one_takes_the_place_of_another_once_all_have_acknowledged_it() {
         site.refused(Change::Drop { number: 1 }, "show certificates from authority 1 still: m2");
         site.takes_up(2, 2, 2);
         assert_eq!(site.apply(Change::Drop { number: 1 }), Outcome::Number(3));
-        let left: Vec<u32> = get(site.write).unwrap().unwrap().list.iter().map(|one| one.number).collect();
-        assert_eq!(left, [2]);
+        assert_eq!(site.numbers(), [2]);
         assert_eq!(get(site.write).unwrap().unwrap().list[0].since, 2);
-        assert_eq!(newest(site.write).unwrap(), 2);
         // And so on.
         assert_eq!(site.apply(site.rotate(3)), Outcome::Number(4));
     });
@@ -159,6 +176,115 @@ fn what_a_node_says_counts_for_its_boot_in_whatever_order_it_comes() {
         // Another machine in its place has said nothing.
         site.apply(Command::Rearm { id: site.node });
         assert_eq!(site.trust(), None);
+    });
+}
+
+#[test]
+fn what_a_node_said_in_an_earlier_boot_does_not_count() {
+    with_site(Level::NEWEST, |site| {
+        let id = site.node;
+        let boot = |boot: u8| BootId::from_bytes([boot; 16]);
+        let begins = |number| Command::Boot { id, boot: boot(number), evidence: None };
+        let begins_late = |count, number, after| {
+            let after = Some(boot(after));
+            let what = Late::Boot { id, boot: boot(number), plan: None, evidence: None, after };
+            Command::Late { member: 2, number: count, what }
+        };
+        site.apply(site.rotate(2));
+        site.takes_up(1, 2, 1);
+        site.takes_up(2, 2, 1);
+        site.apply(begins(1));
+        site.says(1, 2);
+        site.apply(begins(1));
+        assert_eq!(site.trust(), Some((2, 2)), "the same boot goes on");
+        site.apply(begins(2));
+        assert_eq!(site.trust(), None);
+        // It was said before, and is written down only now.
+        site.says(1, 2);
+        assert_eq!(site.trust(), None);
+        site.refused(retire(2, &[]), "these nodes have not acknowledged trust bundle 2");
+        site.says(2, 1);
+        site.says(2, 2);
+        assert_eq!(site.trust(), Some((1, 2)));
+        // Boots that a member let begin alone: one before the newest, and one after it.
+        site.apply(begins_late(1, 8, 1));
+        assert_eq!(site.trust(), Some((1, 2)));
+        site.apply(begins_late(2, 9, 2));
+        assert_eq!(site.trust(), None);
+    });
+}
+
+/// Members that are lost, or of which a backup does not know, may have made an authority, and nodes have acknowledged it.
+#[test]
+fn a_collective_that_begins_anew_gives_no_number_and_no_version_again() {
+    let jump = u32::try_from(JUMP).unwrap();
+    // Before a rotation.
+    with_site(Level::NEWEST, |site| {
+        let rotate = site.begins_anew();
+        assert_eq!(version(site.write).unwrap(), 1, "as long as there is one authority");
+        site.refused(site.rotate(2), "changed meanwhile");
+        assert_eq!(site.apply(rotate), Outcome::Number(JUMP + 2));
+        assert_eq!(site.numbers(), [1, jump + 2]);
+        site.takes_up(3, JUMP + 2, 1);
+        site.says(1, 2);
+        site.refused(retire(JUMP + 2, &[]), "would trust no member any more: n1:");
+        site.says(1, JUMP + 2);
+        assert_eq!(site.apply(retire(JUMP + 2, &[])), Outcome::Done);
+    });
+    // While there are two: who has acknowledged these, has acknowledged nothing that was made of them elsewhere.
+    with_site(Level::NEWEST, |site| {
+        site.apply(site.rotate(2));
+        site.says(1, 2);
+        let rotate = site.begins_anew();
+        site.refused(rotate, "is beside authority 1 already");
+        site.takes_up(3, JUMP + 2, 1);
+        site.refused(retire(JUMP + 2, &[]), "would trust no member any more: n1:");
+    });
+    // While one goes: nobody waits for members that are none any more.
+    with_site(Level::NEWEST, |site| {
+        site.apply(site.rotate(2));
+        site.takes_up(1, 2, 1);
+        site.takes_up(2, 2, 1);
+        assert_eq!(site.apply(retire(2, &[site.node])), Outcome::Done);
+        let rotate = site.begins_anew();
+        assert_eq!((site.numbers(), version(site.write).unwrap()), (vec![2], JUMP + 2));
+        assert_eq!(site.apply(rotate), Outcome::Number(JUMP + 3));
+        assert_eq!(site.numbers(), [2, jump + 3]);
+    });
+}
+
+#[test]
+fn who_joins_has_the_authorities_of_now() {
+    with_site(Level::NEWEST, |site| {
+        let secret = serde_json::json!({ "key_version": 1, "nonce": "00", "ciphertext": "aa" });
+        let secret = serde_json::from_value(secret).unwrap();
+        let invite = InviteRecord { name: "m3".into(), voter: false, expires: 9, replaces: None, secret };
+        members::invite(site.write, Uuid::nil(), &invite, 1).unwrap();
+        let join = |trust| Command::Join {
+            invite: Uuid::nil(),
+            member: MemberId::from_bytes([7; 16]),
+            key: vec![7].into(),
+            unwrap: vec![7].into(),
+            keys: Vec::new(),
+            urls: Vec::new(),
+            now: 1,
+            level: Level::NEWEST,
+            trust,
+        };
+        site.apply(site.rotate(2));
+        for number in [1, 2] {
+            site.takes_up(number, 2, 1);
+        }
+        assert_eq!(site.apply(retire(2, &[site.node])), Outcome::Done);
+        for number in [1, 2] {
+            site.takes_up(number, 2, 2);
+        }
+        assert_eq!(site.apply(Change::Drop { number: 1 }), Outcome::Number(3));
+        // It was given the keys a moment before that: the newest authority is the same.
+        for older in [1, 2] {
+            site.refused(join(older), "authorities were rotated meanwhile");
+        }
+        assert_eq!(site.apply(join(3)), Outcome::Number(3));
     });
 }
 
