@@ -14,7 +14,7 @@ mod tree;
 
 use crate::boot_files::{self, BootFiles, BootLoaders};
 use crate::cmd::is_full_disk;
-use crate::files::{Existing, NewFile};
+use crate::files::NewFile;
 use crate::generations;
 use crate::key_file::NewKeyFile;
 use crate::pack;
