@@ -6,12 +6,13 @@
 //!
 //! What it needs of the world is in [`world`]; [`https`] over [`secure`] and its [`record`]s, and [`real`] are the world there is, and tests bring another. [`open`] finds a
 //! good header. [`fleet`] chooses a [`member`] by its [`pace`], [`link`] asks it, [`fault`] says what it did wrong, and [`recovery`] takes
-//! it back. [`change`] takes up another list of members. [`flight`] fetches one thing from whoever brings it first, [`hedges`] bounds how often two are asked. [`table`] holds the
+//! it back. [`change`] takes up another list of members. [`flight`] fetches one thing from whoever brings it first, by one [`attempt`] or two, [`hedges`] bounds how often two are asked. [`table`] holds the
 //! hashes to verify against, [`cache`] what was verified, in memory from [`buffers`], [`store`] what somebody keeps over restarts. [`ahead`] and [`prefetch`] guess what comes next, [`class`] makes guesses wait
 //! for what is wanted, and [`trace`] notes what was.
 
 mod address;
 mod ahead;
+mod attempt;
 mod buffers;
 mod cache;
 mod change;
@@ -46,12 +47,13 @@ pub use store::{Find, FindStore, Store};
 pub use trace::Trace;
 
 use ahead::Ahead;
+use attempt::{Item, Need};
 use buffers::Buffers;
 use bytes::Bytes;
 use cache::{Cache, Landed, Lookup};
 use class::{Class, DEMAND_RANGE, Lines, Ticket};
 use fleet::Fleet;
-use flight::{Flight, Item, Need, Run};
+use flight::{Flight, Run};
 use hedges::Hedges;
 use moor_image::{Header, ImageError, LEAVES_PER_PAGE, LeafPage, OpenOptions, TAG_LENGTH, Verifier};
 use prefetch::Prefetch;

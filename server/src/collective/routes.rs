@@ -17,7 +17,7 @@ use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::middleware::from_fn_with_state;
 use axum::response::Response;
-use axum::routing::{get, post};
+use axum::routing::{MethodRouter, get, post};
 use axum::{Extension, Json, Router};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
@@ -33,10 +33,9 @@ const MAX_BODY: usize = 128 << 20;
 
 /// The routes.
 pub(crate) fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
-    let raft = Router::new()
-        .route("/member/v1/append", post(append))
-        .route("/member/v1/vote", post(vote))
-        .route("/member/v1/pre-vote", post(pre_vote))
+    let raft = [Call::Append, Call::Vote, Call::PreVote]
+        .into_iter()
+        .fold(Router::new(), |router, call| router.route(&call.path(), answers(call)))
         .route("/member/v1/snapshot", post(snapshot))
         .route_layer(from_fn_with_state((member.clone(), Gate::Replication), guard));
     let among_members = Router::new()
@@ -68,34 +67,14 @@ fn refusal(error: StoreError) -> Failure {
     }
 }
 
-/// Nobody speaks in another member's name: what is said is bound to the keys of the connection.
-async fn answer(member: &Member, call: Call, connection: &Connection, body: &[u8]) -> Result<Response, Failure> {
-    let by = shown(connection)?.id;
-    json(member.store.answer(call, body, by).await.map_err(refusal)?)
-}
-
-async fn append(
-    State(member): State<Arc<Member>>,
-    Extension(connection): Extension<Connection>,
-    body: Bytes,
-) -> Result<Response, Failure> {
-    answer(&member, Call::Append, &connection, &body).await
-}
-
-async fn vote(
-    State(member): State<Arc<Member>>,
-    Extension(connection): Extension<Connection>,
-    body: Bytes,
-) -> Result<Response, Failure> {
-    answer(&member, Call::Vote, &connection, &body).await
-}
-
-async fn pre_vote(
-    State(member): State<Arc<Member>>,
-    Extension(connection): Extension<Connection>,
-    body: Bytes,
-) -> Result<Response, Failure> {
-    answer(&member, Call::PreVote, &connection, &body).await
+/// Answers one call of Raft. Nobody speaks in another member's name: what is said is bound to the keys of the connection.
+fn answers(call: Call) -> MethodRouter<Arc<Member>> {
+    post(
+        move |State(member): State<Arc<Member>>, Extension(connection): Extension<Connection>, body: Bytes| async move {
+            let by = shown(&connection)?.id;
+            json(member.store.answer(call, &body, by).await.map_err(refusal)?)
+        },
+    )
 }
 
 #[derive(Deserialize)]

@@ -56,7 +56,7 @@ impl Call {
         }
     }
 
-    fn path(self) -> String {
+    pub(crate) fn path(self) -> String {
         format!("/member/v1/{}", self.name())
     }
 }
