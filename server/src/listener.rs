@@ -278,8 +278,10 @@ where
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)
         .max_headers(64)
-        .serve_connection(TokioIo::new(stream), service(app, &peer));
-    until_stopped(connection, http1::Connection::graceful_shutdown, &peer, stop).await;
+        .serve_connection(TokioIo::new(stream), service(app, &peer))
+        // Among members: a connection that is switched lives on with the route that it was switched by.
+        .with_upgrades();
+    until_stopped(connection, http1::UpgradeableConnection::graceful_shutdown, &peer, stop).await;
 }
 
 async fn serve_http_2(stream: Tcp, peer: Peer, app: Router, stop: CancellationToken) {

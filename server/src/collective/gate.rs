@@ -111,16 +111,26 @@ pub(super) enum Gate {
     Replication,
 }
 
+/// Whether who is at the other end may use what stands behind this gate.
+///
+/// # Errors
+/// It may not.
+pub(super) fn check(member: &Member, connection: &Connection, gate: Gate) -> Result<(), Failure> {
+    match (caller(member, connection)?, gate) {
+        (Caller::Member, _) | (_, Gate::Replication) => Ok(()),
+        (Caller::Leaving, Gate::Members) => Err(refused(REMOVED)),
+        (Caller::Introduced, Gate::Members) => Err(refused(UNKNOWN)),
+    }
+}
+
 pub(super) async fn guard(
     State((member, gate)): State<(Arc<Member>, Gate)>,
     Extension(connection): Extension<Connection>,
     request: Request,
     next: Next,
 ) -> Response {
-    match (caller(&member, &connection), gate) {
-        (Ok(Caller::Member), _) | (Ok(_), Gate::Replication) => next.run(request).await,
-        (Ok(Caller::Leaving), Gate::Members) => refused(REMOVED).into_response(),
-        (Ok(Caller::Introduced), Gate::Members) => refused(UNKNOWN).into_response(),
-        (Err(failure), _) => failure.into_response(),
+    match check(&member, &connection, gate) {
+        Ok(()) => next.run(request).await,
+        Err(failure) => failure.into_response(),
     }
 }

@@ -1,7 +1,7 @@
 //! `/member/v1`: what members ask each other. Both sides show a member's certificate and are known by its key ([`gate`](super::gate)); only
 //! who joins has none yet.
 
-use super::gate::{Gate, guard, shown};
+use super::gate::{Gate, check, guard, shown};
 use super::invite::{Side, Subject};
 use super::join::{self, JoinReply, JoinRequest};
 use super::voucher::{Acquaintance, Voucher, extend};
@@ -11,10 +11,10 @@ use crate::http::{Connection, Failure, Peer, parse};
 use crate::node::enroll::p256_point;
 use crate::secrets::Place;
 use crate::state::{Member, now};
-use crate::store::raft::{Call, INTRODUCE, SnapshotFile};
+use crate::store::raft::{Call, INTRODUCE, PROTOCOL, Replicated, STREAM, SnapshotFile, follow};
 use crate::store::{Command, Outcome, StoreError};
 use axum::body::Body;
-use axum::extract::{DefaultBodyLimit, Path, Query, State};
+use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
 use axum::middleware::from_fn_with_state;
 use axum::response::Response;
 use axum::routing::{MethodRouter, get, post};
@@ -22,6 +22,7 @@ use axum::{Extension, Json, Router};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use http::{HeaderMap, StatusCode, header};
+use hyper_util::rt::TokioIo;
 use moor_api::ids::Sha256Digest;
 use moor_api::problem::{Code, Problem};
 use serde::Deserialize;
@@ -37,6 +38,7 @@ pub(crate) fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .into_iter()
         .fold(Router::new(), |router, call| router.route(&call.path(), answers(call)))
         .route("/member/v1/snapshot", post(snapshot))
+        .route(STREAM, get(stream))
         .route_layer(from_fn_with_state((member.clone(), Gate::Replication), guard));
     let among_members = Router::new()
         .route("/member/v1/propose", post(propose))
@@ -75,6 +77,52 @@ fn answers(call: Call) -> MethodRouter<Arc<Member>> {
             json(member.store.answer(call, &body, by).await.map_err(refusal)?)
         },
     )
+}
+
+/// The store of a member that is there as long as somebody uses it.
+#[derive(Clone)]
+struct OwnStore(Arc<Member>);
+
+impl std::ops::Deref for OwnStore {
+    type Target = Replicated;
+    fn deref(&self) -> &Replicated {
+        &self.0.store
+    }
+}
+
+/// Takes entries from now on, as they come over this connection.
+async fn stream(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    mut request: Request,
+) -> Result<Response, Failure> {
+    let by = shown(&connection)?.id;
+    let wants = request.headers().get(header::UPGRADE).is_some_and(|wanted| wanted == PROTOCOL);
+    if !wants {
+        return Err(Problem::new(Code::BadRequest, format!("only {PROTOCOL} is spoken here")).into());
+    }
+    let switched = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        match switched.await {
+            Ok(stream) => {
+                let may = {
+                    let member = member.clone();
+                    move || {
+                        check(&member, &connection, Gate::Replication)
+                            .map_err(|Failure(problem)| StoreError::Leader(problem))
+                    }
+                };
+                follow(TokioIo::new(stream), OwnStore(member), by, may).await;
+            }
+            Err(error) => tracing::debug!("switching a connection to {PROTOCOL}: {error}"),
+        }
+    });
+    let response = Response::builder()
+        .status(StatusCode::SWITCHING_PROTOCOLS)
+        .header(header::CONNECTION, "upgrade")
+        .header(header::UPGRADE, PROTOCOL)
+        .body(Body::empty());
+    response.map_err(|error| anyhow::Error::from(error).into())
 }
 
 #[derive(Deserialize)]

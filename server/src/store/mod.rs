@@ -113,7 +113,12 @@ pub enum StoreError {
 
 impl StoreError {
     pub(crate) fn within(self, file: &std::path::Path) -> Self {
-        Self::File { file: file.to_owned(), cause: Box::new(self) }
+        // The innermost file is the one to look at.
+        if matches!(self, Self::File { .. }) {
+            self
+        } else {
+            Self::File { file: file.to_owned(), cause: Box::new(self) }
+        }
     }
 
     /// Whether a file that was opened is not the one that was closed: it is gone, or something in it is another.

@@ -94,61 +94,91 @@ pub(super) fn decode<T: DeserializeOwned>(table: Table, key: &str, bytes: &[u8])
     })
 }
 
+/// A table while it changes.
+type Open<'a> = redb::Table<'a, &'static str, &'static [u8]>;
+
 /// A write transaction, and what watchers are told once it is durable.
-pub(super) struct Write<'a>(&'a WriteTransaction, RefCell<Vec<Event>>);
+///
+/// Tables stay open until it ends: a command goes through several, and opening one takes longer than writing a record.
+pub(super) struct Write<'a> {
+    transaction: &'a WriteTransaction,
+    open: RefCell<Vec<(String, Open<'a>)>>,
+    events: RefCell<Vec<Event>>,
+}
 
 impl<'a> Write<'a> {
     pub(super) fn new(transaction: &'a WriteTransaction) -> Self {
-        Self(transaction, RefCell::default())
+        Self { transaction, open: RefCell::default(), events: RefCell::default() }
     }
 
     pub(super) fn tell(&self, event: Event) {
-        self.1.borrow_mut().push(event);
+        self.events.borrow_mut().push(event);
     }
 
     pub(super) fn into_events(self) -> Vec<Event> {
-        self.1.into_inner()
+        self.events.into_inner()
+    }
+
+    /// What `take` makes of a table. It uses no other.
+    fn with<T>(
+        &self,
+        table: Table,
+        take: impl FnOnce(&mut Open<'a>) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        use redb::TableHandle as _;
+        let mut open = self.open.borrow_mut();
+        let at = match open.iter().position(|(name, _)| name == table.name()) {
+            Some(at) => at,
+            None => {
+                open.push((name_of(table), self.transaction.open_table(table)?));
+                open.len() - 1
+            }
+        };
+        take(&mut open[at].1)
     }
 
     pub(super) fn get<T: DeserializeOwned>(&self, table: Table, key: &str) -> Result<Option<T>, StoreError> {
-        let open = self.0.open_table(table)?;
-        let value = open.get(key)?;
-        value.map(|value| decode(table, key, value.value())).transpose()
+        self.with(table, |open| open.get(key)?.map(|value| decode(table, key, value.value())).transpose())
     }
 
     pub(super) fn put<T: Serialize>(&self, table: Table, key: &str, value: &T) -> Result<(), StoreError> {
         let bytes = serde_json::to_vec(value).map_err(|error| StoreError::Encode(error.to_string()))?;
-        self.0.open_table(table)?.insert(key, bytes.as_slice())?;
-        Ok(())
+        self.put_raw(table, key, &bytes)
     }
 
     /// A record as its bytes.
     pub(super) fn put_raw(&self, table: Table, key: &str, value: &[u8]) -> Result<(), StoreError> {
-        self.0.open_table(table)?.insert(key, value)?;
-        Ok(())
+        self.with(table, |open| {
+            open.insert(key, value)?;
+            Ok(())
+        })
     }
 
     /// Removes all records.
     pub(super) fn clear(&self, table: Table) -> Result<(), StoreError> {
-        self.0.delete_table(table)?;
-        self.0.open_table(table)?;
-        Ok(())
+        use redb::TableHandle as _;
+        self.open.borrow_mut().retain(|(name, _)| name != table.name());
+        self.transaction.delete_table(table)?;
+        self.with(table, |_| Ok(()))
     }
 
     pub(super) fn remove(&self, table: Table, key: &str) -> Result<(), StoreError> {
-        self.0.open_table(table)?.remove(key)?;
-        Ok(())
+        self.with(table, |open| {
+            open.remove(key)?;
+            Ok(())
+        })
     }
 
     /// Takes out the first record.
     pub(super) fn pop_first<T: DeserializeOwned>(&self, table: Table) -> Result<Option<T>, StoreError> {
-        let mut open = self.0.open_table(table)?;
-        let first = open.pop_first()?;
-        first.map(|(key, value)| decode(table, key.value(), value.value())).transpose()
+        self.with(table, |open| {
+            let first = open.pop_first()?;
+            first.map(|(key, value)| decode(table, key.value(), value.value())).transpose()
+        })
     }
 
     pub(super) fn count(&self, table: Table) -> Result<u64, StoreError> {
-        Ok(self.0.open_table(table)?.len()?)
+        self.with(table, |open| Ok(open.len()?))
     }
 
     pub(super) fn all<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<T>, StoreError> {
@@ -157,13 +187,14 @@ impl<'a> Write<'a> {
 
     /// Keys and records, by key.
     pub(super) fn pairs<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<(String, T)>, StoreError> {
-        let open = self.0.open_table(table)?;
-        let mut out = Vec::new();
-        for item in open.iter()? {
-            let (key, value) = item?;
-            out.push((key.value().to_owned(), decode(table, key.value(), value.value())?));
-        }
-        Ok(out)
+        self.with(table, |open| {
+            let mut out = Vec::new();
+            for item in open.iter()? {
+                let (key, value) = item?;
+                out.push((key.value().to_owned(), decode(table, key.value(), value.value())?));
+            }
+            Ok(out)
+        })
     }
 }
 

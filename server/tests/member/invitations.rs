@@ -153,7 +153,7 @@ async fn a_member_joins_another_collective_only_when_told_so_and_what_it_was_lie
     let aside = member.aside()?;
     ensure!(aside.len() == 1, "{aside:?}");
     assert_eq!(std::fs::read_to_string(aside[0].join("member.json"))?, before);
-    for file in ["log.redb", "member.redb", "late.redb", "keys/root.key"] {
+    for file in ["log.redb", "log.journal", "member.redb", "late.redb", "keys/root.key"] {
         ensure!(aside[0].join(file).metadata()?.len() > 0, "{file} is not there any more");
     }
     member.run()?;

@@ -7,10 +7,15 @@ use crate::proof::EXPORTER_LENGTH;
 use bytes::Bytes;
 use http::{Method, header};
 use hyper::body::Incoming;
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
+
+/// A connection that is no HTTP any more.
+pub type Switched = TokioIo<Upgraded>;
 
 /// A connection to one member. The member's certificate was verified.
 pub struct MemberConnection(Secured);
@@ -62,6 +67,14 @@ impl MemberConnection {
     /// From now on an answer may take this long.
     pub fn patience(&mut self, timeout: Duration) {
         self.0.http.timeout = timeout;
+    }
+
+    /// Switches the connection to another protocol (RFC 9110 §7.8).
+    ///
+    /// # Errors
+    /// The connection broke, or a refusal.
+    pub async fn switch(self, path: &str, protocol: &'static str) -> Result<Switched, ClientError> {
+        self.0.http.switch(path, protocol).await.map(TokioIo::new)
     }
 
     /// A POST with JSON in memory; the answer has at most `limit` bytes.

@@ -16,6 +16,7 @@ use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
+use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -161,7 +162,7 @@ impl Http {
             .map_err(|error| ClientError::Connect { to: to.to_owned(), cause: chain(&error) })?;
         tokio::spawn(async move {
             // An error of the connection reaches the call that waits on it.
-            let _ = connection.await;
+            let _ = connection.with_upgrades().await;
         });
         Ok(Self { sender, host, token: None, request_id: None, timeout, stale: None })
     }
@@ -242,6 +243,37 @@ impl Http {
             return Ok(response);
         }
         Err(self.refusal(&call, response).await)
+    }
+
+    /// Asks for another protocol on this connection (RFC 9110 §7.8), which is that protocol's from the answer on.
+    async fn switch(mut self, path: &str, protocol: &'static str) -> Result<Upgraded, ClientError> {
+        let call = format!("GET {path}");
+        let request = Request::builder()
+            .uri(path)
+            .header(header::HOST, self.host.clone())
+            .header(header::CONNECTION, "upgrade")
+            .header(header::UPGRADE, protocol)
+            .body(full(Bytes::new()))
+            .map_err(|error| ClientError::Config(format!("{call}: {error}")))?;
+        let broken = |cause: String| ClientError::Broken { call: call.clone(), cause };
+        let limit = self.timeout;
+        let switch = async {
+            self.sender.ready().await.map_err(|error| broken(chain(&error)))?;
+            let response = self.sender.send_request(request).await.map_err(|error| broken(chain(&error)))?;
+            match response.status() {
+                StatusCode::SWITCHING_PROTOCOLS => {
+                    hyper::upgrade::on(response).await.map_err(|error| broken(chain(&error)))
+                }
+                status if status.is_success() => Err(ClientError::Answer {
+                    call: call.clone(),
+                    cause: format!("the protocol was not switched to {protocol}"),
+                }),
+                _ => Err(self.refusal(&call, response).await),
+            }
+        };
+        tokio::time::timeout(limit, switch)
+            .await
+            .map_err(|_| broken(format!("no answer within {} s", limit.as_secs())))?
     }
 
     async fn refusal(&self, call: &str, response: Response<Incoming>) -> ClientError {

@@ -1,30 +1,39 @@
-//! The log on disk: a redb of its own, with one thread that writes. Whatever waits goes into one transaction, so that a storm shares its
-//! fsyncs; an entry counts as flushed once its transaction is durable, and never before.
+//! The log on disk: a redb of its own and a [`journal`](super::journal) in front of it, with one thread that writes. Whatever waits goes into
+//! one record, so that a storm shares its fsyncs; an entry counts as flushed once its record is durable, and never before. What is
+//! in the journal goes into redb when that is full, and when entries are removed: in one transaction, with the mark that says which
+//! [generation](Taken) of the journal is in it, so that none is taken twice.
 //!
 //! Entries can be read as soon as `append` returns, because the newest are in memory as well.
 
+use super::journal::{self, Journal, JournalError, LogName};
 use super::wire::{WireLogId, WireVote, entry_bytes, entry_from};
 use super::{Entry, LogId, Raft, Vote};
 use crate::files::free_space;
 use crate::store::{Level, StoreError, database};
 use openraft::OptionalSend;
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
-use redb::{Database, ReadableDatabase as _, TableDefinition};
-use serde::Serialize;
+use redb::backends::FileBackend;
+use redb::{Database, ReadableDatabase as _, StorageBackend, TableDefinition, WriteTransaction};
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt::Debug;
+use std::fs::OpenOptions;
 use std::io;
 use std::ops::{Bound, RangeBounds};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 const ENTRIES: TableDefinition<'static, u64, &'static [u8]> = TableDefinition::new("entries");
-/// What is one of a kind: `vote`, `committed`, `purged`.
+/// What is one of a kind: `vote`, `committed`, `purged`, `journal`.
 const MARKS: TableDefinition<'static, &'static str, &'static [u8]> = TableDefinition::new("marks");
+
+/// The mark of the [`Taken`], and what errors call the journal.
+const JOURNAL: &str = "journal";
 
 /// Flushed entries that are kept in memory: what followers that keep up ask for.
 const KEPT: usize = 1024;
@@ -34,8 +43,10 @@ const KEPT_BYTES: usize = 8 << 20;
 const PIECE: usize = 512 << 10;
 /// Jobs that one transaction takes.
 const BATCH: usize = 256;
-/// So long the mark of what is committed waits for something to go with.
+/// The mark of what is committed is written this often: it costs every transaction that it goes with a page more.
 const MARK: Duration = Duration::from_secs(1);
+/// Whether the disk is full is looked at this often.
+const LOOK: Duration = Duration::from_millis(100);
 /// Below this many bytes of free space nothing is written: a database that meets the end of the disk has to be opened anew.
 const RESERVE: u64 = 8 << 20;
 
@@ -51,10 +62,29 @@ enum Job {
 }
 
 impl Job {
+    /// What it does to redb, behind `changes`. Its entries are in there afterwards, and not in the job.
+    fn take_changes(&mut self, changes: &mut Vec<Change>) -> Result<(), StoreError> {
+        let mark = |name: &str, bytes| Change::Mark(name.to_owned(), bytes);
+        match self {
+            Self::Append(entries, _) => {
+                changes.extend(std::mem::take(entries).into_iter().map(|(index, bytes)| Change::Entry(index, bytes)));
+            }
+            Self::Vote(vote, _) => changes.push(mark("vote", json(&WireVote::from(&*vote))?)),
+            Self::Committed(Some(id)) => changes.push(mark("committed", json(&WireLogId::from(*id))?)),
+            Self::Committed(None) => {}
+            Self::Truncate(after, _) => changes.push(Change::From(after.map_or(0, |index| index + 1))),
+            Self::Purge(id, _) => {
+                changes.push(Change::UpTo(id.index()));
+                changes.push(mark("purged", json(&WireLogId::from(*id))?));
+            }
+        }
+        Ok(())
+    }
+
     /// Who waits for it.
     fn answer(self) -> Answer {
         match self {
-            Self::Append(entries, callback) => Answer::Flushed(callback, entries.last().map_or(0, |(index, _)| *index)),
+            Self::Append(_, callback) => Answer::Flushed(callback),
             Self::Vote(_, answer) | Self::Truncate(_, answer) | Self::Purge(_, answer) => Answer::Done(answer),
             Self::Committed(_) => Answer::None,
         }
@@ -62,19 +92,105 @@ impl Job {
 }
 
 enum Answer {
-    Flushed(IOFlushed<Raft>, u64),
+    Flushed(IOFlushed<Raft>),
     Done(oneshot::Sender<io::Result<()>>),
     None,
+}
+
+/// Which journal the log has, and up to which generation of it all is in redb.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Taken {
+    log: LogName,
+    generation: u64,
+}
+
+/// What a job does to redb, sooner or later.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Change {
+    Entry(u64, Vec<u8>),
+    Mark(String, Vec<u8>),
+    /// Removes the entries from this one on.
+    From(u64),
+    /// Removes the entries up to this one.
+    UpTo(u64),
+}
+
+impl Change {
+    /// Whether it goes into the journal: what is removed there is still there.
+    fn is_journaled(&self) -> bool {
+        matches!(self, Self::Entry(..) | Self::Mark(..))
+    }
+
+    fn make(&self, transaction: &WriteTransaction) -> Result<(), StoreError> {
+        match self {
+            Self::Entry(index, bytes) => {
+                transaction.open_table(ENTRIES)?.insert(index, bytes.as_slice())?;
+            }
+            Self::Mark(name, bytes) => {
+                transaction.open_table(MARKS)?.insert(name.as_str(), bytes.as_slice())?;
+            }
+            Self::From(first) => transaction.open_table(ENTRIES)?.retain_in(*first.., |_, _| false)?,
+            Self::UpTo(last) => transaction.open_table(ENTRIES)?.retain_in(..=*last, |_, _| false)?,
+        }
+        Ok(())
+    }
+}
+
+/// A record of the journal: for each change 0 and the entry's index, or 1 and the length of the mark's name, in 8 bytes; the length of the bytes, in
+/// 8; the name; the bytes.
+fn record_of(changes: &[Change]) -> Vec<u8> {
+    let mut record = Vec::new();
+    let mut put = |kind: u8, number: u64, name: &str, bytes: &[u8]| {
+        record.push(kind);
+        record.extend_from_slice(&number.to_le_bytes());
+        record.extend_from_slice(&(bytes.len() as u64).to_le_bytes());
+        record.extend_from_slice(name.as_bytes());
+        record.extend_from_slice(bytes);
+    };
+    for change in changes {
+        match change {
+            Change::Entry(index, bytes) => put(0, *index, "", bytes),
+            Change::Mark(name, bytes) => put(1, name.len() as u64, name, bytes),
+            // Goes into redb at once.
+            Change::From(_) | Change::UpTo(_) => {}
+        }
+    }
+    record
+}
+
+/// `None`: it is none.
+fn changes_of(mut record: &[u8]) -> Option<Vec<Change>> {
+    let mut changes = Vec::new();
+    while let Some((kind, rest)) = record.split_first() {
+        let (number, rest) = rest.split_first_chunk::<8>()?;
+        let (length, rest) = rest.split_first_chunk::<8>()?;
+        let (number, length) = (u64::from_le_bytes(*number), usize::try_from(u64::from_le_bytes(*length)).ok()?);
+        let (name, rest) = match kind {
+            0 => ("", rest),
+            1 => {
+                let (name, rest) = rest.split_at_checked(usize::try_from(number).ok()?)?;
+                (std::str::from_utf8(name).ok()?, rest)
+            }
+            _ => return None,
+        };
+        let (bytes, rest) = rest.split_at_checked(length)?;
+        changes.push(match kind {
+            0 => Change::Entry(number, bytes.to_vec()),
+            _ => Change::Mark(name.to_owned(), bytes.to_vec()),
+        });
+        record = rest;
+    }
+    Some(changes)
 }
 
 /// What is known without the disk.
 #[derive(Default)]
 struct Memory {
-    /// The newest entries: all that are not flushed, and some that are.
+    /// The newest entries: all that are not in redb, and some that are.
     tail: BTreeMap<u64, (Entry, usize)>,
     bytes: usize,
-    /// The newest flushed entry.
-    flushed: Option<u64>,
+    /// The newest entry in redb.
+    stored: Option<u64>,
     last: Option<LogId>,
     purged: Option<LogId>,
     vote: Option<Vote>,
@@ -82,11 +198,11 @@ struct Memory {
 }
 
 impl Memory {
-    /// Lets go of the oldest entries that are on disk.
+    /// Lets go of the oldest entries that are in redb.
     fn trim(&mut self) {
         while self.tail.len() > KEPT || self.bytes > KEPT_BYTES {
             let Some(first) = self.tail.first_entry() else { return };
-            if self.flushed.is_none_or(|flushed| *first.key() > flushed) {
+            if self.stored.is_none_or(|stored| *first.key() > stored) {
                 return;
             }
             self.bytes -= first.remove().1;
@@ -147,15 +263,34 @@ impl Log {
     /// # Errors
     /// It cannot be opened, or is damaged; the newest entry is of a newer level.
     pub(super) fn open(path: &Path, known: Level) -> Result<Self, StoreError> {
-        Self::over(database::open(path, database::LOG)?, path.parent().unwrap_or(path).to_owned(), known)
+        let database = database::open(path, database::LOG)?;
+        let beside = path.with_extension("journal");
+        let journal = |is_new: bool| -> Result<Box<dyn StorageBackend>, StoreError> {
+            let opened = OpenOptions::new().read(true).write(true).create(is_new).mode(0o600).open(&beside);
+            let file = opened.map_err(|error| failed(error).within(&beside))?;
+            Ok(Box::new(FileBackend::new(file).map_err(|error| StoreError::from(error).within(&beside))?))
+        };
+        let opened = Self::over(database, journal, journal::SIZE, path.parent().unwrap_or(path).to_owned(), known);
+        opened.map_err(|error| match &error {
+            StoreError::Record { table, .. } if table == JOURNAL => error.within(&beside),
+            _ => error,
+        })
     }
 
-    /// The same over a database that is open; whether space is left is asked of the file system of `disk`.
+    /// The same over a database that is open; `journal` opens its journal, or makes the file of one that is new, which will have `size` bytes; whether
+    /// space is left is asked of the file system of `disk`.
     ///
     /// # Errors
     /// It is damaged; the newest entry is of a newer level.
-    pub(super) fn over(database: Database, disk: PathBuf, known: Level) -> Result<Self, StoreError> {
+    pub(super) fn over(
+        database: Database,
+        journal: impl FnOnce(bool) -> Result<Box<dyn StorageBackend>, StoreError>,
+        size: u64,
+        disk: PathBuf,
+        known: Level,
+    ) -> Result<Self, StoreError> {
         let transaction = database.begin_write()?;
+        let (mut journal, is_to_begin) = journal_of(&transaction, journal, size)?;
         let memory = {
             let entries = transaction.open_table(ENTRIES)?;
             let marks = transaction.open_table(MARKS)?;
@@ -173,7 +308,7 @@ impl Log {
                 return Err(damaged("entries", &format!("{first} to {}", last.index()), &"entries are missing"));
             }
             Memory {
-                flushed: last.map(|id| id.index()),
+                stored: last.map(|id| id.index()),
                 last,
                 purged,
                 vote: mark::<WireVote>(&marks, "vote")?.map(Into::into),
@@ -182,9 +317,12 @@ impl Log {
             }
         };
         transaction.commit()?;
+        if is_to_begin {
+            journal.begin_anew().map_err(failed)?;
+        }
         let shared = Arc::new(Shared { database, memory: Mutex::new(memory), known });
         let (jobs, queue) = mpsc::channel();
-        let writer = Writer { shared: shared.clone(), disk };
+        let mut writer = Writer { journal, shared: shared.clone(), disk, waiting: Vec::new(), looked: None };
         std::thread::Builder::new()
             .name("log".into())
             .spawn(move || writer.run(&queue))
@@ -204,24 +342,35 @@ impl Log {
 }
 
 struct Writer {
+    journal: Journal,
     shared: Arc<Shared>,
     disk: PathBuf,
+    /// What is in the journal, and not in redb.
+    waiting: Vec<Change>,
+    /// When it was seen last that the disk is not full.
+    looked: Option<Instant>,
 }
 
 impl Writer {
-    fn run(&self, queue: &mpsc::Receiver<Job>) {
+    fn run(&mut self, queue: &mpsc::Receiver<Job>) {
         let (mut committed, mut failed) = (None, None);
+        let mut marked = Instant::now();
         loop {
-            // The newest mark goes with the next job that is worth a sync, and alone when none comes.
+            // The newest mark goes with a job that is worth a sync once it is time, and alone when none comes.
             let first = match committed {
                 Some(_) => queue.recv_timeout(MARK),
                 None => queue.recv().map_err(RecvTimeoutError::from),
             };
-            let is_late = matches!(first, Err(RecvTimeoutError::Timeout));
             let mut batch = match first {
                 Ok(job) => vec![job],
                 Err(RecvTimeoutError::Timeout) => Vec::new(),
-                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Disconnected) => {
+                    // All is durable; but who opens it finds less to do.
+                    if failed.is_none() && !self.waiting.is_empty() {
+                        let _ = self.store(Vec::new());
+                    }
+                    return;
+                }
             };
             while batch.len() < BATCH {
                 let Ok(job) = queue.try_recv() else { break };
@@ -233,16 +382,18 @@ impl Writer {
                 }
                 !matches!(job, Job::Committed(_))
             });
-            if batch.is_empty() && !is_late {
-                continue;
+            if marked.elapsed() >= MARK {
+                batch.extend(committed.take().map(|id| Job::Committed(Some(id))));
+                marked = Instant::now();
             }
-            batch.extend(committed.take().map(|id| Job::Committed(Some(id))));
-            self.write(batch, &mut failed);
+            if !batch.is_empty() {
+                self.write(batch, &mut failed);
+            }
         }
     }
 
     /// After a failure nothing is written any more: what came next would leave a hole where the failed entries are missing.
-    fn write(&self, batch: Vec<Job>, failed: &mut Option<String>) {
+    fn write(&mut self, batch: Vec<Job>, failed: &mut Option<String>) {
         let mut answers = Vec::with_capacity(batch.len());
         let written = match failed {
             Some(before) => {
@@ -257,14 +408,7 @@ impl Writer {
         for answer in answers {
             let result = written.clone().map_err(io::Error::other);
             match answer {
-                Answer::Flushed(callback, last) => {
-                    if result.is_ok() {
-                        let mut memory = self.shared.memory();
-                        memory.flushed = memory.flushed.max(Some(last));
-                        memory.trim();
-                    }
-                    callback.io_completed(result);
-                }
+                Answer::Flushed(callback) => callback.io_completed(result),
                 Answer::Done(sender) => {
                     // Nobody waits any more: it is done all the same.
                     let _ = sender.send(result);
@@ -274,59 +418,93 @@ impl Writer {
         }
     }
 
-    fn commit(&self, batch: Vec<Job>, answers: &mut Vec<Answer>) -> Result<(), StoreError> {
-        let full = free_space(&self.disk).ok().filter(|free| *free < RESERVE);
-        let mut opened = Ok(None);
-        if full.is_none() {
-            opened = self.shared.database.begin_write().map(Some);
-        }
-        // Every job is answered, whatever becomes of the transaction.
-        let mut result = Ok(());
-        for job in batch {
-            let done = match &opened {
-                Ok(Some(transaction)) if result.is_ok() => put(transaction, &job),
-                _ => Ok(()),
-            };
-            result = result.and(done);
+    fn commit(&mut self, batch: Vec<Job>, answers: &mut Vec<Answer>) -> Result<(), StoreError> {
+        let mut changes = Ok(Vec::new());
+        // Every job is answered, whatever becomes of it.
+        for mut job in batch {
+            changes = changes.and_then(|mut changes| job.take_changes(&mut changes).map(|()| changes));
             answers.push(job.answer());
         }
-        if let Some(free) = full {
+        let changes = changes?;
+        self.check_space()?;
+        if changes.iter().all(Change::is_journaled) {
+            let record = record_of(&changes);
+            if self.journal.has_room(record.len()) {
+                self.journal.append(&record).map_err(failed)?;
+                self.waiting.extend(changes);
+                return Ok(());
+            }
+        }
+        self.store(changes)
+    }
+
+    fn check_space(&mut self) -> Result<(), StoreError> {
+        if self.looked.is_some_and(|at| at.elapsed() < LOOK) {
+            return Ok(());
+        }
+        if let Some(free) = free_space(&self.disk).ok().filter(|free| *free < RESERVE) {
             return Err(StoreError::Full(free >> 20));
         }
-        result?;
-        if let Some(transaction) = opened? {
-            transaction.commit()?;
+        self.looked = Some(Instant::now());
+        Ok(())
+    }
+
+    /// Puts all that waits into redb, and `changes` behind it; the journal begins anew.
+    fn store(&mut self, changes: Vec<Change>) -> Result<(), StoreError> {
+        let transaction = self.shared.database.begin_write()?;
+        for change in self.waiting.iter().chain(&changes) {
+            change.make(&transaction)?;
         }
+        let taken = Taken { generation: self.journal.generation(), log: self.journal.log() };
+        Change::Mark(JOURNAL.to_owned(), json(&taken)?).make(&transaction)?;
+        let stored = redb::ReadableTable::last(&transaction.open_table(ENTRIES)?)?.map(|(index, _)| index.value());
+        transaction.commit()?;
+        self.journal.begin_anew().map_err(failed)?;
+        self.waiting.clear();
+        let mut memory = self.shared.memory();
+        memory.stored = stored;
+        memory.trim();
         Ok(())
     }
 }
 
-fn put(transaction: &redb::WriteTransaction, job: &Job) -> Result<(), StoreError> {
-    match job {
-        Job::Append(entries, _) => {
-            let mut table = transaction.open_table(ENTRIES)?;
-            for (index, bytes) in entries {
-                table.insert(index, bytes.as_slice())?;
-            }
-        }
-        Job::Vote(vote, _) => {
-            transaction.open_table(MARKS)?.insert("vote", json(&WireVote::from(vote))?.as_slice())?;
-        }
-        Job::Committed(committed) => {
-            if let Some(id) = committed {
-                transaction.open_table(MARKS)?.insert("committed", json(&WireLogId::from(*id))?.as_slice())?;
-            }
-        }
-        Job::Truncate(after, _) => {
-            let first = after.map_or(0, |index| index + 1);
-            transaction.open_table(ENTRIES)?.retain_in(first.., |_, _| false)?;
-        }
-        Job::Purge(id, _) => {
-            transaction.open_table(ENTRIES)?.retain_in(..=id.index(), |_, _| false)?;
-            transaction.open_table(MARKS)?.insert("purged", json(&WireLogId::from(*id))?.as_slice())?;
-        }
+/// The journal of the log that is being opened, with all that is in it put into redb, and whether it is to begin anew once that is durable.
+fn journal_of(
+    transaction: &WriteTransaction,
+    open: impl FnOnce(bool) -> Result<Box<dyn StorageBackend>, StoreError>,
+    size: u64,
+) -> Result<(Journal, bool), StoreError> {
+    let taken: Option<Taken> = mark(&transaction.open_table(MARKS)?, JOURNAL)?;
+    let Some(taken) = taken else {
+        // A new log, or one of a release that had no journal.
+        let journal = Journal::make(open(true)?, *uuid::Uuid::new_v4().as_bytes(), size).map_err(failed)?;
+        let taken = Taken { log: journal.log(), generation: 0 };
+        Change::Mark(JOURNAL.to_owned(), json(&taken)?).make(transaction)?;
+        return Ok((journal, false));
+    };
+    let (journal, records) = Journal::open(open(false)?, taken.log).map_err(|error| match error {
+        JournalError::Io(error) => failed(error),
+        JournalError::Damaged(cause) => damaged(JOURNAL, "records", &cause),
+    })?;
+    if journal.generation() == taken.generation {
+        return Ok((journal, true));
     }
-    Ok(())
+    if journal.generation() != taken.generation + 1 {
+        return Err(damaged(JOURNAL, "generation", &"it is of another time than the log"));
+    }
+    for record in &records {
+        let changes = changes_of(record).ok_or_else(|| damaged(JOURNAL, "records", &"a record is not understood"))?;
+        changes.iter().try_for_each(|change| change.make(transaction))?;
+    }
+    if !records.is_empty() {
+        let taken = Taken { generation: journal.generation(), ..taken };
+        Change::Mark(JOURNAL.to_owned(), json(&taken)?).make(transaction)?;
+    }
+    Ok((journal, !records.is_empty()))
+}
+
+fn failed(error: io::Error) -> StoreError {
+    StoreError::Database(Box::new(redb::Error::Io(error)))
 }
 
 /// Entries, each with its length on the disk.
@@ -366,11 +544,17 @@ impl Log {
         }
         // What is in memory, and with it where the disk's part ends. Entries below that are flushed, and stay where they are: only a
         // purge removes them, and nobody reads what is being purged.
-        let (kept, until) = {
+        let (kept, start, until) = {
             let memory = self.shared.memory();
+            // What was removed may still be in redb.
+            let start = start.max(memory.purged.map_or(0, |id| id.index() + 1));
+            let end = end.min(memory.last.map_or(0, |id| id.index() + 1));
+            if start >= end {
+                return Ok(Vec::new());
+            }
             let kept: Measured = memory.tail.range(start..end).map(|(_, entry)| entry.clone()).collect();
             let until = memory.tail.keys().next().copied().unwrap_or(u64::MAX).min(end);
-            (kept, until)
+            (kept, start, until)
         };
         if start >= until {
             return Ok(kept);
@@ -481,7 +665,6 @@ impl RaftLogStorage<Raft> for Log {
             let mut memory = self.shared.memory();
             memory.cut(|index| last.is_none_or(|last| index > last));
             memory.last = memory.last.min(last_log_id);
-            memory.flushed = memory.flushed.min(last);
         }
         self.wait(|answer| Job::Truncate(last, answer)).await
     }

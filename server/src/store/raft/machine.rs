@@ -242,6 +242,7 @@ impl State {
             return Err(super::consensus(problem));
         }
         level::check(level::of(&write)?, self.known)?;
+        drop(write);
         transaction.commit()?;
         self.unsynced.store(0, Ordering::Relaxed);
         Ok((number, term))
@@ -287,6 +288,7 @@ impl State {
         }
         write.put(tables::RAFT, "applied", &meta.last_log_id.map(WireLogId::from))?;
         write.put(tables::RAFT, "membership", &WireStored::from(&meta.last_membership))?;
+        drop(write);
         transaction.commit()?;
         self.unsynced.store(0, Ordering::Relaxed);
         self.keep(meta.clone(), &path);

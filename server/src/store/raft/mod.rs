@@ -6,6 +6,7 @@
 mod anew;
 #[cfg(test)]
 mod cuts;
+mod journal;
 mod log;
 mod machine;
 mod membership;
@@ -13,6 +14,7 @@ mod network;
 mod rounds;
 mod snapshot;
 mod standing;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod wire;
@@ -22,6 +24,7 @@ pub use network::{Call, Calls, Leading};
 pub(crate) use network::{INTRODUCE, proposed};
 pub use snapshot::SnapshotFile;
 pub use standing::Standing;
+pub(crate) use stream::{PATH as STREAM, PROTOCOL, follow};
 
 use super::records::MemberRecord;
 use super::tables::Snapshot;
@@ -330,13 +333,12 @@ impl Replicated {
             Ok(within) => within,
             Err(problem) => return Ok(Some((Outcome::Refused(problem), 0))),
         };
-        let standing = self.standing();
-        if standing.leader == Some(self.number) && standing.is_cut_off() {
-            return Err(StoreError::NoLeader(standing.no_majority("changes wait until it does")));
+        if self.is_cut_off() {
+            return Err(StoreError::NoLeader(self.standing().no_majority("changes wait until it does")));
         }
         let Ok(written) = tokio::time::timeout(PATIENCE, self.raft.client_write(command)).await else {
             let then = "this change is made when it does, unless another leader is elected before";
-            return Err(StoreError::NoLeader(standing.no_majority(then)));
+            return Err(StoreError::NoLeader(self.standing().no_majority(then)));
         };
         match written {
             Ok(written) => Ok(Some((refused.map_or(written.data, Outcome::Refused), written.log_id.index()))),
@@ -422,9 +424,14 @@ impl Replicated {
         let answer = network::answer(&self.raft, call, body, self.machine.known(), speaks).await;
         let answer = self.machine.note(answer).map_err(|error| self.machine.why(error))?;
         if call == Call::Append {
-            *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+            self.hear();
         }
         Ok(answer)
+    }
+
+    /// The leader was there just now.
+    fn hear(&self) {
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
     /// Reads the vote with which the member `by` wants to send a snapshot.

@@ -1,8 +1,10 @@
 //! Calls between members: `/member/v1`, each a POST over TLS on which both sides show a member's certificate.
 
+use super::stream::{Sending, Session};
 use super::wire::{self, WireAppend, WireAppended, WireInstalled, WireVote, WireVoteRequest, WireVoted};
 use super::{Command, Level, Machine, Outcome, Peer, Raft, RaftSnapshot, SnapshotFile, StoreError, Vote, consensus};
 use bytes::Bytes;
+use futures_util::Stream;
 use http_body_util::{BodyExt as _, StreamBody};
 use hyper::body::Frame;
 use moor_api::client::member::MemberConnection;
@@ -11,12 +13,15 @@ use moor_api::ids::{CollectiveId, MemberId};
 use moor_api::problem::Code;
 use openraft::async_runtime::WatchReceiver as _;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
-use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
-use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, VoteRequest, VoteResponse};
+use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2, stream_append_sequential};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult, VoteRequest, VoteResponse,
+};
 use rustls::ClientConfig;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex as StdMutex, PoisonError, RwLock as StdRwLock};
 use std::time::Duration;
 use tokio::sync::Mutex;
@@ -246,17 +251,19 @@ impl RaftNetworkFactory<Raft> for Network {
     type Network = Link;
 
     async fn new_client(&mut self, _: u64, node: &Peer) -> Link {
-        Link { calls: self.0.clone(), peer: node.clone() }
+        Link { calls: self.0.clone(), peer: node.clone(), sending: StdMutex::default() }
     }
 }
 
 /// Calls to one member.
 pub(super) struct Link {
-    calls: Arc<Calls>,
-    peer: Peer,
+    pub(super) calls: Arc<Calls>,
+    pub(super) peer: Peer,
+    /// The connection for entries, as long as there is one. The lock is never waited for: it makes a link one that may be shared.
+    sending: StdMutex<Option<Box<Sending>>>,
 }
 
-fn failure(error: &ClientError) -> RPCError<Raft> {
+pub(super) fn failure(error: &ClientError) -> RPCError<Raft> {
     match error {
         // A member that cannot be reached is asked again after a pause, the others at once.
         ClientError::Connect { .. } | ClientError::Config(_) | ClientError::Problem(_) => {
@@ -266,7 +273,25 @@ fn failure(error: &ClientError) -> RPCError<Raft> {
     }
 }
 
+/// What openraft makes of calls that are sent one after the other: their answers.
+type Answers<'s> = Pin<Box<dyn Stream<Item = Result<StreamAppendResult<Raft>, RPCError<Raft>>> + Send + 's>>;
+type Opening<'s> = Pin<Box<dyn Future<Output = Result<Answers<'s>, RPCError<Raft>>> + Send + 's>>;
+
+/// How long so many bytes may be on their way.
+pub(super) fn on_the_way(bytes: usize) -> Duration {
+    Duration::from_millis(bytes as u64 / SLOWEST)
+}
+
 impl Link {
+    pub(super) fn sending(&mut self) -> &mut Option<Box<Sending>> {
+        self.sending.get_mut().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// By when entries have to be answered, besides the time that they are on their way. They have to reach the disk there; a sign of life has not.
+    pub(super) fn limit(call: &AppendEntriesRequest<Raft>, option: &RPCOption) -> Duration {
+        if call.entries.is_empty() { option.hard_ttl() } else { option.hard_ttl().max(CONNECT) }
+    }
+
     async fn call<Q: Serialize, A: DeserializeOwned>(
         &self,
         call: Call,
@@ -274,7 +299,7 @@ impl Link {
         limit: Duration,
     ) -> Result<A, RPCError<Raft>> {
         let body = serde_json::to_vec(request).map_err(|error| RPCError::Network(NetworkError::new(&error)))?;
-        let limit = limit + Duration::from_millis(body.len() as u64 / SLOWEST);
+        let limit = limit + on_the_way(body.len());
         self.calls.post(&self.peer, &call.path(), body, limit).await.map_err(|error| failure(&error))
     }
 }
@@ -287,9 +312,21 @@ impl RaftNetworkV2<Raft> for Link {
         rpc: AppendEntriesRequest<Raft>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<Raft>, RPCError<Raft>> {
-        // Entries have to reach the disk there; a sign of life has not.
-        let limit = if rpc.entries.is_empty() { option.hard_ttl() } else { option.hard_ttl().max(CONNECT) };
+        let limit = Self::limit(&rpc, &option);
         self.call::<_, WireAppended>(Call::Append, &WireAppend::from(&rpc), limit).await.map(Into::into)
+    }
+
+    fn stream_append<'s, S>(&'s mut self, calls: S, option: RPCOption) -> Opening<'s>
+    where
+        S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static,
+    {
+        Box::pin(async move {
+            if self.ready().await? {
+                let answers: Answers<'s> = Box::pin(Session::new(self, calls, option).answers());
+                return Ok(answers);
+            }
+            stream_append_sequential(self, calls, option).await
+        })
     }
 
     async fn vote(&mut self, rpc: VoteRequest<Raft>, option: RPCOption) -> Result<VoteResponse<Raft>, RPCError<Raft>> {
@@ -347,7 +384,7 @@ fn answered<T: Serialize>(answer: &T) -> Result<Vec<u8>, StoreError> {
 /// end of the numbers would leave none for an election, on every member that hears of it.
 const MAX_TERMS_AHEAD: u64 = 1 << 32;
 
-fn within_reach(raft: &openraft::Raft<Raft, Machine>, vote: &Vote) -> Result<(), StoreError> {
+pub(super) fn within_reach(raft: &openraft::Raft<Raft, Machine>, vote: &Vote) -> Result<(), StoreError> {
     let (term, own) = (vote.leader_id.term, raft.metrics().borrow_watched().current_term);
     if term > own.saturating_add(MAX_TERMS_AHEAD) {
         return Err(StoreError::Message(format!("term {term} is impossible: this member is at {own}")));

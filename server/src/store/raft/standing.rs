@@ -59,6 +59,15 @@ impl Standing {
 }
 
 impl Replicated {
+    /// [`Standing::is_cut_off`], without all the rest: every change asks.
+    pub(super) fn is_cut_off(&self) -> bool {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.current_leader == Some(self.number)
+            && metrics.last_quorum_acked.is_some_and(|at| at.elapsed() > UNHEARD)
+            && metrics.membership_config.membership().voter_ids().take(2).count() > 1
+    }
+
     /// How this member stands.
     #[must_use]
     pub fn standing(&self) -> Standing {

@@ -7,7 +7,10 @@
 use super::{Entry, LogId, Membership, Peer, Raft, StoredMembership, Vote};
 use crate::store::{Command, Level, StoreError, level};
 use openraft::EntryPayload;
-use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, VoteRequest, VoteResponse};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendError, StreamAppendResult, VoteRequest,
+    VoteResponse,
+};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -249,6 +252,44 @@ impl From<WireAppended> for AppendEntriesResponse<Raft> {
             WireAppended::Partial(id) => Self::PartialSuccess(id.map(Into::into)),
             WireAppended::Conflict => Self::Conflict,
             WireAppended::HigherVote(vote) => Self::HigherVote(vote.into()),
+        }
+    }
+}
+
+/// An answer on a [stream](super::stream): every one that is no `matched` is the last.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Streamed {
+    /// All up to this entry is on the follower's disk.
+    Matched(Option<WireLogId>),
+    Conflict(WireLogId),
+    HigherVote(WireVote),
+    /// In words.
+    Refused(String),
+}
+
+impl Streamed {
+    pub(super) fn refused(error: &impl std::fmt::Display) -> Self {
+        Self::Refused(error.to_string())
+    }
+
+    /// As openraft has it; a refusal is the error.
+    pub(super) fn into_result(self) -> Result<StreamAppendResult<Raft>, String> {
+        Ok(match self {
+            Self::Matched(id) => Ok(id.map(Into::into)),
+            Self::Conflict(id) => Err(StreamAppendError::Conflict(id.into())),
+            Self::HigherVote(vote) => Err(StreamAppendError::HigherVote(vote.into())),
+            Self::Refused(why) => return Err(why),
+        })
+    }
+}
+
+impl From<&StreamAppendResult<Raft>> for Streamed {
+    fn from(result: &StreamAppendResult<Raft>) -> Self {
+        match result {
+            Ok(id) => Self::Matched(id.map(Into::into)),
+            Err(StreamAppendError::Conflict(id)) => Self::Conflict((*id).into()),
+            Err(StreamAppendError::HigherVote(vote)) => Self::HigherVote(vote.into()),
         }
     }
 }

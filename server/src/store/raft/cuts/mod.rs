@@ -25,6 +25,9 @@ const CLIENTS: u8 = 4;
 const LIMIT: Duration = Duration::from_secs(30);
 const LOG: usize = 0;
 const TABLES: usize = 1;
+const JOURNAL: usize = 2;
+/// A small one, which is full again and again.
+const JOURNAL_SIZE: u64 = 12 << 10;
 
 fn node(client: u8) -> NodeId {
     NodeId::from_bytes([client + 1; 16])
@@ -33,7 +36,8 @@ fn node(client: u8) -> NodeId {
 /// A store on this disk. Snapshots and purges come often.
 async fn open(disk: &Disk, directory: &Path) -> Result<Replicated, StoreError> {
     let database = |file| Database::builder().create_with_backend(disk.file(file));
-    let log = Log::over(database(LOG)?, directory.to_owned(), Level::NEWEST)?;
+    let journal = |_| Ok::<Box<dyn redb::StorageBackend>, _>(Box::new(disk.file(JOURNAL)));
+    let log = Log::over(database(LOG)?, journal, JOURNAL_SIZE, directory.to_owned(), Level::NEWEST)?;
     let machine = Machine::over(database(TABLES)?, directory.join("snapshots"), Level::NEWEST)?;
     let config = Config {
         snapshot_policy: openraft::SnapshotPolicy::LogsSinceLast(40),
@@ -98,7 +102,7 @@ fn judge(store: &Replicated, disk: &Disk, known: &[Known]) -> Result<(), String>
 
 /// A new machine, whose store has its nodes.
 async fn machine(directory: &Path) -> Vec<Vec<u8>> {
-    let disk = Disk::new(vec![Vec::new(), Vec::new()], None, true);
+    let disk = Disk::new(vec![Vec::new(), Vec::new(), Vec::new()], None, true);
     let store = open(&disk, directory).await.unwrap();
     let peer = Peer {
         id: MemberId::from_bytes([1; 16]),

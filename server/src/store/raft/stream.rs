@@ -1,0 +1,331 @@
+//! Entries on their way to a follower: one connection for many calls, each sent without waiting for the answers of those before it. A change
+//! would wait for its followers' answer to the mark of the change before, and each call would cost a request of HTTP on both sides.
+//!
+//! The connection begins as `GET /member/v1/stream` and is [switched](https://www.rfc-editor.org/rfc/rfc9110#section-7.8) to frames: four
+//! bytes with the length, big-endian, then JSON; a frame of no bytes says that somebody is there. The leader sends what it would send to
+//! `POST /member/v1/append`; each is answered with a [`Streamed`], in order. After one that is no success the follower ends the connection, and
+//! the leader begins a new one. What is still on its way on an old connection may be taken after something newer: Raft bears that.
+//!
+//! A member of an earlier release has no such route; it gets one call at a time.
+
+use super::network::{Link, failure, on_the_way, within_reach};
+use super::wire::{self, Streamed, WireAppend};
+use super::{Raft, Replicated, StoreError};
+use bytes::Bytes;
+use futures_util::{SinkExt as _, Stream, StreamExt as _};
+use moor_api::client::ClientError;
+use moor_api::ids::MemberId;
+use openraft::errors::{NetworkError, RPCError, Unreachable};
+use openraft::network::RPCOption;
+use openraft::raft::{AppendEntriesRequest, StreamAppendResult};
+use std::collections::VecDeque;
+use std::ops::Deref;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use tokio_util::codec::{Framed, LengthDelimitedCodec};
+
+/// What the connection is switched to.
+pub(crate) const PROTOCOL: &str = "moor-append/1";
+/// Where it begins.
+pub(crate) const PATH: &str = "/member/v1/stream";
+/// Longest frame; a batch of entries, of which one may be large.
+const MAX_FRAME: usize = 128 << 20;
+/// Longest answer.
+const MAX_ANSWER: usize = 1 << 20;
+/// Calls on their way at a time.
+const AT_A_TIME: usize = 32;
+/// A leader that has nothing to send says so often that it is there.
+const PING: Duration = Duration::from_secs(15);
+/// A follower that hears nothing for so long ends the connection.
+const SILENCE: Duration = Duration::from_mins(1);
+/// A connection that was not used for so long is not used again: the follower may be about to end it.
+const FRESH: Duration = Duration::from_secs(30);
+/// Who may append is looked at again this often.
+const LOOK: Duration = Duration::from_secs(1);
+
+fn framed<S: AsyncRead + AsyncWrite>(stream: S, longest: usize) -> Framed<S, LengthDelimitedCodec> {
+    Framed::new(stream, LengthDelimitedCodec::builder().max_frame_length(longest).new_codec())
+}
+
+/// A leader's end of a connection to one follower.
+pub(super) struct Sending {
+    frames: Framed<moor_api::client::member::Switched, LengthDelimitedCodec>,
+    used: Instant,
+}
+
+/// Whether a follower takes streams.
+enum Opened {
+    Yes(Box<Sending>),
+    /// It is of an earlier release.
+    No,
+}
+
+async fn open(link: &Link) -> Result<Opened, ClientError> {
+    let connection = link.calls.connect(&link.peer).await?;
+    match connection.switch(PATH, PROTOCOL).await {
+        Ok(stream) => {
+            // Frames that a leader reads are answers.
+            let frames = framed(stream, MAX_ANSWER);
+            Ok(Opened::Yes(Box::new(Sending { frames, used: Instant::now() })))
+        }
+        Err(ClientError::Problem(problem)) if problem.status == 404 => Ok(Opened::No),
+        Err(error) => Err(error),
+    }
+}
+
+impl Link {
+    /// Makes sure that there is a connection; `false`: the follower takes none.
+    pub(super) async fn ready(&mut self) -> Result<bool, RPCError<Raft>> {
+        if self.sending().as_ref().is_some_and(|sending| sending.used.elapsed() < FRESH) {
+            return Ok(true);
+        }
+        *self.sending() = None;
+        match open(self).await.map_err(|error| failure(&error))? {
+            Opened::Yes(sending) => {
+                *self.sending() = Some(sending);
+                Ok(true)
+            }
+            Opened::No => Ok(false),
+        }
+    }
+}
+
+/// Calls that are sent, and their answers as they come.
+pub(super) struct Session<'s, S> {
+    link: &'s mut Link,
+    calls: S,
+    option: RPCOption,
+    /// Nothing more is to be sent.
+    is_over: bool,
+    /// By when each call that is on its way has to be answered.
+    waiting: VecDeque<Instant>,
+}
+
+impl<S> Drop for Session<'_, S> {
+    fn drop(&mut self) {
+        // The next session would take the answers for its own.
+        if !self.waiting.is_empty() {
+            *self.link.sending() = None;
+        }
+    }
+}
+
+/// What comes next on a connection.
+enum Next {
+    Frame(Option<std::io::Result<bytes::BytesMut>>),
+    Call(Option<AppendEntriesRequest<Raft>>),
+    Late,
+    Quiet,
+}
+
+impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> Session<'s, S> {
+    pub(super) fn new(link: &'s mut Link, calls: S, option: RPCOption) -> Self {
+        Self { link, calls, option, is_over: false, waiting: VecDeque::new() }
+    }
+
+    /// The answers, until the calls are at their end or one is no success.
+    pub(super) fn answers(self) -> impl Stream<Item = Result<StreamAppendResult<Raft>, RPCError<Raft>>> + Send + 's {
+        futures_util::stream::unfold(Some(self), |session| async move {
+            let mut session = session?;
+            match session.answer().await {
+                Ok(Some(answer)) => {
+                    let goes_on = answer.is_ok();
+                    if !goes_on {
+                        *session.link.sending() = None;
+                    }
+                    Some((Ok(answer), goes_on.then_some(session)))
+                }
+                Ok(None) => None,
+                Err(error) => {
+                    *session.link.sending() = None;
+                    Some((Err(error), None))
+                }
+            }
+        })
+    }
+
+    /// The next answer; none: the calls are at their end, and all were answered.
+    async fn answer(&mut self) -> Result<Option<StreamAppendResult<Raft>>, RPCError<Raft>> {
+        let broken = |cause: String| -> RPCError<Raft> { RPCError::Network(NetworkError::from_string(cause)) };
+        loop {
+            if self.is_over && self.waiting.is_empty() {
+                return Ok(None);
+            }
+            match self.next().await {
+                Next::Frame(Some(Ok(frame))) => {
+                    if self.waiting.pop_front().is_none() {
+                        return Err(broken("an answer came to nothing".into()));
+                    }
+                    if let Some(sending) = self.link.sending() {
+                        sending.used = Instant::now();
+                    }
+                    return match serde_json::from_slice::<Streamed>(&frame) {
+                        Ok(streamed) => streamed
+                            .into_result()
+                            .map(Some)
+                            .map_err(|refusal| RPCError::Unreachable(Unreachable::from_string(refusal))),
+                        Err(error) => Err(broken(format!("the answer is not understood: {error}"))),
+                    };
+                }
+                // Nothing is lost by it as long as nothing was on its way: the next call makes a new one.
+                Next::Frame(_) if self.waiting.is_empty() => *self.link.sending() = None,
+                Next::Frame(Some(Err(error))) => return Err(broken(format!("the stream broke: {error}"))),
+                Next::Frame(None) => return Err(broken("the follower ended the stream".into())),
+                Next::Late => return Err(broken("no answer in time".into())),
+                Next::Quiet => self.send(Bytes::new(), PING).await?,
+                Next::Call(None) => self.is_over = true,
+                Next::Call(Some(call)) => {
+                    let frame = serde_json::to_vec(&WireAppend::from(&call));
+                    let frame = Bytes::from(frame.map_err(|error| broken(error.to_string()))?);
+                    let limit = Link::limit(&call, &self.option) + on_the_way(frame.len());
+                    if !self.link.ready().await? {
+                        return Err(broken("the follower takes no streams any more".into()));
+                    }
+                    // Answers come in order: one may wait for the disk of those before it.
+                    let until = (Instant::now() + limit).max(self.waiting.back().copied().unwrap_or_else(Instant::now));
+                    self.waiting.push_back(until);
+                    self.send(frame, limit).await?;
+                }
+            }
+        }
+    }
+
+    async fn next(&mut self) -> Next {
+        let late = self.waiting.front().copied();
+        let is_waiting = late.is_some();
+        let takes_calls = !self.is_over && self.waiting.len() < AT_A_TIME;
+        let calls = &mut self.calls;
+        let Some(sending) = self.link.sending() else {
+            return Next::Call(calls.next().await);
+        };
+        tokio::select! {
+            biased;
+            frame = sending.frames.next() => Next::Frame(frame),
+            call = calls.next(), if takes_calls => Next::Call(call),
+            () = tokio::time::sleep_until(late.unwrap_or_else(|| Instant::now() + PING)) => {
+                if is_waiting { Next::Late } else { Next::Quiet }
+            }
+        }
+    }
+
+    async fn send(&mut self, frame: Bytes, limit: Duration) -> Result<(), RPCError<Raft>> {
+        let Some(sending) = self.link.sending() else { return Ok(()) };
+        sending.used = Instant::now();
+        let cause = match tokio::time::timeout(limit, sending.frames.send(frame)).await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "the follower takes nothing".into(),
+        };
+        Err(RPCError::Network(NetworkError::from_string(format!("the stream broke: {cause}"))))
+    }
+}
+
+/// What a follower reads, until it is told to end or a frame is not what it has to be; that is left in `failed`.
+struct Reading<S, H, G> {
+    frames: futures_util::stream::SplitStream<Framed<S, LengthDelimitedCodec>>,
+    end: oneshot::Receiver<()>,
+    store: H,
+    by: MemberId,
+    may: G,
+    looked: Instant,
+    failed: Arc<Mutex<Option<StoreError>>>,
+}
+
+impl<S, H, G> Reading<S, H, G>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    H: Deref<Target = Replicated>,
+    G: Fn() -> Result<(), StoreError>,
+{
+    async fn next(&mut self) -> Option<AppendEntriesRequest<Raft>> {
+        loop {
+            let frame = tokio::select! {
+                _ = &mut self.end => return None,
+                frame = tokio::time::timeout(SILENCE, self.frames.next()) => frame.ok()??.ok()?,
+            };
+            if frame.is_empty() {
+                continue;
+            }
+            match self.call(&frame) {
+                Ok(call) => return Some(call),
+                Err(error) => {
+                    *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                    return None;
+                }
+            }
+        }
+    }
+
+    fn call(&mut self, frame: &[u8]) -> Result<AppendEntriesRequest<Raft>, StoreError> {
+        if self.looked.elapsed() >= LOOK {
+            (self.may)()?;
+            self.looked = Instant::now();
+        }
+        let store = &self.store;
+        let call = store.machine.note(wire::append_from(frame, store.machine.known()).map_err(StoreError::from));
+        let call = call.map_err(|error| store.machine.why(error))?;
+        store.speaks(call.vote.leader_id.voted_for, self.by)?;
+        within_reach(&store.raft, &call.vote)?;
+        Ok(call)
+    }
+}
+
+/// Takes what the member `by` appends over `stream`, until it ends the connection, something is refused, or this store is closed. `may` says
+/// whether it still may: it was asked before.
+pub(crate) async fn follow<S, H, G>(stream: S, store: H, by: MemberId, may: G)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    H: Deref<Target = Replicated> + Clone + Send + 'static,
+    G: Fn() -> Result<(), StoreError> + Send + 'static,
+{
+    let (mut answers, frames) = framed(stream, MAX_FRAME).split();
+    let (_stop, end) = oneshot::channel();
+    let failed = Arc::<Mutex<Option<StoreError>>>::default();
+    let reading =
+        Reading { frames, end, store: store.clone(), by, may, looked: Instant::now(), failed: failed.clone() };
+    let calls = futures_util::stream::unfold(reading, |mut reading| async move {
+        let call = reading.next().await?;
+        Some((call, reading))
+    });
+    let mut taken = pin!(store.raft.stream_append(calls));
+    let mut metrics = store.raft.server_metrics();
+    let refused = loop {
+        let next = tokio::select! {
+            next = taken.next() => next,
+            changed = openraft::async_runtime::WatchReceiver::changed(&mut metrics) => match changed {
+                Ok(()) => continue,
+                // The store was closed.
+                Err(_) => break None,
+            },
+        };
+        let Some(next) = next else {
+            break failed.lock().unwrap_or_else(PoisonError::into_inner).take().map(|error| Streamed::refused(&error));
+        };
+        let (streamed, goes_on) = match next {
+            Ok(result) => (Streamed::from(&result), result.is_ok()),
+            Err(error) => (Streamed::refused(&error), false),
+        };
+        if goes_on {
+            store.hear();
+        } else {
+            break Some(streamed);
+        }
+        if answers.send(encoded(&streamed)).await.is_err() {
+            break None;
+        }
+    };
+    if let Some(refused) = refused {
+        // Who is gone does not hear it.
+        let _ = answers.send(encoded(&refused)).await;
+    }
+    let _ = answers.close().await;
+}
+
+fn encoded(streamed: &Streamed) -> Bytes {
+    // Nothing in it can fail to be written; an empty answer is not understood, and ends the connection.
+    serde_json::to_vec(streamed).unwrap_or_default().into()
+}
