@@ -127,13 +127,10 @@ impl<'a> Write<'a> {
     ) -> Result<T, StoreError> {
         use redb::TableHandle as _;
         let mut open = self.open.borrow_mut();
-        let at = match open.iter().position(|(name, _)| name == table.name()) {
-            Some(at) => at,
-            None => {
-                open.push((name_of(table), self.transaction.open_table(table)?));
-                open.len() - 1
-            }
-        };
+        let at = open.iter().position(|(name, _)| name == table.name()).unwrap_or(open.len());
+        if at == open.len() {
+            open.push((name_of(table), self.transaction.open_table(table)?));
+        }
         take(&mut open[at].1)
     }
 

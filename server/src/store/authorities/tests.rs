@@ -19,13 +19,13 @@ fn member(name: &str) -> MemberRecord {
     }
 }
 
-struct Site<'a> {
-    write: &'a Write<'a>,
+struct Site<'a, 'w> {
+    write: &'a Write<'w>,
     members: Vec<MemberRecord>,
     node: NodeId,
 }
 
-impl Site<'_> {
+impl Site<'_, '_> {
     fn apply(&self, command: impl Into<Command>) -> Outcome {
         apply::apply(self.write, command.into()).unwrap()
     }
@@ -80,7 +80,7 @@ impl Site<'_> {
     }
 }
 
-fn with_site(level: Level, then: impl FnOnce(&Site<'_>)) {
+fn with_site(level: Level, then: impl FnOnce(&Site<'_, '_>)) {
     let database = Database::builder().create_with_backend(InMemoryBackend::new()).unwrap();
     let transaction = database.begin_write().unwrap();
     tables::create(&transaction).unwrap();

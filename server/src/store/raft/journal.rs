@@ -57,7 +57,9 @@ pub(super) struct Journal {
 fn check(parts: &[&[u8]]) -> [u8; CHECK] {
     let mut context = Context::new(&SHA256);
     context.update(b"moor/v1 journal\0");
-    parts.iter().for_each(|part| context.update(part));
+    for part in parts {
+        context.update(part);
+    }
     let mut out = [0; CHECK];
     out.copy_from_slice(&context.finish().as_ref()[..CHECK]);
     out

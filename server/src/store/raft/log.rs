@@ -367,7 +367,7 @@ impl Writer {
                 Err(RecvTimeoutError::Disconnected) => {
                     // All is durable; but who opens it finds less to do.
                     if failed.is_none() && !self.waiting.is_empty() {
-                        let _ = self.store(Vec::new());
+                        let _ = self.store(&[]);
                     }
                     return;
                 }
@@ -435,7 +435,7 @@ impl Writer {
                 return Ok(());
             }
         }
-        self.store(changes)
+        self.store(&changes)
     }
 
     fn check_space(&mut self) -> Result<(), StoreError> {
@@ -450,9 +450,9 @@ impl Writer {
     }
 
     /// Puts all that waits into redb, and `changes` behind it; the journal begins anew.
-    fn store(&mut self, changes: Vec<Change>) -> Result<(), StoreError> {
+    fn store(&mut self, changes: &[Change]) -> Result<(), StoreError> {
         let transaction = self.shared.database.begin_write()?;
-        for change in self.waiting.iter().chain(&changes) {
+        for change in self.waiting.iter().chain(changes) {
             change.make(&transaction)?;
         }
         let taken = Taken { generation: self.journal.generation(), log: self.journal.log() };
