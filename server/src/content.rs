@@ -3,16 +3,20 @@
 use crate::files;
 use aws_lc_rs::digest;
 use moor_api::ids::Sha256Digest;
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read as _, Seek as _, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::io::{self, Read as _};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
-/// A blob that is arriving. Dropped before [`Self::finish`], it leaves nothing; one that was [resumed](Self::resume) leaves what came.
+/// A blob that is arriving. Dropped before [`Self::finish`], it leaves nothing; one that was [resumed](Self::resume) leaves what came, and is
+/// written past the page cache.
 pub struct Incoming {
     file: File,
+    /// What was not written yet; none where the page cache is used.
+    direct: Option<Direct>,
     path: PathBuf,
     dir: PathBuf,
     hash: digest::Context,
@@ -32,6 +36,56 @@ const RESERVE: u64 = 32 << 20;
 /// store's own syncs waiting (256 MB for 135 ms, where they take 1).
 const LOOK: u64 = 4 << 20;
 
+/// Bytes of one direct write.
+const PIECE: usize = 1 << 20;
+/// Where it begins in memory, and in the file, is a multiple of this: no disk has larger blocks.
+const ALIGNED: usize = 4 << 10;
+/// After every [`LOOK`] that was written directly the disk is left to others for as long as it was kept busy, and for no longer than this.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// Bytes on their way to the disk past the page cache. What piles up there is waited for by whoever syncs another file, as soon as the file system
+/// has to write its journal for that. A direct write is waited for alone, and there is one at a time. Nor does what nobody here reads yet drive
+/// out what nodes do read.
+struct Direct {
+    /// A piece, and room to begin it at a multiple of [`ALIGNED`].
+    memory: Vec<u8>,
+    begin: usize,
+    length: usize,
+    /// For so long the disk was kept busy since the last pause.
+    busy: Duration,
+}
+
+impl Direct {
+    fn new() -> Self {
+        let memory = vec![0; PIECE + ALIGNED];
+        let address = memory.as_ptr().addr();
+        Self { begin: address.next_multiple_of(ALIGNED) - address, memory, length: 0, busy: Duration::ZERO }
+    }
+
+    /// What waits to be written.
+    fn bytes(&self) -> &[u8] {
+        &self.memory[self.begin..self.begin + self.length]
+    }
+
+    fn is_full(&self) -> bool {
+        self.length == PIECE
+    }
+
+    /// The next bytes of the piece, for the caller to fill.
+    fn room(&mut self, most: usize) -> &mut [u8] {
+        let (from, count) = (self.begin + self.length, most.min(PIECE - self.length));
+        self.length += count;
+        &mut self.memory[from..from + count]
+    }
+}
+
+/// Switches direct I/O on or off.
+fn set_direct(file: &File, is_direct: bool) -> io::Result<()> {
+    let mut flags = fcntl_getfl(file)?;
+    flags.set(OFlags::DIRECT, is_direct);
+    Ok(fcntl_setfl(file, flags)?)
+}
+
 /// Where a blob is.
 #[must_use]
 pub fn path_of(dir: &Path, blob: Sha256Digest) -> PathBuf {
@@ -49,6 +103,7 @@ impl Incoming {
         let file = OpenOptions::new().write(true).create_new(true).mode(0o640).open(&path)?;
         Ok(Self {
             file,
+            direct: None,
             path,
             dir: dir.to_owned(),
             hash: digest::Context::new(&digest::SHA256),
@@ -82,7 +137,12 @@ impl Incoming {
             hash.update(&piece[..count]);
             size += count as u64;
         }
-        Ok(Self { file, path, dir: dir.to_owned(), hash, size, looked: 0, kept: false, stays: true })
+        // Blocks are written whole: the last one with what it has already.
+        let mut direct = Direct::new();
+        let rest = usize::try_from(size % ALIGNED as u64).map_err(io::Error::other)?;
+        file.read_exact_at(direct.room(rest), size - rest as u64)?;
+        let direct = Some(direct);
+        Ok(Self { file, direct, path, dir: dir.to_owned(), hash, size, looked: 0, kept: false, stays: true })
     }
 
     /// How much of it is here.
@@ -97,7 +157,9 @@ impl Incoming {
     /// The disk failed.
     pub fn restart(&mut self) -> io::Result<()> {
         self.file.set_len(0)?;
-        self.file.rewind()?;
+        if let Some(direct) = &mut self.direct {
+            direct.length = 0;
+        }
         self.hash = digest::Context::new(&digest::SHA256);
         (self.size, self.looked) = (0, 0);
         Ok(())
@@ -116,14 +178,62 @@ impl Incoming {
                 ));
             }
             if self.looked > 0 {
-                self.file.sync_data()?;
+                self.sync()?;
             }
             self.looked = self.size + LOOK;
         }
-        self.file.write_all(bytes)?;
         self.hash.update(bytes);
-        self.size += bytes.len() as u64;
+        let mut left = bytes;
+        while !left.is_empty() {
+            let count = if let Some(direct) = &mut self.direct {
+                let room = direct.room(left.len());
+                room.copy_from_slice(&left[..room.len()]);
+                room.len()
+            } else {
+                self.file.write_all_at(left, self.size)?;
+                left.len()
+            };
+            self.size += count as u64;
+            left = &left[count..];
+            if self.direct.as_ref().is_some_and(Direct::is_full) {
+                self.write_piece()?;
+            }
+        }
         Ok(())
+    }
+
+    /// Brings to the disk what was written, and leaves it to others for a while then: where the disk is slow or others use it this takes
+    /// longer, and so does the pause.
+    fn sync(&mut self) -> io::Result<()> {
+        let began = Instant::now();
+        self.file.sync_data()?;
+        if let Some(direct) = &mut self.direct {
+            let busy = std::mem::take(&mut direct.busy) + began.elapsed();
+            std::thread::sleep(busy.min(PAUSE));
+        }
+        Ok(())
+    }
+
+    fn write_piece(&mut self) -> io::Result<()> {
+        let Some(direct) = &mut self.direct else { return Ok(()) };
+        let (began, at) = (Instant::now(), self.size - direct.length as u64);
+        match set_direct(&self.file, true).and_then(|()| self.file.write_all_at(direct.bytes(), at)) {
+            Ok(()) => {
+                direct.length = 0;
+                direct.busy += began.elapsed();
+                Ok(())
+            }
+            // A file system that cannot do it.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => self.write_rest(),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Writes what waits, and uses the page cache from now on: an end is no whole block.
+    fn write_rest(&mut self) -> io::Result<()> {
+        let Some(direct) = self.direct.take() else { return Ok(()) };
+        set_direct(&self.file, false)?;
+        self.file.write_all_at(direct.bytes(), self.size - direct.length as u64)
     }
 
     /// Makes it durable under its name.
@@ -155,6 +265,7 @@ impl Incoming {
     }
 
     fn keep(mut self, blob: Sha256Digest) -> io::Result<(Sha256Digest, u64)> {
+        self.write_rest()?;
         self.file.sync_all()?;
         let path = path_of(&self.dir, blob);
         if let Some(parent) = path.parent()
@@ -172,10 +283,11 @@ impl Incoming {
 
 impl Drop for Incoming {
     fn drop(&mut self) {
-        if !self.kept && !self.stays {
-            // What is left of an upload that broke is of no use.
-            let _ = std::fs::remove_file(&self.path);
+        if self.kept {
+            return;
         }
+        // What cannot be written here comes once more; and what is left of an upload that broke is of no use.
+        let _ = if self.stays { self.write_rest() } else { std::fs::remove_file(&self.path) };
     }
 }
 
@@ -305,6 +417,37 @@ mod tests {
             std::fs::read_dir(dir.path()).unwrap().filter(|entry| entry.as_ref().unwrap().path().is_file()).count(),
             0
         );
+    }
+
+    /// In direct I/O everything is whole blocks; what comes, where it breaks off, and what it ends with are not.
+    #[test]
+    fn what_comes_past_the_page_cache_is_what_was_sent() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut random = fastrand::Rng::with_seed(1);
+        for size in [1, ALIGNED, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 4711, 6 * PIECE] {
+            let mut bytes = vec![0; size];
+            random.fill(&mut bytes);
+            let wanted = add(dir.path(), &bytes).unwrap();
+            std::fs::remove_file(path_of(dir.path(), wanted)).unwrap();
+            let mut breaks = 0;
+            loop {
+                let mut incoming = Incoming::resume(dir.path(), wanted).unwrap();
+                let end = if breaks < 5 { random.usize(0..=size) } else { size };
+                breaks += 1;
+                let mut at = usize::try_from(incoming.size()).unwrap();
+                while at < end {
+                    let next = end.min(at + random.usize(1..=PIECE));
+                    incoming.write(&bytes[at..next]).unwrap();
+                    at = next;
+                }
+                if at == size {
+                    incoming.finish_as(wanted).unwrap();
+                    break;
+                }
+                assert_eq!(incoming.size(), at as u64);
+            }
+            assert!(std::fs::read(path_of(dir.path(), wanted)).unwrap() == bytes, "{size} bytes are others");
+        }
     }
 
     #[test]

@@ -25,6 +25,7 @@ pub mod profile;
 pub mod public;
 pub mod run;
 pub mod secrets;
+pub mod shares;
 pub mod state;
 pub mod store;
 pub mod traces;

@@ -3,12 +3,13 @@
 
 use crate::content;
 use crate::cpio::Archive;
-use crate::http::Failure;
+use crate::http::{Connection, Failure};
+use crate::shares::{BLOCK, Client, Turn};
 use crate::state::Member;
 use crate::store::records::ImageRecord;
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{self, State};
+use axum::extract::{self, Extension, State};
 use axum::response::Response;
 use axum::routing::get;
 use bytes::Bytes;
@@ -27,8 +28,6 @@ use std::sync::Arc;
 
 /// Bytes per write: rustls is fastest at 64 KiB. Of what is read at once no more is in memory than this.
 const PIECE: usize = 64 << 10;
-/// Bytes per read of what is not in memory yet.
-const READ: usize = 4 * PIECE;
 
 /// The routes.
 pub fn router() -> Router<Arc<Member>> {
@@ -41,14 +40,16 @@ fn not_found(what: impl Into<String>) -> Failure {
 
 async fn image(
     State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
     extract::Path(digest): extract::Path<String>,
     method: Method,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
     let digest: Sha256Digest = digest.parse().map_err(|_| not_found("an image is named by 64 hexadecimal digits"))?;
+    let turn = member.shares.turn(Client::of(&connection.peer)).await;
     let image = member.view()?.image(&digest.to_string())?.filter(|image| image.encrypted);
     let image = image.ok_or_else(|| not_found(format!("no public image {digest} here")))?;
-    image_response(&member, &image, &method, &headers)
+    image_response(&member, &image, turn, &method, &headers)
 }
 
 /// Why content that a record names cannot be read. Nodes hear of all members, and content comes after the record: what is not here yet,
@@ -61,17 +62,18 @@ pub(crate) fn unreadable(what: &str, path: &Path, error: &io::Error) -> Failure 
     anyhow::anyhow!("reading '{}': {error}", path.display()).into()
 }
 
-/// An image's bytes, whole or by one range.
+/// An image's bytes, whole or by one range, to the client whose turn it is.
 pub fn image_response(
     member: &Member,
     image: &ImageRecord,
+    turn: Turn,
     method: &Method,
     headers: &HeaderMap,
 ) -> Result<Response, Failure> {
     let path = content::path_of(&member.config.blobs(), image.blob);
     let what = format!("image {}", image.digest);
     let file = File::open(&path).map_err(|error| unreadable(&what, &path, &error))?;
-    Ok(ranges(file, image.size, &format!("\"{}\"", image.digest), method, headers))
+    Ok(ranges((file, image.size), &format!("\"{}\"", image.digest), turn, method, headers))
 }
 
 /// The range that a request asks for (RFC 9110 §14): `None` the whole, `Err` outside of the object. Several ranges are answered by
@@ -92,8 +94,14 @@ fn wanted(headers: &HeaderMap, size: u64, etag: &str) -> Result<Option<Range<u64
     if range.start >= range.end { Err(()) } else { Ok(Some(range)) }
 }
 
-/// An object, or the range of it that is asked for.
-pub(crate) fn ranges(file: File, size: u64, etag: &str, method: &Method, headers: &HeaderMap) -> Response {
+/// An object of this size, or the range of it that is asked for, to the client whose turn it is.
+pub(crate) fn ranges(
+    (file, size): (File, u64),
+    etag: &str,
+    turn: Turn,
+    method: &Method,
+    headers: &HeaderMap,
+) -> Response {
     let builder = Response::builder()
         .header(header::ACCEPT_RANGES, "bytes")
         .header(header::ETAG, etag)
@@ -111,43 +119,75 @@ pub(crate) fn ranges(file: File, size: u64, etag: &str, method: &Method, headers
         ),
     };
     let builder = builder.header(header::CONTENT_LENGTH, range.end - range.start);
-    let body = if *method == Method::HEAD || range.is_empty() { Body::empty() } else { stream(file, range) };
+    let body = if *method == Method::HEAD || range.is_empty() { Body::empty() } else { stream(file, range, turn) };
     builder.body(body).unwrap_or_else(|_| Response::new(Body::empty()))
 }
 
-/// What the kernel has in memory is read at once; the rest on blocking threads, one read at a time: a slow peer holds a buffer, never a
-/// thread.
-fn stream(file: File, range: Range<u64>) -> Body {
-    let reads = stream::try_unfold((Arc::new(file), range), |(file, range)| async move {
-        let left = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+/// What is still to be sent of an answer.
+struct Rest {
+    file: Arc<File>,
+    range: Range<u64>,
+    turn: Arc<Turn>,
+    /// Bytes that may be sent yet in this turn.
+    room: usize,
+}
+
+/// Bytes that keep a turn until the connection has taken them.
+struct Sending {
+    bytes: Vec<u8>,
+    _turn: Arc<Turn>,
+}
+
+impl AsRef<[u8]> for Sending {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Rest {
+    /// The next bytes. What the kernel has in memory is read at once; the rest on blocking threads, a turn's bytes at a time: a slow peer holds
+    /// a buffer, never a thread.
+    async fn read(mut self) -> io::Result<Option<(Bytes, Self)>> {
+        let start = self.range.start;
+        let left = usize::try_from(self.range.end - start).unwrap_or(usize::MAX);
         if left == 0 {
-            return Ok::<_, io::Error>(None);
+            return Ok(None);
         }
-        let start = range.start;
-        let bytes = if let Some(bytes) = read_now(&file, start, left.min(PIECE))? {
+        if self.room == 0 {
+            self.turn = Arc::new(self.turn.next().await);
+            self.room = BLOCK;
+        }
+        let most = left.min(self.room);
+        let bytes = if let Some(bytes) = read_now(&self.file, start, most.min(PIECE))? {
             bytes
         } else {
-            let reader = file.clone();
+            let reader = self.file.clone();
             let read = move || {
-                let mut bytes = vec![0; left.min(READ)];
-                reader.read_exact_at(&mut bytes, start).map(|()| Bytes::from(bytes))
+                let mut bytes = vec![0; most];
+                reader.read_exact_at(&mut bytes, start).map(|()| bytes)
             };
             tokio::task::spawn_blocking(read).await.map_err(io::Error::other)??
         };
-        let next = start + bytes.len() as u64..range.end;
-        Ok(Some((bytes, (file, next))))
-    });
+        self.range.start += bytes.len() as u64;
+        self.room -= bytes.len();
+        Ok(Some((Bytes::from_owner(Sending { bytes, _turn: self.turn.clone() }), self)))
+    }
+}
+
+fn stream(file: File, range: Range<u64>, turn: Turn) -> Body {
+    let rest = Rest { file: Arc::new(file), range, turn: Arc::new(turn), room: BLOCK };
+    let reads = stream::try_unfold(rest, Rest::read);
     Body::from_stream(reads.map_ok(|bytes| stream::iter(pieces(bytes).map(Ok::<_, io::Error>))).try_flatten())
 }
 
 /// What can be read without waiting for a disk; `None` if nothing can, or where the file system does not tell.
-fn read_now(file: &File, start: u64, length: usize) -> io::Result<Option<Bytes>> {
+fn read_now(file: &File, start: u64, length: usize) -> io::Result<Option<Vec<u8>>> {
     let mut bytes = vec![0; length];
     match preadv2(file, &mut [IoSliceMut::new(&mut bytes)], start, ReadWriteFlags::NOWAIT) {
         Ok(0) | Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => Ok(None),
         Ok(length) => {
             bytes.truncate(length);
-            Ok(Some(bytes.into()))
+            Ok(Some(bytes))
         }
         Err(error) => Err(error.into()),
     }
@@ -159,6 +199,7 @@ fn pieces(mut bytes: Bytes) -> impl Iterator<Item = Bytes> {
 
 async fn boot(
     State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
     extract::Path((profile, name)): extract::Path<(String, String)>,
     method: Method,
     headers: HeaderMap,
@@ -167,6 +208,7 @@ async fn boot(
         let bytes = site_archive(&member)?;
         return Response::builder().body(Body::from(bytes)).map_err(|error| anyhow::Error::from(error).into());
     }
+    let turn = member.shares.turn(Client::of(&connection.peer)).await;
     let view = member.view()?;
     let record = view.profile(&profile)?.ok_or_else(|| not_found(format!("no published profile '{profile}'")))?;
     let image = view
@@ -185,7 +227,7 @@ async fn boot(
     let file =
         File::open(&path).map_err(|error| unreadable(&format!("'{name}' of profile '{profile}'"), &path, &error))?;
     let size = file.metadata().map_err(|error| anyhow::anyhow!("reading '{}': {error}", path.display()))?.len();
-    Ok(ranges(file, size, &format!("\"{blob}\""), &method, &headers))
+    Ok(ranges((file, size), &format!("\"{blob}\""), turn, &method, &headers))
 }
 
 /// What stands behind the image's initramfs: the site bundle.

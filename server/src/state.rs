@@ -14,6 +14,7 @@ use crate::node::refusals::Throttle;
 use crate::node::report::Heartbeats;
 use crate::observe::Requests;
 use crate::secrets::{Keyring, Place, Ring, SealedSecret, UnwrapKey};
+use crate::shares::Shares;
 use crate::store::raft::{Calls, FOUNDER, Peer};
 use crate::store::records::{MemberRecord, ProfileRecord, SiteRecord};
 use crate::store::tables;
@@ -73,6 +74,8 @@ pub struct Member {
     pub traces: Traces,
     /// What it was asked.
     pub requests: Requests,
+    /// Who is sent bytes next.
+    pub shares: Arc<Shares>,
 }
 
 /// Unix seconds.
@@ -320,6 +323,7 @@ impl Member {
             refusals: Throttle::default(),
             heartbeats: Heartbeats::default(),
             requests: Requests::default(),
+            shares: Arc::default(),
             waiting,
             traces,
         };

@@ -1,11 +1,13 @@
 //! Content of the collective: each member fetches what the records name and it does not have from the others, several of them at once, checks
 //! the SHA-256 of the whole, and has it. Nothing is believed: what others send is the blob, or it is thrown away, and who sent it is found.
 
+use super::behind::Behind;
 use super::pace::Pace;
 use super::pieces::{PIECE, Pieces};
 use crate::content::{self, Incoming};
 use crate::http::Failure;
 use crate::public;
+use crate::shares::Client;
 use crate::state::{self, Member};
 use crate::store::raft::{Calls, Peer};
 use aws_lc_rs::digest::{SHA256, digest};
@@ -38,10 +40,16 @@ const SOURCES: usize = 4;
 /// Whether a piece is late is looked at this often, when none comes.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// A blob, or the rest of one, for another member.
-pub(super) async fn send(member: &Arc<Member>, digest: &str, headers: &HeaderMap) -> Result<Response, Failure> {
+/// A blob, or the rest of one, for another member, which comes after the nodes.
+pub(super) async fn send(
+    member: &Arc<Member>,
+    client: Client,
+    digest: &str,
+    headers: &HeaderMap,
+) -> Result<Response, Failure> {
     let blob: Sha256Digest =
         digest.parse().map_err(|error: moor_api::ids::InvalidId| Problem::new(Code::BadRequest, error.to_string()))?;
+    let turn = member.shares.turn(client).await;
     let path = content::path_of(&member.config.blobs(), blob);
     let opened = tokio::task::spawn_blocking(move || {
         let file = std::fs::File::open(path)?;
@@ -49,7 +57,7 @@ pub(super) async fn send(member: &Arc<Member>, digest: &str, headers: &HeaderMap
         Ok::<_, std::io::Error>((file, size))
     });
     match opened.await.map_err(anyhow::Error::from)? {
-        Ok((file, size)) => Ok(public::ranges(file, size, &format!("\"{blob}\""), &Method::GET, headers)),
+        Ok(opened) => Ok(public::ranges(opened, &format!("\"{blob}\""), turn, &Method::GET, headers)),
         Err(_) => Err(Problem::new(Code::NotFound, format!("this member does not have the blob {blob} either")).into()),
     }
 }
@@ -103,10 +111,6 @@ enum Fetched {
     Other(Vec<Sent>),
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
-}
-
 fn sha256(bytes: &[u8]) -> [u8; 32] {
     let mut out = [0; 32];
     out.copy_from_slice(digest(&SHA256, bytes).as_ref());
@@ -145,6 +149,12 @@ impl Source {
         Ok((part, bytes))
     }
 
+    /// As [`Self::get`]; the source is given back with the answer.
+    async fn begin(mut self, wanted: Arc<Wanted>, range: Range<u64>) -> (Self, Result<(Part, Vec<u8>), NoPiece>) {
+        let got = self.get(&wanted, &range).await;
+        (self, got)
+    }
+
     /// A piece of a blob of `size` bytes. The source is given back with it.
     async fn piece(
         mut self,
@@ -162,6 +172,7 @@ impl Source {
 
 /// A blob that is being put together.
 struct Assembly {
+    behind: Arc<Behind>,
     /// Always there but while something is being written.
     file: Option<Incoming>,
     sent: Vec<Sent>,
@@ -177,7 +188,7 @@ impl Assembly {
         let Some(mut file) = self.file.take() else {
             return Err(self.cannot_keep(io::Error::other("it was given up")));
         };
-        let written = blocking(move || file.write(&bytes).map(|()| (file, sha256(&bytes)))).await;
+        let written = self.behind.blocking(move || file.write(&bytes).map(|()| (file, sha256(&bytes)))).await;
         let (file, digest) = written.map_err(|error| self.cannot_keep(error))?;
         self.file = Some(file);
         self.sent.push(Sent { range, from, digest });
@@ -189,7 +200,7 @@ impl Assembly {
         let Some(file) = self.file.take() else {
             return Err(self.cannot_keep(io::Error::other("it was given up")));
         };
-        match blocking(move || file.finish_as(blob)).await {
+        match self.behind.blocking(move || file.finish_as(blob)).await {
             Ok(()) => Ok(Fetched::Whole),
             Err(error) if error.kind() == io::ErrorKind::InvalidData => Ok(Fetched::Other(self.sent)),
             Err(error) => Err(self.cannot_keep(error)),
@@ -221,14 +232,20 @@ pub(super) struct Fetcher {
     /// Members that are not asked, and until when.
     left_out: BTreeMap<MemberId, Instant>,
     pace: Arc<Pace>,
+    /// Where connections are, and files are written.
+    behind: Arc<Behind>,
     /// It was said that this member cannot keep what comes.
     is_stuck: bool,
 }
 
 impl Fetcher {
-    pub(super) fn new(member: &Member) -> Self {
+    /// One that has fetched nothing yet.
+    ///
+    /// # Errors
+    /// There are no threads to be had for it.
+    pub(super) fn new(member: &Member) -> io::Result<Self> {
         let pace = Arc::new(Pace::new(member.config.content_mib_per_second));
-        Self { left_out: BTreeMap::new(), pace, is_stuck: false }
+        Ok(Self { left_out: BTreeMap::new(), pace, behind: Arc::new(Behind::new()?), is_stuck: false })
     }
 
     /// Fetches what is missing; returns how many blobs came, and how many are still missing.
@@ -290,7 +307,7 @@ impl Fetcher {
             match self.fetch(member, std::slice::from_ref(peer), blob).await? {
                 Fetched::Whole => {
                     let path = content::path_of(&member.config.blobs(), blob);
-                    match blocking(move || wrong_senders(&path, &sent)).await {
+                    match self.behind.blocking(move || wrong_senders(&path, &sent)).await {
                         Ok(wrong) => {
                             peers
                                 .iter()
@@ -304,7 +321,7 @@ impl Fetcher {
                 Fetched::Part => {
                     // What the next one sends is to be its own from the beginning, or it would be blamed for what this one sent.
                     let dir = member.config.blobs();
-                    if let Err(error) = blocking(move || Incoming::resume(&dir, blob)?.restart()).await {
+                    if let Err(error) = self.behind.blocking(move || Incoming::resume(&dir, blob)?.restart()).await {
                         tracing::warn!("what came of blob {blob} cannot be dropped: {error}");
                         return Ok(false);
                     }
@@ -334,19 +351,22 @@ impl Fetcher {
     /// The first piece that is missing, from the first member that has it: it says how long the blob is.
     async fn begin(
         &mut self,
-        wanted: &Wanted,
+        wanted: &Arc<Wanted>,
         peers: &mut std::slice::Iter<'_, Peer>,
         blob: Sha256Digest,
         file: &mut Incoming,
     ) -> io::Result<Option<(Source, Part, Vec<u8>)>> {
+        let behind = self.behind.clone();
         for peer in peers {
-            let mut source = Source::new(peer);
-            let range = |from: u64| from..from.saturating_add(PIECE);
-            let mut got = source.get(wanted, &range(file.size())).await;
+            let ask = async |source: Source, from: u64| {
+                let range = from..from.saturating_add(PIECE);
+                behind.run(source.begin(wanted.clone(), range)).await
+            };
+            let (mut source, mut got) = ask(Source::new(peer), file.size()).await?;
             // There is nothing from there on: what is here is no part of it.
             if matches!(got, Err(NoPiece::NotSent(ClientError::Answer { .. }))) && file.size() > 0 {
                 file.restart()?;
-                got = source.get(wanted, &range(0)).await;
+                (source, got) = ask(source, 0).await?;
             }
             match got {
                 Ok((part, bytes)) => return Ok(Some((source, part, bytes))),
@@ -359,13 +379,14 @@ impl Fetcher {
     /// What is missing of the blob, from these members at once.
     async fn fetch(&mut self, member: &Member, peers: &[Peer], blob: Sha256Digest) -> Result<Fetched, CannotKeep> {
         let dir = member.config.blobs();
-        let mut whole = Assembly { file: None, sent: Vec::new(), dir: dir.clone() };
+        let behind = self.behind.clone();
+        let mut whole = Assembly { behind: behind.clone(), file: None, sent: Vec::new(), dir: dir.clone() };
         if blob.0 == sha256(b"") {
             // There is no byte of it to ask for.
-            let made = blocking(move || content::add(&dir, b"")).await;
+            let made = behind.blocking(move || content::add(&dir, b"")).await;
             return made.map(|_| Fetched::Whole).map_err(|error| whole.cannot_keep(error));
         }
-        let begun = blocking(move || Incoming::resume(&dir, blob)).await;
+        let begun = behind.blocking(move || Incoming::resume(&dir, blob)).await;
         let mut file = begun.map_err(|error| whole.cannot_keep(error))?;
         let path = format!("/member/v1/blobs/{blob}");
         let wanted = Arc::new(Wanted { calls: member.calls.clone(), path, pace: self.pace.clone() });
@@ -396,7 +417,7 @@ impl Fetcher {
                     idle.push(source);
                     break;
                 };
-                asked.spawn(source.piece(wanted.clone(), range, size));
+                behind.run_among(&mut asked, source.piece(wanted.clone(), range, size));
             }
             match tokio::time::timeout(LOOK, asked.join_next()).await {
                 // Whether one is late is looked at.

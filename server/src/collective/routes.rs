@@ -10,6 +10,7 @@ use crate::content;
 use crate::http::{Connection, Failure, Peer, parse};
 use crate::node::enroll::p256_point;
 use crate::secrets::Place;
+use crate::shares::Client;
 use crate::state::{Member, now};
 use crate::store::raft::{Call, INTRODUCE, PROTOCOL, Replicated, STREAM, SnapshotFile, follow};
 use crate::store::{Command, Outcome, StoreError};
@@ -180,10 +181,11 @@ async fn read_index(State(member): State<Arc<Member>>) -> Result<Json<u64>, Fail
 
 async fn blob(
     State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
     Path(digest): Path<String>,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
-    super::blobs::send(&member, &digest, &headers).await
+    super::blobs::send(&member, Client::of(&connection.peer), &digest, &headers).await
 }
 
 /// Which of these blobs this member does not have.

@@ -116,7 +116,14 @@ async fn raise_level(member: &Arc<Member>, records: &BTreeMap<u64, MemberRecord>
 }
 
 async fn content(member: &Arc<Member>) {
-    let (mut fetcher, mut missing) = (Fetcher::new(member), 0);
+    let mut fetcher = loop {
+        match Fetcher::new(member) {
+            Ok(fetcher) => break fetcher,
+            Err(error) => tracing::error!("content: no threads to fetch it: {error}: it is tried again"),
+        }
+        tokio::time::sleep(CONTENT).await;
+    };
+    let mut missing = 0;
     loop {
         match fetcher.fill(member).await {
             Ok((came, left)) => {

@@ -4,6 +4,7 @@ use super::Caller;
 use crate::http::{Failure, parse};
 use crate::public::image_response;
 use crate::secrets::Place;
+use crate::shares::Client;
 use crate::state::Member;
 use crate::store::records::{ImageRecord, ProfileRecord};
 use crate::store::{Command, Snapshot};
@@ -135,11 +136,12 @@ pub(super) async fn plain(
     method: Method,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
+    let turn = member.shares.turn(Client::Node(caller.node.id)).await;
     let view = member.view()?;
     let profile = caller.generation(&view)?;
     let image = image_of(&view, &profile)?;
     if image.digest.to_string() != digest {
         return Err(Problem::new(Code::NotFound, format!("{} does not boot image {digest}", caller.node.name)).into());
     }
-    image_response(&member, &image, &method, &headers)
+    image_response(&member, &image, turn, &method, &headers)
 }

@@ -28,7 +28,7 @@ pub(crate) async fn invited(host: &Member, name: &str, more: &str) -> anyhow::Re
 }
 
 /// Imports an image with this initramfs, whose blob is returned.
-async fn with_initramfs(member: &Member, serial: u64, initramfs: Vec<u8>) -> anyhow::Result<String> {
+pub(crate) async fn with_initramfs(member: &Member, serial: u64, initramfs: Vec<u8>) -> anyhow::Result<String> {
     let mut admin = member.admin().await?;
     let dek = Dek::generate()?;
     let image = admin.add_blob(Cursor::new(sealed("root", [7; 16], serial, Some(&dek))?), |_| {}).await?.blob;
