@@ -56,7 +56,7 @@ async fn the_level_rises_with_the_last_upgrade_and_older_releases_are_refused_fr
     let output = moor(&first, &["collective", "show"])?.output()?;
     let shown = text(&output.stdout);
     ensure!(
-        shown.contains("feature level 1: 3 is used once all members run a release that knows it; upgrade m2 (1)"),
+        shown.contains("feature level 1: 4 is used once all members run a release that knows it; upgrade m2 (1)"),
         "{shown}"
     );
 
@@ -65,13 +65,13 @@ async fn the_level_rises_with_the_last_upgrade_and_older_releases_are_refused_fr
     for member in [&first, &second] {
         until(member, "the level does not rise", async || {
             let seen = view(member).await?;
-            Ok(seen.level == 3 && known(&seen) == [3, 3] && seen.members.iter().all(|member| member.near.len() == 1))
+            Ok(seen.level == 4 && known(&seen) == [4, 4] && seen.members.iter().all(|member| member.near.len() == 1))
         })
         .await?;
     }
     let output = moor(&first, &["--json", "collective", "show"])?.output()?;
     let shown: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-    ensure!(shown["level"] == 3 && shown["members"][1]["level"] == 3, "{shown}");
+    ensure!(shown["level"] == 4 && shown["members"][1]["level"] == 4, "{shown}");
 
     // There is no way back.
     ensure!(second.terminate()?, "it does not stop:\n{}", second.log());
