@@ -213,7 +213,7 @@ pub(crate) async fn boot(member: &Member, run: &RunDir) -> Uuid {
         generation: document.profile.generation,
         sequence: 10,
         renew_after: 0,
-        ssh_version: 0,
+        ssh_version: 1,
         interface: "lo".into(),
         is_up: true,
         is_trace_told: true,

@@ -45,7 +45,7 @@ async fn the_level_rises_with_the_last_upgrade_and_older_releases_are_refused_fr
     voters(&first, 2).await?;
     release(&first, "")?;
     restart(&mut first)?;
-    until(&second, "it does not say that it was upgraded", async || Ok(known(&view(&second).await?) == [3, 1])).await?;
+    until(&second, "it does not say that it was upgraded", async || Ok(known(&view(&second).await?) == [4, 1])).await?;
     // It has told what it is, and looks every 2 s whether there is more to say: there is, and it may not.
     tokio::time::sleep(std::time::Duration::from_secs(5)).await;
     for (member, node) in [(&first, "a"), (&second, "b")] {
@@ -107,7 +107,7 @@ async fn a_member_that_went_back_and_is_outgrown_meanwhile_takes_nothing_and_end
         release(member, "")?;
         restart(member)?;
     }
-    until(&first, "they do not say what they know", async || Ok(known(&view(&first).await?) == [3, 3, 1])).await?;
+    until(&first, "they do not say what they know", async || Ok(known(&view(&first).await?) == [4, 4, 1])).await?;
     second.kill();
     release(&second, OLD)?;
     release(&third, NEAR)?;
