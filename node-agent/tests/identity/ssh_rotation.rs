@@ -256,11 +256,11 @@ async fn rotate() {
     new.learn_hosts(&member).await;
     new.comes_in(&sshd);
     // A host with what it was given before.
-    let mut was = format!("TrustedUserCAKeys {USER_AUTHORITIES}\n");
-    for word in ["ed25519", "ecdsa"] {
+    let keys = ["ed25519", "ecdsa"].map(|word| {
         let key = kept.join(format!("ssh_host_{word}_key"));
-        was += &format!("HostKey {0}\nHostCertificate {0}-cert.pub\n", key.display());
-    }
+        format!("HostKey {0}\nHostCertificate {0}-cert.pub\n", key.display())
+    });
+    let was = format!("TrustedUserCAKeys {USER_AUTHORITIES}\n{}", keys.concat());
     let stale = Sshd::start(dir, "stale", &was);
     new.does_not_come_in(&stale, "Host key verification failed");
     // It is for the certificate alone.

@@ -24,13 +24,13 @@ fn record(number: u32, members: &[MemberId]) -> SshAuthorityRecord {
     SshAuthorityRecord { number, public, made: 1, since: 0, wrapped, retired: None, left: BTreeSet::new() }
 }
 
-fn first() -> Option<SshAuthoritiesRecord> {
-    Some(SshAuthoritiesRecord { version: 1, host: vec![record(1, &[])], user: vec![record(1, &[])] })
+fn first() -> SshAuthoritiesRecord {
+    SshAuthoritiesRecord { version: 1, host: vec![record(1, &[])], user: vec![record(1, &[])] }
 }
 
 fn rotation(site: &Site<'_>, role: SshRole, number: u32) -> AuthorityChange {
     let members: Vec<_> = site.members.iter().map(|member| member.id).collect();
-    ssh(SshChange::Rotate { role, first: first(), new: record(number, &members) })
+    ssh(SshChange::Rotate { role, first: Some(first()), new: record(number, &members) })
 }
 
 fn retirement(role: SshRole, number: u32, left: &[NodeId]) -> AuthorityChange {
@@ -63,7 +63,7 @@ fn of_users_one_takes_the_place_of_another_in_one_step() {
     with_site(Level::NEWEST, |site| {
         refused(site, retirement(USER, 1, &[]), "changed meanwhile");
         refused(site, rotation(site, USER, 3), "changed meanwhile");
-        let for_one = SshChange::Rotate { role: USER, first: first(), new: record(2, &[site.members[0].id]) };
+        let for_one = SshChange::Rotate { role: USER, first: Some(first()), new: record(2, &[site.members[0].id]) };
         refused(site, ssh(for_one), "members came or went");
         assert_eq!(site.apply(rotation(site, USER, 2)), Outcome::Number(2));
         assert_eq!(numbers(site), (vec![1], vec![1, 2]));
@@ -149,7 +149,7 @@ fn a_collective_that_begins_anew_gives_no_number_and_no_version_again() {
         let id = only.id;
         let anew = Command::Anew { number: 3, member: only, keys: KeysRecord::default() };
         assert_eq!(site.apply(anew), Outcome::Number(3));
-        move |role, number| ssh(SshChange::Rotate { role, first: first(), new: record(number, &[id]) })
+        move |role, number| ssh(SshChange::Rotate { role, first: Some(first()), new: record(number, &[id]) })
     };
     // Before a rotation.
     with_site(Level::NEWEST, |site| {
@@ -192,7 +192,7 @@ fn a_collective_with_a_member_of_an_older_release_keeps_its_authorities() {
 fn a_change_reads_back_and_says_what_it_needs() {
     let members = [MemberId::random()];
     for change in [
-        SshChange::Rotate { role: HOST, first: first(), new: record(2, &members) },
+        SshChange::Rotate { role: HOST, first: Some(first()), new: record(2, &members) },
         SshChange::Retire { role: USER, number: 1, left: [NodeId::random()].into() },
         SshChange::Drop { number: 1 },
     ] {
