@@ -81,6 +81,8 @@ struct Duty {
     expires: u64,
     /// Why the root did not take up what changed among the members, as it was last said.
     complaint: Option<String>,
+    /// Before then the SSH authorities are not tried to be taken up again.
+    ssh_again: Option<Instant>,
 }
 
 impl Duty {
@@ -92,7 +94,8 @@ impl Duty {
         let mut members = Members::new(&bundle, &session, record.members.clone())?;
         members.set_boot(record.boot);
         let reporter = Reporter::new(record.boot, record.sequence);
-        Ok(Self { run, record, bundle, identity, session, members, reporter, expires: 0, complaint: None })
+        let (expires, complaint, ssh_again) = (0, None, None);
+        Ok(Self { run, record, bundle, identity, session, members, reporter, expires, complaint, ssh_again })
     }
 
     async fn serve(&mut self) -> Infallible {

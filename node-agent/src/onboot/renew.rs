@@ -7,8 +7,11 @@ use crate::tree::Tree;
 use crate::{child, clock};
 use moor_api::node::{HostCertificateRequest, HostCertificates, SshTrust};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::process::Command;
+
+/// What failed is tried again after this time: members write a line and two numbers down for each try.
+const AGAIN: Duration = Duration::from_mins(5);
 
 impl Duty {
     /// New certificates; returns when the next are due.
@@ -22,7 +25,7 @@ impl Duty {
             }
             Err(reason) => {
                 crate::console::say("onboot", &format!("the host certificates were not renewed: {reason}"));
-                clock::now() + 300
+                clock::now() + AGAIN.as_secs()
             }
         }
     }
@@ -47,10 +50,11 @@ impl Duty {
 
     /// Takes up the SSH authorities where `newest` is a newer version of them than this node has; returns whether it did.
     pub(super) async fn follow_ssh(&mut self, newest: u64) -> bool {
-        if newest <= self.record.ssh_version {
+        if newest <= self.record.ssh_version || self.ssh_again.is_some_and(|then| Instant::now() < then) {
             return false;
         }
         let taken = self.take_up_ssh().await;
+        self.ssh_again = taken.is_err().then(|| Instant::now() + AGAIN);
         match &taken {
             Ok(()) => {
                 let version = self.record.ssh_version;
