@@ -107,7 +107,7 @@ pub enum Command {
         /// Print the site bundle (JSON), which nodes and remote administrators trust members by.
         #[arg(long)]
         bundle: bool,
-        /// Print the `@cert-authority` line for `known_hosts`.
+        /// Print the `@cert-authority` lines for `known_hosts`.
         #[arg(long, conflicts_with = "bundle")]
         known_hosts: bool,
     },
@@ -182,13 +182,19 @@ pub enum Collective {
 pub enum Authority {
     /// Show the authorities, and which members and nodes have not acknowledged the newest trust bundle.
     Show,
-    /// Make a new authority of certificates beside the one in use: nodes and members trust both from now on. Nothing is from the new one
-    /// before the old one is retired.
-    Rotate,
-    /// Let the new authority take over, and trust the old one no more. Refused as long as members or nodes have not acknowledged the trust
-    /// bundle that has the new one.
+    /// Make a new authority beside the one in use: nodes and members trust both from now on. No certificate of a member or a host is from the
+    /// new one before the old one is retired.
+    Rotate {
+        /// Which: `x509`, `ssh-host` or `ssh-user`.
+        #[arg(default_value = "x509")]
+        kind: String,
+    },
+    /// Let the new authority take over, and trust the old one no more. Refused as long as members or nodes have not acknowledged the new one.
     Retire {
-        /// Leave nodes behind that have not acknowledged: they trust no member until they boot with new boot files.
+        /// Which: `x509`, `ssh-host` or `ssh-user`.
+        #[arg(default_value = "x509")]
+        kind: String,
+        /// Leave nodes behind that have not acknowledged: of x509, they trust no member until they boot with new boot files.
         #[arg(long)]
         force: bool,
     },

@@ -46,6 +46,9 @@ pub struct BootRecord {
     pub sequence: u64,
     /// When the host certificates are due, Unix seconds.
     pub renew_after: u64,
+    /// Version of the SSH authorities that was taken up.
+    #[serde(default)]
+    pub ssh_version: u64,
     /// The interface the node booted over.
     pub interface: String,
     /// Whether the run stage reported that the system is up: an agent that is started again does not do it twice.
@@ -237,6 +240,7 @@ mod tests {
             generation: Sha256Digest([7; 32]),
             sequence: 12,
             renew_after: 1_800_000_000,
+            ssh_version: 1,
             interface: "eth0".into(),
             is_up: false,
             is_trace_told: false,

@@ -143,7 +143,7 @@ fn network_files(hwaddr: &str) -> Vec<(String, String)> {
     let facts = Facts {
         interface: &interface,
         host_keys: &[],
-        certificates: &HostCertificates { certificates: Vec::new(), renew_after: 0 },
+        certificates: &HostCertificates { certificates: Vec::new(), renew_after: 0, version: 1 },
         trust: &SshTrust::default(),
         shadow: None,
         authorized_keys: None,

@@ -2,16 +2,19 @@
 //! `moord init`, each private key in a 0600 file of its own. Beside them lies the member's own key, which no other member ever has.
 //!
 //! An X.509 authority has a number. While one takes the place of another, both are here: which there are, and which of them this member's
-//! certificate is from, is in a file of its own ([`Held`]).
+//! certificate is from, is in a file of its own ([`Held`]). The same is so of SSH's ([`SshHeld`]).
 
 mod held;
+mod ssh;
 mod x509;
 
 pub use held::Held;
+pub use ssh::{SshAuthorities, SshHeld, has_ssh, is_pair, make_ssh, put_ssh, remove_ssh_before};
 pub use x509::{describe, has, make, put, remove_before, root};
 
 use crate::files;
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
+use moor_api::admin::SshRole;
 use moor_api::ids::{CollectiveId, MemberId};
 use moor_api::trust::member_uri;
 use rcgen::{
@@ -22,16 +25,12 @@ use rustls::sign::CertifiedKey;
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use serde::{Deserialize, Serialize};
-use ssh_key::rand_core::OsRng;
-use ssh_key::{Algorithm, LineEnding, PrivateKey};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use x509::{name_of, params, uri};
 use zeroize::{Zeroize, Zeroizing};
 
-/// Files of the SSH authorities; they are secret.
-const SSH: [&str; 2] = ["ssh-host-ca", "ssh-user-ca"];
 /// The file of the member's own key.
 const MEMBER_KEY: &str = "member.key";
 /// Days that a member's certificate is valid; it is renewed at each start and each day.
@@ -44,14 +43,6 @@ pub struct Addresses {
     pub ips: Vec<IpAddr>,
     /// Host names.
     pub names: Vec<String>,
-}
-
-/// The SSH authorities. No `Debug`.
-pub struct Authority {
-    /// Signs host certificates.
-    pub ssh_host: PrivateKey,
-    /// Signs user certificates.
-    pub ssh_user: PrivateKey,
 }
 
 /// Issues this member's certificate: at each start, and long before it ends.
@@ -136,11 +127,6 @@ impl Files {
         Issuer::from_ca_cert_pem(&self.read(&name_of(number, "member-ca.pem"))?, key)
             .context("the member authority is not usable")
     }
-
-    fn ssh(&self, name: &str) -> anyhow::Result<PrivateKey> {
-        PrivateKey::from_openssh(&*self.read(name)?)
-            .with_context(|| format!("'{}' is not an SSH key", self.path(name).display()))
-    }
 }
 
 /// Makes the key of a new member in `dir`; returns its public half, DER `SubjectPublicKeyInfo`. Other members know it by that: a
@@ -196,13 +182,16 @@ impl Drop for KeyFiles {
 /// A file is missing.
 pub fn export(dir: &Path) -> anyhow::Result<KeyFiles> {
     let files = Files(dir.to_owned());
-    let held = Held::read(dir)?;
+    let (held, ssh) = (Held::read(dir)?, SshHeld::read(dir)?);
     let mut keys = KeyFiles(BTreeMap::new());
-    for name in held.files() {
+    for name in held.files().into_iter().chain(ssh.files()) {
         keys.0.insert(name.clone(), files.read(&name)?.to_string());
     }
     if held != Held::default() {
         keys.0.insert(held::FILE.to_owned(), held.to_text()?);
+    }
+    if ssh != SshHeld::default() {
+        keys.0.insert(ssh::FILE.to_owned(), ssh.to_text()?);
     }
     Ok(keys)
 }
@@ -214,58 +203,29 @@ pub fn export(dir: &Path) -> anyhow::Result<KeyFiles> {
 pub fn import(dir: &Path, keys: &KeyFiles) -> anyhow::Result<()> {
     let files = Files(dir.to_owned());
     let held = keys.0.get(held::FILE).map(|text| Held::from_text(text)).transpose()?;
-    for name in held.clone().unwrap_or_default().files() {
+    let ssh = keys.0.get(ssh::FILE).map(|text| SshHeld::from_text(text)).transpose()?;
+    let of_ssh = ssh.clone().unwrap_or_default().files();
+    for name in held.clone().unwrap_or_default().files().into_iter().chain(of_ssh) {
         let text = keys.0.get(&name).with_context(|| format!("the authorities came without '{name}'"))?;
         let is_public = Path::new(&name).extension().is_some_and(|extension| extension == "pem");
         files.write(&name, text, if is_public { 0o644 } else { 0o600 })?;
     }
-    // It comes last: what it names is there.
-    held.map_or(Ok(()), |held| held.write(dir))
+    // They come last: what they name is there.
+    held.map_or(Ok(()), |held| held.write(dir))?;
+    ssh.map_or(Ok(()), |ssh| ssh.write(dir))
 }
 
-impl Authority {
-    /// Makes all authorities of a collective that begins at `created` (Unix seconds) in `dir`, which must be without any.
-    ///
-    /// # Errors
-    /// The directory is not writable; no randomness.
-    pub fn create(dir: &Path, collective: CollectiveId, name: &str, created: u64) -> anyhow::Result<()> {
-        let files = Files(dir.to_owned());
-        put(dir, 1, &make(collective, name, 1, created)?)?;
-        for (file, comment) in SSH.into_iter().zip(["host authority", "user authority"]) {
-            let mut key = PrivateKey::random(&mut OsRng, Algorithm::Ed25519).context("making an SSH authority")?;
-            key.set_comment(format!("{name} {comment}"));
-            files.write(file, &key.to_openssh(LineEnding::LF)?, 0o600)?;
-        }
-        Ok(())
+/// Makes all authorities of a collective that begins at `created` (Unix seconds) in `dir`, which must be without any.
+///
+/// # Errors
+/// The directory is not writable; no randomness.
+pub fn create(dir: &Path, collective: CollectiveId, name: &str, created: u64) -> anyhow::Result<()> {
+    put(dir, 1, &make(collective, name, 1, created)?)?;
+    for role in SshRole::ALL {
+        let (private, _) = make_ssh(name, role, 1)?;
+        put_ssh(dir, role, 1, &private)?;
     }
-
-    /// Opens them.
-    ///
-    /// # Errors
-    /// A key file is missing or damaged.
-    pub fn open(dir: &Path) -> anyhow::Result<Self> {
-        let files = Files(dir.to_owned());
-        let [ssh_host, ssh_user] = SSH.map(|name| files.ssh(name));
-        let ssh_host = ssh_host?;
-        ensure!(ssh_host.algorithm() == Algorithm::Ed25519, "the SSH host authority is not an Ed25519 key");
-        Ok(Self { ssh_host, ssh_user: ssh_user? })
-    }
-
-    /// `ssh-ed25519 …` line of the host authority.
-    ///
-    /// # Errors
-    /// Never, for keys that were opened.
-    pub fn ssh_host_line(&self) -> anyhow::Result<String> {
-        Ok(self.ssh_host.public_key().to_openssh()?)
-    }
-
-    /// `ssh-ed25519 …` line of the user authority.
-    ///
-    /// # Errors
-    /// Never, for keys that were opened.
-    pub fn ssh_user_line(&self) -> anyhow::Result<String> {
-        Ok(self.ssh_user.public_key().to_openssh()?)
-    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -283,7 +243,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let collective = CollectiveId::random();
         let created = crate::state::now();
-        Authority::create(dir.path(), collective, "site", created).unwrap();
+        create(dir.path(), collective, "site", created).unwrap();
         let public = create_member_key(dir.path()).unwrap();
         let addresses = Addresses { ips: vec!["10.0.0.1".parse().unwrap()], names: vec!["m1.example".into()] };
         let member = MemberId::random();
@@ -324,7 +284,7 @@ mod tests {
     fn private_keys_are_for_their_owner_and_a_second_open_is_the_same() {
         use std::os::unix::fs::MetadataExt as _;
         let dir = tempfile::tempdir().unwrap();
-        Authority::create(dir.path(), CollectiveId::random(), "site", 1).unwrap();
+        create(dir.path(), CollectiveId::random(), "site", 1).unwrap();
         create_member_key(dir.path()).unwrap();
         for entry in std::fs::read_dir(dir.path()).unwrap() {
             let entry = entry.unwrap();
@@ -333,10 +293,10 @@ mod tests {
                 (entry.metadata().unwrap().mode(), entry.path().extension().is_some_and(|e| e == "pem"));
             assert_eq!(mode & 0o777, if public { 0o644 } else { 0o600 }, "{name}");
         }
-        let (first, second) = (Authority::open(dir.path()).unwrap(), Authority::open(dir.path()).unwrap());
-        assert_eq!(first.ssh_host_line().unwrap(), second.ssh_host_line().unwrap());
+        let (first, second) = (SshAuthorities::open(dir.path()).unwrap(), SshAuthorities::open(dir.path()).unwrap());
+        assert_eq!((first.hosts, first.users), (second.hosts, second.users));
         std::fs::remove_file(dir.path().join("ssh-user-ca")).unwrap();
-        let error = format!("{:#}", Authority::open(dir.path()).err().unwrap());
+        let error = format!("{:#}", SshAuthorities::open(dir.path()).err().unwrap());
         assert!(error.contains("ssh-user-ca"), "{error}");
     }
 
@@ -345,7 +305,7 @@ mod tests {
     fn a_certificate_is_from_the_authority_that_is_said_and_that_one_s_private_keys_go_with_it() {
         let dir = tempfile::tempdir().unwrap();
         let (collective, created) = (CollectiveId::random(), crate::state::now() - 90 * 86_400);
-        Authority::create(dir.path(), collective, "site", created).unwrap();
+        create(dir.path(), collective, "site", created).unwrap();
         create_member_key(dir.path()).unwrap();
         let issuer = MemberIssuer {
             keys: dir.path().to_owned(),

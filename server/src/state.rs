@@ -1,6 +1,6 @@
 //! The member: what every handler needs. One value, shared.
 
-use crate::authority::{self, Addresses, Authority, MemberIssuer};
+use crate::authority::{self, Addresses, MemberIssuer};
 use crate::certificate::Certificate;
 use crate::collective::identity::{self, Identity};
 use crate::collective::recover;
@@ -40,9 +40,7 @@ pub struct Member {
     pub store: Replicated,
     /// Its way to other members.
     pub calls: Arc<Calls>,
-    /// The SSH authorities.
-    pub authority: Authority,
-    /// Whom it believes to be a member, and which authority its certificate is from.
+    /// Whom it believes to be a member, which authority its certificate is from, and the SSH authorities.
     pub trust: Trust,
     /// What nodes said of their trust.
     pub said: Heard,
@@ -128,7 +126,7 @@ async fn found(config: &Config, keys: &Path, name: String, addresses: Vec<String
         removed: Vec::new(),
         introduction: Vec::new(),
     };
-    Authority::create(keys, site.collective, &site.name, site.created)?;
+    authority::create(keys, site.collective, &site.name, site.created)?;
     let Connections { calls, .. } = connections(config, keys, &identity)?;
     config.make_store().context("making the store")?;
     let store = Replicated::open(&config.store(), FOUNDER, calls).await.context("making the store")?;
@@ -291,7 +289,6 @@ impl Member {
             Some(identity) => identity,
             None => Identity::read(&config.identity())?,
         };
-        let authority = Authority::open(&config.keys())?;
         let Connections { issuer, certificate, trust, calls } = connections(&config, &config.keys(), &identity)?;
         // Before the store, whose tasks would talk about their end after the reason was told.
         let path = config.waiting();
@@ -308,7 +305,6 @@ impl Member {
             config,
             store,
             calls,
-            authority,
             trust,
             said: Heard::default(),
             issuer,
@@ -360,11 +356,11 @@ impl Member {
     /// What the boot payload carries.
     ///
     /// # Errors
-    /// Never, for keys that were opened.
+    /// The database is damaged.
     pub fn bundle(&self) -> anyhow::Result<SiteBundle> {
         let members = self.endpoints()?.into_iter().flat_map(|member| member.urls).collect();
         let taken = self.trust.taken();
-        let ssh = vec![self.authority.ssh_host_line()?];
+        let ssh = self.trust.ssh().hosts.clone();
         Ok(trust::bundle(&self.site, &taken.held, taken.roots.clone(), members, ssh))
     }
 

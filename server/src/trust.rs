@@ -1,16 +1,17 @@
-//! Whom this member believes to be a member, and which authority its own certificate is from.
+//! Whom this member believes to be a member, which authority its own certificate is from, and which SSH authorities there are.
 //!
 //! The records say what is to be ([`AuthoritiesRecord`](crate::store::authorities::AuthoritiesRecord)); what this member has taken up of it is in
 //! its key directory ([`Held`]) and here, and all that it shows and tells follows from that. It takes up a change whole or not at all, and when
 //! it is killed in between, the rest when it is started again.
 
-use crate::authority::{self, Held, KeyFiles};
+use crate::authority::{self, Held, KeyFiles, SshAuthorities, SshHeld};
 use crate::certificate::Certificate;
 use crate::state::Member;
 use crate::store::Snapshot;
 use crate::store::authorities::{AuthoritiesRecord, NodeTrust, Said};
 use crate::store::records::{NodeRecord, SiteRecord};
 use anyhow::{Context as _, ensure};
+use moor_api::admin::{AuthorityKind, SshRole};
 use moor_api::client::tls::{MemberVerifier, peer_tls_config};
 use moor_api::ids::{BootId, NodeId};
 use moor_api::trust::SiteBundle;
@@ -35,9 +36,16 @@ pub struct Taken {
 pub struct Trust {
     keys: PathBuf,
     taken: RwLock<Arc<Taken>>,
-    /// One change of the key directory at a time, and none while somebody reads all of it. In it is the authority before which no keys
-    /// are left; none: nobody has looked yet.
-    changing: Mutex<Option<u32>>,
+    ssh: RwLock<Arc<SshAuthorities>>,
+    /// One change of the key directory at a time, and none while somebody reads all of it.
+    changing: Mutex<Removed>,
+}
+
+/// The authorities before which no keys are left in the key directory; none: nobody has looked yet.
+#[derive(Default)]
+struct Removed {
+    x509: Option<u32>,
+    ssh: Option<[u32; 2]>,
 }
 
 impl Trust {
@@ -47,7 +55,8 @@ impl Trust {
     /// A file is missing or damaged.
     pub fn open(keys: &Path, site: &SiteRecord) -> anyhow::Result<Self> {
         let taken = RwLock::new(Arc::new(read(keys, site)?));
-        Ok(Self { keys: keys.to_owned(), taken, changing: Mutex::default() })
+        let ssh = RwLock::new(Arc::new(SshAuthorities::open(keys)?));
+        Ok(Self { keys: keys.to_owned(), taken, ssh, changing: Mutex::default() })
     }
 
     /// What it is.
@@ -63,7 +72,13 @@ impl Trust {
         self.taken().held.version
     }
 
-    fn change(&self) -> MutexGuard<'_, Option<u32>> {
+    /// The SSH authorities that were taken up.
+    #[must_use]
+    pub fn ssh(&self) -> Arc<SshAuthorities> {
+        self.ssh.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn change(&self) -> MutexGuard<'_, Removed> {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -125,20 +140,66 @@ impl Member {
         let mut removed = self.trust.change();
         self.take_up_alone(&self.view()?)?;
         let oldest = self.trust.taken().held.oldest();
-        if *removed != Some(oldest) {
+        if removed.x509 != Some(oldest) {
             authority::remove_before(&self.trust.keys, oldest)?;
-            *removed = Some(oldest);
+            removed.x509 = Some(oldest);
+        }
+        let oldest = self.trust.ssh().held.oldest();
+        if removed.ssh != Some(oldest) {
+            authority::remove_ssh_before(&self.trust.keys, oldest)?;
+            removed.ssh = Some(oldest);
         }
         Ok(())
     }
 
     fn take_up_alone(&self, view: &Snapshot) -> anyhow::Result<()> {
+        // Neither has to wait for the other.
+        let (x509, ssh) = (self.take_up_x509(view), self.take_up_ssh(view));
+        x509.and(ssh)
+    }
+
+    /// As for X.509: it never goes back.
+    fn take_up_ssh(&self, view: &Snapshot) -> anyhow::Result<()> {
+        let (version, record) = view.ssh_authorities()?;
+        let keys = &self.trust.keys;
+        if version <= self.trust.ssh().held.version {
+            return Ok(());
+        }
+        let wanted = SshHeld::of(version, record.as_ref())?;
+        let of = |role| record.iter().flat_map(move |record| record.of(role)).map(move |one| (role, one));
+        for (role, one) in SshRole::ALL.into_iter().flat_map(of) {
+            let number = one.number;
+            if authority::has_ssh(keys, role, number, &one.public) {
+                continue;
+            }
+            let text = self.secrets.open_authority(AuthorityKind::Ssh(role), number, &one.wrapped)?;
+            let private = std::str::from_utf8(&text).unwrap_or_default();
+            ensure!(
+                authority::is_pair(private, &one.public),
+                "the key of SSH {role} authority {number} is of another one"
+            );
+            authority::put_ssh(keys, role, number, private)
+                .with_context(|| format!("taking up SSH {role} authority {number}"))?;
+        }
+        wanted.write(keys)?;
+        let taken = SshAuthorities::open(keys)?;
+        *self.trust.ssh.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(taken);
+        tracing::info!(
+            "version {version} of the SSH authorities was taken up: of hosts {:?}, of users {:?}, and host certificates are from {}",
+            wanted.host,
+            wanted.user,
+            wanted.signing
+        );
+        Ok(())
+    }
+
+    fn take_up_x509(&self, view: &Snapshot) -> anyhow::Result<()> {
         let Some((version, record)) = view.authorities()? else { return Ok(()) };
         let (keys, before) = (&self.trust.keys, self.trust.taken());
         let Some(wanted) = due(&before.held, version, &record)? else { return Ok(()) };
         for authority in &record.list {
             if !authority::has(keys, authority.number) {
-                let text = self.secrets.open_authority(authority.number, &authority.wrapped)?;
+                let text = self.secrets.open_authority(AuthorityKind::X509, authority.number, &authority.wrapped)?;
                 let files: KeyFiles =
                     serde_json::from_slice(&text).map_err(|_| anyhow::anyhow!("the keys are not understood"))?;
                 ensure!(files.root() == Some(authority.root.as_str()), "the keys are of another authority");
@@ -175,12 +236,13 @@ impl Member {
         Ok((authority::export(&self.trust.keys)?, self.trust.version(), view))
     }
 
-    /// Notes which version of the trust bundle a node says that it has, if that is worth writing down.
-    pub fn note_trust(&self, node: &NodeRecord, boot: BootId, version: u64) {
+    /// Notes which version of the trust bundle, and which of the SSH authorities, a node says that it has, if that is worth writing down.
+    pub fn note_trust(&self, node: &NodeRecord, boot: BootId, version: u64, ssh: u64) {
         // Before the first rotation there is one version. Of one that this member has not taken up yet it says nothing.
-        let newest = self.trust.version();
-        if newest > 1 && version <= newest {
-            let said = NodeTrust { boot, began: version, now: version };
+        let (newest, newest_ssh) = (self.trust.version(), self.trust.ssh().held.version);
+        let ssh = if newest_ssh > 1 && ssh <= newest_ssh { ssh } else { 0 };
+        if version <= newest && (newest > 1 || ssh > 0) {
+            let said = NodeTrust { boot, began: version, now: version, ssh };
             if node.trust != Some(node.trust.map_or(said, |known| known.and(said))) {
                 self.said.note(node.id, said);
             }
@@ -285,7 +347,7 @@ mod tests {
     fn what_was_said_while_it_was_written_stays() {
         let heard = Heard::default();
         let (node, boot) = (NodeId::random(), BootId::random());
-        let said = |began, now| NodeTrust { boot, began, now };
+        let said = |began, now| NodeTrust { boot, began, now, ssh: 7 };
         heard.note(node, said(1, 1));
         let some = heard.some(10);
         heard.note(node, said(2, 2));

@@ -29,6 +29,7 @@
 //! | `GET authority` | [`AuthorityView`] |
 //! | `POST authority/rotate` | empty → [`AuthorityRotated`] |
 //! | `POST authority/retire` | [`RetireRequest`] → [`AuthorityRetired`] |
+//! | `POST authority/{ssh-host,ssh-user}/{rotate,retire}` | as for that of certificates |
 //! | `POST backup` (socket only, but for a redacted one) | [`BackupRequest`] → the backup |
 //!
 //! `GET /public/images/DIGEST` (ranges) and `GET /public/boot/PROFILE/{kernel,initramfs,site.cpio}` (and [`BOOT_LOADERS`]) need no token.
@@ -37,8 +38,8 @@ mod authority;
 mod collective;
 
 pub use authority::{
-    AuthorityInfo, AuthorityRetired, AuthorityRotated, AuthorityState, AuthorityView, MemberTrust, RetireRequest,
-    SshAuthorityInfo,
+    AuthorityInfo, AuthorityKind, AuthorityRetired, AuthorityRotated, AuthorityState, AuthorityView, MemberTrust,
+    RetireRequest, SshAuthorityInfo, SshRole, UnknownKind,
 };
 pub use collective::{
     BackupRequest, CollectiveMember, CollectiveView, ContentBlob, ContentView, InviteRequest, Invited, KeysRotated,
@@ -74,7 +75,7 @@ pub struct SiteInfo {
     pub members: Vec<MemberEndpoint>,
     /// What the boot payload carries.
     pub bundle: SiteBundle,
-    /// The `@cert-authority` line for an administrator's `known_hosts`.
+    /// The `@cert-authority` lines for an administrator's `known_hosts`: two while one authority takes the place of another.
     pub known_hosts: Vec<String>,
 }
 

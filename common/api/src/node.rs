@@ -369,6 +369,14 @@ pub struct HostCertificates {
     pub certificates: Vec<String>,
     /// When to come again, Unix seconds.
     pub renew_after: u64,
+    /// Version of the SSH authorities by which the one was chosen that signed them.
+    #[serde(default = "first_version")]
+    pub version: u64,
+}
+
+/// Members of before the SSH authorities were rotated know one version, and do not say so.
+pub(crate) fn first_version() -> u64 {
+    1
 }
 
 /// What the node's sshd trusts.
@@ -380,9 +388,12 @@ pub struct SshTrust {
     pub shosts: Vec<String>,
     /// Lines for root's `authorized_keys`.
     pub authorized_keys: Vec<String>,
-    /// Public keys of the user certificate authority, for `TrustedUserCAKeys`.
+    /// Public keys of the user certificate authorities, for `TrustedUserCAKeys`.
     #[serde(default)]
     pub user_authorities: Vec<String>,
+    /// Version of the SSH authorities that this is of.
+    #[serde(default = "first_version")]
+    pub version: u64,
 }
 
 /// A change of the node's state.
@@ -430,6 +441,10 @@ pub struct Heartbeat {
     pub boot: BootId,
     /// Version of the trust bundle that it holds.
     pub trust_version: u64,
+    /// Version of the SSH authorities that it has taken up: it trusts those, and its host certificates are of that version or a newer one. 0: it
+    /// takes none up while it runs.
+    #[serde(default)]
+    pub ssh_version: u64,
 }
 
 /// What the root read of its image while the node booted.
@@ -453,6 +468,10 @@ pub struct HeartbeatReply {
     pub interval: u32,
     /// Version of the members' trust bundle.
     pub trust_version: u64,
+    /// Version of the SSH authorities. A node that holds an older one fetches `ssh/trust` and `ssh/host-certificates` anew, and acknowledges
+    /// it with the version in its next heartbeat.
+    #[serde(default = "first_version")]
+    pub ssh_version: u64,
     /// The digest of what it should run; unlike its own: a new boot is due.
     #[serde(default)]
     pub generation: Option<Sha256Digest>,

@@ -19,7 +19,7 @@ pub struct SiteBundle {
     pub roots: Vec<String>,
     /// `https://ADDRESS:PORT` of members; hints only, TLS decides.
     pub members: Vec<String>,
-    /// `ssh-ed25519 …` lines of the SSH host authority.
+    /// `ssh-ed25519 …` lines of the SSH host authorities, as they were then; they have no part in [`Self::version`].
     pub ssh_host_authorities: Vec<String>,
     /// When the bundle was made, Unix seconds: no clock of a node is before it.
     pub built: u64,

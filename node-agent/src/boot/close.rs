@@ -92,6 +92,11 @@ impl Boot {
             generation: document.profile.generation,
             sequence: self.reporter.sequence(),
             renew_after: self.certificates.as_ref().map_or(0, |certificates| certificates.renew_after),
+            // Two members may have answered, one of which had not heard of the newest yet.
+            ssh_version: self
+                .certificates
+                .as_ref()
+                .map_or(0, |certificates| certificates.version.min(self.trust.version)),
             interface: way.link.name.clone(),
             is_up: false,
             is_trace_told: false,

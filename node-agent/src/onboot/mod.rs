@@ -1,5 +1,5 @@
 //! The run stage: a session of its own, the phase `onboot`, the report that the system is up, and then, for as long as the node is up,
-//! heartbeats and the renewal of host certificates. Members may come and go: it asks on for ever.
+//! heartbeats, and what is to be done after them: the renewal of host certificates, new trust. Members may come and go: it asks on for ever.
 
 mod renew;
 mod system;
@@ -33,7 +33,7 @@ const RENEW_TOKEN: u64 = 120;
 /// How long the system may take to be up.
 const UP_LIMIT: Duration = Duration::from_mins(15);
 
-/// A trust bundle that was taken up is acknowledged after this time: somebody may wait for it.
+/// A trust bundle, or SSH authorities, that were taken up are acknowledged after this time: somebody may wait for it.
 const ACKNOWLEDGE: Duration = Duration::from_secs(2);
 
 /// Heartbeats come no more and no less often than this, whatever a member says.
@@ -81,6 +81,8 @@ struct Duty {
     expires: u64,
     /// Why the root did not take up what changed among the members, as it was last said.
     complaint: Option<String>,
+    /// Before then the SSH authorities are not tried to be taken up again.
+    ssh_again: Option<Instant>,
 }
 
 impl Duty {
@@ -92,7 +94,8 @@ impl Duty {
         let mut members = Members::new(&bundle, &session, record.members.clone())?;
         members.set_boot(record.boot);
         let reporter = Reporter::new(record.boot, record.sequence);
-        Ok(Self { run, record, bundle, identity, session, members, reporter, expires: 0, complaint: None })
+        let (expires, complaint, ssh_again) = (0, None, None);
+        Ok(Self { run, record, bundle, identity, session, members, reporter, expires, complaint, ssh_again })
     }
 
     async fn serve(&mut self) -> Infallible {
@@ -208,15 +211,16 @@ impl Duty {
     }
 
     async fn heartbeat(&mut self) -> Duration {
-        let beat = Heartbeat { boot: self.record.boot, trust_version: self.bundle.version };
+        let (trust_version, ssh_version) = (self.bundle.version, self.record.ssh_version);
+        let beat = Heartbeat { boot: self.record.boot, trust_version, ssh_version };
         match self.ask(async |member| member.heartbeat(&beat).await).await {
             Ok(reply) => {
                 if reply.generation.is_some_and(|generation| generation != self.record.generation) {
                     crate::console::say("onboot", "another generation is to be run: the next boot takes it");
                 }
-                let before = self.bundle.version;
                 self.follow(&reply).await;
-                if self.bundle.version != before {
+                let has_new_ssh = self.follow_ssh(reply.ssh_version).await;
+                if self.bundle.version != trust_version || has_new_ssh {
                     return ACKNOWLEDGE.mul_f64(0.5 + jitter());
                 }
                 let seconds = reply.interval.clamp(HEARTBEAT.0, HEARTBEAT.1);
@@ -228,32 +232,6 @@ impl Duty {
                 Duration::from_mins(1)
             }
         }
-    }
-
-    /// New certificates; returns when the next are due.
-    async fn renew(&mut self) -> u64 {
-        match self.try_renew().await {
-            Ok(renew_after) => {
-                crate::console::say("onboot", "the host certificates were renewed");
-                self.record.renew_after = renew_after;
-                self.remember();
-                renew_after
-            }
-            Err(reason) => {
-                crate::console::say("onboot", &format!("the host certificates were not renewed: {reason}"));
-                clock::now() + 300
-            }
-        }
-    }
-
-    async fn try_renew(&mut self) -> Result<u64, String> {
-        let keys = renew::public_keys().map_err(|error| error.to_string())?;
-        let request = renew::request(&keys);
-        let answer = self.ask(async |member| member.host_certificates(&request).await).await;
-        let answer = answer.map_err(|problem| problem.to_string())?;
-        renew::install(&keys, &answer).await.map_err(|error| format!("{error:#}"))?;
-        // A member that wants them renewed at once would be asked without pause.
-        Ok(answer.renew_after.max(clock::now() + 60))
     }
 
     /// A call that is made until a member answers; a refusal is an answer.

@@ -1,21 +1,109 @@
-//! New host certificates for the host keys of this boot.
+//! New host certificates for the host keys of this boot, and the SSH authorities, which may be other ones than when it booted.
 
-use crate::child;
+use super::Duty;
+use crate::render;
 use crate::ssh;
 use crate::tree::Tree;
-use moor_api::node::{HostCertificateRequest, HostCertificates};
+use crate::{child, clock};
+use moor_api::node::{HostCertificateRequest, HostCertificates, SshTrust};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::process::Command;
 
+/// What failed is tried again after this time: members write a line and two numbers down for each try.
+const AGAIN: Duration = Duration::from_mins(5);
+
+impl Duty {
+    /// New certificates; returns when the next are due.
+    pub(super) async fn renew(&mut self) -> u64 {
+        match self.try_renew().await {
+            Ok(renew_after) => {
+                crate::console::say("onboot", "the host certificates were renewed");
+                self.record.renew_after = renew_after;
+                self.remember();
+                renew_after
+            }
+            Err(reason) => {
+                crate::console::say("onboot", &format!("the host certificates were not renewed: {reason}"));
+                clock::now() + AGAIN.as_secs()
+            }
+        }
+    }
+
+    async fn try_renew(&mut self) -> Result<u64, String> {
+        let (keys, answer) = self.certified().await?;
+        // From an authority that nobody may trust any more.
+        if answer.version < self.record.ssh_version {
+            return Err("the member that answered has not heard of the newest SSH authorities yet".into());
+        }
+        install(&keys, &answer).await.map_err(|error| format!("{error:#}"))?;
+        Ok(due(&answer))
+    }
+
+    /// The host keys of this boot, and certificates for them.
+    async fn certified(&mut self) -> Result<(Vec<Public>, HostCertificates), String> {
+        let keys = public_keys().map_err(|error| error.to_string())?;
+        let request = request(&keys);
+        let answer = self.ask(async |member| member.host_certificates(&request).await).await;
+        Ok((keys, answer.map_err(|problem| problem.to_string())?))
+    }
+
+    /// Takes up the SSH authorities where `newest` is a newer version of them than this node has; returns whether it did.
+    pub(super) async fn follow_ssh(&mut self, newest: u64) -> bool {
+        if newest <= self.record.ssh_version || self.ssh_again.is_some_and(|then| Instant::now() < then) {
+            return false;
+        }
+        let taken = self.take_up_ssh().await;
+        self.ssh_again = taken.is_err().then(|| Instant::now() + AGAIN);
+        match &taken {
+            Ok(()) => {
+                let version = self.record.ssh_version;
+                crate::console::say("onboot", &format!("version {version} of the SSH authorities was taken up"));
+            }
+            Err(reason) => self.complain(format!("version {newest} of the SSH authorities was not taken up: {reason}")),
+        }
+        taken.is_ok()
+    }
+
+    async fn take_up_ssh(&mut self) -> Result<(), String> {
+        let trust = self.ask(async |member| member.ssh_trust().await).await.map_err(|problem| problem.to_string())?;
+        let (keys, answer) = self.certified().await?;
+        // Two members may have answered.
+        let version = trust.version.min(answer.version);
+        if version <= self.record.ssh_version {
+            return Err("the member that answered has not heard of it yet".into());
+        }
+        take_up(&trust).map_err(|error| format!("{error:#}"))?;
+        install(&keys, &answer).await.map_err(|error| format!("{error:#}"))?;
+        self.record.ssh_version = version;
+        self.record.renew_after = due(&answer);
+        self.remember();
+        Ok(())
+    }
+}
+
+/// When certificates are to be renewed. A member that wants that at once would be asked without pause.
+fn due(answer: &HostCertificates) -> u64 {
+    answer.renew_after.max(clock::now() + 60)
+}
+
+/// Writes whom ssh and sshd believe: before a certificate is shown that others may believe already.
+fn take_up(trust: &SshTrust) -> anyhow::Result<()> {
+    let tree = Tree::open(Path::new("/"))?;
+    for file in render::authorities(trust)? {
+        file.write(&tree)?;
+    }
+    Ok(())
+}
+
 /// A host key's public half: the word in its file's name, and its line.
-pub(super) struct Public {
+struct Public {
     word: &'static str,
     line: String,
 }
 
 /// The public keys of this boot, as the boot stage wrote them.
-pub(super) fn public_keys() -> std::io::Result<Vec<Public>> {
+fn public_keys() -> std::io::Result<Vec<Public>> {
     public_keys_in(Path::new("/etc/ssh"))
 }
 
@@ -34,12 +122,12 @@ fn public_keys_in(directory: &Path) -> std::io::Result<Vec<Public>> {
     Ok(keys)
 }
 
-pub(super) fn request(keys: &[Public]) -> HostCertificateRequest {
+fn request(keys: &[Public]) -> HostCertificateRequest {
     HostCertificateRequest { public_keys: keys.iter().map(|key| key.line.clone()).collect() }
 }
 
 /// Writes the certificates and has sshd read them; connections that are open stay.
-pub(super) async fn install(keys: &[Public], answer: &HostCertificates) -> anyhow::Result<()> {
+async fn install(keys: &[Public], answer: &HostCertificates) -> anyhow::Result<()> {
     write(&Tree::open(Path::new("/"))?, keys, answer)?;
     let mut reload = Command::new("systemctl");
     // Socket-activated or stopped, it reads them at its next start.

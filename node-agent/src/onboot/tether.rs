@@ -36,7 +36,7 @@ impl Duty {
     }
 
     /// It comes with every heartbeat until the cause is mended, and stands on the console once.
-    fn complain(&mut self, reason: String) {
+    pub(super) fn complain(&mut self, reason: String) {
         if self.complaint.as_ref() != Some(&reason) {
             crate::console::say("onboot", &reason);
             self.complaint = Some(reason);

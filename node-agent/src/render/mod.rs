@@ -10,6 +10,7 @@ mod ssh;
 mod system;
 
 pub(crate) use network::is_boot;
+pub(crate) use ssh::authorities;
 
 use crate::ssh::HostKey;
 use crate::tree::{Tree, TreeError};

@@ -2,10 +2,13 @@
 
 use super::{Facts, RenderError, RenderedFile, line, word};
 use moor_api::deploy::DeployDocument;
+use moor_api::node::SshTrust;
 use std::fmt::Write as _;
 
 /// Where the user authorities' keys lie.
 const USER_AUTHORITIES: &str = "/etc/ssh/moor_user_authorities";
+/// By which hosts are known.
+const KNOWN_HOSTS: &str = "/etc/ssh/ssh_known_hosts";
 
 pub(super) fn files(_: &DeployDocument, facts: &Facts<'_>) -> Result<Vec<RenderedFile>, RenderError> {
     let mut files = Vec::new();
@@ -22,11 +25,7 @@ pub(super) fn files(_: &DeployDocument, facts: &Facts<'_>) -> Result<Vec<Rendere
     sshd.push_str("HostbasedAuthentication yes\nHostbasedUsesNameFromPacketOnly yes\nIgnoreUserKnownHosts yes\n");
     if !facts.trust.user_authorities.is_empty() {
         let _ = writeln!(sshd, "TrustedUserCAKeys {USER_AUTHORITIES}");
-        files.push(RenderedFile::new(
-            USER_AUTHORITIES,
-            0o644,
-            lines("a user authority", &facts.trust.user_authorities)?,
-        ));
+        files.push(user_authorities(facts.trust)?);
     }
     files.push(RenderedFile::new("/etc/ssh/sshd_config.d/10-moor.conf", 0o644, sshd));
     files.push(RenderedFile::new(
@@ -34,14 +33,26 @@ pub(super) fn files(_: &DeployDocument, facts: &Facts<'_>) -> Result<Vec<Rendere
         0o644,
         "# Written by moor-agent at boot.\nHost *\n    HostbasedAuthentication yes\n    EnableSSHKeysign yes\n",
     ));
-    let known = lines("a known host", &facts.trust.known_hosts)?;
-    files.push(RenderedFile::new("/etc/ssh/ssh_known_hosts", 0o644, known));
+    files.push(known_hosts(facts.trust)?);
     let mut shosts = String::new();
     for host in &facts.trust.shosts {
         let _ = writeln!(shosts, "{}", word("a trusted host", host, ".-_:")?);
     }
     files.push(RenderedFile::new("/etc/ssh/shosts.equiv", 0o644, shosts));
     Ok(files)
+}
+
+/// The files that say which SSH authorities there are. They change while the node runs, too: OpenSSH reads them anew for each connection.
+pub(crate) fn authorities(trust: &SshTrust) -> Result<Vec<RenderedFile>, RenderError> {
+    Ok(vec![known_hosts(trust)?, user_authorities(trust)?])
+}
+
+fn known_hosts(trust: &SshTrust) -> Result<RenderedFile, RenderError> {
+    Ok(RenderedFile::new(KNOWN_HOSTS, 0o644, lines("a known host", &trust.known_hosts)?))
+}
+
+fn user_authorities(trust: &SshTrust) -> Result<RenderedFile, RenderError> {
+    Ok(RenderedFile::new(USER_AUTHORITIES, 0o644, lines("a user authority", &trust.user_authorities)?))
 }
 
 fn lines(field: &'static str, values: &[String]) -> Result<String, RenderError> {

@@ -46,6 +46,7 @@ fn trust() -> SshTrust {
         shosts: vec!["n1".into(), "n2.cluster.example".into()],
         authorized_keys: vec!["ssh-ed25519 AAAAADMIN admin".into()],
         user_authorities: Vec::new(),
+        version: 1,
     }
 }
 
@@ -57,7 +58,10 @@ fn host_keys() -> (Vec<HostKey>, HostCertificates) {
         public: format!("ssh-{word} AAAAKEY n1"),
     };
     let certificates = ["ed25519", "ecdsa"].map(|word| format!("ssh-{word}-cert-v01@openssh.com AAAACERT n1"));
-    (vec![key("ed25519"), key("ecdsa")], HostCertificates { certificates: certificates.to_vec(), renew_after: 0 })
+    (
+        vec![key("ed25519"), key("ecdsa")],
+        HostCertificates { certificates: certificates.to_vec(), renew_after: 0, version: 1 },
+    )
 }
 
 fn rendered(document: &DeployDocument, interface: &BootInterface, trust: &SshTrust) -> Vec<RenderedFile> {
@@ -204,7 +208,7 @@ fn sshd_takes_the_configuration() {
     };
     keygen(&["-t", "ed25519", "-N", "", "-f"], &ca);
     let host_keys = crate::ssh::make("n1").unwrap();
-    let mut certificates = HostCertificates { certificates: Vec::new(), renew_after: 0 };
+    let mut certificates = HostCertificates { certificates: Vec::new(), renew_after: 0, version: 1 };
     for key in &host_keys {
         let public = dir.path().join(format!("{}.pub", key.word));
         std::fs::write(&public, &key.public).unwrap();

@@ -10,6 +10,7 @@ mod port;
 mod raw;
 mod rotation;
 mod sessions;
+mod ssh_rotation;
 mod swtpm;
 
 use bus::Bus;

@@ -35,17 +35,24 @@ const PLAINTEXT: usize = 20 << 20;
 /// with its PID namespace.
 #[test]
 fn a_node_that_runs_goes_over_to_a_new_authority_and_its_root_reads_on() {
+    in_namespace(NAME, &["/run"], rotate);
+}
+
+/// Runs `test` with these directories empty and its own, in a run of the test `name` of its own.
+pub(crate) fn in_namespace<F: Future<Output = ()>>(name: &str, own: &[&str], test: impl FnOnce() -> F) {
     if std::env::var_os(MARK).is_some() {
-        good(Command::new("mount").args(["-t", "tmpfs", "tmpfs", "/run"]));
+        for directory in own {
+            good(Command::new("mount").args(["-t", "tmpfs", "tmpfs", directory]));
+        }
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        runtime.block_on(rotate());
+        runtime.block_on(test());
         return;
     }
     let output = Command::new("setpriv")
         .args(["--pdeathsig", "KILL", "--"])
         .args(["unshare", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--"])
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", NAME, "--nocapture", "--test-threads=1"])
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
         .env(MARK, "1")
         .stdin(Stdio::null())
         .output()
@@ -54,7 +61,7 @@ fn a_node_that_runs_goes_over_to_a_new_authority_and_its_root_reads_on() {
     assert!(output.status.success() && said.contains("1 passed"), "{}\n{said}", output.status);
 }
 
-async fn until(what: &str, is_so: impl AsyncFn() -> bool) {
+pub(crate) async fn until(what: &str, is_so: impl AsyncFn() -> bool) {
     let end = Instant::now() + LIMIT;
     while !is_so().await {
         assert!(Instant::now() < end, "{what} does not happen");
@@ -70,12 +77,19 @@ fn program(name: &str) -> PathBuf {
 }
 
 /// The agent of the running system.
-struct Agent(Child);
+pub(crate) struct Agent(Child);
 
 impl Agent {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_moor-agent"));
         Self(command.arg("onboot").stdin(Stdio::null()).spawn().unwrap())
+    }
+
+    /// That finds programs in this directory before others.
+    pub(crate) fn start_with(programs: &Path) -> Self {
+        let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
+        let mut command = Command::new(env!("CARGO_BIN_EXE_moor-agent"));
+        Self(command.arg("onboot").env("PATH", path).stdin(Stdio::null()).spawn().unwrap())
     }
 }
 
@@ -125,7 +139,7 @@ impl Reading {
 }
 
 /// An image of these bytes in the catalogue, and a profile `p` that boots it.
-async fn publish(member: &Member, plaintext: &[u8]) -> (ImageView, Dek) {
+pub(crate) async fn publish(member: &Member, plaintext: &[u8]) -> (ImageView, Dek) {
     let dek = Dek::generate().unwrap();
     let options = SealOptions {
         lineage: [7; 16],
@@ -168,8 +182,8 @@ async fn publish(member: &Member, plaintext: &[u8]) -> (ImageView, Dek) {
     (view, dek)
 }
 
-/// This machine is the node `n1`, and its boot stage is over: what its run stage begins with is in `run`.
-async fn boot(member: &Member, run: &RunDir) {
+/// This machine is the node `n1`, and its boot stage is over: what its run stage begins with is in `run`. Returns what the node is known by.
+pub(crate) async fn boot(member: &Member, run: &RunDir) -> Uuid {
     let boot = BootId::random();
     let hello = machine::describe(boot, Vec::new());
     let uuid = hello.uuid.unwrap_or_else(Uuid::new_v4);
@@ -199,11 +213,13 @@ async fn boot(member: &Member, run: &RunDir) {
         generation: document.profile.generation,
         sequence: 10,
         renew_after: 0,
+        ssh_version: 1,
         interface: "lo".into(),
         is_up: true,
         is_trace_told: true,
     };
     run.write_boot(&record).unwrap();
+    uuid
 }
 
 async fn have_all_acknowledged(member: &Member) -> bool {

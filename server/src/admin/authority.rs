@@ -1,18 +1,20 @@
 //! The authorities: show, rotate, retire.
 
 use crate::authority::describe;
-use crate::collective::authorities;
+use crate::collective::{authorities, ssh_authorities};
 use crate::http::{Failure, parse};
 use crate::state::Member;
 use crate::store::authorities::AuthorityRecord;
+use crate::store::authorities::ssh::{SshAuthoritiesRecord, SshAuthorityRecord};
 use axum::Json;
-use axum::extract::State;
+use axum::extract::{Path, State};
 use bytes::Bytes;
 use moor_api::admin::{
-    AuthorityInfo, AuthorityRetired, AuthorityRotated, AuthorityState, AuthorityView, MemberTrust, RetireRequest,
-    SshAuthorityInfo,
+    AuthorityInfo, AuthorityKind, AuthorityRetired, AuthorityRotated, AuthorityState, AuthorityView, MemberTrust,
+    RetireRequest, SshAuthorityInfo, SshRole, UnknownKind,
 };
-use ssh_key::{HashAlg, PrivateKey};
+use moor_api::problem::{Code, Problem};
+use ssh_key::{HashAlg, PublicKey};
 use std::sync::Arc;
 
 pub(super) async fn show(State(member): State<Arc<Member>>) -> Result<Json<AuthorityView>, Failure> {
@@ -40,17 +42,31 @@ pub(super) async fn show(State(member): State<Arc<Member>>) -> Result<Json<Autho
         let (fingerprint, expires) = describe(&member.config.keys(), number)?;
         authorities.push(AuthorityInfo { number, state, fingerprint, made, expires });
     }
-    let ssh = |role: &str, key: &PrivateKey| SshAuthorityInfo {
-        role: role.into(),
-        fingerprint: key.fingerprint(HashAlg::Sha256).to_string(),
-        made: member.site.created,
-    };
+    let (ssh_version, record) = view.ssh_authorities()?;
+    let mut ssh = Vec::new();
+    for role in SshRole::ALL {
+        match &record {
+            Some(record) => {
+                for one in record.of(role) {
+                    let state = ssh_state(record, role, one);
+                    ssh.push(ssh_info(role, one.number, state, &one.public, one.made)?);
+                }
+            }
+            None => {
+                for line in member.trust.ssh().lines(role) {
+                    ssh.push(ssh_info(role, 1, AuthorityState::InUse, line, member.site.created)?);
+                }
+            }
+        }
+    }
     let members = view.members()?.into_values().filter(|member| !member.removed);
     let nodes: Vec<_> = view.nodes()?.into_iter().filter(|node| node.identity.is_some()).collect();
     Ok(Json(AuthorityView {
         version,
         authorities,
-        ssh: vec![ssh("host", &member.authority.ssh_host), ssh("user", &member.authority.ssh_user)],
+        ssh,
+        ssh_version,
+        ssh_behind: nodes.iter().filter(|node| node.is_behind_ssh(ssh_version)).map(|node| node.name.clone()).collect(),
         members: members
             .map(|member| MemberTrust { name: member.name, version: member.trust, shows: member.shows })
             .collect(),
@@ -67,4 +83,53 @@ pub(super) async fn rotate(State(member): State<Arc<Member>>) -> Result<Json<Aut
 pub(super) async fn retire(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<AuthorityRetired>, Failure> {
     let request: RetireRequest = parse(&body)?;
     Ok(Json(authorities::retire(&member, request.force).await?))
+}
+
+fn ssh_state(record: &SshAuthoritiesRecord, role: SshRole, one: &SshAuthorityRecord) -> AuthorityState {
+    if one.retired.is_some() {
+        return AuthorityState::Retiring;
+    }
+    let in_use = match role {
+        SshRole::Host => record.signing(),
+        SshRole::User => record.user.first(),
+    };
+    if in_use.is_some_and(|in_use| in_use.number == one.number) { AuthorityState::InUse } else { AuthorityState::Next }
+}
+
+fn ssh_info(
+    role: SshRole,
+    number: u32,
+    state: AuthorityState,
+    line: &str,
+    made: u64,
+) -> anyhow::Result<SshAuthorityInfo> {
+    let fingerprint = PublicKey::from_openssh(line)?.fingerprint(HashAlg::Sha256).to_string();
+    Ok(SshAuthorityInfo { role, number, state, fingerprint, made })
+}
+
+fn kind(text: &str) -> Result<AuthorityKind, Failure> {
+    text.parse().map_err(|error: UnknownKind| Failure(Problem::new(Code::NotFound, error.to_string())))
+}
+
+pub(super) async fn rotate_kind(
+    State(member): State<Arc<Member>>,
+    Path(text): Path<String>,
+) -> Result<Json<AuthorityRotated>, Failure> {
+    Ok(Json(match kind(&text)? {
+        AuthorityKind::X509 => authorities::rotate(&member).await?,
+        AuthorityKind::Ssh(role) => ssh_authorities::rotate(&member, role).await?,
+    }))
+}
+
+pub(super) async fn retire_kind(
+    State(member): State<Arc<Member>>,
+    Path(text): Path<String>,
+    body: Bytes,
+) -> Result<Json<AuthorityRetired>, Failure> {
+    let kind = kind(&text)?;
+    let request: RetireRequest = parse(&body)?;
+    Ok(Json(match kind {
+        AuthorityKind::X509 => authorities::retire(&member, request.force).await?,
+        AuthorityKind::Ssh(role) => ssh_authorities::retire(&member, role, request.force).await?,
+    }))
 }

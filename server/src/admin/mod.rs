@@ -68,6 +68,8 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/admin/v1/authority", get(authority::show))
         .route("/admin/v1/authority/rotate", post(authority::rotate))
         .route("/admin/v1/authority/retire", post(authority::retire))
+        .route("/admin/v1/authority/{kind}/rotate", post(authority::rotate_kind))
+        .route("/admin/v1/authority/{kind}/retire", post(authority::retire_kind))
         .route_layer(axum::middleware::from_fn_with_state(member.clone(), audit::first))
         .merge(of_nodes)
         .route_layer(axum::middleware::from_fn_with_state(member.clone(), up_to_date))

@@ -1,7 +1,6 @@
 //! Which X.509 authorities this member has taken up: `authorities.json` in the key directory. It is written after the keys of a new authority
 //! and before those of an old one go, so that whenever the member ends, what it names is there. Without the file there is the first alone.
 
-use super::SSH;
 use super::x509::{FILES, name_of};
 use crate::files;
 use anyhow::{Context as _, ensure};
@@ -74,8 +73,7 @@ impl Held {
 
     /// Names of the files that members share.
     pub(super) fn files(&self) -> Vec<String> {
-        let x509 = self.trusted.iter().flat_map(|number| FILES.iter().map(move |(name, _)| name_of(*number, name)));
-        x509.chain(SSH.map(str::to_owned)).collect()
+        self.trusted.iter().flat_map(|number| FILES.iter().map(move |(name, _)| name_of(*number, name))).collect()
     }
 }
 

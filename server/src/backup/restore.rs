@@ -3,7 +3,7 @@
 
 use super::sealed::Decrypting;
 use super::{Head, Stale};
-use crate::authority::{self, Authority};
+use crate::authority::{self, SshAuthorities};
 use crate::collective::identity::{Identity, check_name};
 use crate::config::Config;
 use crate::content::{Incoming, path_of};
@@ -92,7 +92,7 @@ async fn make(
     let site = view.site()?.context("the backup has no collective in it")?;
     ensure!(site.collective == head.site.collective, "its keys are of another collective than its records");
     authority::import(keys, &head.keys)?;
-    Authority::open(keys)?;
+    SshAuthorities::open(keys)?;
     let nodes = view.names()?.len();
     let dir = config.blobs();
     let taken = match blobs {

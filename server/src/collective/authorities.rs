@@ -1,7 +1,9 @@
-//! Rotation of the X.509 authority: what an administrator asks for, and what each member does by itself. It takes up what the records say, says so,
-//! and writes down what nodes have acknowledged; whoever leads drops an authority that is retired once no member shows a certificate from it.
+//! Rotation of the X.509 authority (those of SSH: [`ssh_authorities`]): what an administrator asks for, and what each member does by itself. It takes up
+//! what the records say, says so, and writes down what nodes have acknowledged; whoever leads drops an authority that is retired once no member
+//! shows a certificate from it.
 
 use super::gate::check_present;
+use super::ssh_authorities;
 use crate::authority;
 use crate::secrets::wrap_authority;
 use crate::state::{Member, audit_entry, now};
@@ -10,7 +12,7 @@ use crate::store::records::NodeRecord;
 use crate::store::{Command, Level, Outcome};
 use crate::trust::{first_root, text_of};
 use anyhow::Context as _;
-use moor_api::admin::{AuthorityRetired, AuthorityRotated};
+use moor_api::admin::{AuthorityKind, AuthorityRetired, AuthorityRotated};
 use moor_api::ids::NodeName;
 use moor_api::problem::{Code, Problem};
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,13 +20,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// The records are looked at this often.
-const LOOK: Duration = Duration::from_millis(500);
+pub(super) const LOOK: Duration = Duration::from_millis(500);
 /// What failed is tried again after this time.
 const AGAIN: Duration = Duration::from_secs(5);
 /// Members may come and go while an authority is made: so often it is made anew.
-const TRIES: u32 = 5;
+pub(super) const TRIES: u32 = 5;
 /// Who retires an authority is told how it ended, if that is so soon.
-const SOON: Duration = Duration::from_secs(10);
+pub(super) const SOON: Duration = Duration::from_secs(10);
 
 /// Makes an authority beside the one in use.
 ///
@@ -76,7 +78,7 @@ fn next(member: &Member) -> anyhow::Result<(Option<AuthorityRecord>, AuthorityRe
     let root = files.root().context("it has no root")?.to_owned();
     let members = view.members()?;
     let present = members.values().filter(|member| !member.removed);
-    let wrapped = wrap_authority(&text_of(&files)?, number, site.collective, present)?;
+    let wrapped = wrap_authority(&text_of(&files)?, AuthorityKind::X509, number, site.collective, present)?;
     Ok((first, AuthorityRecord { number, root, made: now(), since: 0, wrapped, retiring: false }))
 }
 
@@ -160,12 +162,17 @@ pub(super) async fn keep(member: &Arc<Member>) {
 async fn step(member: &Arc<Member>) -> anyhow::Result<()> {
     let taker = member.clone();
     tokio::task::spawn_blocking(move || taker.take_up()).await??;
-    if member.trust.version() == 1 {
+    if member.trust.version() == 1 && member.trust.ssh().held.version == 1 {
         return Ok(());
     }
     tell(member).await?;
     write_down(member).await?;
-    drop_retired(member).await
+    let standing = member.store.standing();
+    if standing.leader == Some(standing.number) {
+        drop_retired(member).await?;
+        ssh_authorities::drop_retired(member).await?;
+    }
+    Ok(())
 }
 
 /// Says what this member has taken up, where the records say something else.
@@ -197,11 +204,8 @@ async fn write_down(member: &Member) -> anyhow::Result<()> {
     }
 }
 
+/// As the leader.
 async fn drop_retired(member: &Member) -> anyhow::Result<()> {
-    let standing = member.store.standing();
-    if standing.leader != Some(standing.number) {
-        return Ok(());
-    }
     let number = {
         let view = member.view()?;
         let Some((_, record)) = view.authorities()? else { return Ok(()) };

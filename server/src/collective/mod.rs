@@ -13,6 +13,7 @@ mod pieces;
 pub mod recover;
 pub(crate) mod rotation;
 mod routes;
+pub(crate) mod ssh_authorities;
 pub mod upkeep;
 pub mod voucher;
 

@@ -274,7 +274,9 @@ async fn take_in(member: &Member, request: &JoinRequest) -> Result<(u64, KeyFile
     let mut tries = 0;
     loop {
         tries += 1;
-        let (authorities, trust, _) = member.export_keys()?;
+        let (authorities, trust, view) = member.export_keys()?;
+        let ssh = view.ssh_authorities()?.1.map_or(1, |record| record.version);
+        drop(view);
         let keys = member.ring()?.wrap_all(request.member, &request.unwrap);
         let keys = keys.map_err(|_| Problem::new(Code::BadRequest, "a member's key for the keys is one on X25519"))?;
         let command = Command::Join {
@@ -287,6 +289,7 @@ async fn take_in(member: &Member, request: &JoinRequest) -> Result<(u64, KeyFile
             now: now(),
             level: request.level,
             trust,
+            ssh,
         };
         match member.propose(command).await {
             Ok(Outcome::Number(number)) => return Ok((number, authorities)),

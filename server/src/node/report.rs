@@ -121,7 +121,7 @@ pub(super) async fn heartbeat(
     let report: Heartbeat = parse(&body)?;
     own_boot(&caller, report.boot)?;
     member.heartbeats.note(caller.node.id);
-    member.note_trust(&caller.node, report.boot, report.trust_version);
+    member.note_trust(&caller.node, report.boot, report.trust_version, report.ssh_version);
     let view = member.view()?;
     let generation = match &caller.node.deployment {
         Some(order) => view.profile(order.profile.as_str())?.map(|profile| profile.generation),
@@ -130,7 +130,8 @@ pub(super) async fn heartbeat(
     let trust_version = member.trust.version();
     let bundle = if report.trust_version < trust_version { Some(member.bundle()?) } else { None };
     let members = caller.endpoints(&member)?;
-    Ok(Json(HeartbeatReply { interval: HEARTBEAT, trust_version, generation, members, bundle }))
+    let ssh_version = member.trust.ssh().held.version;
+    Ok(Json(HeartbeatReply { interval: HEARTBEAT, trust_version, ssh_version, generation, members, bundle }))
 }
 
 /// Only of the image that this boot boots; the list is advice to later boots of it.

@@ -87,19 +87,20 @@ pub(super) async fn host_certificates(
         key.set_comment("");
         keys.push(key);
     }
+    // All of one version.
+    let authorities = member.trust.ssh();
     let now = now();
     let mut certificates = Vec::new();
     let mut serials = Vec::new();
     for key in keys {
         let serial = member.certificate_serial().await?;
         serials.push(serial);
-        certificates.push(
-            certify(&member.authority.ssh_host, key, &caller.node, serial, now).context("certifying a host key")?,
-        );
+        certificates
+            .push(certify(&authorities.signing, key, &caller.node, serial, now).context("certifying a host key")?);
     }
     let fields = serde_json::json!({ "node": caller.node.id, "name": caller.node.name, "boot": caller.claims.boot, "serials": serials });
     member.audit_for_node("host-certificates", fields).await?;
-    Ok(Json(HostCertificates { certificates, renew_after: now + RENEW }))
+    Ok(Json(HostCertificates { certificates, renew_after: now + RENEW, version: authorities.held.version }))
 }
 
 pub(super) async fn trust(
@@ -123,12 +124,13 @@ pub(super) async fn trust(
     authorized_keys.extend(
         value(node, "pubkeys.ssh").into_iter().flat_map(str::lines).filter(|line| !line.is_empty()).map(str::to_owned),
     );
-    let host = member.authority.ssh_host_line()?;
+    let authorities = member.trust.ssh();
     Ok(Json(SshTrust {
-        known_hosts: vec![format!("@cert-authority * {host}")],
+        known_hosts: authorities.hosts.iter().map(|line| format!("@cert-authority * {line}")).collect(),
         shosts,
         authorized_keys,
-        user_authorities: vec![member.authority.ssh_user_line()?],
+        user_authorities: authorities.users.clone(),
+        version: authorities.held.version,
     }))
 }
 

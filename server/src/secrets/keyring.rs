@@ -1,10 +1,11 @@
 //! A member's way to the collective's keys: its own key, in a 0600 file, and what the store has for that.
 
-use super::{AUTHORITY, INFO, KEY, Ring, SUITE, Version, bound_to};
+use super::{INFO, KEY, Ring, SUITE, Version, bound_to, info};
 use crate::files;
 use crate::store::records::{KeyVersion, KeysRecord, WrappedKey};
 use anyhow::{Context as _, ensure};
 use aws_lc_rs::agreement::{PrivateKey, X25519};
+use moor_api::admin::AuthorityKind;
 use moor_api::ids::{CollectiveId, MemberId};
 use moor_api::node::Base64;
 use rustls::crypto::hpke::{EncapsulatedSecret, Hpke as _, HpkePrivateKey};
@@ -124,22 +125,24 @@ impl Keyring {
         Ring { collective: self.collective, versions, current: record.current().unwrap_or(0) }
     }
 
-    /// What [`wrap_authority`](super::wrap_authority) encrypted of authority `number`. A member that went on alone had another id before, and
+    /// What [`wrap_authority`](super::wrap_authority) encrypted of authority `number` of this kind. A member that went on alone had another id before, and
     /// the same key.
     ///
     /// # Errors
     /// None of it is for this member, or is what it says.
     pub fn open_authority(
         &self,
+        kind: AuthorityKind,
         number: u32,
         wrapped: &BTreeMap<MemberId, WrappedKey>,
     ) -> anyhow::Result<Zeroizing<Vec<u8>>> {
         let opened = wrapped.iter().find_map(|(member, wrapped)| {
             let from = EncapsulatedSecret(wrapped.encapsulated.0.clone());
             let aad = bound_to(self.collective, *member, number);
-            SUITE.open(&from, AUTHORITY, &aad, &wrapped.ciphertext.0, &self.key.0).ok()
+            SUITE.open(&from, info(kind), &aad, &wrapped.ciphertext.0, &self.key.0).ok()
         });
-        opened.map(Zeroizing::new).with_context(|| format!("authority {number} does not open by this member's key"))
+        let opened = opened.map(Zeroizing::new);
+        opened.with_context(|| format!("{kind} authority {number} does not open by this member's key"))
     }
 
     fn unwrap(&self, version: u32, wrapped: &WrappedKey) -> anyhow::Result<Version> {
@@ -252,18 +255,30 @@ mod tests {
         use crate::secrets::wrap_authority;
         let collective = CollectiveId::random();
         let (a, b, c) = (somebody(), somebody(), somebody());
-        let wrapped = wrap_authority(b"keys", 2, collective, [&a.record, &b.record]).unwrap();
+        let wrapped = wrap_authority(b"keys", AuthorityKind::X509, 2, collective, [&a.record, &b.record]).unwrap();
         let keyring = |of: &Somebody, id| Keyring::open(of.dir.path(), collective, id).unwrap();
         for member in [&a, &b] {
-            assert_eq!(&**keyring(member, member.record.id).open_authority(2, &wrapped).unwrap(), b"keys");
+            assert_eq!(
+                &**keyring(member, member.record.id).open_authority(AuthorityKind::X509, 2, &wrapped).unwrap(),
+                b"keys"
+            );
         }
-        assert_eq!(&**keyring(&a, MemberId::random()).open_authority(2, &wrapped).unwrap(), b"keys", "by another id");
-        let error = keyring(&c, c.record.id).open_authority(2, &wrapped).unwrap_err().to_string();
+        assert_eq!(
+            &**keyring(&a, MemberId::random()).open_authority(AuthorityKind::X509, 2, &wrapped).unwrap(),
+            b"keys",
+            "by another id"
+        );
+        let error = keyring(&c, c.record.id).open_authority(AuthorityKind::X509, 2, &wrapped).unwrap_err().to_string();
         assert!(error.contains("authority 2 does not open by this member's key"), "{error}");
-        assert!(keyring(&a, a.record.id).open_authority(3, &wrapped).is_err(), "another number");
+        assert!(keyring(&a, a.record.id).open_authority(AuthorityKind::X509, 3, &wrapped).is_err(), "another number");
+        let other = AuthorityKind::Ssh(moor_api::admin::SshRole::User);
+        assert!(keyring(&a, a.record.id).open_authority(other, 2, &wrapped).is_err(), "another kind");
         let moved = [(b.record.id, wrapped[&a.record.id].clone())].into();
-        assert!(keyring(&a, a.record.id).open_authority(2, &moved).is_err(), "in another member's place");
+        assert!(
+            keyring(&a, a.record.id).open_authority(AuthorityKind::X509, 2, &moved).is_err(),
+            "in another member's place"
+        );
         let elsewhere = Keyring::open(a.dir.path(), CollectiveId::random(), a.record.id).unwrap();
-        assert!(elsewhere.open_authority(2, &wrapped).is_err());
+        assert!(elsewhere.open_authority(AuthorityKind::X509, 2, &wrapped).is_err());
     }
 }

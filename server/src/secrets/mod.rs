@@ -14,6 +14,7 @@ use anyhow::Context as _;
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use aws_lc_rs::rand;
 use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair as _};
+use moor_api::admin::{AuthorityKind, SshRole};
 use moor_api::ids::{CollectiveId, MemberId};
 use moor_api::node::Base64;
 use rustls::crypto::aws_lc_rs::hpke::DH_KEM_X25519_HKDF_SHA256_AES_256 as SUITE;
@@ -28,6 +29,8 @@ const KEY: usize = 32;
 /// What is encrypted by HPKE: one is never taken for the other.
 const INFO: &[u8] = b"moor/v1 collective keys";
 const AUTHORITY: &[u8] = b"moor/v1 authority";
+const SSH_HOST_AUTHORITY: &[u8] = b"moor/v1 ssh host authority";
+const SSH_USER_AUTHORITY: &[u8] = b"moor/v1 ssh user authority";
 
 /// An encrypted secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -134,19 +137,28 @@ impl Version {
     }
 }
 
-/// Encrypts the keys of X.509 authority `number` to each of these members, by the public half of its key.
+fn info(kind: AuthorityKind) -> &'static [u8] {
+    match kind {
+        AuthorityKind::X509 => AUTHORITY,
+        AuthorityKind::Ssh(SshRole::Host) => SSH_HOST_AUTHORITY,
+        AuthorityKind::Ssh(SshRole::User) => SSH_USER_AUTHORITY,
+    }
+}
+
+/// Encrypts the keys of authority `number` of this kind to each of these members, by the public half of its key.
 ///
 /// # Errors
 /// One has no such key.
 pub fn wrap_authority<'a>(
     keys: &[u8],
+    kind: AuthorityKind,
     number: u32,
     collective: CollectiveId,
     members: impl IntoIterator<Item = &'a MemberRecord>,
 ) -> anyhow::Result<BTreeMap<MemberId, WrappedKey>> {
     let wrap = |member: &MemberRecord| {
         let (aad, to) = (bound_to(collective, member.id, number), HpkePublicKey(member.unwrap.0.clone()));
-        let sealed = SUITE.seal(AUTHORITY, &aad, keys, &to);
+        let sealed = SUITE.seal(info(kind), &aad, keys, &to);
         let (EncapsulatedSecret(encapsulated), ciphertext) =
             sealed.with_context(|| format!("member {} has no usable key", member.name))?;
         Ok((member.id, WrappedKey { encapsulated: encapsulated.into(), ciphertext: ciphertext.into() }))

@@ -49,8 +49,8 @@ fn done(write: &Write<'_>, command: Command) -> Result<Outcome, StoreError> {
             }
             members::invite(write, id, &invite, now)
         }
-        Command::Join { invite, member, key, unwrap, keys, urls, now, level, trust } => {
-            let guest = members::Guest { id: member, key, unwrap, keys, urls, level, trust };
+        Command::Join { invite, member, key, unwrap, keys, urls, now, level, trust, ssh } => {
+            let guest = members::Guest { id: member, key, unwrap, keys, urls, level, trust, ssh };
             members::join(write, invite, guest, now)
         }
         Command::MoveMember { number, urls, near } => members::change(write, number, |member| {

@@ -1,12 +1,15 @@
-//! What commands do to the records of the X.509 authorities, and who has acknowledged them.
+//! What commands do to the records of the X.509 authorities, and who has acknowledged them. Those of SSH are in [`ssh`].
 //!
 //! One takes the place of another in three steps. *Rotated*: the new one is beside the old one, and the trust bundle has both; members' certificates
 //! are from the old one, so that whoever trusts only that is not cut off. *Retiring*: all have acknowledged that bundle, and members change to
 //! certificates from the new one. *Dropped*: no member shows one from the old one any more, and the trust bundle has the new one alone.
 
+pub mod ssh;
+
 use super::StoreError;
 use super::apply::refused;
 use super::command::{Command, Outcome};
+use super::level::Level;
 use super::members;
 use super::records::{MemberRecord, NodeRecord, SiteRecord, WrappedKey};
 use super::tables::{self, Snapshot, Write};
@@ -58,7 +61,7 @@ impl AuthoritiesRecord {
     }
 }
 
-/// Which version of the trust bundle a node has, as it said itself.
+/// Which version of the trust bundle a node has, and which of the SSH authorities, as it said itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeTrust {
     /// In which boot.
@@ -67,6 +70,15 @@ pub struct NodeTrust {
     pub began: u64,
     /// The newest.
     pub now: u64,
+    /// The newest version of the SSH authorities; 0: it said none. From [`Level::SSH_AUTHORITIES`] on.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub ssh: u64,
+}
+
+/// Nothing is written then, as before there was such a version.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_none(version: &u64) -> bool {
+    *version == 0
 }
 
 impl NodeTrust {
@@ -76,7 +88,12 @@ impl NodeTrust {
         if self.boot != said.boot {
             return said;
         }
-        Self { boot: self.boot, began: self.began.min(said.began), now: self.now.max(said.now) }
+        Self {
+            boot: self.boot,
+            began: self.began.min(said.began),
+            now: self.now.max(said.now),
+            ssh: self.ssh.max(said.ssh),
+        }
     }
 }
 
@@ -141,6 +158,11 @@ pub enum AuthorityChange {
         /// A bounded number of them.
         nodes: Vec<Said>,
     },
+    /// What becomes of those of SSH.
+    Ssh {
+        /// What.
+        change: ssh::SshChange,
+    },
 }
 
 impl AuthorityChange {
@@ -153,6 +175,17 @@ impl AuthorityChange {
             Self::Drop { .. } => "drop-authority",
             Self::TakeUp { .. } => "take-up-authority",
             Self::Said { .. } => "authority-acknowledged",
+            Self::Ssh { change } => change.kind(),
+        }
+    }
+
+    /// What a release has to know to apply it.
+    #[must_use]
+    pub fn level(&self) -> Level {
+        match self {
+            Self::Ssh { .. } => Level::SSH_AUTHORITIES,
+            Self::Said { nodes } if nodes.iter().any(|said| said.trust.ssh != 0) => Level::SSH_AUTHORITIES,
+            _ => Level::AUTHORITIES,
         }
     }
 }
@@ -174,6 +207,7 @@ pub(super) fn apply(write: &Write<'_>, change: AuthorityChange) -> Result<Outcom
             member.shows = shows;
         }),
         AuthorityChange::Said { nodes } => said(write, &nodes),
+        AuthorityChange::Ssh { change } => ssh::apply(write, change),
     }
 }
 
@@ -254,7 +288,7 @@ pub(super) fn begin_anew(write: &Write<'_>, jump: u64) -> Result<(), StoreError>
         record.list.retain(|authority| !authority.retiring);
         write.put(tables::SITE, RECORD, &record)?;
     }
-    Ok(())
+    ssh::begin_anew(write, jump)
 }
 
 /// Adds one. `first` is the one that the collective began with, where there is no record yet.
@@ -373,7 +407,7 @@ fn said(write: &Write<'_>, nodes: &[Said]) -> Result<Outcome, StoreError> {
             continue;
         }
         // Nobody has a version that there is not.
-        let trust = NodeTrust { now: trust.now.min(newest), ..*trust };
+        let trust = ssh::bounded(write, NodeTrust { now: trust.now.min(newest), ..*trust })?;
         record.trust = Some(record.trust.map_or(trust, |before| before.and(trust)));
         super::apply::put_node(write, &record)?;
     }

@@ -77,6 +77,9 @@ pub enum Command {
         /// The version of the trust bundle that it was given. From [`Level::AUTHORITIES`] on, unless it is the first.
         #[serde(default = "super::records::first", skip_serializing_if = "super::records::is_first")]
         trust: u64,
+        /// The version of the SSH authorities. From [`Level::SSH_AUTHORITIES`] on, unless none was rotated.
+        #[serde(default = "super::records::first", skip_serializing_if = "super::records::is_first")]
+        ssh: u64,
     },
     /// A member is reached elsewhere.
     MoveMember {
@@ -127,7 +130,7 @@ pub enum Command {
         /// Which.
         version: u32,
     },
-    /// What becomes of the X.509 authorities, and who has acknowledged them.
+    /// What becomes of the authorities, and who has acknowledged them.
     Authorities {
         /// What.
         change: AuthorityChange,
@@ -377,8 +380,9 @@ impl Command {
         match self {
             Self::Audited { change, .. } => change.level(),
             Self::MoveMember { near, .. } if !near.is_empty() => Level::NEAR,
+            Self::Join { ssh, .. } if *ssh > 1 => Level::SSH_AUTHORITIES,
             Self::Join { trust, .. } if *trust > 1 => Level::AUTHORITIES,
-            Self::Authorities { .. } => Level::AUTHORITIES,
+            Self::Authorities { change } => change.level(),
             Self::Found { .. }
             | Self::Anew { .. }
             | Self::Invite { .. }
@@ -433,68 +437,4 @@ impl std::fmt::Display for Outcome {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::store::records::Evidence;
-    use moor_api::ids::Sha256Digest;
-
-    /// The replicated store will write commands into its log.
-    #[test]
-    fn a_command_reads_back() {
-        let (id, boot) = (NodeId::from_bytes([1; 16]), BootId::from_bytes([2; 16]));
-        let evidence = Evidence {
-            pcrs: vec![(15, "00".into())],
-            event_log: Some(Sha256Digest([3; 32])),
-            reset_count: 1,
-            firmware_version: 2,
-        };
-        let event = StatusEvent {
-            node: "n1".parse().unwrap(),
-            boot: Some(boot),
-            state: "booted".into(),
-            detail: String::new(),
-            time_ms: 1,
-            uptime_ms: 2,
-            figures: [("a".to_owned(), 3)].into(),
-        };
-        let wrapped = WrappedKey { encapsulated: vec![1].into(), ciphertext: vec![2].into() };
-        let keys = KeyVersion { version: 7, wrapped: [(MemberId::from_bytes([4; 16]), wrapped)].into() };
-        let soft = Identity::Soft { public_key: vec![1].into(), unproven: true };
-        for command in [
-            Command::Boot { id, boot, evidence: Some(evidence) },
-            Command::Status { id, sequence: Some(1), event },
-            Command::Arm { id, armed: Armed::Until(7) },
-            Command::RotateKeys { new: keys.clone() },
-            Command::Join {
-                invite: Uuid::nil(),
-                member: MemberId::from_bytes([4; 16]),
-                key: vec![1].into(),
-                unwrap: vec![2].into(),
-                keys: keys.wrapped.into_values().map(|wrapped| (7, wrapped)).collect(),
-                urls: Vec::new(),
-                now: 1,
-                level: Level::FIRST,
-                trust: 2,
-            },
-            Command::Audited { entry: serde_json::json!({ "what": "x" }), change: Box::new(Command::Rearm { id }) },
-            Command::Bind { id, identity: soft, boot, now: 1 },
-            Command::Refuse {
-                nodes: vec![id],
-                strangers: vec!["x".into()],
-                refusal: Refusal {
-                    time_ms: 1,
-                    peer: "p".into(),
-                    call: "c".into(),
-                    uuid: None,
-                    macs: Vec::new(),
-                    problem: Problem::new(moor_api::problem::Code::NotArmed, "no"),
-                    count: 1,
-                },
-            },
-        ] {
-            let text = serde_json::to_string(&command).unwrap();
-            let back: Command = serde_json::from_str(&text).unwrap();
-            assert_eq!(serde_json::to_string(&back).unwrap(), text);
-        }
-    }
-}
+mod tests;

@@ -27,8 +27,10 @@ impl Level {
     pub const NEAR: Self = Self(2);
     /// Authorities are rotated; members and nodes acknowledge trust bundles.
     pub const AUTHORITIES: Self = Self(3);
+    /// Authorities of SSH are rotated; nodes acknowledge them.
+    pub const SSH_AUTHORITIES: Self = Self(4);
     /// What this release knows.
-    pub const NEWEST: Self = Self::AUTHORITIES;
+    pub const NEWEST: Self = Self::SSH_AUTHORITIES;
 }
 
 impl Default for Level {

@@ -110,6 +110,8 @@ pub(super) struct Guest {
     pub(super) level: Level,
     /// The version of the trust bundle that it was given.
     pub(super) trust: u64,
+    /// The version of the SSH authorities.
+    pub(super) ssh: u64,
 }
 
 /// Why a member of this level is none for the collective, if it is not.
@@ -127,7 +129,7 @@ pub(super) fn tell_level(write: &Write<'_>, number: u64, known: Level) -> Result
 }
 
 pub(super) fn join(write: &Write<'_>, invite: Uuid, guest: Guest, now: u64) -> Result<Outcome, StoreError> {
-    let Guest { id, key, unwrap, keys, urls, level, trust } = guest;
+    let Guest { id, key, unwrap, keys, urls, level, trust, ssh } = guest;
     // First: an invitation is not used up by it.
     if let Some(refused) = too_old(write, level)? {
         return Ok(refused);
@@ -153,8 +155,8 @@ pub(super) fn join(write: &Write<'_>, invite: Uuid, guest: Guest, now: u64) -> R
     if !keys::are_all(write, &keys)? {
         return Ok(refused(Code::Conflict, "the collective's keys were rotated meanwhile: try again"));
     }
-    // It would show a certificate, or trust one, from an authority that was dropped.
-    if authorities::version(write)? != trust {
+    // It would show a certificate, or trust one, from an authority that was dropped; and what is new is not encrypted to it.
+    if authorities::version(write)? != trust || authorities::ssh::version(write)? != ssh {
         return Ok(refused(Code::Conflict, "the collective's authorities were rotated meanwhile: try again"));
     }
     write.remove(tables::INVITES, &invite.to_string())?;

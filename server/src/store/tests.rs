@@ -328,6 +328,7 @@ async fn keys_are_for_those_who_are_members_and_nothing_new_is_under_an_older_ve
         now: 1,
         level: Level::FIRST,
         trust: 1,
+        ssh: 1,
     };
     let invitation = uuid::Uuid::new_v4();
     f.done(invite(invitation, 1)).await;
@@ -412,6 +413,7 @@ async fn who_comes_is_given_what_members_have_and_not_what_was_lost() {
         now: 1,
         level: Level::FIRST,
         trust: 1,
+        ssh: 1,
     };
     for wrong in [&[][..], &[3], &[1, 2, 3]] {
         assert_eq!(f.refused(join(wrong)).await, Code::Conflict, "{wrong:?}");

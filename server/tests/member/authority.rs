@@ -19,25 +19,25 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 
 /// What a collective that begins anew adds to the version of its trust bundle, so that none is given twice.
-const JUMP: u64 = 1 << 20;
+pub(crate) const JUMP: u64 = 1 << 20;
 
 /// A command of `moor` that works: its answer, and what it warns of.
-fn good(member: &Member, arguments: &[&str]) -> anyhow::Result<(String, String)> {
+pub(crate) fn good(member: &Member, arguments: &[&str]) -> anyhow::Result<(String, String)> {
     let (status, out, err) = shown(&moor(member, arguments)?.output()?);
     ensure!(status == Some(0), "{arguments:?}: {status:?} {out}{err}\n{}", member.log());
     Ok((out, err))
 }
 
-fn refused(member: &Member, arguments: &[&str], says: &[&str]) -> anyhow::Result<()> {
+pub(crate) fn refused(member: &Member, arguments: &[&str], says: &[&str]) -> anyhow::Result<()> {
     said_no(&arguments.join(" "), &moor(member, arguments)?.output()?, says);
     Ok(())
 }
 
-async fn authorities(member: &Member) -> anyhow::Result<AuthorityView> {
+pub(crate) async fn authorities(member: &Member) -> anyhow::Result<AuthorityView> {
     Ok(member.admin().await?.authority().await?)
 }
 
-fn names<T: ToString>(list: &[T]) -> Vec<String> {
+pub(crate) fn names<T: ToString>(list: &[T]) -> Vec<String> {
     list.iter().map(ToString::to_string).collect()
 }
 
@@ -72,17 +72,17 @@ async fn does_not_connect(member: &Member, bundle: &SiteBundle) -> anyhow::Resul
 async fn beats(machine: &Machine, trust_version: u64) -> anyhow::Result<HeartbeatReply> {
     let mut connection = machine.connect().await?;
     machine.log_in(&mut connection, Stage::Run).await?;
-    Ok(connection.heartbeat(&Heartbeat { boot: machine.boot, trust_version }).await?)
+    Ok(connection.heartbeat(&Heartbeat { boot: machine.boot, trust_version, ssh_version: 0 }).await?)
 }
 
 /// A member that has just begun says what its release knows, and then the level rises.
-async fn knows_of_it(member: &Member) -> anyhow::Result<()> {
+pub(crate) async fn knows_of_it(member: &Member) -> anyhow::Result<()> {
     let newest = Level::NEWEST.0;
     until(member, "the level does not rise", async || Ok(view(member).await?.level == newest)).await
 }
 
 /// The node runs: its boot stage is over.
-async fn booted(member: &Member, machine: &Machine) -> anyhow::Result<()> {
+pub(crate) async fn booted(member: &Member, machine: &Machine) -> anyhow::Result<()> {
     member.arm("n1", "once").await?;
     let mut boot = machine.connect().await?;
     machine.log_in(&mut boot, Stage::Boot).await?;

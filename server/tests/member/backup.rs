@@ -1,5 +1,6 @@
 //! Backups: what is in one, what is not, and what comes of it.
 
+use crate::authority::knows_of_it;
 use crate::cli::{moor, said_no, shown};
 use crate::collective::{define, joined, knows, text, until, view, voters};
 use crate::machine::Machine;
@@ -8,7 +9,7 @@ use crate::support::{Member, UID, refusal};
 use anyhow::{Context as _, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD, URL_SAFE_NO_PAD};
-use moor_api::admin::{BackupRequest, InviteRequest, NodeView, SetAttributes, TokenRequest};
+use moor_api::admin::{BackupRequest, InviteRequest, NodeView, SetAttributes, SshRole, TokenRequest};
 use moor_api::client::admin::AdminClient;
 use moor_api::node::{KeyRequest, Stage};
 use moor_api::problem::Code;
@@ -41,6 +42,13 @@ fn shown_path(path: &Path) -> &str {
 async fn planted() -> anyhow::Result<(Member, Machine, Dek, Vec<Secret>)> {
     let (member, machine) = prepared().await?;
     let mut admin = member.admin().await?;
+    // Of these the private halves are in the store as well.
+    knows_of_it(&member).await?;
+    for role in SshRole::ALL {
+        let number = admin.rotate_ssh_authority(role).await?.number;
+        let file = member.path(&format!("state/store/keys/ssh-{role}-ca-{number}"));
+        until(&member, "it is not taken up", async || Ok(file.exists())).await?;
+    }
     let dek = Dek::generate()?;
     crate::support::import(&mut admin, "root", [7; 16], 2, Some(&dek)).await?;
     member.write_profile("p", "private/munge.key", PRIVATE)?;
@@ -65,11 +73,11 @@ async fn planted() -> anyhow::Result<(Member, Machine, Dek, Vec<Secret>)> {
     secrets.extend(forms("a token", &hex::decode(token.strip_prefix("moora_").context("no token")?)?));
     for key in std::fs::read_dir(member.path("state/store/keys"))? {
         let key = key?.path();
-        if key.extension().is_none_or(|extension| extension != "pem") {
+        if key.extension().is_none_or(|extension| extension != "pem" && extension != "json") {
             secrets.extend(key_forms(&key)?);
         }
     }
-    ensure!(secrets.len() >= 36 + 8 * 6, "{} secrets", secrets.len());
+    ensure!(secrets.len() >= 36 + 10 * 6, "{} secrets", secrets.len());
     Ok((member, machine, dek, secrets))
 }
 

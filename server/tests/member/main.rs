@@ -20,6 +20,7 @@ mod node_api;
 mod observe;
 mod rotation;
 mod shares;
+mod ssh_authority;
 mod strangers;
 mod support;
 mod tls;

@@ -67,11 +67,11 @@ async fn a_node_with_a_soft_key_boots() -> anyhow::Result<()> {
     machine.log_in(&mut connection, Stage::Run).await?;
     connection.status(&status(&machine, 2, "booted")).await?;
     connection.status(&status(&machine, 2, "booted")).await?;
-    let heartbeat = connection.heartbeat(&Heartbeat { boot: machine.boot, trust_version: 1 }).await?;
+    let heartbeat = connection.heartbeat(&Heartbeat { boot: machine.boot, trust_version: 1, ssh_version: 0 }).await?;
     assert_eq!(heartbeat.generation, Some(config.profile.generation));
     assert_eq!((heartbeat.members, heartbeat.bundle), (config.members.clone(), None));
     // A node with an older trust bundle gets the new one.
-    let heartbeat = connection.heartbeat(&Heartbeat { boot: machine.boot, trust_version: 0 }).await?;
+    let heartbeat = connection.heartbeat(&Heartbeat { boot: machine.boot, trust_version: 0, ssh_version: 0 }).await?;
     assert_eq!(heartbeat.bundle.as_ref(), Some(&machine.bundle));
     assert!(offer.prefetch.is_empty(), "nobody has told yet what it reads");
     let trace = TraceReport { boot: machine.boot, digest: offer.digest, chunks: vec![0] };
@@ -338,7 +338,7 @@ async fn a_boot_keeps_its_generation_while_a_newer_one_is_published() -> anyhow:
     let (code, _) = refusal(connection.image_key(&KeyRequest { digest: second.digest }).await);
     assert_eq!(code, Code::Conflict, "a key is for the image of this boot");
     connection.image_key(&KeyRequest { digest: first.digest }).await?;
-    let heartbeat = connection.heartbeat(&Heartbeat { boot: machine.boot, trust_version: 1 }).await?;
+    let heartbeat = connection.heartbeat(&Heartbeat { boot: machine.boot, trust_version: 1, ssh_version: 0 }).await?;
     assert_eq!(heartbeat.generation, new.generation, "a new boot is due");
 
     machine.reboot()?;

@@ -3,10 +3,10 @@
 use super::tls::{handshake_failure, member_tls_config};
 use super::{Body, ClientError, Http, chain, full};
 use crate::admin::{
-    ArmRequest, AuthorityRetired, AuthorityRotated, AuthorityView, BackupRequest, BlobAdded, BootFiles, Changed,
-    CollectiveView, ContentView, CreateProfile, DefineNodes, DeployRequest, ImageView, ImportImage, InviteRequest,
-    Invited, KeysRotated, LogEvent, MemberRequest, NodeView, ProfileView, RangeRequest, ReplaceRequest, RetireRequest,
-    SetAttributes, SiteInfo, StatusEvent, TokenCreated, TokenRequest, Why,
+    ArmRequest, AuthorityKind, AuthorityRetired, AuthorityRotated, AuthorityView, BackupRequest, BlobAdded, BootFiles,
+    Changed, CollectiveView, ContentView, CreateProfile, DefineNodes, DeployRequest, ImageView, ImportImage,
+    InviteRequest, Invited, KeysRotated, LogEvent, MemberRequest, NodeView, ProfileView, RangeRequest, ReplaceRequest,
+    RetireRequest, SetAttributes, SiteInfo, SshRole, StatusEvent, TokenCreated, TokenRequest, Why,
 };
 use crate::client::node::parse_https;
 use crate::ids::{ImageDigest, ProfileName};
@@ -321,6 +321,22 @@ impl AdminClient {
     /// `POST authority/retire`: the new one takes the place of the old one.
     pub async fn retire_authority(&mut self, request: &RetireRequest) -> Result<AuthorityRetired, ClientError> {
         self.http.json(Method::POST, "/admin/v1/authority/retire", Some(request)).await
+    }
+
+    /// `POST authority/ssh-ROLE/rotate`: a new SSH authority beside the one in use.
+    pub async fn rotate_ssh_authority(&mut self, role: SshRole) -> Result<AuthorityRotated, ClientError> {
+        let path = format!("/admin/v1/authority/{}/rotate", AuthorityKind::Ssh(role));
+        self.http.json(Method::POST, &path, None::<&()>).await
+    }
+
+    /// `POST authority/ssh-ROLE/retire`: the new one takes the place of the old one.
+    pub async fn retire_ssh_authority(
+        &mut self,
+        role: SshRole,
+        request: &RetireRequest,
+    ) -> Result<AuthorityRetired, ClientError> {
+        let path = format!("/admin/v1/authority/{}/retire", AuthorityKind::Ssh(role));
+        self.http.json(Method::POST, &path, Some(request)).await
     }
 
     /// Any other call of the API, for additions that have no method here.

@@ -12,25 +12,25 @@ use redb::Database;
 use redb::backends::InMemoryBackend;
 use uuid::Uuid;
 
-fn member(name: &str) -> MemberRecord {
+pub(super) fn member(name: &str) -> MemberRecord {
     MemberRecord {
         level: Level::NEWEST,
         ..MemberRecord::only(vec![1].into(), vec![1].into(), name.into(), vec!["https://10.0.0.1".into()])
     }
 }
 
-struct Site<'a, 'w> {
-    write: &'a Write<'w>,
-    members: Vec<MemberRecord>,
-    node: NodeId,
+pub(super) struct Site<'a, 'w> {
+    pub(super) write: &'a Write<'w>,
+    pub(super) members: Vec<MemberRecord>,
+    pub(super) node: NodeId,
 }
 
 impl Site<'_, '_> {
-    fn apply(&self, command: impl Into<Command>) -> Outcome {
+    pub(super) fn apply(&self, command: impl Into<Command>) -> Outcome {
         apply::apply(self.write, command.into()).unwrap()
     }
 
-    fn refused(&self, command: impl Into<Command>, why: &str) {
+    pub(super) fn refused(&self, command: impl Into<Command>, why: &str) {
         let before = (get(self.write).unwrap(), site(self.write).unwrap().map(|site| site.bundle_version));
         match self.apply(command) {
             Outcome::Refused(problem) => assert!(problem.detail.contains(why), "{problem}"),
@@ -71,7 +71,7 @@ impl Site<'_, '_> {
     }
 
     fn says(&self, boot: u8, version: u64) {
-        let trust = NodeTrust { boot: BootId::from_bytes([boot; 16]), began: version, now: version };
+        let trust = NodeTrust { boot: BootId::from_bytes([boot; 16]), began: version, now: version, ssh: 0 };
         assert_eq!(self.apply(Change::Said { nodes: vec![Said { node: self.node, trust }] }), Outcome::Done);
     }
 
@@ -80,7 +80,7 @@ impl Site<'_, '_> {
     }
 }
 
-fn with_site(level: Level, then: impl FnOnce(&Site<'_, '_>)) {
+pub(super) fn with_site(level: Level, then: impl FnOnce(&Site<'_, '_>)) {
     let database = Database::builder().create_with_backend(InMemoryBackend::new()).unwrap();
     let transaction = database.begin_write().unwrap();
     tables::create(&transaction).unwrap();
@@ -170,7 +170,7 @@ fn what_a_node_says_counts_for_its_boot_in_whatever_order_it_comes() {
         // There is no version 9.
         site.says(3, 9);
         assert_eq!(site.trust().map(|(_, now)| now), Some(2));
-        let trust = NodeTrust { boot: BootId::from_bytes([1; 16]), began: 1, now: 1 };
+        let trust = NodeTrust { boot: BootId::from_bytes([1; 16]), began: 1, now: 1, ssh: 0 };
         let many = vec![Said { node: site.node, trust }; MAX_SAID + 1];
         site.refused(Change::Said { nodes: many }, "more than 256 nodes");
         // Another machine in its place has said nothing.
@@ -270,6 +270,7 @@ fn who_joins_has_the_authorities_of_now() {
             now: 1,
             level: Level::NEWEST,
             trust,
+            ssh: 1,
         };
         site.apply(site.rotate(2));
         for number in [1, 2] {
@@ -309,7 +310,7 @@ fn a_change_reads_back_and_says_what_it_needs() {
     let wrapped = [(MemberId::random(), key)].into();
     let new = AuthorityRecord { number: 2, root: "PEM".into(), made: 1, since: 0, wrapped, retiring: false };
     let node = NodeId::random();
-    let trust = NodeTrust { boot: BootId::random(), began: 1, now: 2 };
+    let trust = NodeTrust { boot: BootId::random(), began: 1, now: 2, ssh: 0 };
     for change in [
         Change::Rotate { first: None, new },
         Change::Retire { number: 1, version: 2, left: [node].into() },
