@@ -19,6 +19,7 @@ use moor_api::deploy::PhaseName;
 use moor_api::node::{Heartbeat, MAX_TRACE, Stage, TraceReport};
 use moor_api::problem::{Code, Problem};
 use moor_api::trust::SiteBundle;
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
 use system::Outcome;
@@ -81,6 +82,8 @@ struct Duty {
     expires: u64,
     /// Why the root did not take up what changed among the members, as it was last said.
     complaint: Option<String>,
+    /// Servers of the root that serve wrong bytes, as far as the member was told.
+    excluded: BTreeSet<String>,
 }
 
 impl Duty {
@@ -92,7 +95,8 @@ impl Duty {
         let mut members = Members::new(&bundle, &session, record.members.clone())?;
         members.set_boot(record.boot);
         let reporter = Reporter::new(record.boot, record.sequence);
-        Ok(Self { run, record, bundle, identity, session, members, reporter, expires: 0, complaint: None })
+        let (complaint, excluded) = (None, BTreeSet::new());
+        Ok(Self { run, record, bundle, identity, session, members, reporter, expires: 0, complaint, excluded })
     }
 
     async fn serve(&mut self) -> Infallible {
@@ -184,6 +188,7 @@ impl Duty {
             if Instant::now() >= beat {
                 beat = Instant::now() + self.heartbeat().await;
             }
+            self.tell_excluded().await;
             if let Some(trace) = self.run.untold_trace(&self.record) {
                 self.tell_trace(trace).await;
                 self.record.is_trace_told = true;
