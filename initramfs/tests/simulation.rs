@@ -271,6 +271,36 @@ fn a_read_that_its_server_keeps_waiting_is_answered_by_the_other() {
     assert!(won >= 8, "{won} of 10");
 }
 
+#[test]
+fn a_server_that_was_slow_before_keeps_a_read_no_longer_than_one_that_was_not() {
+    for (seed, bad) in (0..10).zip([0, 1].into_iter().cycle()) {
+        let sim = Sim::new(seed);
+        let world = sim.clone();
+        let took = sim.run(HOUR, async move {
+            let (servers, reader) = pair(&world, Vec::new()).await;
+            // Half of the times that are remembered are of almost a second, and the latest are not.
+            for (conduct, count) in [(Conduct::Late(980), 60), (Conduct::Good, 60)] {
+                for server in &servers {
+                    server.behave(conduct);
+                }
+                world.sleep(Duration::from_mins(1)).await;
+                for index in 0..count {
+                    reader.read(apart(index), 100).await.unwrap();
+                }
+            }
+            servers[bad].behave(Conduct::Silent);
+            let mut longest = Duration::ZERO;
+            for index in 60..64 {
+                let begun = world.now();
+                reader.read(apart(index), 100).await.unwrap();
+                longest = longest.max(world.since(begun));
+            }
+            longest
+        });
+        assert!(took.unwrap() < Duration::from_millis(600), "{took:?} with seed {seed}");
+    }
+}
+
 /// How many requests two servers got while so many programs made 300 reads together, of one run after the other.
 fn shares(ways: [(u64, u64); 2], programs: u64) -> Vec<[u64; 2]> {
     let run = |seed: u64| {

@@ -2,6 +2,7 @@
 
 use super::fault::Fault;
 use super::member::{Member, Standing};
+use super::pace::STALE;
 use super::world::{World, within};
 use crate::kmsg::ASIDE;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -20,8 +21,6 @@ const CLEARLY: u32 = 3;
 const CLEARLY_OF: u32 = 2;
 /// Requests of one member that run side by side before one more costs a multiple of the time.
 const SIDE_BY_SIDE: u32 = 4;
-/// What was measured longer ago says nothing against a member.
-const STALE: Duration = Duration::from_secs(30);
 /// One request in so many goes to another member, if nothing is known against it: else a better one would never be found.
 const EXPLORE: u64 = 32;
 
