@@ -5,14 +5,18 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
+#[path = "simulation/gather.rs"]
+mod gather;
+#[path = "simulation/guesses.rs"]
+mod guesses;
 #[path = "../../tests/seed.rs"]
 mod seed;
 mod sim;
 
-use common::{noise, seal};
+use common::{Sample, noise, seal};
 use moor_image::OpenOptions;
 use moor_tether::reader::world::{Path, World as _};
-use moor_tether::reader::{AT_REST_AFTER, Figures, ReadError, Reader, Settings, Standing};
+use moor_tether::reader::{Figures, ReadError, Reader, Settings, Standing};
 use seed::{first_seed, number};
 use sim::network::{Conduct, Server, Way};
 use sim::schedule::{Files, Outcome, run};
@@ -143,9 +147,12 @@ async fn open(sim: &Sim, servers: &[Arc<Server>; 2], prefetch: Vec<u64>) -> Read
 }
 
 async fn open_with(sim: &Sim, servers: &[Arc<Server>; 2], settings: Settings) -> Reader {
-    let files = FILES.clone();
+    open_sample(sim, servers, &FILES.sample, settings).await
+}
+
+async fn open_sample(sim: &Sim, servers: &[Arc<Server>; 2], sample: &Sample, settings: Settings) -> Reader {
     let paths = servers.iter().map(|server| Box::new(Way(server.clone())) as Box<dyn Path>).collect();
-    let options = OpenOptions { key: Some(files.sample.key.clone()), ..OpenOptions::default() };
+    let options = OpenOptions { key: Some(sample.key.clone()), ..OpenOptions::default() };
     Reader::open(paths, Arc::new(sim.clone()), &options, settings).await.unwrap()
 }
 
@@ -264,6 +271,36 @@ fn a_read_that_its_server_keeps_waiting_is_answered_by_the_other() {
     assert!(won >= 8, "{won} of 10");
 }
 
+#[test]
+fn a_server_that_was_slow_before_keeps_a_read_no_longer_than_one_that_was_not() {
+    for (seed, bad) in (0..10).zip([0, 1].into_iter().cycle()) {
+        let sim = Sim::new(seed);
+        let world = sim.clone();
+        let took = sim.run(HOUR, async move {
+            let (servers, reader) = pair(&world, Vec::new()).await;
+            // Half of the times that are remembered are of almost a second, and the latest are not.
+            for (conduct, count) in [(Conduct::Late(980), 60), (Conduct::Good, 60)] {
+                for server in &servers {
+                    server.behave(conduct);
+                }
+                world.sleep(Duration::from_mins(1)).await;
+                for index in 0..count {
+                    reader.read(apart(index), 100).await.unwrap();
+                }
+            }
+            servers[bad].behave(Conduct::Silent);
+            let mut longest = Duration::ZERO;
+            for index in 60..64 {
+                let begun = world.now();
+                reader.read(apart(index), 100).await.unwrap();
+                longest = longest.max(world.since(begun));
+            }
+            longest
+        });
+        assert!(took.unwrap() < Duration::from_millis(600), "{took:?} with seed {seed}");
+    }
+}
+
 /// How many requests two servers got while so many programs made 300 reads together, of one run after the other.
 fn shares(ways: [(u64, u64); 2], programs: u64) -> Vec<[u64; 2]> {
     let run = |seed: u64| {
@@ -328,6 +365,33 @@ fn a_server_with_another_image_is_excluded_and_told_of_and_nothing_of_it_is_read
 }
 
 #[test]
+fn a_server_that_was_excluded_and_mended_is_asked_when_no_other_answers() {
+    let sim = Sim::new(11);
+    let world = sim.clone();
+    let took = sim.run(HOUR, async move {
+        let (servers, reader) = pair(&world, Vec::new()).await;
+        let standing = || reader.figures().members[0].state;
+        servers[0].behave(Conduct::Corrupt);
+        let mut index = 0;
+        while standing() != Standing::Excluded {
+            reader.read(apart(index), 100).await.unwrap();
+            world.sleep(Duration::from_millis(100)).await;
+            index += 1;
+        }
+        servers[0].behave(Conduct::Good);
+        world.sleep(Duration::from_mins(5)).await;
+        assert_eq!(standing(), Standing::Excluded, "it was asked although another answers");
+        servers[1].behave(Conduct::Refused);
+        let begun = world.now();
+        let bytes = reader.read(700_000, 4096).await.unwrap();
+        assert!(bytes == FILES.sample.plaintext[700_000..704_096]);
+        world.since(begun)
+    });
+    // The longest rest, which it was in.
+    assert!(took.expect("the root stands still") < Duration::from_secs(40), "{took:?}");
+}
+
+#[test]
 fn an_outage_lasts_as_long_as_it_lasts_unless_the_machine_shuts_down() {
     let sim = Sim::new(4);
     let world = sim.clone();
@@ -368,12 +432,47 @@ impl std::io::Write for Said {
     }
 }
 
-#[test]
-fn a_minute_without_any_server_is_one_line_on_the_console_and_no_error() {
+/// What the reader says while it runs in this way.
+fn heard<T>(run: impl FnOnce() -> T) -> (T, String) {
     let said = Said::default();
     let writer = said.clone();
     let log = tracing_subscriber::fmt().with_ansi(false).without_time().with_writer(move || writer.clone()).finish();
-    let late = tracing::subscriber::with_default(log, || {
+    let result = tracing::subscriber::with_default(log, run);
+    let said = said.0.lock().unwrap().clone();
+    (result, said)
+}
+
+#[test]
+fn a_server_that_is_started_again_is_not_told_on_the_console() {
+    let (waited, said) = heard(|| {
+        let sim = Sim::new(7);
+        let world = sim.clone();
+        sim.run(HOUR, async move {
+            let (servers, reader) = pair(&world, Vec::new()).await;
+            for server in &servers {
+                server.behave(Conduct::Refused);
+            }
+            let (begun, back) = (world.now(), world.clone());
+            world.spawn(Box::pin(async move {
+                back.sleep(Duration::from_millis(400)).await;
+                for server in &servers {
+                    server.behave(Conduct::Good);
+                }
+            }));
+            reader.read(700_000, 4096).await.unwrap();
+            let waited = world.since(begun);
+            world.sleep(Duration::from_mins(2)).await;
+            waited
+        })
+    });
+    let waited = waited.unwrap();
+    assert!(waited > Duration::from_millis(400) && waited < Duration::from_secs(2), "{waited:?}");
+    assert!(said.contains("fails and rests") && !said.contains("of the image answers"), "{said}");
+}
+
+#[test]
+fn a_minute_without_any_server_is_one_line_on_the_console_and_no_error() {
+    let (late, said) = heard(|| {
         let sim = Sim::new(5);
         let world = sim.clone();
         sim.run(HOUR, async move {
@@ -409,92 +508,7 @@ fn a_minute_without_any_server_is_one_line_on_the_console_and_no_error() {
         })
     });
     assert!(late.unwrap() < Duration::from_secs(8), "{late:?}");
-    let said = said.0.lock().unwrap();
     let on_console: Vec<_> = said.lines().filter(|line| line.contains("ERROR")).collect();
     assert_eq!(on_console.len(), 1, "{said}");
     assert!(on_console[0].contains("no server of the image answers"), "{said}");
-}
-
-#[test]
-fn while_memory_is_short_nothing_is_fetched_on_a_guess() {
-    let sim = Sim::new(6);
-    let world = sim.clone();
-    let counts = sim.run(HOUR, async move {
-        let (_servers, reader) = pair(&world, Vec::new()).await;
-        let mut counts = Vec::new();
-        // In a row, each time in another part of the image.
-        for (is_short, from) in [(true, 0), (false, 30), (true, 60)] {
-            reader.save_memory(is_short);
-            let before = reader.figures().chunks_fetched;
-            for chunk in from..from + 16 {
-                reader.read(chunk << 14, 100).await.unwrap();
-            }
-            // The member that was not asked yet is looked at a second after the start.
-            world.sleep(Duration::from_millis(50)).await;
-            counts.push(reader.figures().chunks_fetched - before);
-        }
-        counts
-    });
-    let counts = counts.unwrap();
-    assert_eq!((counts[0], counts[2]), (16, 16), "{counts:?}");
-    assert!(counts[1] > 16, "read-ahead has no part in this: {counts:?}");
-}
-
-#[test]
-fn a_reader_at_rest_keeps_little_and_the_next_read_takes_it_again() {
-    let sim = Sim::new(8);
-    let world = sim.clone();
-    let seen = sim.run(HOUR, async move {
-        let reader = open_with(&world, &two(&world), Settings { cache: 1_400_000, ..Settings::default() }).await;
-        let cache = |reader: &Reader| (reader.figures().cache_bytes, reader.figures().cache_limit);
-        for chunk in 0..90 {
-            reader.read(chunk << 14, 100).await.unwrap();
-            reader.rest();
-        }
-        let busy = cache(&reader);
-        world.sleep(AT_REST_AFTER).await;
-        reader.rest();
-        let at_rest = cache(&reader);
-        reader.read(0, 100).await.unwrap();
-        let again = cache(&reader);
-        // Memory is short and stays so, whoever reads.
-        reader.save_memory(true);
-        world.sleep(AT_REST_AFTER).await;
-        reader.rest();
-        reader.read(0, 100).await.unwrap();
-        (busy, at_rest, again, cache(&reader))
-    });
-    let (busy, at_rest, again, short) = seen.unwrap();
-    assert!(busy.0 > at_rest.1 && busy.1 > at_rest.1, "{busy:?}, {at_rest:?}");
-    assert!(at_rest.0 <= at_rest.1);
-    assert_eq!(again.1, busy.1);
-    assert_eq!(short.1, at_rest.1);
-}
-
-#[test]
-fn what_earlier_boots_read_is_there_before_it_is_asked_for() {
-    // No two are neighbours: read-ahead has no part in this.
-    let list: Vec<u64> = (0..40).map(|index| index * 17 % 45 * 2).collect();
-    let time = |prefetch: Vec<u64>, list: Vec<u64>| {
-        let sim = Sim::new(3);
-        let world = sim.clone();
-        let result = sim.run(HOUR, async move {
-            let (_servers, reader) = pair(&world, prefetch).await;
-            let begun = world.now();
-            for chunk in list {
-                reader.read(chunk << 14, 4096).await.unwrap();
-                // What a program does between reads.
-                world.sleep(Duration::from_millis(3)).await;
-            }
-            (world.since(begun), reader.figures().chunks_fetched)
-        });
-        result.unwrap()
-    };
-    let (cold, cold_chunks) = time(Vec::new(), list.clone());
-    let (warm, warm_chunks) = time(list.clone(), list.clone());
-    assert!(warm * 3 < cold * 2, "{warm:?} with, {cold:?} without");
-    assert!(warm_chunks <= cold_chunks + 2, "{warm_chunks} with, {cold_chunks} without");
-    // A list of other chunks costs what fits into half of the cache, and no more.
-    let (_, wrong_chunks) = time((50..90).collect(), (0..20).map(|index| index * 2).collect());
-    assert!(wrong_chunks <= 20 + 600_000 / 2 / (1 << 14) + 16, "{wrong_chunks}");
 }

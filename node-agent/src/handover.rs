@@ -104,6 +104,9 @@ pub struct TetherMember {
     pub url: String,
     /// How it stands.
     pub state: String,
+    /// What it did wrong last.
+    #[serde(default)]
+    pub last_fault: Option<String>,
 }
 
 impl TetherMember {
@@ -111,6 +114,12 @@ impl TetherMember {
     #[must_use]
     pub fn is_good(&self) -> bool {
         self.state == "good"
+    }
+
+    /// Whether it served wrong bytes twice.
+    #[must_use]
+    pub fn is_excluded(&self) -> bool {
+        self.state == "excluded"
     }
 }
 

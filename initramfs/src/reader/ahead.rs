@@ -39,8 +39,8 @@ impl Ahead {
         Self { streams: Vec::with_capacity(STREAMS), clock: 0, largest: chunks(LARGEST), step: chunks(STEP) }
     }
 
-    /// A reader wants chunks `first` to `last`. Returns what to fetch ahead: nothing, unless it goes forward.
-    pub(super) fn observe(&mut self, first: u64, last: u64) -> Range<u64> {
+    /// A reader wants chunks `first` to `last`. Returns what to fetch ahead: nothing, unless it goes forward, and nothing from chunk `end` on.
+    pub(super) fn observe(&mut self, first: u64, last: u64, end: u64) -> Range<u64> {
         self.clock += 1;
         let clock = self.clock;
         let known = self.streams.iter_mut().find(|stream| stream.next == first || stream.next == first + 1);
@@ -67,7 +67,7 @@ impl Ahead {
             return 0..0;
         }
         let from = stream.fetched;
-        stream.fetched = (stream.next + window).max(from);
+        stream.fetched = (stream.next + window).min(end).max(from);
         from..stream.fetched
     }
 }
@@ -76,14 +76,17 @@ impl Ahead {
 mod tests {
     use super::*;
 
+    /// The read-ahead ends nowhere.
+    const ANYWHERE: u64 = u64::MAX;
+
     #[test]
     fn a_reader_that_goes_forward_gets_growing_ranges_without_gaps() {
         let mut ahead = Ahead::new(64 << 10);
-        assert!(ahead.observe(10, 11).is_empty());
+        assert!(ahead.observe(10, 11, ANYWHERE).is_empty());
         let (mut fetched, mut sizes) = (12, Vec::new());
         for step in 0..40 {
             let first = 12 + step * 2;
-            let range = ahead.observe(first, first + 1);
+            let range = ahead.observe(first, first + 1, ANYWHERE);
             if !range.is_empty() {
                 assert!(range.start <= fetched.max(first + 2), "gap before {range:?}");
                 fetched = range.end;
@@ -99,8 +102,9 @@ mod tests {
     fn a_reader_that_stops_leaves_at_most_half_as_much_unread_as_it_has_read() {
         for length in 1..200 {
             let mut ahead = Ahead::new(64 << 10);
-            let fetched =
-                (0..length).map(|chunk| ahead.observe(chunk, chunk)).fold(length, |end, range| end.max(range.end));
+            let fetched = (0..length)
+                .map(|chunk| ahead.observe(chunk, chunk, ANYWHERE))
+                .fold(length, |end, range| end.max(range.end));
             assert!((fetched - length) * 2 <= length, "{fetched} for {length}");
         }
     }
@@ -109,7 +113,7 @@ mod tests {
     fn jumping_about_fetches_nothing() {
         let mut ahead = Ahead::new(64 << 10);
         for index in 0..200 {
-            assert!(ahead.observe(index * 37 % 1009, index * 37 % 1009).is_empty());
+            assert!(ahead.observe(index * 37 % 1009, index * 37 % 1009, ANYWHERE).is_empty());
         }
     }
 
@@ -119,9 +123,19 @@ mod tests {
         let mut forward = 0;
         for step in 0..20 {
             for reader in 0..4 {
-                forward += u64::from(!ahead.observe(reader * 1000 + step, reader * 1000 + step).is_empty());
+                forward += u64::from(!ahead.observe(reader * 1000 + step, reader * 1000 + step, ANYWHERE).is_empty());
             }
         }
         assert!(forward >= 8, "{forward}");
+    }
+    #[test]
+    fn nothing_is_fetched_beyond_the_end_and_what_was_left_out_is_caught_up_with() {
+        let mut ahead = Ahead::new(64 << 10);
+        for chunk in 0..20 {
+            let range = ahead.observe(chunk, chunk, 20);
+            assert!(range.is_empty() || range.end <= 20, "{range:?}");
+        }
+        let range = ahead.observe(20, 20, ANYWHERE);
+        assert!(range.start == 21 && range.end > 25, "{range:?}");
     }
 }

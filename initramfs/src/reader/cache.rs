@@ -1,5 +1,8 @@
 //! Verified chunks in memory, within a bound, and the flights that bring more. One flight per chunk: whoever wants a chunk that is
 //! already on its way waits for it.
+//!
+//! What was read least recently goes first. Chunks that earlier boots read and this one is yet to read have up to half of the bound for themselves:
+//! what is read on the way to them would else push them out just before their turn, and each would be fetched twice.
 
 use super::class::Ticket;
 use bytes::Bytes;
@@ -28,9 +31,21 @@ pub(super) struct Cache {
     limit: u64,
     size: u64,
     clock: u64,
-    chunks: HashMap<u64, (u64, Bytes)>,
+    chunks: HashMap<u64, Held>,
+    /// Chunks by when they were used last.
     by_use: BTreeMap<u64, u64>,
+    /// Those that were prefetched and not read yet, by when they came.
+    unread: BTreeMap<u64, u64>,
+    unread_size: u64,
     flights: HashMap<u64, Coming>,
+}
+
+/// A chunk that is there.
+struct Held {
+    bytes: Bytes,
+    /// Its place in one of the two orders.
+    at: u64,
+    is_unread: bool,
 }
 
 /// A chunk on its way.
@@ -43,7 +58,16 @@ struct Coming {
 
 impl Cache {
     pub(super) fn new(limit: u64) -> Self {
-        Self { limit, size: 0, clock: 0, chunks: HashMap::new(), by_use: BTreeMap::new(), flights: HashMap::new() }
+        Self {
+            limit,
+            size: 0,
+            clock: 0,
+            chunks: HashMap::new(),
+            by_use: BTreeMap::new(),
+            unread: BTreeMap::new(),
+            unread_size: 0,
+            flights: HashMap::new(),
+        }
     }
 
     /// Bytes held.
@@ -52,12 +76,10 @@ impl Cache {
     }
 
     pub(super) fn lookup(&mut self, chunk: u64) -> Lookup {
-        if let Some((used, bytes)) = self.chunks.get_mut(&chunk) {
-            self.clock += 1;
-            self.by_use.remove(used);
-            self.by_use.insert(self.clock, chunk);
-            *used = self.clock;
-            return Lookup::Cached(bytes.clone());
+        if let Some(held) = self.take_out(chunk) {
+            let bytes = held.bytes.clone();
+            self.put(chunk, held.bytes, false);
+            return Lookup::Cached(bytes);
         }
         let (sender, receiver) = oneshot::channel();
         let coming = self.flights.entry(chunk).or_default();
@@ -83,14 +105,19 @@ impl Cache {
         }
     }
 
-    /// A flight ends: what it brought goes to all who wait, and stays when it is good.
-    pub(super) fn land(&mut self, chunk: u64, landed: &Landed) {
-        for waiting in self.flights.remove(&chunk).unwrap_or_default().waiting {
+    /// A flight ends: what it brought goes to all who wait, and stays when it is good. `is_expected`: it was prefetched, and is yet to be read.
+    pub(super) fn land(&mut self, chunk: u64, landed: &Landed, is_expected: bool) {
+        let waiting = self.flights.remove(&chunk).unwrap_or_default().waiting;
+        let is_unread = is_expected && waiting.is_empty();
+        for waiting in waiting {
             // Who went away needs no answer.
             let _ = waiting.send(landed.clone());
         }
         if let Ok(bytes) = landed {
-            self.insert(chunk, bytes.clone());
+            // Two may have brought it.
+            self.take_out(chunk);
+            self.put(chunk, bytes.clone(), is_unread);
+            self.evict();
         }
     }
 
@@ -102,15 +129,41 @@ impl Cache {
         }
     }
 
-    fn insert(&mut self, chunk: u64, bytes: Bytes) {
+    /// A chunk that is not there, as the last of its order.
+    fn put(&mut self, chunk: u64, bytes: Bytes, is_unread: bool) {
         self.clock += 1;
-        self.size += bytes.len() as u64;
-        if let Some((used, old)) = self.chunks.insert(chunk, (self.clock, bytes)) {
-            self.by_use.remove(&used);
-            self.size -= old.len() as u64;
+        let length = bytes.len() as u64;
+        self.size += length;
+        if is_unread {
+            self.unread_size += length;
         }
-        self.by_use.insert(self.clock, chunk);
-        self.evict();
+        let order = if is_unread { &mut self.unread } else { &mut self.by_use };
+        order.insert(self.clock, chunk);
+        self.chunks.insert(chunk, Held { bytes, at: self.clock, is_unread });
+    }
+
+    fn take_out(&mut self, chunk: u64) -> Option<Held> {
+        let held = self.chunks.remove(&chunk)?;
+        let length = held.bytes.len() as u64;
+        self.size -= length;
+        if held.is_unread {
+            self.unread_size -= length;
+            self.unread.remove(&held.at);
+        } else {
+            self.by_use.remove(&held.at);
+        }
+        Some(held)
+    }
+
+    /// The boot is over: what it was expected to read and has not is a chunk like any other, and older than those read since.
+    pub(super) fn expect_no_more(&mut self) {
+        for chunk in self.unread.values() {
+            if let Some(held) = self.chunks.get_mut(chunk) {
+                held.is_unread = false;
+            }
+        }
+        self.by_use.append(&mut self.unread);
+        self.unread_size = 0;
     }
 
     /// Bytes that it holds at most.
@@ -125,12 +178,11 @@ impl Cache {
     }
 
     fn evict(&mut self) {
-        while self.size > self.limit
-            && let Some((_, oldest)) = self.by_use.pop_first()
-        {
-            if let Some((_, bytes)) = self.chunks.remove(&oldest) {
-                self.size -= bytes.len() as u64;
-            }
+        while self.size > self.limit {
+            let (used, unread) = (self.by_use.first_key_value(), self.unread.first_key_value());
+            let oldest = if self.unread_size > self.limit / 2 { unread.or(used) } else { used.or(unread) };
+            let Some((_, &chunk)) = oldest else { return };
+            self.take_out(chunk);
         }
     }
 }
@@ -148,16 +200,16 @@ mod tests {
     fn the_bound_holds_and_the_least_recently_used_goes_first() {
         let mut cache = Cache::new(30);
         for index in 0..3 {
-            cache.land(index, &Ok(chunk(0)));
+            cache.land(index, &Ok(chunk(0)), false);
         }
         assert!(matches!(cache.lookup(0), Lookup::Cached(_)));
-        cache.land(3, &Ok(chunk(3)));
+        cache.land(3, &Ok(chunk(3)), false);
         assert_eq!(cache.size(), 30);
         assert!(matches!(cache.lookup(1), Lookup::Missing(_)));
         for index in [0, 2, 3] {
             assert!(matches!(cache.lookup(index), Lookup::Cached(_)), "{index}");
         }
-        cache.land(3, &Ok(chunk(4)));
+        cache.land(3, &Ok(chunk(4)), false);
         assert_eq!(cache.size(), 30);
     }
 
@@ -165,16 +217,69 @@ mod tests {
     fn a_lower_bound_holds_at_once_and_a_higher_one_later() {
         let mut cache = Cache::new(30);
         for index in 0..3 {
-            cache.land(index, &Ok(chunk(0)));
+            cache.land(index, &Ok(chunk(0)), false);
         }
         cache.set_limit(15);
         assert_eq!((cache.size(), cache.limit()), (10, 15));
         assert!(matches!(cache.lookup(2), Lookup::Cached(_)), "the last one stays");
-        cache.land(3, &Ok(chunk(0)));
+        cache.land(3, &Ok(chunk(0)), false);
         assert_eq!(cache.size(), 10);
         cache.set_limit(30);
-        cache.land(4, &Ok(chunk(0)));
+        cache.land(4, &Ok(chunk(0)), false);
         assert_eq!(cache.size(), 20);
+    }
+
+    #[test]
+    fn what_was_prefetched_stays_until_it_is_read_in_half_of_the_bound() {
+        let mut cache = Cache::new(60);
+        let prefetched = |cache: &mut Cache, index| cache.land(index, &Ok(chunk(0)), true);
+        let read = |cache: &mut Cache, index| cache.land(index, &Ok(chunk(0)), false);
+        let has = |cache: &Cache, indices: &[u64]| indices.iter().all(|index| !cache.is_missing(*index));
+        for index in 0..3 {
+            prefetched(&mut cache, index);
+        }
+        for index in 100..120 {
+            read(&mut cache, index);
+        }
+        assert!(has(&cache, &[0, 1, 2, 117, 118, 119]), "they were pushed out by what was read meanwhile");
+        assert_eq!(cache.size(), 60);
+
+        // Once read it is like any other.
+        assert!(matches!(cache.lookup(0), Lookup::Cached(_)));
+        for index in 120..124 {
+            read(&mut cache, index);
+        }
+        assert!(cache.is_missing(0) && has(&cache, &[1, 2]));
+
+        // No more than half of the bound, also when that is lower: the oldest go.
+        for index in 10..16 {
+            prefetched(&mut cache, index);
+        }
+        assert!(has(&cache, &[13, 14, 15, 121, 122, 123]));
+        assert!([1, 2, 10, 11, 12].iter().all(|index| cache.is_missing(*index)));
+        cache.set_limit(20);
+        assert!(has(&cache, &[15, 123]));
+        assert_eq!(cache.size(), 20);
+
+        // Nobody waits for it any more.
+        cache.expect_no_more();
+        for index in 130..132 {
+            read(&mut cache, index);
+        }
+        assert!(cache.is_missing(15) && has(&cache, &[130, 131]));
+    }
+
+    #[test]
+    fn a_prefetch_that_somebody_waits_for_is_read_when_it_lands() {
+        let mut cache = Cache::new(20);
+        cache.taken(7..8, &flight(Class::Prefetch, 7));
+        let Lookup::Waiting(mut waiting) = cache.lookup(7) else { panic!("a second flight") };
+        cache.land(7, &Ok(chunk(1)), true);
+        assert!(waiting.try_recv().unwrap().is_ok());
+        for index in 0..2 {
+            cache.land(index, &Ok(chunk(0)), false);
+        }
+        assert!(cache.is_missing(7));
     }
 
     fn flight(class: Class, first: u64) -> Arc<Ticket> {
@@ -188,7 +293,7 @@ mod tests {
         cache.taken(7..8, &flight(Class::Demand, 7));
         let Lookup::Waiting(mut second) = cache.lookup(7) else { panic!("a second flight") };
         assert!(!cache.is_missing(7) && cache.is_missing(8));
-        cache.land(7, &Ok(chunk(1)));
+        cache.land(7, &Ok(chunk(1)), false);
         assert_eq!(first.try_recv().unwrap().unwrap(), second.try_recv().unwrap().unwrap());
         assert!(!cache.is_missing(7));
     }
@@ -213,7 +318,7 @@ mod tests {
     fn a_bad_chunk_is_told_and_not_kept_and_a_lost_flight_is_noticed() {
         let mut cache = Cache::new(100);
         let Lookup::Missing(mut waiting) = cache.lookup(1) else { panic!() };
-        cache.land(1, &Err(Arc::new(ImageError::Argument("bad"))));
+        cache.land(1, &Err(Arc::new(ImageError::Argument("bad"))), false);
         assert!(waiting.try_recv().unwrap().is_err());
         let Lookup::Missing(mut waiting) = cache.lookup(1) else { panic!("it was kept") };
         let lost = flight(Class::Demand, 1);

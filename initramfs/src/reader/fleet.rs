@@ -2,6 +2,7 @@
 
 use super::fault::Fault;
 use super::member::{Member, Standing};
+use super::pace::STALE;
 use super::world::{World, within};
 use crate::kmsg::ASIDE;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -9,6 +10,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::Notify;
 
+/// An outage that is over by then is not named on the console: a server that is started again is away for a second, for each of its nodes.
+const SAY_AFTER: Duration = Duration::from_secs(2);
 /// How often an outage is named on the console. An outage of a minute, until the last server is tried again after it, is named once.
 const SAY_EVERY: Duration = Duration::from_secs(90);
 /// How long an outage is waited out while the machine shuts down.
@@ -18,8 +21,6 @@ const CLEARLY: u32 = 3;
 const CLEARLY_OF: u32 = 2;
 /// Requests of one member that run side by side before one more costs a multiple of the time.
 const SIDE_BY_SIDE: u32 = 4;
-/// What was measured longer ago says nothing against a member.
-const STALE: Duration = Duration::from_secs(30);
 /// One request in so many goes to another member, if nothing is known against it: else a better one would never be found.
 const EXPLORE: u64 = 32;
 
@@ -77,12 +78,6 @@ impl Fleet {
     /// Whether no member can be asked.
     pub(super) fn is_down(&self) -> bool {
         self.usable.load(Ordering::Relaxed) == 0
-    }
-
-    /// Whether every member is excluded: then they are asked all the same, because each byte is verified anyway and the alternative
-    /// is a root that stands still for ever.
-    pub(super) fn all_excluded(&self) -> bool {
-        self.members().iter().all(|member| member.standing() == Standing::Excluded)
     }
 
     /// Counts the usable members again, after one of them changed, and tells those who wait for one.
@@ -181,12 +176,15 @@ impl Fleet {
         others.filter(|member| member.standing() == Standing::Good).filter_map(|member| member.pace().expected()).min()
     }
 
-    /// Says on the log that no member answers, every 90 s, and when one does again. Runs as long as the reader.
+    /// Says on the log that no member answers, after 2 s and every 90 s, and when one does again. Runs as long as the reader.
     pub(super) async fn watch_outages(self: Arc<Self>) {
         loop {
             self.until(Self::is_down).await;
             let since = self.world.now();
             let lasts = |fleet: &Self| fleet.world.since(since).as_secs();
+            if within(&*self.world, SAY_AFTER, self.until(|fleet| !fleet.is_down())).await.is_some() {
+                continue;
+            }
             while self.is_down() {
                 tracing::error!(
                     "no server of the image answers since {} s; programs wait until one does: {}",

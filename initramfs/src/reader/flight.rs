@@ -163,7 +163,8 @@ impl Flight {
     fn patience(&self) -> Duration {
         let Some(lead) = &self.lead else { return LOOK_AGAIN };
         let waited = self.inner.world.since(lead.last.get());
-        let limit = if self.ticket.is_wanted() { usual(&lead.member) } else { MOVE_UNWANTED_AFTER };
+        // A member that was given up now and then has a percentile of a second: no reason to leave others out for so long.
+        let limit = if self.ticket.is_wanted() { usual(&lead.member).min(MOVE_AFTER) } else { MOVE_UNWANTED_AFTER };
         limit.checked_sub(waited).filter(|left| !left.is_zero()).unwrap_or(LOOK_AGAIN)
     }
 
@@ -173,7 +174,8 @@ impl Flight {
         let Some(lead) = &mut self.lead else { return };
         let now = self.inner.world.now();
         let waited = now.saturating_sub(lead.last.get());
-        if is_wanted && lead.late.is_none() {
+        let is_late = is_wanted && waited >= usual(&lead.member);
+        if is_late && lead.late.is_none() {
             lead.late = Some(lead.member.late());
         }
         if let Some(second) = &mut self.second {
@@ -196,7 +198,7 @@ impl Flight {
         let limit = if is_wanted { MOVE_AFTER } else { MOVE_UNWANTED_AFTER };
         let quicker = if anyway { QUICKER_ANYWAY } else { QUICKER };
         let is_resting = lead.member.standing() != Standing::Good;
-        let expected = other.pace().expected().unwrap_or_default();
+        let expected = other.pace().expected_lately(now).unwrap_or_default();
         if is_resting || (waited >= limit && waited > expected * quicker) {
             let member = lead.member.clone();
             member.pace().gave_up(waited, now);
@@ -207,7 +209,7 @@ impl Flight {
             if !is_resting {
                 self.inner.failed(&member, &Fault::Slow(waited));
             }
-        } else if is_wanted && self.second.is_none() && !anyway && expected <= waited && self.inner.hedges.spend() {
+        } else if is_late && self.second.is_none() && !anyway && expected <= waited && self.inner.hedges.spend() {
             self.inner.counts.hedges.fetch_add(1, Ordering::Relaxed);
             self.second = Some(self.start(other, need));
         }

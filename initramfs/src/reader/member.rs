@@ -33,7 +33,7 @@ pub enum Standing {
     Slow,
     /// It rests after a fault, and comes back by a verified read.
     BackingOff,
-    /// It served wrong bytes twice. It is asked again only when no other member is left.
+    /// It served wrong bytes twice. It is asked again only when no other member answers.
     Excluded,
 }
 

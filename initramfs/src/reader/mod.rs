@@ -313,7 +313,10 @@ impl Reader {
         let inner = &self.0;
         let since = millis(inner.world.now()).saturating_sub(inner.read_at.load(Ordering::Relaxed));
         // What was fetched for the boot is there to be read, however long that takes.
-        let is_booting = lock(&inner.prefetch).has_list() && inner.world.since(inner.begun) < BOOT;
+        let is_booting = inner.is_booting();
+        if !is_booting {
+            lock(&inner.cache).expect_no_more();
+        }
         if since >= millis(AT_REST_AFTER) && !is_booting && !inner.is_at_rest.swap(true, Ordering::Relaxed) {
             inner.keep();
             // What was fetched ahead is gone.
@@ -390,7 +393,7 @@ impl Inner {
             self.keep();
         }
         lock(&self.trace).wanted(first, last, now);
-        let ahead = if self.is_short() { 0..0 } else { lock(&self.ahead).observe(first, last) };
+        let ahead = if self.is_short() { 0..0 } else { self.guess(first, last) };
         let mut missing = Vec::new();
         let mut lookups = Vec::new();
         let runs: Vec<_> = {
@@ -411,6 +414,18 @@ impl Inner {
         lock(&self.lines).push(ahead.start.max(last + 1)..ahead.end.min(self.verifier.header().chunks));
         self.pump();
         lookups
+    }
+
+    /// What to fetch ahead of somebody who wants chunks `first` to `last`. While it boots, a list of what earlier boots read knows better than
+    /// any guess where they stopped.
+    fn guess(&self, first: u64, last: u64) -> Range<u64> {
+        let end = if self.is_booting() { lock(&self.prefetch).end(first, last) } else { None };
+        lock(&self.ahead).observe(first, last, end.unwrap_or(u64::MAX))
+    }
+
+    /// Whether it boots, and has a list of what that takes.
+    fn is_booting(&self) -> bool {
+        self.world.since(self.begun) < BOOT && lock(&self.prefetch).has_list()
     }
 
     /// Joins chunks into runs, each with a ticket of its own, and says that they are on their way.

@@ -6,6 +6,8 @@ use std::time::Duration;
 const SAMPLES: usize = 64;
 /// Fewer say nothing about a percentile.
 const FEWEST: usize = 8;
+/// What was measured longer ago says nothing of a member.
+pub(super) const STALE: Duration = Duration::from_secs(30);
 /// A new time counts for this share of the smoothed one.
 const WEIGHT: u32 = 8;
 
@@ -41,6 +43,9 @@ impl Pace {
     }
 
     fn count(&mut self, took: Duration, now: Duration) {
+        if now.saturating_sub(self.measured) > STALE {
+            (self.first, self.next) = (None, None);
+        }
         smooth(&mut self.first, took);
         let sample = u32::try_from(took.as_micros()).unwrap_or(u32::MAX);
         if self.samples.len() < SAMPLES {
@@ -76,6 +81,11 @@ impl Pace {
     /// took longer than that, whatever it took before: else the dead one of two slow members would seem to be the quicker.
     pub(super) fn expected(&self) -> Option<Duration> {
         self.first.map(|first| first.max(self.silent))
+    }
+
+    /// The same, unless it is known from long ago only.
+    pub(super) fn expected_lately(&self, now: Duration) -> Option<Duration> {
+        self.expected().filter(|_| now.saturating_sub(self.measured) <= STALE)
     }
 
     /// The time in which an answer of so many chunks is to be expected.
@@ -117,6 +127,16 @@ mod tests {
         }
         // The last 64 are 37 to 100: of them 61 are at most 97.
         assert_eq!(pace.percentile(), Some(ms(97)));
+    }
+
+    #[test]
+    fn what_is_known_from_long_ago_weighs_nothing() {
+        let mut pace = Pace::default();
+        pace.first(ms(900), ms(0));
+        assert_eq!(pace.expected_lately(STALE), Some(ms(900)));
+        assert_eq!(pace.expected_lately(STALE + ms(1)), None);
+        pace.first(ms(5), STALE + ms(1));
+        assert_eq!(pace.expected_lately(STALE + ms(2)), Some(ms(5)));
     }
 
     #[test]

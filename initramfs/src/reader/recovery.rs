@@ -36,7 +36,9 @@ impl Inner {
                 match member.standing() {
                     _ if member.is_retired() => return,
                     Standing::Good => return,
-                    Standing::Excluded if !inner.fleet.all_excluded() => continue,
+                    // Without any other it is asked all the same: each byte is verified anyway, and the alternative is a root that stands still
+                    // although this one may have been mended.
+                    Standing::Excluded if !inner.fleet.is_down() => continue,
                     _ => {}
                 }
                 match inner.try_out(&member).await {

@@ -77,7 +77,8 @@ impl Run {
         if self.class == Class::Prefetch {
             self.inner.counts.prefetched.fetch_add(1, Ordering::Relaxed);
         }
-        lock(&self.inner.cache).land(chunk, landed);
+        let is_expected = self.class == Class::Prefetch && lock(&self.inner.prefetch).expects(chunk);
+        lock(&self.inner.cache).land(chunk, landed, is_expected);
         self.left.start = chunk + 1;
     }
 }

@@ -4,7 +4,7 @@ use super::engine::Fault;
 use super::states::{Class, State};
 use super::{Boot, call_fault, missing};
 use crate::child;
-use moor_api::deploy::RootMode;
+use moor_api::deploy::{DeployDocument, OnFailure, RootMode};
 use moor_api::node::{EnvelopeKind, ImageOffer, KeyEnvelope, KeyRequest, Stage};
 use moor_image::Dek;
 use std::os::unix::fs::DirBuilderExt as _;
@@ -47,7 +47,7 @@ impl Boot {
     async fn ask_image(&mut self) -> Result<(ImageOffer, KeyEnvelope), Fault> {
         let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
         let offer = members.call(async |member| member.image().await).await.map_err(|error| call_fault(&error))?;
-        check_offer(&offer).map_err(Fault::refused)?;
+        check_offer(&offer).map_err(|reason| not_usable(self.document.as_ref(), reason))?;
         let request = KeyRequest { digest: offer.digest };
         let envelope = members.call(async |member| member.image_key(&request).await).await;
         Ok((offer, envelope.map_err(|error| call_fault(&error))?))
@@ -114,10 +114,9 @@ impl Boot {
             let trust = run.write("image.trust", format!("{}\n", offer.signers.join("\n")).as_bytes());
             mount.arg("--trust").arg(trust.map_err(Fault::fatal)?);
             let signatures = offer.signatures.as_ref().ok_or_else(|| {
-                Fault::refused(format!(
-                    "image '{}' has no signature, and the profile wants one of its signers'",
-                    offer.name
-                ))
+                let reason =
+                    format!("image '{}' has no signature, and the profile wants one of its signers'", offer.name);
+                not_usable(self.document.as_ref(), reason)
             })?;
             mount.arg("--signatures").arg(run.write("image.sig", &signatures.0).map_err(Fault::fatal)?);
         }
@@ -132,7 +131,7 @@ impl Boot {
         if let Err(error) = child::run(mount, text.as_bytes(), limit).await {
             match error.code() {
                 Some(CANNOT) => return Err(Fault::fatal(error)),
-                Some(NOT_ACCEPTED) => return Err(Fault::refused(error)),
+                Some(NOT_ACCEPTED) => return Err(not_usable(self.document.as_ref(), error)),
                 _ => {}
             }
             let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
@@ -175,6 +174,15 @@ impl Boot {
     /// What the kernel command line says, or else the profile.
     fn root_mode(&self, offer: &ImageOffer) -> RootMode {
         self.arguments.root.unwrap_or(offer.root)
+    }
+}
+
+/// An image that may not be used until somebody has mended that. The node waits for it, and goes on by itself then; where the profile wants a
+/// boot that has failed to begin anew, it ends.
+fn not_usable(document: Option<&DeployDocument>, reason: impl ToString) -> Fault {
+    match document.map(|document| document.profile.on_failure) {
+        Some(OnFailure::Reboot) => Fault::fatal(reason),
+        Some(OnFailure::Hold) | None => Fault::refused(reason),
     }
 }
 
@@ -327,6 +335,30 @@ mod tests {
             boot.arguments.root = Some(RootMode::Untethered);
             let fault = boot.tether().await.unwrap_err();
             assert!(fault.reason.contains("why: fetch"), "{}", fault.reason);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_profile_that_wants_a_failed_boot_to_begin_anew_waits_for_no_image() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("program");
+        std::fs::write(&program, "#!/bin/sh\necho 'wrong key' >&2\nexit 4\n").unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        for (on_failure, class) in [("hold", Class::Refused), ("reboot", Class::Fatal)] {
+            let mut boot = boot(dir.path(), program.to_str().unwrap(), RootMode::Tethered);
+            let document = serde_json::json!({
+                "schema": 1, "deployment": null, "interfaces": [], "dns": {}, "members": [], "trust_version": 1,
+                "node": {"id": uuid::Uuid::nil(), "name": "n1", "machine_id": "00".repeat(16)},
+                "profile": {"name": "p", "generation": "00".repeat(32), "root": "tethered", "on_failure": on_failure},
+            });
+            boot.document = Some(serde_json::from_value(document).unwrap());
+            let fault = boot.tether().await.unwrap_err();
+            assert!(fault.class == class && fault.reason.contains("wrong key"), "{on_failure}: {fault:?}");
+            // Nor for one that nobody has signed.
+            boot.offer.as_mut().unwrap().signers = vec!["somebody".to_owned()];
+            let fault = boot.tether().await.unwrap_err();
+            assert!(fault.class == class && fault.reason.contains("no signature"), "{on_failure}: {fault:?}");
         }
     }
 }

@@ -19,6 +19,7 @@ use moor_api::deploy::PhaseName;
 use moor_api::node::{Heartbeat, MAX_TRACE, Stage, TraceReport};
 use moor_api::problem::{Code, Problem};
 use moor_api::trust::SiteBundle;
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
 use system::Outcome;
@@ -83,6 +84,8 @@ struct Duty {
     complaint: Option<String>,
     /// Before then the SSH authorities are not tried to be taken up again.
     ssh_again: Option<Instant>,
+    /// Servers of the root that serve wrong bytes, as far as the member was told.
+    excluded: BTreeSet<String>,
 }
 
 impl Duty {
@@ -94,8 +97,8 @@ impl Duty {
         let mut members = Members::new(&bundle, &session, record.members.clone())?;
         members.set_boot(record.boot);
         let reporter = Reporter::new(record.boot, record.sequence);
-        let (expires, complaint, ssh_again) = (0, None, None);
-        Ok(Self { run, record, bundle, identity, session, members, reporter, expires, complaint, ssh_again })
+        let (expires, complaint, ssh_again, excluded) = (0, None, None, BTreeSet::new());
+        Ok(Self { run, record, bundle, identity, session, members, reporter, expires, complaint, ssh_again, excluded })
     }
 
     async fn serve(&mut self) -> Infallible {
@@ -187,6 +190,7 @@ impl Duty {
             if Instant::now() >= beat {
                 beat = Instant::now() + self.heartbeat().await;
             }
+            self.tell_excluded().await;
             if let Some(trace) = self.run.untold_trace(&self.record) {
                 self.tell_trace(trace).await;
                 self.record.is_trace_told = true;

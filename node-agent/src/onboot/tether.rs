@@ -35,6 +35,15 @@ impl Duty {
         }
     }
 
+    /// A server that serves wrong bytes stands on the console of one node; whoever runs the servers learns of it here, each time it is found.
+    pub(super) async fn tell_excluded(&mut self) {
+        let found = newly_excluded(&self.run, &mut self.excluded);
+        if !found.is_empty() {
+            self.reporter.log(None, &found.join("\n"));
+            self.deliver().await;
+        }
+    }
+
     /// It comes with every heartbeat until the cause is mended, and stands on the console once.
     pub(super) fn complain(&mut self, reason: String) {
         if self.complaint.as_ref() != Some(&reason) {
@@ -64,6 +73,19 @@ fn hand_on_bundle(run: &RunDir, bundle: &SiteBundle) -> Result<(), String> {
     }
     run.write_site(bundle).map_err(|error| error.to_string())?;
     Ok(())
+}
+
+/// What is to be told of the tether's servers that are excluded and not in `told`, which holds all of them then.
+fn newly_excluded(run: &RunDir, told: &mut BTreeSet<String>) -> Vec<String> {
+    let members = run.tether().map(|tether| tether.members).unwrap_or_default();
+    let excluded: Vec<_> = members.into_iter().filter(TetherMember::is_excluded).collect();
+    let before = std::mem::replace(told, excluded.iter().map(|member| member.url.clone()).collect());
+    let new = excluded.into_iter().filter(|member| !before.contains(&member.url));
+    new.map(|member| {
+        let fault = member.last_fault.unwrap_or_default();
+        format!("{} served wrong bytes of the root twice and is not asked any more: {fault}", member.url)
+    })
+    .collect()
 }
 
 /// Returns whether the tether had another list.
@@ -186,6 +208,20 @@ mod tests {
         assert_eq!(servers[0].url, format!("https://localhost:2/public/images/{}", digest()));
         let addresses = &servers[0].addresses;
         assert!(!addresses.is_empty() && addresses.iter().all(|address| address.ip().is_loopback()), "{addresses:?}");
+    }
+
+    #[test]
+    fn a_server_of_wrong_bytes_is_told_of_once_each_time_it_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        let mut told = BTreeSet::new();
+        assert!(newly_excluded(&run, &mut told).is_empty(), "there is no tether");
+        for (standing, count) in [("good", 0), ("excluded", 1), ("excluded", 0), ("good", 0), ("excluded", 1)] {
+            has(&run, "https://127.0.0.1:1", false, standing);
+            let found = newly_excluded(&run, &mut told);
+            assert_eq!(found.len(), count, "{standing}: {found:?}");
+            assert!(found.iter().all(|line| line.starts_with("https://127.0.0.1:1/public/images/")), "{found:?}");
+        }
     }
 
     #[tokio::test(flavor = "multi_thread")]

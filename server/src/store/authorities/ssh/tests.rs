@@ -28,7 +28,7 @@ fn first() -> SshAuthoritiesRecord {
     SshAuthoritiesRecord { version: 1, host: vec![record(1, &[])], user: vec![record(1, &[])] }
 }
 
-fn rotation(site: &Site<'_>, role: SshRole, number: u32) -> AuthorityChange {
+fn rotation(site: &Site<'_, '_>, role: SshRole, number: u32) -> AuthorityChange {
     let members: Vec<_> = site.members.iter().map(|member| member.id).collect();
     ssh(SshChange::Rotate { role, first: Some(first()), new: record(number, &members) })
 }
@@ -37,19 +37,19 @@ fn retirement(role: SshRole, number: u32, left: &[NodeId]) -> AuthorityChange {
     ssh(SshChange::Retire { role, number, left: left.iter().copied().collect() })
 }
 
-fn says(site: &Site<'_>, boot: u8, version: u64) {
+fn says(site: &Site<'_, '_>, boot: u8, version: u64) {
     let trust = NodeTrust { boot: BootId::from_bytes([boot; 16]), began: 1, now: 1, ssh: version };
     assert_eq!(site.apply(AuthorityChange::Said { nodes: vec![Said { node: site.node, trust }] }), Outcome::Done);
 }
 
-fn numbers(site: &Site<'_>) -> (Vec<u32>, Vec<u32>) {
+fn numbers(site: &Site<'_, '_>) -> (Vec<u32>, Vec<u32>) {
     let record = get(site.write).unwrap().unwrap();
     let of = |role| record.of(role).iter().map(|one| one.number).collect();
     (of(HOST), of(USER))
 }
 
 /// It is refused, and nothing has changed.
-fn refused(site: &Site<'_>, change: AuthorityChange, why: &str) {
+fn refused(site: &Site<'_, '_>, change: AuthorityChange, why: &str) {
     let before = get(site.write).unwrap();
     match site.apply(change) {
         Outcome::Refused(Problem { detail, .. }) => assert!(detail.contains(why), "{detail}"),
@@ -144,7 +144,7 @@ fn what_a_node_says_is_bounded_and_counts_for_its_boot() {
 #[test]
 fn a_collective_that_begins_anew_gives_no_number_and_no_version_again() {
     let jump = u32::try_from(JUMP).unwrap();
-    let anew = |site: &Site<'_>| {
+    let anew = |site: &Site<'_, '_>| {
         let only = member("m3");
         let id = only.id;
         let anew = Command::Anew { number: 3, member: only, keys: KeysRecord::default() };
