@@ -2,6 +2,7 @@
 
 use crate::authority::{self, Addresses, Authority, MemberIssuer};
 use crate::certificate::Certificate;
+use crate::collective::alive::Heartbeats;
 use crate::collective::identity::{self, Identity};
 use crate::collective::recover;
 use crate::config::Config;
@@ -11,7 +12,6 @@ use crate::node::enroll::Enrollments;
 use crate::node::nonce::Nonces;
 use crate::node::rate::RateLimit;
 use crate::node::refusals::Throttle;
-use crate::node::report::Heartbeats;
 use crate::observe::Requests;
 use crate::secrets::{Keyring, Place, Ring, SealedSecret, UnwrapKey};
 use crate::store::raft::{Calls, FOUNDER, Peer};
@@ -65,7 +65,7 @@ pub struct Member {
     pub enrollments: Enrollments,
     /// Refusals that come again and again.
     pub refusals: Throttle,
-    /// Who is alive.
+    /// Which nodes are alive.
     pub heartbeats: Heartbeats,
     /// What it did without a majority.
     pub waiting: Waiting,

@@ -222,6 +222,9 @@ pub struct Why {
     /// Its state now.
     #[serde(default)]
     pub state: Option<StatusEvent>,
+    /// Seconds since its last heartbeat, at whichever member; absent where none is known.
+    #[serde(default)]
+    pub heard: Option<u64>,
     /// Refusals, newest first, at most 50; kept over restarts.
     pub refusals: Vec<Refusal>,
     /// What an administrator should do, in sentences; empty when all is well.

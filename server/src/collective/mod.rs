@@ -1,5 +1,6 @@
 //! The collective: who is a member, how one joins, what members ask each other, and what each does to keep up.
 
+pub mod alive;
 pub(crate) mod authorities;
 pub mod blobs;
 mod gate;
