@@ -171,6 +171,9 @@ pub enum Collective {
     Remove {
         /// Its name or number.
         member: String,
+        /// Somebody else may have what is on it: rotate the authority of certificates as well (`moor authority rotate`).
+        #[arg(long)]
+        compromised: bool,
         /// Do not ask.
         #[arg(short)]
         yes: bool,
@@ -185,6 +188,8 @@ pub enum Authority {
     /// Make a new authority of certificates beside the one in use: nodes and members trust both from now on. Nothing is from the new one
     /// before the old one is retired.
     Rotate,
+    /// Take a rotation back, before the old authority is retired: the new one is trusted no more, and its keys are removed.
+    Cancel,
     /// Let the new authority take over, and trust the old one no more. Refused as long as members or nodes have not acknowledged the trust
     /// bundle that has the new one.
     Retire {

@@ -38,6 +38,20 @@ pub(crate) async fn run(client: &mut AdminClient, command: Authority, json: bool
             }
             eprintln!("now {MAKE_ANEW}; then `moor authority retire`");
         }
+        Authority::Cancel => {
+            let cancelled = client.cancel_authority().await?;
+            if json {
+                output::json(&cancelled)?;
+            } else {
+                output::line(format_args!(
+                    "authority {} is trusted no more: trust bundle {} is without it",
+                    cancelled.number, cancelled.version
+                ))?;
+            }
+            eprintln!(
+                "boot files and bundles that were made meanwhile stay good, and trust it until they are made anew"
+            );
+        }
         Authority::Retire { force } => {
             let retired = client.retire_authority(&RetireRequest { force }).await?;
             if json {

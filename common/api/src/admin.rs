@@ -28,6 +28,7 @@
 //! | `POST collective/rotate-key` | empty → [`KeysRotated`] |
 //! | `GET authority` | [`AuthorityView`] |
 //! | `POST authority/rotate` | empty → [`AuthorityRotated`] |
+//! | `POST authority/cancel` | empty → [`AuthorityCancelled`] |
 //! | `POST authority/retire` | [`RetireRequest`] → [`AuthorityRetired`] |
 //! | `POST backup` (socket only, but for a redacted one) | [`BackupRequest`] → the backup |
 //!
@@ -37,8 +38,8 @@ mod authority;
 mod collective;
 
 pub use authority::{
-    AuthorityInfo, AuthorityRetired, AuthorityRotated, AuthorityState, AuthorityView, MemberTrust, RetireRequest,
-    SshAuthorityInfo,
+    AuthorityCancelled, AuthorityInfo, AuthorityRetired, AuthorityRotated, AuthorityState, AuthorityView, MemberTrust,
+    RetireRequest, SshAuthorityInfo,
 };
 pub use collective::{
     BackupRequest, CollectiveMember, CollectiveView, ContentBlob, ContentView, InviteRequest, Invited, KeysRotated,

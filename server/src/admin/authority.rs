@@ -1,4 +1,4 @@
-//! The authorities: show, rotate, retire.
+//! The authorities: show, rotate, cancel, retire.
 
 use crate::authority::describe;
 use crate::collective::authorities;
@@ -9,8 +9,8 @@ use axum::Json;
 use axum::extract::State;
 use bytes::Bytes;
 use moor_api::admin::{
-    AuthorityInfo, AuthorityRetired, AuthorityRotated, AuthorityState, AuthorityView, MemberTrust, RetireRequest,
-    SshAuthorityInfo,
+    AuthorityCancelled, AuthorityInfo, AuthorityRetired, AuthorityRotated, AuthorityState, AuthorityView, MemberTrust,
+    RetireRequest, SshAuthorityInfo,
 };
 use ssh_key::{HashAlg, PrivateKey};
 use std::sync::Arc;
@@ -62,6 +62,10 @@ pub(super) async fn show(State(member): State<Arc<Member>>) -> Result<Json<Autho
 
 pub(super) async fn rotate(State(member): State<Arc<Member>>) -> Result<Json<AuthorityRotated>, Failure> {
     Ok(Json(authorities::rotate(&member).await?))
+}
+
+pub(super) async fn cancel(State(member): State<Arc<Member>>) -> Result<Json<AuthorityCancelled>, Failure> {
+    Ok(Json(authorities::cancel(&member).await?))
 }
 
 pub(super) async fn retire(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<AuthorityRetired>, Failure> {

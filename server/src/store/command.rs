@@ -378,7 +378,7 @@ impl Command {
             Self::Audited { change, .. } => change.level(),
             Self::MoveMember { near, .. } if !near.is_empty() => Level::NEAR,
             Self::Join { trust, .. } if *trust > 1 => Level::AUTHORITIES,
-            Self::Authorities { .. } => Level::AUTHORITIES,
+            Self::Authorities { change } => change.level(),
             Self::Found { .. }
             | Self::Anew { .. }
             | Self::Invite { .. }

@@ -27,8 +27,10 @@ impl Level {
     pub const NEAR: Self = Self(2);
     /// Authorities are rotated; members and nodes acknowledge trust bundles.
     pub const AUTHORITIES: Self = Self(3);
+    /// The collective has an incarnation, which certificates and tokens name; a rotation of the authority can be cancelled.
+    pub const INCARNATIONS: Self = Self(4);
     /// What this release knows.
-    pub const NEWEST: Self = Self::AUTHORITIES;
+    pub const NEWEST: Self = Self::INCARNATIONS;
 }
 
 impl Default for Level {
@@ -120,6 +122,14 @@ pub(super) fn raise(write: &Write<'_>, level: Level) -> Result<Outcome, StoreErr
     }
     write.put(tables::SITE, KEY, &level)?;
     Ok(Outcome::Done)
+}
+
+/// What is written of this level needs no agreement: the collective is one member, whose release does it.
+pub(super) fn lift(write: &Write<'_>, level: Level) -> Result<(), StoreError> {
+    if of(write)? < level {
+        write.put(tables::SITE, KEY, &level)?;
+    }
+    Ok(())
 }
 
 /// The level that all these members are able to, if it is above the one that they are at.
