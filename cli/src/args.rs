@@ -171,6 +171,9 @@ pub enum Collective {
     Remove {
         /// Its name or number.
         member: String,
+        /// Somebody else may have what is on it: rotate the authority of certificates as well (`moor authority rotate`).
+        #[arg(long)]
+        compromised: bool,
         /// Do not ask.
         #[arg(short)]
         yes: bool,
@@ -189,6 +192,9 @@ pub enum Authority {
         #[arg(default_value = "x509")]
         kind: String,
     },
+    /// Take a rotation of the authority of certificates back, before the old one is retired: the new one is trusted no more, and its keys are
+    /// removed.
+    Cancel,
     /// Let the new authority take over, and trust the old one no more. Refused as long as members or nodes have not acknowledged the new one.
     Retire {
         /// Which: `x509`, `ssh-host` or `ssh-user`.

@@ -6,7 +6,7 @@ use moor_api::client::session::SessionKey;
 use moor_api::client::tls::member_tls_config;
 use moor_api::ids::{BootId, CollectiveId};
 use moor_api::node::MemberEndpoint;
-use moor_api::trust::SiteBundle;
+use moor_api::trust::{Incarnation, SiteBundle};
 use rustls::ClientConfig;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,6 +25,8 @@ pub struct Members {
     token: Option<Zeroizing<String>>,
     /// The boot, for the logs of members.
     boot: Option<String>,
+    /// The newest that was met. A bundle of before the collective was recovered does not know it, and would believe members of before as well.
+    incarnation: Incarnation,
     timeout: Duration,
 }
 
@@ -41,6 +43,7 @@ impl Members {
             connection: None,
             token: None,
             boot: None,
+            incarnation: bundle.incarnation,
             timeout: TIMEOUT,
         };
         members.learn(urls);
@@ -60,6 +63,7 @@ impl Members {
     /// The bundle has no usable root; then nothing has changed.
     pub fn trust(&mut self, bundle: &SiteBundle, session: &SessionKey) -> Result<(), ClientError> {
         self.tls = Arc::new(member_tls_config(bundle, Some(session))?);
+        self.incarnation = self.incarnation.max(bundle.incarnation);
         self.forget();
         Ok(())
     }
@@ -147,7 +151,14 @@ impl Members {
         let mut reasons = Vec::new();
         for _ in 0..self.urls.len() {
             match NodeConnection::connect(&self.urls[0], self.collective, self.tls.clone(), self.timeout).await {
+                Ok(connection) if connection.incarnation() < self.incarnation => reasons.push(format!(
+                    "{} is of incarnation {} of the collective, and another member of {}: it is one of before",
+                    self.urls[0],
+                    connection.incarnation(),
+                    self.incarnation
+                )),
                 Ok(mut connection) => {
+                    self.incarnation = connection.incarnation();
                     if let Some(token) = &self.token {
                         connection.set_token(token)?;
                     }
@@ -245,6 +256,7 @@ mod tests {
             connection: None,
             token: None,
             boot: None,
+            incarnation: Incarnation::FIRST,
             timeout: TIMEOUT,
         }
     }

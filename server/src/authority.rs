@@ -10,13 +10,13 @@ mod x509;
 
 pub use held::Held;
 pub use ssh::{SshAuthorities, SshHeld, has_ssh, is_pair, make_ssh, put_ssh, remove_ssh_before};
-pub use x509::{describe, has, make, put, remove_before, root};
+pub use x509::{describe, has, make, put, remove_others, root};
 
 use crate::files;
 use anyhow::Context as _;
 use moor_api::admin::SshRole;
 use moor_api::ids::{CollectiveId, MemberId};
-use moor_api::trust::member_uri;
+use moor_api::trust::{Incarnation, incarnation_uri, member_uri};
 use rcgen::{
     ExtendedKeyUsagePurpose, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData as _, SanType,
     SigningKey as _,
@@ -52,6 +52,8 @@ pub struct MemberIssuer {
     pub keys: PathBuf,
     /// The collective.
     pub collective: CollectiveId,
+    /// How often it began anew.
+    pub incarnation: Incarnation,
     /// The member.
     pub member: MemberId,
     /// Where it is reached.
@@ -72,6 +74,9 @@ impl MemberIssuer {
         let key = files.key(MEMBER_KEY)?;
         let mut leaf = params(&format!("member {}", self.member), MEMBER_DAYS, self.created)?;
         leaf.subject_alt_names.push(uri(member_uri(self.collective, self.member))?);
+        if !self.incarnation.is_first() {
+            leaf.subject_alt_names.push(uri(incarnation_uri(self.collective, self.incarnation))?);
+        }
         leaf.subject_alt_names.extend(self.addresses.ips.iter().copied().map(SanType::IpAddress));
         for name in &self.addresses.names {
             let dns = name.clone().try_into().with_context(|| format!("'{name}' is not a DNS name"))?;
@@ -247,7 +252,8 @@ mod tests {
         let public = create_member_key(dir.path()).unwrap();
         let addresses = Addresses { ips: vec!["10.0.0.1".parse().unwrap()], names: vec!["m1.example".into()] };
         let member = MemberId::random();
-        let issuer = MemberIssuer { keys: dir.path().to_owned(), collective, member, addresses, created };
+        let incarnation = Incarnation::FIRST.next();
+        let issuer = MemberIssuer { keys: dir.path().to_owned(), collective, incarnation, member, addresses, created };
         let issued = issuer.issue().unwrap();
         for (certificate, name) in issued.cert.iter().zip(["leaf.der", "issuer.der"]) {
             std::fs::write(dir.path().join(name), certificate).unwrap();
@@ -267,7 +273,8 @@ mod tests {
             .output()
             .unwrap();
         let text = String::from_utf8_lossy(&shown.stdout);
-        for part in [format!("URI:{}", member_uri(collective, member)), "DNS:m1.example".into()] {
+        let names = [member_uri(collective, member), incarnation_uri(collective, incarnation)];
+        for part in names.map(|name| format!("URI:{name}")).into_iter().chain(["DNS:m1.example".to_owned()]) {
             assert!(text.contains(&part), "{part} is missing in {text}");
         }
         // Renewed, it is of the same key under another number; one of a collective that was made earlier begins earlier.
@@ -310,6 +317,7 @@ mod tests {
         let issuer = MemberIssuer {
             keys: dir.path().to_owned(),
             collective,
+            incarnation: Incarnation::FIRST,
             member: MemberId::random(),
             addresses: Addresses::default(),
             created,
@@ -356,9 +364,13 @@ mod tests {
             second.chain(["authorities.json", "ssh-host-ca", "ssh-user-ca"].map(str::to_owned)).collect();
         left.sort();
         for _ in 0..2 {
-            remove_before(other.path(), 2).unwrap();
+            remove_others(other.path(), &[2]).unwrap();
             assert_eq!(names(other.path()), left);
         }
+        // So does one that comes after it, and was cancelled.
+        put(other.path(), 3, &make(collective, "site", 3, created).unwrap()).unwrap();
+        remove_others(other.path(), &[2]).unwrap();
+        assert_eq!(names(other.path()), left);
         let error = export(other.path()).err().unwrap().to_string();
         assert!(error.contains("root.key"), "{error}");
     }

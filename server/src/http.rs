@@ -6,7 +6,7 @@ use axum::extract::Request;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
-use moor_api::ids::MemberId;
+use moor_api::client::tls::Named;
 use moor_api::problem::{CONTENT_TYPE, Code, Problem};
 use moor_api::proof::EXPORTER_LENGTH;
 use std::net::{IpAddr, SocketAddr};
@@ -42,8 +42,8 @@ pub enum Peer {
         client_key: Option<Vec<u8>>,
         /// Exporter value of the connection; absent below TLS 1.3.
         exporter: Option<[u8; EXPORTER_LENGTH]>,
-        /// The member whose certificate the client showed.
-        member: Option<MemberId>,
+        /// The member whose certificate the client showed, of whatever incarnation of the collective; or why what looked like one is not believed.
+        member: Option<Result<Named, String>>,
     },
     /// The unix socket, with the peer's user id.
     Socket {

@@ -10,6 +10,7 @@ use axum::{Extension, Router};
 use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use moor_api::client::tls::disbelief;
 use moor_api::proof::{EXPORTER_LABEL, EXPORTER_LENGTH};
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
@@ -245,7 +246,8 @@ async fn handshake(
     // Most clients are nodes, whose certificate has no chain: only a member's has.
     let member = match session.peer_certificates() {
         Some([leaf, chain @ ..]) if !chain.is_empty() && exporter.is_some() => {
-            member.trust.taken().verifier.member(leaf, chain, UnixTime::now()).ok()
+            let judged = member.trust.taken().verifier.member(leaf, chain, UnixTime::now());
+            Some(judged.map_err(|error| disbelief(&error)))
         }
         _ => None,
     };

@@ -201,6 +201,7 @@ async fn recover(path: &Path, force: bool) -> anyhow::Result<()> {
     let (recovery, prospect) = collective::recover::Recovery::open(&config).await?;
     let (term, index) = prospect.newest;
     println!("no other member answers: {}", prospect.others.join(", "));
+    prospect.strangers.iter().for_each(|line| println!("{line}"));
     println!(
         "this member's log ends with entry {index} of term {term}: what the others acknowledged after it, without this member, is lost"
     );

@@ -2,6 +2,7 @@
 
 use crate::authority::{self, Addresses, MemberIssuer};
 use crate::certificate::Certificate;
+use crate::collective::alive::Heartbeats;
 use crate::collective::identity::{self, Identity};
 use crate::collective::recover;
 use crate::config::Config;
@@ -11,7 +12,6 @@ use crate::node::enroll::Enrollments;
 use crate::node::nonce::Nonces;
 use crate::node::rate::RateLimit;
 use crate::node::refusals::Throttle;
-use crate::node::report::Heartbeats;
 use crate::observe::Requests;
 use crate::secrets::{Keyring, Place, Ring, SealedSecret, UnwrapKey};
 use crate::shares::Shares;
@@ -25,7 +25,7 @@ use anyhow::Context as _;
 use moor_api::ids::{CollectiveId, Sha256Digest};
 use moor_api::node::MemberEndpoint;
 use moor_api::problem::Problem;
-use moor_api::trust::SiteBundle;
+use moor_api::trust::{Incarnation, SiteBundle};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
@@ -64,7 +64,7 @@ pub struct Member {
     pub enrollments: Enrollments,
     /// Refusals that come again and again.
     pub refusals: Throttle,
-    /// Who is alive.
+    /// Which nodes are alive.
     pub heartbeats: Heartbeats,
     /// What it did without a majority.
     pub waiting: Waiting,
@@ -111,8 +111,13 @@ pub async fn init(config: &Config, addresses: Vec<String>, set_aside: bool) -> a
 }
 
 async fn found(config: &Config, keys: &Path, name: String, addresses: Vec<String>) -> anyhow::Result<Identity> {
-    let site =
-        SiteRecord { collective: CollectiveId::random(), name: config.name.clone(), bundle_version: 1, created: now() };
+    let site = SiteRecord {
+        collective: CollectiveId::random(),
+        name: config.name.clone(),
+        bundle_version: 1,
+        created: now(),
+        incarnation: Incarnation::FIRST,
+    };
     let (key, unwrap) = (authority::create_member_key(keys)?, UnwrapKey::create(keys)?);
     let founder = MemberRecord::only(key.into(), unwrap, name.clone(), config.urls.clone());
     let versions = Ring::first(site.collective)?.record_for(&founder)?;
@@ -142,17 +147,18 @@ async fn found(config: &Config, keys: &Path, name: String, addresses: Vec<String
 }
 
 /// What a member shows of itself, and its way to other members.
-pub(crate) struct Connections {
+struct Connections {
     issuer: MemberIssuer,
     certificate: Arc<Certificate>,
     trust: Trust,
-    pub(crate) calls: Arc<Calls>,
+    calls: Arc<Calls>,
 }
 
-pub(crate) fn connections(config: &Config, keys: &Path, identity: &Identity) -> anyhow::Result<Connections> {
+fn connections(config: &Config, keys: &Path, identity: &Identity) -> anyhow::Result<Connections> {
     let issuer = MemberIssuer {
         keys: keys.to_owned(),
         collective: identity.site.collective,
+        incarnation: identity.site.incarnation,
         member: identity.id,
         addresses: addresses(config, identity)?,
         created: identity.site.created,

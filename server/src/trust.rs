@@ -41,10 +41,10 @@ pub struct Trust {
     changing: Mutex<Removed>,
 }
 
-/// The authorities before which no keys are left in the key directory; none: nobody has looked yet.
+/// The authorities besides which no keys are left in the key directory, of SSH those before which none are; none: nobody has looked yet.
 #[derive(Default)]
 struct Removed {
-    x509: Option<u32>,
+    x509: Option<Vec<u32>>,
     ssh: Option<[u32; 2]>,
 }
 
@@ -119,12 +119,19 @@ pub fn bundle(
         members,
         ssh_host_authorities,
         built: site.created,
+        incarnation: site.incarnation,
     }
 }
 
 /// What a member that holds `held` is to take up of the records; `None`: nothing. It never goes back. Its tables do when it is killed: they may
-/// then be older than what it has taken up, and the others may have dropped what it would go back to.
-fn due(held: &Held, version: u64, record: &AuthoritiesRecord) -> anyhow::Result<Option<Held>> {
+/// then be older than what it has taken up, and the others may have dropped what it would go back to. Without a `record` there is the authority
+/// that the collective began with, and a new version only where it began anew: nodes have to hear of that.
+fn due(held: &Held, site: &SiteRecord, record: Option<&AuthoritiesRecord>) -> anyhow::Result<Option<Held>> {
+    let version = site.bundle_version;
+    let Some(record) = record else {
+        let is_newer = !site.incarnation.is_first() && version > held.version;
+        return Ok(is_newer.then(|| Held { version, ..held.clone() }));
+    };
     let issuing = record.issuing().context("the records name no authority that is in use")?.number;
     let trusted = record.list.iter().map(|authority| authority.number).collect();
     let is_newer = (version, issuing) > (held.version, held.issuing);
@@ -132,17 +139,18 @@ fn due(held: &Held, version: u64, record: &AuthoritiesRecord) -> anyhow::Result<
 }
 
 impl Member {
-    /// Takes up what the records say of the authorities, and removes the keys of those that were dropped.
+    /// Takes up what the records say of the authorities, and removes the keys of those that were dropped or cancelled.
     ///
     /// # Errors
     /// A new authority does not open by this member's key; the key directory is not writable. What was not done is tried again by the next call.
     pub fn take_up(&self) -> anyhow::Result<()> {
         let mut removed = self.trust.change();
         self.take_up_alone(&self.view()?)?;
-        let oldest = self.trust.taken().held.oldest();
-        if removed.x509 != Some(oldest) {
-            authority::remove_before(&self.trust.keys, oldest)?;
-            removed.x509 = Some(oldest);
+        let taken = self.trust.taken();
+        let trusted = &taken.held.trusted;
+        if removed.x509.as_ref() != Some(trusted) {
+            authority::remove_others(&self.trust.keys, trusted)?;
+            removed.x509 = Some(trusted.clone());
         }
         let oldest = self.trust.ssh().held.oldest();
         if removed.ssh != Some(oldest) {
@@ -194,10 +202,11 @@ impl Member {
     }
 
     fn take_up_x509(&self, view: &Snapshot) -> anyhow::Result<()> {
-        let Some((version, record)) = view.authorities()? else { return Ok(()) };
+        let Some(site) = view.site()? else { return Ok(()) };
+        let record = view.authorities()?.map(|(_, record)| record);
         let (keys, before) = (&self.trust.keys, self.trust.taken());
-        let Some(wanted) = due(&before.held, version, &record)? else { return Ok(()) };
-        for authority in &record.list {
+        let Some(wanted) = due(&before.held, &site, record.as_ref())? else { return Ok(()) };
+        for authority in record.iter().flat_map(|record| &record.list) {
             if !authority::has(keys, authority.number) {
                 let text = self.secrets.open_authority(AuthorityKind::X509, authority.number, &authority.wrapped)?;
                 let files: KeyFiles =
@@ -305,7 +314,14 @@ pub(crate) fn first_root(member: &Member) -> anyhow::Result<String> {
 mod tests {
     use super::*;
     use crate::store::authorities::AuthorityRecord;
+    use moor_api::ids::CollectiveId;
+    use moor_api::trust::Incarnation;
     use std::collections::BTreeMap;
+
+    fn site(bundle_version: u64, incarnation: Incarnation) -> SiteRecord {
+        let collective = CollectiveId::from_bytes([1; 16]);
+        SiteRecord { collective, name: "x".into(), bundle_version, created: 1, incarnation }
+    }
 
     #[test]
     fn what_is_held_follows_the_records_and_never_goes_back() {
@@ -319,7 +335,7 @@ mod tests {
                 wrapped: BTreeMap::new(),
                 retiring: *retiring,
             });
-            due(before, version, &AuthoritiesRecord { list: list.collect() })
+            due(before, &site(version, Incarnation::FIRST), Some(&AuthoritiesRecord { list: list.collect() }))
         };
         let none = Held::default();
         let rotated: (u64, &[_], _) = (2, &[(1, false), (2, false)], held(2, &[1, 2], 1));
@@ -341,6 +357,20 @@ mod tests {
         let anew = held(9, &[1], 1);
         assert_eq!(of(&dropped.2, 9, &[(1, false)]).unwrap(), Some(anew));
         assert!(of(&none, 2, &[(2, true)]).is_err());
+        // One that was cancelled.
+        assert_eq!(of(&rotated.2, 3, &[(1, false)]).unwrap(), Some(held(3, &[1], 1)));
+    }
+
+    #[test]
+    fn a_collective_that_never_rotated_has_another_bundle_once_it_began_anew() {
+        let second = Incarnation::FIRST.next();
+        let none = Held::default();
+        assert_eq!(due(&none, &site(1, Incarnation::FIRST), None).unwrap(), None);
+        // Of a release that did not count incarnations.
+        assert_eq!(due(&none, &site(9, Incarnation::FIRST), None).unwrap(), None);
+        let anew = Held { version: 9, ..none.clone() };
+        assert_eq!(due(&none, &site(9, second), None).unwrap(), Some(anew.clone()));
+        assert_eq!(due(&anew, &site(9, second), None).unwrap(), None);
     }
 
     #[test]

@@ -41,6 +41,20 @@ pub(crate) async fn run(client: &mut AdminClient, command: Authority, json: bool
                 eprintln!("now {}; then `moor authority retire ssh-{role}`", give_out(role));
             }
         },
+        Authority::Cancel => {
+            let cancelled = client.cancel_authority().await?;
+            if json {
+                output::json(&cancelled)?;
+            } else {
+                output::line(format_args!(
+                    "authority {} is trusted no more: trust bundle {} is without it",
+                    cancelled.number, cancelled.version
+                ))?;
+            }
+            eprintln!(
+                "boot files and bundles that were made meanwhile stay good, and trust it until they are made anew"
+            );
+        }
         Authority::Retire { kind, force } => {
             let (kind, request) = (kind_of(&kind)?, RetireRequest { force });
             let (retired, what, who, until) = match kind {

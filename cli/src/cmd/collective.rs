@@ -15,7 +15,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 pub(crate) async fn run(client: &mut AdminClient, command: Collective, json: bool) -> anyhow::Result<ExitCode> {
-    let (action, member, yes) = match command {
+    let (action, member, compromised, yes) = match command {
         // They are run by another program.
         Collective::Join(_) | Collective::Recover(_) => return Ok(ExitCode::SUCCESS),
         Collective::Show => {
@@ -42,9 +42,9 @@ pub(crate) async fn run(client: &mut AdminClient, command: Collective, json: boo
             }
             return Ok(ExitCode::SUCCESS);
         }
-        Collective::Promote { member } => ("promote", member, true),
-        Collective::Demote { member } => ("demote", member, true),
-        Collective::Remove { member, yes } => ("remove", member, yes),
+        Collective::Promote { member } => ("promote", member, false, true),
+        Collective::Demote { member } => ("demote", member, false, true),
+        Collective::Remove { member, compromised, yes } => ("remove", member, compromised, yes),
     };
     if !yes && !output::confirm(&format!("remove member '{member}' from the collective for good?"))? {
         anyhow::bail!("nothing was removed: `-y` answers the question");
@@ -54,6 +54,20 @@ pub(crate) async fn run(client: &mut AdminClient, command: Collective, json: boo
     if action == "remove" {
         eprintln!(
             "the keys of the collective are rotated now; `moor collective show` says when all secrets are under the new ones"
+        );
+    }
+    if compromised {
+        // Made after the removal: it is for those who are left.
+        let rotated = client.rotate_authority().await.with_context(|| {
+            format!(
+                "{member} is removed, and the authority that it has was not rotated (one that is beside that already, it has too: `moor authority \
+                 cancel`); run `moor authority rotate`"
+            )
+        })?;
+        eprintln!(
+            "authority {} is there beside the one that {member} has: once `moor authority show` says that all have acknowledged it, `moor authority \
+             retire`",
+            rotated.number
         );
     }
     Ok(ExitCode::SUCCESS)
@@ -111,6 +125,9 @@ fn show(view: &CollectiveView) -> anyhow::Result<ExitCode> {
         output::line(format_args!("{}: {}", member.name, describe(member, view)))?;
     }
     output::line(levels(view))?;
+    if !view.incarnation.is_first() {
+        output::line(format_args!("incarnation {}: it was recovered or restored", view.incarnation))?;
+    }
     for (name, expires) in &view.invitations {
         let until = output::time_ms(expires.saturating_mul(1000));
         output::line(format_args!("{name}: invited until {until}"))?;
@@ -182,6 +199,7 @@ fn describe(member: &CollectiveMember, view: &CollectiveView) -> String {
 mod tests {
     use super::*;
     use moor_api::ids::MemberId;
+    use moor_api::trust::Incarnation;
 
     fn member(number: u64, level: u32) -> CollectiveMember {
         CollectiveMember {
@@ -207,6 +225,7 @@ mod tests {
             applied: 7,
             majority: true,
             level: 1,
+            incarnation: Incarnation::FIRST,
             members: vec![member(1, 2), member(2, 1), member(3, 1)],
             invitations: Vec::new(),
             keys: vec![1],

@@ -25,6 +25,9 @@ pub(crate) async fn run(client: &mut AdminClient, subject: &str, json: bool) -> 
         }
         None => output::line(format_args!("{name}: has not been heard of"))?,
     }
+    if let Some(age) = why.heard {
+        output::line(format_args!("{name}: last heartbeat {age} s ago"))?;
+    }
     for refusal in &why.refusals {
         let times = if refusal.count > 1 { format!(" ({} times)", refusal.count) } else { String::new() };
         let (time, call, peer) = (output::time_ms(refusal.time_ms), &refusal.call, &refusal.peer);

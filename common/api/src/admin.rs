@@ -28,6 +28,7 @@
 //! | `POST collective/rotate-key` | empty → [`KeysRotated`] |
 //! | `GET authority` | [`AuthorityView`] |
 //! | `POST authority/rotate` | empty → [`AuthorityRotated`] |
+//! | `POST authority/cancel` | empty → [`AuthorityCancelled`] |
 //! | `POST authority/retire` | [`RetireRequest`] → [`AuthorityRetired`] |
 //! | `POST authority/{ssh-host,ssh-user}/{rotate,retire}` | as for that of certificates |
 //! | `POST backup` (socket only, but for a redacted one) | [`BackupRequest`] → the backup |
@@ -38,7 +39,7 @@ mod authority;
 mod collective;
 
 pub use authority::{
-    AuthorityInfo, AuthorityKind, AuthorityRetired, AuthorityRotated, AuthorityState, AuthorityView, MemberTrust,
+    AuthorityCancelled, AuthorityInfo, AuthorityKind, AuthorityRetired, AuthorityRotated, AuthorityState, AuthorityView, MemberTrust,
     RetireRequest, SshAuthorityInfo, SshRole, UnknownKind,
 };
 pub use collective::{
@@ -223,6 +224,9 @@ pub struct Why {
     /// Its state now.
     #[serde(default)]
     pub state: Option<StatusEvent>,
+    /// Seconds since its last heartbeat, at whichever member; absent where none is known.
+    #[serde(default)]
+    pub heard: Option<u64>,
     /// Refusals, newest first, at most 50; kept over restarts.
     pub refusals: Vec<Refusal>,
     /// What an administrator should do, in sentences; empty when all is well.

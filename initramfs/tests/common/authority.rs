@@ -1,7 +1,7 @@
 //! Certificates: an ordinary authority for an address, and a collective with its member authority.
 
 use moor_api::ids::{CollectiveId, MemberId};
-use moor_api::trust::{SiteBundle, authority_uri, member_uri};
+use moor_api::trust::{Incarnation, SiteBundle, authority_uri, member_uri};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, SanType};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use std::net::Ipv4Addr;
@@ -103,6 +103,7 @@ impl Collective {
             members: Vec::new(),
             ssh_host_authorities: Vec::new(),
             built: 1_700_000_000,
+            incarnation: Incarnation::FIRST,
         }
     }
 

@@ -235,7 +235,7 @@ mod tests {
     use crate::members::Members;
     use moor_api::client::session::SessionKey;
     use moor_api::ids::{CollectiveId, Sha256Digest};
-    use moor_api::trust::SiteBundle;
+    use moor_api::trust::{Incarnation, SiteBundle};
 
     /// A certificate, for a bundle that reads.
     fn root() -> String {
@@ -294,6 +294,7 @@ mod tests {
             members: Vec::new(),
             ssh_host_authorities: Vec::new(),
             built: 0,
+            incarnation: Incarnation::FIRST,
         };
         let offer = offer(root);
         boot.members = Some(Members::new(&bundle, &SessionKey::generate().unwrap(), offer.urls.clone()).unwrap());

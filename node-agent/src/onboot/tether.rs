@@ -120,6 +120,7 @@ fn ask(run: &RunDir, request: &Request) -> Result<(), TetherError> {
 mod tests {
     use super::*;
     use moor_api::ids::{CollectiveId, MemberId};
+    use moor_api::trust::Incarnation;
     use std::io::{BufRead as _, BufReader, Write as _};
     use std::os::unix::net::UnixListener;
     use std::thread::JoinHandle;
@@ -236,6 +237,7 @@ mod tests {
             members: Vec::new(),
             ssh_host_authorities: Vec::new(),
             built: 0,
+            incarnation: Incarnation::FIRST,
         };
         let version = || run.site().unwrap().version;
         // A root in memory has no tether that would have to know.

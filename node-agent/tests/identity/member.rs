@@ -6,7 +6,7 @@ use moor_agent::identity::soft::SoftKey;
 use moor_agent::identity::tpm::TpmIdentity;
 use moor_agent::identity::{self, Identity, IdentityError};
 use moor_agent::members::Members;
-use moor_api::admin::{ArmRequest, DefineNodes};
+use moor_api::admin::{ArmRequest, BackupRequest, DefineNodes};
 use moor_api::client::admin::AdminClient;
 use moor_api::client::node::NodeConnection;
 use moor_api::client::session::SessionKey;
@@ -14,7 +14,7 @@ use moor_api::client::tls::member_tls_config;
 use moor_api::ids::BootId;
 use moor_api::node::{Base64, Hello, HelloReply, KnownNode, NextStep, Stage, StageClosed};
 use moor_api::problem::Code;
-use moor_api::trust::SiteBundle;
+use moor_api::trust::{Incarnation, SiteBundle};
 use std::fs::Permissions;
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::PathBuf;
@@ -35,10 +35,40 @@ pub(crate) struct Member {
 
 impl Member {
     pub(crate) fn start() -> Self {
+        let mut member = Self::prepare();
+        crate::swtpm::good(member.moord("init").args(["--address", "127.0.0.1"]));
+        member.run();
+        member
+    }
+
+    /// Another collective of one, out of a backup of this one.
+    async fn restored(&self) -> Self {
+        let (passphrase, mut new) = ("correct horse battery", Self::prepare());
+        let (file, secret) = (new.path("backup"), new.path("passphrase"));
+        let request = BackupRequest { passphrase: Some(passphrase.into()), without_majority: false };
+        let mut admin = self.admin().await;
+        let (mut parts, mut bytes) = (admin.backup(&request).await.unwrap(), Vec::new());
+        while let Some(part) = parts.next().await.unwrap() {
+            bytes.extend_from_slice(&part);
+        }
+        for (path, content) in [(&file, &bytes[..]), (&secret, passphrase.as_bytes())] {
+            std::fs::write(path, content).unwrap();
+            std::fs::set_permissions(path, Permissions::from_mode(0o600)).unwrap();
+            chown(path, Some(UID), Some(UID)).unwrap();
+        }
+        let mut restore = new.moord("restore");
+        restore.arg(&file).args(["--address", "127.0.0.1", "--passphrase-file"]).arg(&secret);
+        crate::swtpm::good(&mut restore);
+        new.run();
+        new
+    }
+
+    /// A configuration, and nothing else.
+    fn prepare() -> Self {
         let dir = tempfile::Builder::new().prefix("moor-identity-").tempdir().unwrap();
         std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
         let port = free_ports(1);
-        let mut member = Self { dir, port, child: None };
+        let member = Self { dir, port, child: None };
         let state = member.path("state");
         std::fs::create_dir(&state).unwrap();
         let text = format!(
@@ -51,8 +81,6 @@ impl Member {
         for path in [member.dir.path(), &state] {
             chown(path, Some(UID), Some(UID)).unwrap();
         }
-        crate::swtpm::good(member.moord("init").args(["--address", "127.0.0.1"]));
-        member.run();
         member
     }
 
@@ -274,6 +302,29 @@ async fn another_tpm_in_the_same_machine_is_refused_and_the_reason_is_kept() {
     let mut visit = Visit::to(&member, uuid, BootId::random()).await;
     let error = visit.log_in(&mut soft, Stage::Boot).await.unwrap_err();
     assert!(matches!(error, IdentityError::NoTpm(_)) && !error.is_transient(), "{error}");
+}
+
+/// Boot files of before the collective began anew believe members of before. Who has spoken with one of now goes back to none of them.
+#[tokio::test(flavor = "current_thread")]
+async fn who_has_met_a_collective_that_began_anew_goes_back_to_no_member_of_before() {
+    let old = Member::start();
+    let before = old.bundle().await;
+    let mut new = old.restored().await;
+    let session = SessionKey::generate().unwrap();
+    let mut members = Members::new(&before, &session, vec![new.url(), old.url()]).unwrap();
+    let met = members.connection().await.unwrap();
+    assert_eq!((met.url(), met.incarnation()), (&*new.url(), Incarnation::FIRST.next()));
+    let now = new.bundle().await;
+    new.kill();
+    members.disconnect();
+    let error = members.connection().await.err().expect("it went back").to_string();
+    assert!(error.contains(&format!("{} is of incarnation 1 of the collective", old.url())), "{error}");
+    // Who has not, cannot know; who has boot files of now does.
+    let mut other = Members::new(&before, &session, vec![old.url()]).unwrap();
+    other.connection().await.unwrap();
+    let mut other = Members::new(&now, &session, vec![old.url()]).unwrap();
+    let error = other.connection().await.err().expect("it was believed").to_string();
+    assert!(error.contains("its certificate is of incarnation 1 of the collective"), "{error}");
 }
 
 #[tokio::test(flavor = "current_thread")]

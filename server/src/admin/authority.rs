@@ -1,4 +1,4 @@
-//! The authorities: show, rotate, retire.
+//! The authorities: show, rotate, cancel, retire.
 
 use crate::authority::describe;
 use crate::collective::{authorities, ssh_authorities};
@@ -10,7 +10,7 @@ use axum::Json;
 use axum::extract::{Path, State};
 use bytes::Bytes;
 use moor_api::admin::{
-    AuthorityInfo, AuthorityKind, AuthorityRetired, AuthorityRotated, AuthorityState, AuthorityView, MemberTrust,
+    AuthorityCancelled, AuthorityInfo, AuthorityKind, AuthorityRetired, AuthorityRotated, AuthorityState, AuthorityView, MemberTrust,
     RetireRequest, SshAuthorityInfo, SshRole, UnknownKind,
 };
 use moor_api::problem::{Code, Problem};
@@ -78,6 +78,10 @@ pub(super) async fn show(State(member): State<Arc<Member>>) -> Result<Json<Autho
 
 pub(super) async fn rotate(State(member): State<Arc<Member>>) -> Result<Json<AuthorityRotated>, Failure> {
     Ok(Json(authorities::rotate(&member).await?))
+}
+
+pub(super) async fn cancel(State(member): State<Arc<Member>>) -> Result<Json<AuthorityCancelled>, Failure> {
+    Ok(Json(authorities::cancel(&member).await?))
 }
 
 pub(super) async fn retire(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<AuthorityRetired>, Failure> {

@@ -50,6 +50,7 @@ pub(super) async fn show(State(member): State<Arc<Member>>) -> Result<Json<Colle
         applied: standing.applied,
         majority: standing.has_majority(),
         level: view.level()?.0,
+        incarnation: member.site.incarnation,
         members: members.collect(),
         invitations: invitations.map(|invite| (invite.name, invite.expires)).collect(),
         keys: view.key_versions()?.versions.iter().map(|version| version.version).collect(),

@@ -67,6 +67,7 @@ pub fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/admin/v1/collective/rotate-key", post(collective::rotate_key))
         .route("/admin/v1/authority", get(authority::show))
         .route("/admin/v1/authority/rotate", post(authority::rotate))
+        .route("/admin/v1/authority/cancel", post(authority::cancel))
         .route("/admin/v1/authority/retire", post(authority::retire))
         .route("/admin/v1/authority/{kind}/rotate", post(authority::rotate_kind))
         .route("/admin/v1/authority/{kind}/retire", post(authority::retire_kind))

@@ -130,11 +130,11 @@ pub(super) async fn why(State(member): State<Arc<Member>>, Path(subject): Path<S
     refusals.sort_by_key(|refusal| std::cmp::Reverse(refusal.time_ms));
     refusals.truncate(SHOWN);
     let mut advice = advice(&view, node.as_ref(), &refusals, state.as_ref())?;
-    let silent = node.as_ref().and_then(|node| member.heartbeats.age(node.id)).filter(|age| *age > SILENT);
-    if let Some(age) = silent {
+    let heard = node.as_ref().and_then(|node| member.heartbeats.age(node.id));
+    if let Some(age) = heard.filter(|age| *age > SILENT) {
         advice.push(format!("it was last heard of {age} s ago: it is down, or cut off"));
     }
-    Ok(Json(Why { subject, node: node.map(|node| node.name), state, refusals, advice }))
+    Ok(Json(Why { subject, node: node.map(|node| node.name), state, heard, refusals, advice }))
 }
 
 fn canonical(subject: &str) -> String {

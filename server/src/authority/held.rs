@@ -65,12 +65,6 @@ impl Held {
         Ok(held)
     }
 
-    /// The oldest authority that is here.
-    #[must_use]
-    pub fn oldest(&self) -> u32 {
-        self.trusted.iter().copied().min().unwrap_or(self.issuing)
-    }
-
     /// Names of the files that members share.
     pub(super) fn files(&self) -> Vec<String> {
         self.trusted.iter().flat_map(|number| FILES.iter().map(move |(name, _)| name_of(*number, name))).collect()
@@ -88,7 +82,6 @@ mod tests {
         let held = Held { version: 3, trusted: vec![1, 2], issuing: 2 };
         held.write(dir.path()).unwrap();
         assert_eq!(Held::read(dir.path()).unwrap(), held);
-        assert_eq!(held.oldest(), 1);
         for bad in [
             "",
             "{}",

@@ -128,15 +128,15 @@ fn number_of(file: &str) -> Option<u32> {
     })
 }
 
-/// Removes all that there is of X.509 authorities before `oldest`.
+/// Removes all that there is of X.509 authorities besides these.
 ///
 /// # Errors
 /// The directory is not writable.
-pub fn remove_before(dir: &Path, oldest: u32) -> anyhow::Result<()> {
+pub fn remove_others(dir: &Path, kept: &[u32]) -> anyhow::Result<()> {
     let listing = || format!("looking for keys of old authorities in '{}'", dir.display());
     for entry in std::fs::read_dir(dir).with_context(listing)? {
         let entry = entry.with_context(listing)?;
-        if entry.file_name().to_str().and_then(number_of).is_some_and(|number| number < oldest) {
+        if entry.file_name().to_str().and_then(number_of).is_some_and(|number| !kept.contains(&number)) {
             let path = entry.path();
             std::fs::remove_file(&path).with_context(|| format!("removing '{}'", path.display()))?;
         }

@@ -12,7 +12,7 @@ use crate::store::records::NodeRecord;
 use crate::store::{Command, Level, Outcome};
 use crate::trust::{first_root, text_of};
 use anyhow::Context as _;
-use moor_api::admin::{AuthorityKind, AuthorityRetired, AuthorityRotated};
+use moor_api::admin::{AuthorityCancelled, AuthorityKind, AuthorityRetired, AuthorityRotated};
 use moor_api::ids::NodeName;
 use moor_api::problem::{Code, Problem};
 use std::collections::{BTreeMap, BTreeSet};
@@ -119,6 +119,39 @@ pub(crate) async fn retire(member: &Member, force: bool) -> Result<AuthorityReti
             return Ok(AuthorityRetired { number, left_behind: names, waits_for, old_boot_files });
         }
         tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Takes a rotation back, as long as the new authority has not taken over.
+///
+/// # Errors
+/// There is no such rotation; no majority answers; the collective's level is below [`Level::INCARNATIONS`].
+pub(crate) async fn cancel(member: &Member) -> Result<AuthorityCancelled, Problem> {
+    let number = {
+        let record = member.view()?.authorities()?.map(|(_, record)| record);
+        match record.as_ref().map(|record| &record.list[..]) {
+            Some([old, new]) if !old.retiring => new.number,
+            Some([old, new]) => {
+                let detail = format!(
+                    "authority {} has taken over from authority {} already: once that is through, `moor authority rotate` makes another",
+                    new.number, old.number
+                );
+                return Err(Problem::new(Code::Conflict, detail));
+            }
+            _ => {
+                let detail = "there is one authority, and nothing to cancel: `moor authority show`";
+                return Err(Problem::new(Code::Conflict, detail));
+            }
+        }
+    };
+    let entry = audit_entry("authority-cancelled", &serde_json::json!({ "number": number }));
+    let change = Box::new(AuthorityChange::Cancel { number }.into());
+    match member.propose(Command::Audited { entry, change }).await? {
+        Outcome::Number(version) => {
+            tracing::info!("authority {number} is not wanted any more; trust bundle {version} is without it");
+            Ok(AuthorityCancelled { number, version })
+        }
+        _ => Err(Problem::new(Code::Internal, "a change of the trust bundle has no number")),
     }
 }
 

@@ -10,8 +10,11 @@ use axum::Extension;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
+use moor_api::client::tls::Named;
 use moor_api::ids::MemberId;
 use moor_api::problem::{Code, Problem};
+use moor_api::trust::Incarnation;
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -65,18 +68,42 @@ pub(super) fn check_present(member: &Member) -> Result<(), Problem> {
     if is_present { Ok(()) } else { Err(Problem::new(Code::Forbidden, REMOVED)) }
 }
 
-/// The member that the certificate names, with the key that the handshake has proven.
-pub(super) fn shown(connection: &Connection) -> Result<Acquaintance, Failure> {
+/// The member that the certificate names, with the key that the handshake has proven; and the incarnation of the collective that it is of.
+fn named(connection: &Connection) -> Result<(Acquaintance, Incarnation), Failure> {
     match &connection.peer {
-        Peer::Tls { member: Some(id), client_key: Some(key), .. } => {
-            Ok(Acquaintance { id: *id, key: key.clone().into() })
+        Peer::Tls { member: Some(Ok(Named { member, incarnation })), client_key: Some(key), .. } => {
+            Ok((Acquaintance { id: *member, key: key.clone().into() }, *incarnation))
+        }
+        Peer::Tls { member: Some(Err(why)), .. } => {
+            Err(refused(&format!("members only, and the certificate that was shown is not believed: {why}")))
         }
         _ => Err(refused("members only: no member's certificate was shown")),
     }
 }
 
+/// The member that the certificate names, with the key that the handshake has proven.
+pub(super) fn shown(connection: &Connection) -> Result<Acquaintance, Failure> {
+    named(connection).map(|(member, _)| member)
+}
+
+/// Refuses a member of another incarnation: of the same authorities, and of another collective since.
+fn check_incarnation(own: Incarnation, shown: Incarnation) -> Result<(), Failure> {
+    match shown.cmp(&own) {
+        Ordering::Equal => Ok(()),
+        Ordering::Less => Err(refused(&format!(
+            "this member is of incarnation {shown} of the collective, which was recovered or restored since and is at {own}: stop it; `moor \
+             collective join --set-aside` with a new invitation lets it in anew"
+        ))),
+        Ordering::Greater => Err(refused(&format!(
+            "the member that was asked is of incarnation {own} of the collective, and this one of {shown}: that one is of before, and has to be \
+             stopped"
+        ))),
+    }
+}
+
 fn caller(member: &Member, connection: &Connection) -> Result<Caller, Failure> {
-    let caller = shown(connection)?;
+    let (caller, incarnation) = named(connection)?;
+    check_incarnation(member.site.incarnation, incarnation)?;
     let records = member.view().and_then(|view| view.members())?;
     match known(member, &records, caller.id) {
         // No key is empty, so that a record without one is nobody's.

@@ -144,6 +144,7 @@ impl Subject<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use moor_api::trust::Incarnation;
 
     fn bundle() -> SiteBundle {
         SiteBundle {
@@ -154,6 +155,7 @@ mod tests {
             members: vec!["https://10.0.0.1".into()],
             ssh_host_authorities: Vec::new(),
             built: 1,
+            incarnation: Incarnation::FIRST,
         }
     }
 

@@ -102,7 +102,10 @@ async fn ask_any(config: &Config, invitation: &Invitation, own: &OwnKeys) -> any
         }
     }
     match last {
-        Some(error) => Err(error).context("no member of the collective is reached"),
+        Some(error) => Err(error).context(
+            "no member of the invitation's collective is reached (after its authority was rotated or it was recovered, another invitation is needed: `moor \
+             collective invite`)",
+        ),
         None => bail!("the invitation names no member: make another with `moor collective invite`"),
     }
 }

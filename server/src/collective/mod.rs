@@ -1,5 +1,7 @@
 //! The collective: who is a member, how one joins, what members ask each other, and what each does to keep up.
 
+pub mod alive;
+mod answer;
 pub(crate) mod authorities;
 mod behind;
 pub mod blobs;

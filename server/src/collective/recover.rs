@@ -4,15 +4,17 @@
 //! Who is interrupted goes on: what the member is to be is written down first ([`Intention`]), then its tables change in one transaction, and
 //! then `member.json` says what they say. Whichever of `moord run` and `moord recover` comes next finds by the tables how far it came.
 
+use super::answer::{Caller, Heard};
 use super::identity::Identity;
 use super::rotation::unreadable;
 use crate::authority;
 use crate::config::Config;
 use crate::files;
 use crate::secrets::Keyring;
-use crate::state::{self, Connections, connections};
+use crate::state;
 use crate::store::raft::{Peer, Survivor, members_in};
-use crate::store::records::{KeysRecord, MemberRecord};
+use crate::store::records::{KeysRecord, MemberRecord, SiteRecord};
+use crate::trust::Trust;
 use anyhow::{Context as _, bail, ensure};
 use moor_api::admin::UnreadableSecret;
 use moor_api::ids::{MemberId, Sha256Digest};
@@ -26,6 +28,8 @@ pub struct Prospect {
     pub newest: (u64, u64),
     /// The other members, of which none answers.
     pub others: Vec<String>,
+    /// What answers at an address of theirs, and is no member: a line for each.
+    pub strangers: Vec<String>,
     /// Content that this member does not have: blob, and what it is.
     pub missing: BTreeMap<Sha256Digest, String>,
     /// Secrets that this member does not open.
@@ -71,7 +75,7 @@ impl Intention {
 fn settle(
     config: &Config,
     identity: Identity,
-    records: &BTreeMap<u64, MemberRecord>,
+    (site, records): (Option<SiteRecord>, BTreeMap<u64, MemberRecord>),
 ) -> anyhow::Result<Option<Identity>> {
     let path = config.recovering();
     let Intention { id } = Intention::read(&path)?;
@@ -79,7 +83,8 @@ fn settle(
     let settled = number.map(|number| {
         // It is a founder now: nobody of before vouches for it, or is believed.
         let (met, removed, introduction) = (Vec::new(), Vec::new(), Vec::new());
-        Identity { number, id, met, removed, introduction, ..identity }
+        let site = site.unwrap_or_else(|| identity.site.clone());
+        Identity { number, id, site, met, removed, introduction, ..identity }
     });
     if let Some(identity) = &settled {
         identity.write(&config.identity())?;
@@ -97,10 +102,10 @@ pub fn finish(config: &Config) -> anyhow::Result<Option<Identity>> {
         return Ok(None);
     }
     let identity = Identity::read(&config.identity())?;
-    let records = members_in(&config.store())
+    let tables = members_in(&config.store())
         .map_err(|error| state::not_opened(error, &identity))
         .context("opening the store (a member that runs has to be stopped first)")?;
-    let settled = settle(config, identity, &records)?;
+    let settled = settle(config, identity, tables)?;
     if let Some(identity) = &settled {
         tracing::warn!(
             "a recovery was interrupted, and is finished: member {} is the only one, as number {}",
@@ -117,11 +122,11 @@ impl Recovery {
     /// Opens the member's store, and calls the others.
     ///
     /// # Errors
-    /// There is no member; it runs, or is damaged; it was removed, or needs nobody; another one answers.
+    /// There is no member; it runs, or is damaged; it was removed, or needs nobody; another one answers, or somebody who calls himself one.
     pub async fn open(config: &Config) -> anyhow::Result<(Self, Prospect)> {
         ensure!(config.identity().exists(), "'{}' holds no member", config.state_dir.display());
         let identity = Identity::read(&config.identity())?;
-        let Connections { calls, .. } = connections(config, &config.keys(), &identity)?;
+        let trust = Trust::open(&config.keys(), &identity.site)?;
         let survivor = Survivor::open(&config.store())
             .map_err(|error| state::not_opened(error, &identity))
             .context("opening the store (a member that runs has to be stopped first)")?;
@@ -141,14 +146,13 @@ impl Recovery {
         others.remove(&identity.number);
         let others: Vec<Peer> = others.into_values().filter(|peer| peer.id != identity.id).collect();
         ensure!(!others.is_empty(), "this is the only member: it is its own majority, and nothing has to be recovered");
-        for peer in &others {
-            if calls.connect(peer).await.is_ok() {
-                bail!(
-                    "member {} answers at {}: nothing was changed. A collective is recovered when the majority is lost for ever; stop the \
-                     members that still run, or bring one back, or take out those that are dead (`moor collective remove`)",
-                    peer.name,
-                    peer.urls.join(", ")
-                );
+        let caller = Caller::new(&identity.site, trust.taken())?;
+        let mut strangers = Vec::new();
+        for (peer, url) in others.iter().flat_map(|peer| peer.urls.iter().map(move |url| (peer, url))) {
+            match caller.call(peer, url).await? {
+                Heard::Nobody => {}
+                Heard::Stranger(line) => strangers.push(line),
+                Heard::Member(line) => bail!("{line}"),
             }
         }
         let mut missing = state::described(&view)?;
@@ -158,7 +162,7 @@ impl Recovery {
         // Without its own key nothing is begun.
         let keyring = Keyring::open(&config.keys(), identity.site.collective, identity.id)?;
         let unreadable = unreadable(&view, &keyring.openable(&view.key_versions()?), |_| true)?;
-        let prospect = Prospect { newest: survivor.newest().await?, others: names, missing, unreadable };
+        let prospect = Prospect { newest: survivor.newest().await?, others: names, strangers, missing, unreadable };
         Ok((Self { survivor, identity, keyring, others }, prospect))
     }
 
@@ -176,7 +180,8 @@ impl Recovery {
         let keys = move |before: &KeysRecord| keyring.openable(before).begin_anew(&only, before);
         survivor.begin_anew(identity.number, member, keys).await?;
         let view = survivor.view()?;
-        let identity = settle(config, identity, &view.members()?)?.context("the tables did not change")?;
+        let tables = (view.site()?, view.members()?);
+        let identity = settle(config, identity, tables)?.context("the tables did not change")?;
         let keyring = Keyring::open(&config.keys(), identity.site.collective, identity.id)?;
         let ring = keyring.refresh(&view.key_versions()?)?;
         let unreadable = unreadable(&view, &ring, |_| true)?;

@@ -46,6 +46,7 @@ pub(crate) fn router(member: &Arc<Member>) -> Router<Arc<Member>> {
         .route("/member/v1/read-index", post(read_index))
         .route("/member/v1/blobs/{digest}", get(blob))
         .route(super::holders::PATH, post(lacking))
+        .route(super::alive::PATH, post(alive))
         .route_layer(from_fn_with_state((member.clone(), Gate::Members), guard))
         .merge(raft)
         .layer(DefaultBodyLimit::max(MAX_BODY));
@@ -193,6 +194,11 @@ async fn lacking(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<
     let asked: Vec<Sha256Digest> = parse(&body)?;
     let lacking = tokio::task::spawn_blocking(move || content::lacking(&member.config.blobs(), asked)).await;
     Ok(Json(lacking.map_err(anyhow::Error::from)?))
+}
+
+/// Takes word of nodes that are alive.
+async fn alive(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<()>, Failure> {
+    Ok(Json(member.heartbeats.told(parse(&body)?)?))
 }
 
 /// Takes vouchers: they hold for this connection, and are looked at when nobody here knows the member that has shown them.

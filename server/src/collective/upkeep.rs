@@ -1,9 +1,9 @@
 //! What a member does again and again: the membership follows the records, and the feature level the releases that members run (where it
 //! leads); content that is missing is fetched; a member that is another than the records say (it is reached elsewhere, or runs another
-//! release) says so; authorities are taken up; and the keys are kept to those who are members.
+//! release) says so; authorities are taken up; the keys are kept to those who are members; and others hear which nodes are alive.
 
 use super::blobs::Fetcher;
-use super::{authorities, holders, rotation};
+use super::{alive, authorities, holders, rotation};
 use crate::config::Config;
 use crate::late;
 use crate::state::Member;
@@ -32,6 +32,7 @@ pub async fn run(member: Arc<Member>, stop: CancellationToken) {
             rotation::keep(&member),
             authorities::keep(&member),
             holders::look_around(&member),
+            alive::tell(&member),
             late::deliver(&member)
         );
     };

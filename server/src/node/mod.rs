@@ -215,7 +215,7 @@ fn caller(member: &Member, request: &Request, connection: &Connection) -> Result
     let public = keys.token_public().map_err(|error| (Subject::default(), error.into()))?;
     let claims = connection
         .token
-        .read(public, member.site.collective, bearer, client_key, now())
+        .read(public, (member.site.collective, member.site.incarnation), bearer, client_key, now())
         .map_err(|error| invalid(error.node().map(Subject::node).unwrap_or_default(), error.to_string()))?;
     let subject = Subject::node(claims.node);
     member.fresh(Bound::Nodes).map_err(|problem| (subject.clone(), problem.into()))?;

@@ -2,18 +2,17 @@
 
 use super::Caller;
 use crate::http::{Failure, clean, parse};
-use crate::state::{Member, now, now_ms};
+use crate::state::{Member, now_ms};
 use crate::store::Command;
 use axum::Json;
 use axum::extract::{Extension, State};
 use bytes::Bytes;
 use http::StatusCode;
 use moor_api::admin::{LogEvent, StatusEvent};
-use moor_api::ids::{BootId, NodeId};
+use moor_api::ids::BootId;
 use moor_api::node::{Heartbeat, HeartbeatReply, LogReport, MAX_TRACE, StageClosed, StatusReport, TraceReport};
 use moor_api::problem::{Code, Problem};
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// Longest text of a log report, in bytes.
 const MAX_LOG: usize = 64 << 10;
@@ -23,23 +22,6 @@ const MAX_DETAIL: usize = 1000;
 const MAX_FIGURES: usize = 64;
 /// Seconds between two heartbeats.
 pub const HEARTBEAT: u32 = 60;
-
-/// When nodes were last heard of, Unix seconds. In memory: it is worth no write.
-#[derive(Default)]
-pub struct Heartbeats(Mutex<HashMap<NodeId, u64>>);
-
-impl Heartbeats {
-    fn note(&self, node: NodeId) {
-        // A thread that panicked here left the map whole.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(node, now());
-    }
-
-    /// Seconds since the last one; `None` when there was none since this member was started.
-    #[must_use]
-    pub fn age(&self, node: NodeId) -> Option<u64> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&node).map(|last| now().saturating_sub(*last))
-    }
-}
 
 fn bad(detail: impl Into<String>) -> Failure {
     Failure(Problem::new(Code::BadRequest, detail))

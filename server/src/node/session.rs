@@ -133,6 +133,7 @@ async fn open(member: &Arc<Member>, peer: &Peer, request: &SessionRequest) -> Re
     let expires = (now() + token::lifetime(request.stage)).min(member.token_end());
     let claims = Claims {
         collective: member.site.collective,
+        incarnation: member.site.incarnation,
         member: member.identity.id,
         node: node.id,
         boot: request.boot,

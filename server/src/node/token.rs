@@ -9,6 +9,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64;
 use moor_api::ids::{BootId, CollectiveId, MemberId, NodeId, Sha256Digest};
 use moor_api::node::Stage;
+use moor_api::trust::Incarnation;
 use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, PoisonError};
 
@@ -24,6 +25,9 @@ const MAX_LENGTH: usize = 2048;
 pub struct Claims {
     /// The collective.
     pub collective: CollectiveId,
+    /// How often it began anew.
+    #[serde(default, skip_serializing_if = "Incarnation::is_first")]
+    pub incarnation: Incarnation,
     /// The member that issued it.
     pub member: MemberId,
     /// The node.
@@ -49,6 +53,11 @@ pub enum TokenError {
     /// It says that it is one of this collective, and is not signed by the key of now: that was rotated since, or somebody made it up.
     #[error("the token is not one of this collective, or its keys were rotated since: open a new session")]
     Void(NodeId),
+    /// By a member of another incarnation of the collective.
+    #[error(
+        "the token is of another incarnation of the collective, which was recovered or restored: open a new session"
+    )]
+    OtherIncarnation(NodeId),
     /// Too old.
     #[error("the token expired: open a new session")]
     Expired(NodeId),
@@ -63,7 +72,7 @@ impl TokenError {
     pub const fn node(self) -> Option<NodeId> {
         match self {
             Self::Foreign => None,
-            Self::Void(node) | Self::Expired(node) | Self::OtherKey(node) => Some(node),
+            Self::Void(node) | Self::OtherIncarnation(node) | Self::Expired(node) | Self::OtherKey(node) => Some(node),
         }
     }
 }
@@ -139,7 +148,7 @@ impl Known {
     pub fn read(
         &self,
         public: &[u8],
-        collective: CollectiveId,
+        (collective, incarnation): (CollectiveId, Incarnation),
         token: &str,
         client_key: Option<&[u8]>,
         now: u64,
@@ -158,6 +167,9 @@ impl Known {
         };
         if claims.collective != collective {
             return Err(TokenError::Foreign);
+        }
+        if claims.incarnation != incarnation {
+            return Err(TokenError::OtherIncarnation(claims.node));
         }
         if now >= claims.expires {
             return Err(TokenError::Expired(claims.node));
@@ -183,12 +195,13 @@ mod tests {
         client_key: Option<&[u8]>,
         now: u64,
     ) -> Result<Claims, TokenError> {
-        Known::default().read(public, collective, token, client_key, now)
+        Known::default().read(public, (collective, Incarnation::FIRST), token, client_key, now)
     }
 
     fn claims(collective: CollectiveId) -> Claims {
         Claims {
             collective,
+            incarnation: Incarnation::FIRST,
             member: MemberId::random(),
             node: NodeId::random(),
             boot: BootId::random(),
@@ -219,6 +232,21 @@ mod tests {
     }
 
     #[test]
+    fn a_token_is_of_one_incarnation() {
+        let key = Ed25519KeyPair::generate().unwrap();
+        let public = key.public_key().as_ref();
+        let collective = CollectiveId::random();
+        let (first, second) = (Incarnation::FIRST, Incarnation::FIRST.next());
+        for (of, other) in [(first, second), (second, first)] {
+            let claims = Claims { incarnation: of, ..claims(collective) };
+            let token = mint(&key, &claims).unwrap();
+            let read = |at| Known::default().read(public, (collective, at), &token, Some(KEY), 999);
+            assert_eq!(read(other), Err(TokenError::OtherIncarnation(claims.node)));
+            assert_eq!(read(of), Ok(claims));
+        }
+    }
+
+    #[test]
     fn a_token_that_is_known_is_judged_anew() {
         let key = Ed25519KeyPair::generate().unwrap();
         let public = key.public_key().as_ref();
@@ -226,7 +254,9 @@ mod tests {
         let claims = claims(collective);
         let token = mint(&key, &claims).unwrap();
         let known = Known::default();
-        let read = |token: &str, collective, key, now| known.read(public, collective, token, Some(key), now);
+        let read = |token: &str, collective, key, now| {
+            known.read(public, (collective, Incarnation::FIRST), token, Some(key), now)
+        };
         for _ in 0..2 {
             assert_eq!(read(&token, collective, KEY, 999), Ok(claims.clone()));
             assert_eq!(read(&token, collective, KEY, 1000), Err(TokenError::Expired(claims.node)));
@@ -243,7 +273,8 @@ mod tests {
         assert_eq!(read(&token, collective, KEY, 999), Ok(claims.clone()));
         // Also by the key that signs tokens now.
         let rotated = Ed25519KeyPair::generate().unwrap();
-        let by_the_new = known.read(rotated.public_key().as_ref(), collective, &token, Some(KEY), 999);
+        let of = (collective, Incarnation::FIRST);
+        let by_the_new = known.read(rotated.public_key().as_ref(), of, &token, Some(KEY), 999);
         assert_eq!(by_the_new, Err(TokenError::Void(claims.node)));
         assert_eq!(read(&token, collective, KEY, 999), Ok(claims));
     }

@@ -9,7 +9,7 @@ pub mod ssh;
 use super::StoreError;
 use super::apply::refused;
 use super::command::{Command, Outcome};
-use super::level::Level;
+use super::level::{self, Level};
 use super::members;
 use super::records::{MemberRecord, NodeRecord, SiteRecord, WrappedKey};
 use super::tables::{self, Snapshot, Write};
@@ -20,7 +20,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// The record, in the table of the collective. It is made by the first rotation: before it there is the authority that the collective began with.
 const RECORD: &str = "authorities";
-/// The counter of a collective that began anew: members of before may have given authorities numbers up to this one.
+/// The counter of numbers that authorities had which are in no record: those that members of before may have given when the collective began
+/// anew, and those that were cancelled.
 const GIVEN: &str = "authority";
 /// What nodes say that one command writes down.
 pub(crate) const MAX_SAID: usize = 256;
@@ -144,6 +145,11 @@ pub enum AuthorityChange {
         /// Which.
         number: u32,
     },
+    /// One that nothing is from yet is not wanted. The outcome is the version of the trust bundle. From [`Level::INCARNATIONS`] on.
+    Cancel {
+        /// Which.
+        number: u32,
+    },
     /// A member has taken up a version of the trust bundle.
     TakeUp {
         /// Which member.
@@ -173,6 +179,7 @@ impl AuthorityChange {
             Self::Rotate { .. } => "rotate-authority",
             Self::Retire { .. } => "retire-authority",
             Self::Drop { .. } => "drop-authority",
+            Self::Cancel { .. } => "cancel-authority",
             Self::TakeUp { .. } => "take-up-authority",
             Self::Said { .. } => "authority-acknowledged",
             Self::Ssh { change } => change.kind(),
@@ -183,6 +190,7 @@ impl AuthorityChange {
     #[must_use]
     pub fn level(&self) -> Level {
         match self {
+            Self::Cancel { .. } => Level::INCARNATIONS,
             Self::Ssh { .. } => Level::SSH_AUTHORITIES,
             Self::Said { nodes } if nodes.iter().any(|said| said.trust.ssh != 0) => Level::SSH_AUTHORITIES,
             _ => Level::AUTHORITIES,
@@ -202,6 +210,7 @@ pub(super) fn apply(write: &Write<'_>, change: AuthorityChange) -> Result<Outcom
         AuthorityChange::Rotate { first, new } => rotate(write, first, new),
         AuthorityChange::Retire { number, version, left } => retire(write, number, version, &left),
         AuthorityChange::Drop { number } => drop_retired(write, number),
+        AuthorityChange::Cancel { number } => cancel(write, number),
         AuthorityChange::TakeUp { number, trust, shows } => members::change(write, number, |member| {
             member.trust = trust;
             member.shows = shows;
@@ -258,12 +267,14 @@ fn none() -> Outcome {
     refused(Code::Conflict, "the authorities were changed meanwhile: `moor authority show`")
 }
 
-/// The version of the trust bundle that members take up: before the first rotation there is one.
+/// The version of the trust bundle that members take up: before the first rotation there is one in each incarnation.
 pub(super) fn version(write: &Write<'_>) -> Result<u64, StoreError> {
-    Ok(get(write)?.and(site(write)?).map_or(1, |site| site.bundle_version))
+    let is_rotated = get(write)?.is_some();
+    let site = site(write)?.filter(|site| is_rotated || !site.incarnation.is_first());
+    Ok(site.map_or(1, |site| site.bundle_version))
 }
 
-/// The highest number that an authority may have: where a collective began anew, that `given` says.
+/// The highest number that an authority may have or have had.
 fn highest(record: Option<&AuthoritiesRecord>, given: Option<u64>) -> u64 {
     let newest = record.and_then(|record| record.list.last()).map_or(1, |authority| authority.number);
     given.unwrap_or(0).max(newest.into())
@@ -275,14 +286,17 @@ fn next_number(record: Option<&AuthoritiesRecord>, given: Option<u64>) -> Option
 
 /// A collective of one begins anew. After the backup, or by members that are lost, authorities may have been made that nothing is known of here, and
 /// nodes have acknowledged their trust bundles: what comes now has a number and a version that are `jump` beyond. What was retired goes: no
-/// other member shows a certificate from it any more, and this one may have removed its keys.
+/// other member shows a certificate from it any more, and this one may have removed its keys. Who trusts the new bundle believes no member of
+/// before, although those have the same authorities: it is of another incarnation.
 pub(super) fn begin_anew(write: &Write<'_>, jump: u64) -> Result<(), StoreError> {
     let record = get(write)?;
     let given = highest(record.as_ref(), write.get(tables::COUNTERS, GIVEN)?) + jump;
     write.put(tables::COUNTERS, GIVEN, &given)?;
     if let Some(mut site) = site(write)? {
         site.bundle_version += jump;
+        site.incarnation = site.incarnation.next();
         write.put(tables::SITE, "site", &site)?;
+        level::lift(write, Level::INCARNATIONS)?;
     }
     if let Some(mut record) = record {
         record.list.retain(|authority| !authority.retiring);
@@ -305,7 +319,7 @@ fn rotate(write: &Write<'_>, first: Option<AuthorityRecord>, mut new: AuthorityR
         return Ok(refused(
             Code::Conflict,
             format!(
-                "authority {} is beside authority {} already: `moor authority retire` lets it take over first",
+                "authority {} is beside authority {} already: `moor authority retire` lets it take over, `moor authority cancel` takes it back",
                 new.number, old.number
             ),
         ));
@@ -391,6 +405,19 @@ fn drop_retired(write: &Write<'_>, number: u32) -> Result<Outcome, StoreError> {
         ));
     }
     record.list.remove(0);
+    renew(write, site, &record)
+}
+
+/// Takes back a rotation. As long as nothing is from the new authority, nobody needs to trust it.
+fn cancel(write: &Write<'_>, number: u32) -> Result<Outcome, StoreError> {
+    let (Some(mut record), Some(site)) = (get(write)?, site(write)?) else { return Ok(none()) };
+    if !matches!(&record.list[..], [old, new] if new.number == number && !old.retiring) {
+        return Ok(none());
+    }
+    // Members and nodes may have it still: no other one is to have its number.
+    let given = highest(Some(&record), write.get(tables::COUNTERS, GIVEN)?);
+    write.put(tables::COUNTERS, GIVEN, &given)?;
+    record.list.truncate(1);
     renew(write, site, &record)
 }
 

@@ -29,8 +29,10 @@ impl Level {
     pub const AUTHORITIES: Self = Self(3);
     /// Authorities of SSH are rotated; nodes acknowledge them.
     pub const SSH_AUTHORITIES: Self = Self(4);
+    /// The collective has an incarnation, which certificates and tokens name; a rotation of the authority can be cancelled.
+    pub const INCARNATIONS: Self = Self(5);
     /// What this release knows.
-    pub const NEWEST: Self = Self::SSH_AUTHORITIES;
+    pub const NEWEST: Self = Self::INCARNATIONS;
 }
 
 impl Default for Level {
@@ -122,6 +124,14 @@ pub(super) fn raise(write: &Write<'_>, level: Level) -> Result<Outcome, StoreErr
     }
     write.put(tables::SITE, KEY, &level)?;
     Ok(Outcome::Done)
+}
+
+/// What is written of this level needs no agreement: the collective is one member, whose release does it.
+pub(super) fn lift(write: &Write<'_>, level: Level) -> Result<(), StoreError> {
+    if of(write)? < level {
+        write.put(tables::SITE, KEY, &level)?;
+    }
+    Ok(())
 }
 
 /// The level that all these members are able to, if it is above the one that they are at.

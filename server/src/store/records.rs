@@ -10,6 +10,7 @@ use moor_api::ids::{
     BootId, CollectiveId, DeploymentId, ImageDigest, ImageName, MemberId, NodeId, NodeName, ProfileName, Sha256Digest,
 };
 use moor_api::node::{Base64, PcrBank};
+use moor_api::trust::Incarnation;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use uuid::Uuid;
@@ -25,6 +26,9 @@ pub struct SiteRecord {
     pub bundle_version: u64,
     /// When the collective was made, Unix seconds.
     pub created: u64,
+    /// How often it began anew. From [`Level::INCARNATIONS`] on, unless it is the first.
+    #[serde(default, skip_serializing_if = "Incarnation::is_first")]
+    pub incarnation: Incarnation,
 }
 
 /// A member, by its number. The membership of the store follows these records.

@@ -1,6 +1,7 @@
 //! The store as its users see it: commands in, records out, also after it was opened again.
 
 use super::command::{Resealed, SealedIn};
+use super::members::JUMP;
 use super::raft::{Calls, FOUNDER, Peer, Places};
 use super::records::{
     Armed, Identity, ImageRecord, InviteRecord, KeyVersion, KeysRecord, MAX_BOOTS, MAX_LOG_BYTES, MAX_STRANGERS,
@@ -12,6 +13,7 @@ use moor_api::admin::{LogEvent, Refusal, StatusEvent};
 use moor_api::ids::{BootId, CollectiveId, MemberId, NodeId, Sha256Digest};
 use moor_api::node::PcrBank;
 use moor_api::problem::{Code, Problem};
+use moor_api::trust::Incarnation;
 use std::collections::BTreeMap;
 
 fn define(id: NodeId, name: &str, attributes: &[(&str, &str)]) -> Command {
@@ -300,7 +302,13 @@ async fn keys_are_for_those_who_are_members_and_nothing_new_is_under_an_older_ve
     let f = Fixture::new().await;
     let founder = MemberRecord::only(vec![1].into(), vec![1].into(), "m1".into(), Vec::new());
     let (one, two) = (founder.id, MemberId::random());
-    let site = SiteRecord { collective: CollectiveId::random(), name: "site".into(), bundle_version: 1, created: 1 };
+    let site = SiteRecord {
+        collective: CollectiveId::random(),
+        name: "site".into(),
+        bundle_version: 1,
+        created: 1,
+        incarnation: Incarnation::FIRST,
+    };
     f.done(Command::Found { site, founder, keys: KeysRecord { versions: vec![keys(1, &[one])] } }).await;
     let rotate = |version, members: &[MemberId]| Command::RotateKeys { new: keys(version, members) };
     for wrong in [rotate(1, &[one]), rotate(3, &[one]), rotate(2, &[]), rotate(2, &[one, two]), rotate(2, &[two])] {
@@ -395,7 +403,13 @@ async fn who_comes_is_given_what_members_have_and_not_what_was_lost() {
     let record = |key: u8| MemberRecord::only(vec![key].into(), vec![key].into(), "m1".into(), Vec::new());
     let (founder, survivor, two) = (record(1), record(2), MemberId::random());
     let (lost, only) = (founder.id, survivor.id);
-    let site = SiteRecord { collective: CollectiveId::random(), name: "site".into(), bundle_version: 1, created: 1 };
+    let site = SiteRecord {
+        collective: CollectiveId::random(),
+        name: "site".into(),
+        bundle_version: 1,
+        created: 1,
+        incarnation: Incarnation::FIRST,
+    };
     f.done(Command::Found { site, founder, keys: KeysRecord { versions: vec![keys(1, &[lost])] } }).await;
     let anew = KeysRecord { versions: vec![keys(1, &[lost]), keys(2, &[only]), keys(3, &[only])] };
     f.done(Command::Anew { number: 2, member: survivor, keys: anew }).await;
@@ -411,8 +425,8 @@ async fn who_comes_is_given_what_members_have_and_not_what_was_lost() {
         keys: versions.iter().map(|version| (*version, keys(1, &[two]).wrapped[&two].clone())).collect(),
         urls: Vec::new(),
         now: 1,
-        level: Level::FIRST,
-        trust: 1,
+        level: Level::INCARNATIONS,
+        trust: 1 + JUMP,
         ssh: 1,
     };
     for wrong in [&[][..], &[3], &[1, 2, 3]] {
@@ -427,7 +441,13 @@ async fn who_comes_is_given_what_members_have_and_not_what_was_lost() {
 async fn a_key_of_an_image_that_comes_again_takes_the_place_of_the_one_that_was() {
     let f = Fixture::new().await;
     let founder = MemberRecord::only(vec![1].into(), vec![1].into(), "m1".into(), Vec::new());
-    let site = SiteRecord { collective: CollectiveId::random(), name: "site".into(), bundle_version: 1, created: 1 };
+    let site = SiteRecord {
+        collective: CollectiveId::random(),
+        name: "site".into(),
+        bundle_version: 1,
+        created: 1,
+        incarnation: Incarnation::FIRST,
+    };
     let first = keys(1, &[founder.id]);
     f.done(Command::Found { site, founder, keys: KeysRecord { versions: vec![first] } }).await;
     let digest = Sha256Digest([1; 32]);

@@ -234,6 +234,82 @@ async fn a_node_that_took_up_what_a_restored_backup_does_not_know_is_waited_for(
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rotation_that_is_cancelled_leaves_nothing_of_the_new_authority() -> anyhow::Result<()> {
+    let (mut member, mut machine) = prepared().await?;
+    knows_of_it(&member).await?;
+    booted(&member, &machine).await?;
+    let old = bundle(&member).await?;
+    refused(&member, &["authority", "cancel"], &["there is one authority, and nothing to cancel"])?;
+    good(&member, &["authority", "rotate"])?;
+    let both = trusts(&member, 2, 2).await?;
+    machine.bundle = both.clone();
+    beats(&machine, 2).await?;
+    acknowledged(&member).await?;
+
+    let (out, err) = good(&member, &["authority", "cancel"])?;
+    ensure!(out == "authority 2 is trusted no more: trust bundle 3 is without it\n", "{out}");
+    ensure!(err.contains("boot files"), "{err}");
+    let one = trusts(&member, 3, 1).await?;
+    ensure!(one.roots == old.roots, "another authority");
+    for bundle in [&old, &both, &one] {
+        connects(&member, bundle).await?;
+    }
+    ensure!(beats(&machine, 2).await?.bundle.as_ref() == Some(&one), "a node that has it does not hear of it");
+    until(&member, "its keys are there", async || Ok(private_keys(&member)? == ["root.key"])).await?;
+    refused(&member, &["authority", "retire"], &["there is one authority, and nothing to retire"])?;
+    member.kill();
+    member.run()?;
+    ensure!(trusts(&member, 3, 1).await? == one && private_keys(&member)? == ["root.key"], "it is back");
+
+    // The next one is another, by number and by key; once it has taken over there is no way back.
+    machine.bundle = one;
+    until(&member, "no change is taken", async || {
+        Ok(moor(&member, &["authority", "rotate"])?.output()?.status.success())
+    })
+    .await?;
+    let next = trusts(&member, 4, 2).await?;
+    ensure!(next.roots[0] == old.roots[0] && next.roots[1] != both.roots[1], "{next:?}");
+    ensure!(private_keys(&member)? == ["root-3.key", "root.key"], "{:?}", private_keys(&member)?);
+    machine.bundle = next;
+    beats(&machine, 4).await?;
+    acknowledged(&member).await?;
+    until(&member, "it does not say what it trusts", async || {
+        Ok(authorities(&member).await?.members.iter().all(|member| member.version == 4))
+    })
+    .await?;
+    good(&member, &["authority", "retire"])?;
+    refused(&member, &["authority", "cancel"], &["nothing to cancel"])?;
+    Ok(())
+}
+
+/// It was removed while it was away, and knows neither that nor the authority that the others have since.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn members_whose_authority_is_not_known_are_not_taken_for_lost() -> anyhow::Result<()> {
+    let [first, second, mut third] = three().await?;
+    knows_of_it(&first).await?;
+    third.kill();
+    takes_changes(&first).await?;
+    let (_, err) = good(&first, &["collective", "remove", "m3", "--compromised", "-y"])?;
+    ensure!(err.contains("authority 2 is there beside the one that m3 has"), "{err}");
+    let otherwise = "a member does not say what it trusts";
+    until(&first, otherwise, async || Ok(authorities(&first).await?.members.iter().all(|member| member.version == 2)))
+        .await?;
+    good(&first, &["authority", "retire"])?;
+    for member in [&first, &second] {
+        trusts(member, 3, 1).await?;
+    }
+    let output = third.moord("recover", &["--force"])?;
+    let err = text(&output.stderr);
+    ensure!(!output.status.success(), "{}{err}", text(&output.stdout));
+    for says in [" was, answers as member ", "is not believed here", "authority was rotated", "nothing was changed"] {
+        ensure!(err.contains(says), "{says}: {err}");
+    }
+    third.run()?;
+    ensure!(!view(&third).await?.majority, "it went on alone");
+    Ok(())
+}
+
 /// A power cut takes back what was not synced yet, of the log and of the tables; what was taken up of it is in the key directory.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_whose_tables_are_of_before_does_not_go_back_to_an_authority_that_was_dropped() -> anyhow::Result<()> {

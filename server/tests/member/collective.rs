@@ -1,11 +1,13 @@
 //! Several real members on loopback: joining, replication, the leader's death, no majority, removal.
 
+use crate::cli::moor;
 use crate::machine::Machine;
+use crate::node_api::prepared;
 use crate::support::{Member, refusal};
 use anyhow::{Context as _, ensure};
 use moor_api::admin::{CollectiveView, DefineNodes, InviteRequest, MemberRequest};
 use moor_api::client::ClientError;
-use moor_api::node::Stage;
+use moor_api::node::{Heartbeat, Stage};
 use moor_api::problem::Code;
 use nix::sys::signal::Signal;
 use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
@@ -180,6 +182,25 @@ async fn three_members_agree_also_when_the_leader_dies() -> anyhow::Result<()> {
     knows(&members[at], &["a", "b", "c"]).await?;
     let listed = view(&members[at]).await?;
     assert_eq!(listed.members.iter().map(|member| member.votes).collect::<Vec<_>>(), [true, true, true]);
+    Ok(())
+}
+
+/// A node speaks to one member, and `moor why` may be asked of another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_member_hears_which_nodes_are_alive() -> anyhow::Result<()> {
+    let (first, machine) = prepared().await?;
+    let second = joined(&first, "m2", false).await?;
+    knows(&second, &["n1"]).await?;
+    let heard = async |member: &Member| anyhow::Ok(member.admin().await?.why("n1").await?.heard);
+    first.arm("n1", "once").await?;
+    let mut connection = machine.connect().await?;
+    machine.log_in(&mut connection, Stage::Run).await?;
+    ensure!(heard(&first).await?.is_none() && heard(&second).await?.is_none(), "it had no heartbeat");
+    connection.heartbeat(&Heartbeat { boot: machine.boot, trust_version: 1 }).await?;
+    ensure!(heard(&first).await?.is_some(), "the member that it speaks to");
+    until(&second, "the other one does not hear of it", async || Ok(heard(&second).await?.is_some())).await?;
+    let shown = moor(&second, &["why", "n1"])?.output()?;
+    ensure!(text(&shown.stdout).contains("n1: last heartbeat "), "{}", text(&shown.stdout));
     Ok(())
 }
 

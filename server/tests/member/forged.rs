@@ -1,9 +1,9 @@
 //! Who shows a certificate of the member authority and is no member. Whoever was one once has that authority's key, and issues itself what
 //! it likes: another id, the id of a member, vouchers.
 
-use crate::collective::{define, invite, knows, names, text, three, until, view};
+use crate::collective::{define, invite, joined, knows, names, text, three, until, view, voters};
 use crate::support::{Member, TIMEOUT, refusal};
-use crate::tls::{Identity, issue_for};
+use crate::tls::{Identity, issue_for, issue_until};
 use anyhow::{Context as _, ensure};
 use bytes::Bytes;
 use moor_api::admin::MemberRequest;
@@ -11,7 +11,7 @@ use moor_api::client::member::MemberConnection;
 use moor_api::client::tls::peer_tls_config;
 use moor_api::ids::{CollectiveId, MemberId, NodeId};
 use moor_api::problem::Code;
-use moor_api::trust::{SiteBundle, member_uri};
+use moor_api::trust::{SiteBundle, incarnation_uri, member_uri};
 use moord::collective::identity::Identity as Own;
 use moord::collective::voucher::{Acquaintance, Voucher, extend};
 use rcgen::{KeyPair, PublicKeyData as _};
@@ -276,6 +276,46 @@ async fn a_newcomer_without_records_takes_nothing_from_who_is_no_member() -> any
     define(&first, "a").await?;
     knows(&second, &["a"]).await?;
     Ok(())
+}
+
+/// It has the same authorities, and can issue itself a certificate of the new incarnation.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_of_before_a_recovery_is_none_whatever_it_shows() -> anyhow::Result<()> {
+    let mut first = Member::start()?;
+    let mut second = joined(&first, "m2", true).await?;
+    voters(&first, 2).await?;
+    let before = first.site().await?.bundle;
+    first.kill();
+    second.kill();
+    let output = second.moord("recover", &["--force"])?;
+    ensure!(output.status.success(), "{}", text(&output.stderr));
+    second.run()?;
+    let (now, gone) = (second.site().await?.bundle, Insider::of(&first)?);
+    let mut connection = connect(&second, &now, gone.itself()?).await?;
+    let says = "this member is of incarnation 1 of the collective, which was recovered or restored since and is at 2";
+    all_refused("as it is", &mut connection, says).await?;
+    let names = [member_uri(gone.collective(), gone.own.id), incarnation_uri(gone.collective(), now.incarnation)];
+    let disguised = issue_for(&gone.key()?, &gone.keys, "member", &names, &["member-ca.pem"])?;
+    let mut connection = connect(&second, &now, disguised).await?;
+    all_refused("as one of now", &mut connection, "was removed from").await?;
+    // Nor does it ask one of now for anything.
+    let error = connect(&second, &before, gone.itself()?).await.err().context("it connects")?.to_string();
+    ensure!(error.contains("of incarnation 2 of the collective, and this member is of 1"), "{error}");
+    Ok(())
+}
+
+/// It was started with a clock that is years behind, and issued itself a certificate for that time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_whose_certificate_is_of_another_time_is_told_that() -> anyhow::Result<()> {
+    let first = Member::start()?;
+    let (second, bundle) = (joined(&first, "m2", false).await?, first.site().await?.bundle);
+    let own = Insider::of(&second)?;
+    let names = [member_uri(own.collective(), own.own.id)];
+    let old = issue_until(2020, &own.key()?, &own.keys, "member", &names, &["member-ca.pem"])?;
+    let mut connection = connect(&first, &bundle, old).await?;
+    let says = "the certificate that was shown is not believed: its certificate expired ";
+    all_refused("an old one", &mut connection, says).await?;
+    is_member(2, &mut connect(&first, &bundle, own.itself()?).await?).await
 }
 
 /// Who stands at a member's address with its id and another key is asked nothing, and told nothing.

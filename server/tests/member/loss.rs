@@ -5,11 +5,14 @@ use crate::collective::{PATIENCE, blobs, define, joined, knows, names, text, thr
 use crate::machine::Machine;
 use crate::node_api::prepared;
 use crate::rotation::{boots, planted};
-use crate::support::{Member, as_user};
+use crate::support::{Member, as_user, refusal};
 use anyhow::{Context as _, ensure};
 use moor_api::ids::MemberId;
-use moor_api::node::Stage;
+use moor_api::node::{Heartbeat, Stage};
+use moor_api::problem::Code;
+use moor_api::trust::Incarnation;
 use moord::collective::identity::Identity;
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -81,9 +84,15 @@ async fn the_last_survivor_of_three_goes_on_alone_and_the_others_are_none_any_mo
     let (done, _, err) = recover(&third, &["--force"])?;
     ensure!(!done && err.contains("member m2 answers") && err.contains("nothing was changed"), "{err}");
     second.kill();
+    // Something that may be a member, and does not speak.
+    let silent = TcpListener::bind(("127.0.0.1", second.port))?;
     let (done, out, err) = recover(&third, &[])?;
     ensure!(!done && err.contains("nothing was changed: `--force`"), "{err}");
     ensure!(out.contains("this member's log ends with entry") && out.contains("is lost"), "{out}");
+    let stranger =
+        format!("something answers at {}, where member m2 was, and is no member of this collective", second.url());
+    ensure!(out.contains(&stranger), "{out}");
+    drop(silent);
     third.run()?;
     ensure!(!view(&third).await?.majority, "it went on alone without being told to");
     third.kill();
@@ -92,12 +101,16 @@ async fn the_last_survivor_of_three_goes_on_alone_and_the_others_are_none_any_mo
     third.run()?;
     assert_eq!(votes(&third).await?, [(4, true)]);
     define(&third, "n2").await?;
+    let now = third.site().await?.bundle;
+    ensure!(now.incarnation == Incarnation::FIRST.next() && now.version > machine.bundle.version, "{now:?}");
     // The node boots from it as before: nobody armed it.
     machine.asks(&third);
     machine.reboot()?;
     let mut connection = machine.connect().await?;
     machine.log_in(&mut connection, Stage::Boot).await?;
     assert_eq!(connection.config().await?.node.name.as_str(), "n1");
+    let beat = Heartbeat { boot: machine.boot, trust_version: machine.bundle.version };
+    ensure!(connection.heartbeat(&beat).await?.bundle.as_ref() == Some(&now), "the node does not hear of it");
     // Two of the old ones are a majority of the old collective. They go on in that, and reach the new one no more.
     first.run()?;
     second.run()?;
@@ -109,14 +122,35 @@ async fn the_last_survivor_of_three_goes_on_alone_and_the_others_are_none_any_mo
     assert_eq!(names(&third).await?, ["n1", "n2", "n3"]);
     assert_eq!(names(&second).await?, ["n1", "old"]);
     assert_eq!(votes(&third).await?, [(4, true)]);
+    let says = "its certificate is of incarnation 2 of the collective, and this member is of 1";
+    until(&first, "it does not say why m3 is not reached", async || Ok(first.log().contains(says))).await?;
+    // A node that has heard of the new one does not believe them. Who has not may, and what it gets there is of no use in the new one.
+    machine.asks(&first);
+    let mut connection = machine.connect().await?;
+    let token = machine.log_in(&mut connection, Stage::Run).await?.token;
+    machine.bundle = now.clone();
+    let error = machine.connect().await.err().context("it is believed")?.to_string();
+    ensure!(error.contains("its certificate is of incarnation 1 of the collective"), "{error}");
+    machine.asks(&third);
+    let mut connection = machine.connect().await?;
+    connection.set_token(&token)?;
+    assert_eq!(refusal(connection.config().await).0, Code::TokenInvalid);
+    machine.log_in(&mut connection, Stage::Run).await?;
+    connection.config().await?;
     // Others join, and get all of it.
     let fourth = joined(&third, "m2", true).await?;
     voters(&third, 2).await?;
     knows(&fourth, &["n1", "n2", "n3"]).await?;
     let new = Machine::new(&fourth).await?;
     assert_eq!(new.bundle.collective, machine.bundle.collective);
+    ensure!(new.bundle.incarnation == now.incarnation, "{:?}", new.bundle);
+    // Nor does one of before become another one while this one is there.
+    first.kill();
+    second.kill();
+    let (done, _, err) = recover(&first, &["--force"])?;
+    ensure!(!done && err.contains("answers for incarnation 2 of the collective, and this member is of 1"), "{err}");
+    ensure!(err.contains("nothing was changed") && err.contains("`moor collective join --set-aside`"), "{err}");
     // Who is alone needs no recovery.
-    drop((first, second));
     let alone = Member::init()?;
     let (done, _, err) = recover(&alone, &["--force"])?;
     ensure!(!done && err.contains("it is its own majority"), "{err}");

@@ -52,6 +52,7 @@ impl Machine {
     pub(crate) fn claims(&self, member: MemberId, node: NodeId, epoch: u64) -> Claims {
         Claims {
             collective: self.bundle.collective,
+            incarnation: self.bundle.incarnation,
             member,
             node,
             boot: self.boot,

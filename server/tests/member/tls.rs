@@ -4,9 +4,9 @@ use crate::machine::Machine;
 use crate::support::Member;
 use anyhow::{Context as _, ensure};
 use moor_api::client::node::NodeConnection;
-use moor_api::client::tls::member_tls_config;
+use moor_api::client::tls::{ClockFloor, member_tls_config, member_tls_config_at};
 use moor_api::ids::{CollectiveId, MemberId};
-use moor_api::trust::{SiteBundle, member_uri};
+use moor_api::trust::{Incarnation, SiteBundle, incarnation_uri, member_uri};
 use rcgen::{CertificateParams, Issuer, KeyPair, SanType};
 use rustls::{ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion};
 use rustls_pki_types::pem::PemObject as _;
@@ -217,6 +217,18 @@ pub(crate) fn issue_for(
     uris: &[String],
     shown: &[&str],
 ) -> anyhow::Result<Identity> {
+    issue_until(4000, key, keys, authority, uris, shown)
+}
+
+/// The same, good until the beginning of a year.
+pub(crate) fn issue_until(
+    year: i32,
+    key: &KeyPair,
+    keys: &Path,
+    authority: &str,
+    uris: &[String],
+    shown: &[&str],
+) -> anyhow::Result<Identity> {
     let read = |name: &str| std::fs::read_to_string(keys.join(name)).with_context(|| name.to_owned());
     let (certificate, ca_key) = if authority == "root" {
         ("root.pem".to_owned(), "root.key".to_owned())
@@ -225,6 +237,7 @@ pub(crate) fn issue_for(
     };
     let issuer = Issuer::from_ca_cert_pem(&read(&certificate)?, KeyPair::from_pem(&read(&ca_key)?)?)?;
     let mut params = CertificateParams::new(vec!["127.0.0.1".into()])?;
+    params.not_after = rcgen::date_time_ymd(year, 1, 1);
     for uri in uris {
         params.subject_alt_names.push(SanType::URI(uri.clone().try_into()?));
     }
@@ -307,6 +320,49 @@ async fn only_a_members_certificate_makes_a_member() -> anyhow::Result<()> {
     for (what, identity) in cases {
         let taken = is_taken(&bundle, identity).await?;
         ensure!(taken.is_err(), "{what} was taken for a member");
+    }
+    Ok(())
+}
+
+/// With boot files of before the collective was recovered, and with those of after it.
+#[tokio::test]
+async fn a_member_is_of_the_incarnation_of_the_bundle_or_a_later_one() -> anyhow::Result<()> {
+    let member = Member::start()?;
+    let (site, keys) = (member.site().await?, member.path("state/store/keys"));
+    let (bundle, id) = (site.bundle, MemberId::random());
+    let uri = member_uri(bundle.collective, id);
+    let (first, second) = (Incarnation::FIRST, Incarnation::FIRST.next());
+    let elsewhere = incarnation_uri(CollectiveId::random(), second);
+    for (names, trusted, is_good) in [
+        (vec![uri.clone()], first, true),
+        (vec![uri.clone(), incarnation_uri(bundle.collective, second)], first, true),
+        (vec![uri.clone(), incarnation_uri(bundle.collective, second)], second, true),
+        (vec![uri.clone()], second, false),
+        (vec![uri.clone(), elsewhere], second, false),
+        (vec![uri.clone(), incarnation_uri(bundle.collective, second)], second.next(), false),
+    ] {
+        let trusting = SiteBundle { incarnation: trusted, ..bundle.clone() };
+        let taken = is_taken(&trusting, issue(&keys, "member", &names, &["member-ca.pem"])?).await?;
+        ensure!(taken.is_ok() == is_good, "{names:?} by who trusts {trusted}: {taken:?}");
+        if let Err(error) = taken {
+            ensure!(error.contains("was recovered or restored since") && error.contains("--set-aside"), "{error}");
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn who_has_a_wrong_clock_is_told_so() -> anyhow::Result<()> {
+    let member = Member::start()?;
+    let bundle = member.site().await?.bundle;
+    // A certificate of today is good for 90 days.
+    let clock = ClockFloor { earliest: moord::state::now() + 400 * 86_400 };
+    let provider = rustls::crypto::aws_lc_rs::default_provider();
+    let config = Arc::new(member_tls_config_at(&bundle, None, Arc::new(clock), provider)?);
+    let connected = NodeConnection::connect(&member.url(), bundle.collective, config, Duration::from_secs(10)).await;
+    let error = connected.err().context("it connects")?.to_string();
+    for says in ["its certificate expired 3", " days ago, by the clock of this machine", "set it"] {
+        ensure!(error.contains(says), "{says}: {error}");
     }
     Ok(())
 }

@@ -56,7 +56,7 @@ async fn the_level_rises_with_the_last_upgrade_and_older_releases_are_refused_fr
     let output = moor(&first, &["collective", "show"])?.output()?;
     let shown = text(&output.stdout);
     ensure!(
-        shown.contains("feature level 1: 4 is used once all members run a release that knows it; upgrade m2 (1)"),
+        shown.contains("feature level 1: 5 is used once all members run a release that knows it; upgrade m2 (1)"),
         "{shown}"
     );
 

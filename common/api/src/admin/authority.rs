@@ -166,6 +166,15 @@ pub struct AuthorityRotated {
     pub version: u64,
 }
 
+/// A new authority is not wanted any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuthorityCancelled {
+    /// Its number, which none has again.
+    pub number: u32,
+    /// The version of the trust bundle that is without it.
+    pub version: u64,
+}
+
 /// Asks to retire the oldest authority.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RetireRequest {

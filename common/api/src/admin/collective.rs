@@ -2,6 +2,7 @@
 
 use crate::deploy::Cidr;
 use crate::ids::{MemberId, Sha256Digest};
+use crate::trust::Incarnation;
 use serde::{Deserialize, Serialize};
 
 /// The collective, as one member sees it.
@@ -21,6 +22,9 @@ pub struct CollectiveView {
     pub majority: bool,
     /// The feature level: what is newer is not used yet, because a member's release may not know it.
     pub level: u32,
+    /// How often the collective began anew: it was recovered or restored.
+    #[serde(default, skip_serializing_if = "Incarnation::is_first")]
+    pub incarnation: Incarnation,
     /// All members, by number.
     pub members: Vec<CollectiveMember>,
     /// Invitations that were not used: name, and until when (Unix seconds).

@@ -3,7 +3,7 @@
 use super::tls::{handshake_failure, member_tls_config};
 use super::{Body, ClientError, Http, chain, full};
 use crate::admin::{
-    ArmRequest, AuthorityKind, AuthorityRetired, AuthorityRotated, AuthorityView, BackupRequest, BlobAdded, BootFiles,
+    ArmRequest, AuthorityCancelled, AuthorityKind, AuthorityRetired, AuthorityRotated, AuthorityView, BackupRequest, BlobAdded, BootFiles,
     Changed, CollectiveView, ContentView, CreateProfile, DefineNodes, DeployRequest, ImageView, ImportImage,
     InviteRequest, Invited, KeysRotated, LogEvent, MemberRequest, NodeView, ProfileView, RangeRequest, ReplaceRequest,
     RetireRequest, SetAttributes, SiteInfo, SshRole, StatusEvent, TokenCreated, TokenRequest, Why,
@@ -316,6 +316,11 @@ impl AdminClient {
     /// `POST authority/rotate`: a new one beside the one in use.
     pub async fn rotate_authority(&mut self) -> Result<AuthorityRotated, ClientError> {
         self.http.json(Method::POST, "/admin/v1/authority/rotate", None::<&()>).await
+    }
+
+    /// `POST authority/cancel`: the one that is beside it is not wanted any more.
+    pub async fn cancel_authority(&mut self) -> Result<AuthorityCancelled, ClientError> {
+        self.http.json(Method::POST, "/admin/v1/authority/cancel", None::<&()>).await
     }
 
     /// `POST authority/retire`: the new one takes the place of the old one.

@@ -10,6 +10,7 @@ use crate::node::{
     SessionRequest, SshTrust, StageClosed, StatusReport, TraceReport,
 };
 use crate::proof::EXPORTER_LENGTH;
+use crate::trust::Incarnation;
 use bytes::Bytes;
 use http::{Method, Uri};
 use rustls::ClientConfig;
@@ -74,6 +75,12 @@ impl NodeConnection {
     #[must_use]
     pub fn member(&self) -> MemberId {
         self.secured.member
+    }
+
+    /// The incarnation of the collective that it is of.
+    #[must_use]
+    pub fn incarnation(&self) -> Incarnation {
+        self.secured.incarnation
     }
 
     /// The exporter value for proofs on this connection.

@@ -1,10 +1,11 @@
 //! A TLS connection to a member, with what it proves: which member it is, and the exporter that proofs are bound to.
 
 use super::node::parse_https;
-use super::tls::{handshake_failure, key_of, member_of};
+use super::tls::{handshake_failure, key_of, member_of, shown_incarnation};
 use super::{ClientError, Http};
 use crate::ids::{CollectiveId, MemberId};
 use crate::proof::{EXPORTER_LABEL, EXPORTER_LENGTH};
+use crate::trust::Incarnation;
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use std::net::{IpAddr, SocketAddr};
@@ -17,6 +18,7 @@ use tokio_rustls::TlsConnector;
 pub(super) struct Secured {
     pub(super) http: Http,
     pub(super) member: MemberId,
+    pub(super) incarnation: Incarnation,
     pub(super) key: Vec<u8>,
     pub(super) exporter: [u8; EXPORTER_LENGTH],
     pub(super) local: SocketAddr,
@@ -51,16 +53,18 @@ impl Secured {
             .await
             .map_err(|_| failed(format!("no TLS connection within {} s", timeout.as_secs())))??;
         let session = tls.get_ref().1;
-        let (member, key) = session
+        let (member, incarnation, key) = session
             .peer_certificates()
             .and_then(<[_]>::first)
-            .and_then(|certificate| Some((member_of(collective, certificate)?, key_of(certificate)?)))
+            .and_then(|shown| {
+                Some((member_of(collective, shown)?, shown_incarnation(collective, shown)?, key_of(shown)?))
+            })
             .ok_or_else(|| failed("its certificate names no member of this collective".into()))?;
         let exporter = session
             .export_keying_material([0; EXPORTER_LENGTH], EXPORTER_LABEL, None)
             .map_err(|error| failed(format!("no TLS exporter: {error}")))?;
         let authority = url.trim_start_matches("https://").split('/').next().unwrap_or_default().to_owned();
         let http = Http::start(tls, url, &authority, timeout).await?;
-        Ok(Self { http, member, key, exporter, local })
+        Ok(Self { http, member, incarnation, key, exporter, local })
     }
 }

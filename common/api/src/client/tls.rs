@@ -3,7 +3,7 @@
 use super::session::SessionKey;
 use super::{ClientError, chain};
 use crate::ids::{CollectiveId, MemberId};
-use crate::trust::{SiteBundle, authority_uri, parse_member_uri};
+use crate::trust::{Incarnation, SiteBundle, authority_uri, parse_incarnation_uri, parse_member_uri};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{ResolvesClientCert, WantsClientCert, verify_server_cert_signed_by_trust_anchor};
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
@@ -56,7 +56,8 @@ pub fn member_tls_config_at(
     clock: Arc<dyn TimeProvider>,
     provider: CryptoProvider,
 ) -> Result<ClientConfig, ClientError> {
-    let builder = config_builder(bundle, clock, provider)?;
+    let provider = Arc::new(provider);
+    let builder = config_builder(MemberVerifier::new(bundle, provider.clone())?, clock, provider)?;
     let config = match session {
         Some(session) => builder
             .with_client_auth_cert(vec![session.certificate()], session.private_key())
@@ -66,22 +67,23 @@ pub fn member_tls_config_at(
     Ok(finished(config))
 }
 
-/// The TLS configuration of a member that calls other members: as [`member_tls_config`], and `own` shows its own certificate.
+/// The TLS configuration of a member that calls other members: as [`member_tls_config`], but they have to be of the bundle's own incarnation, and
+/// `own` shows its own certificate.
 ///
 /// # Errors
 /// A root that is not a certificate; no root at all.
 pub fn peer_tls_config(bundle: &SiteBundle, own: Arc<dyn ResolvesClientCert>) -> Result<ClientConfig, ClientError> {
     let clock = Arc::new(ClockFloor { earliest: bundle.built });
-    Ok(finished(config_builder(bundle, clock, aws_lc_rs::default_provider())?.with_client_cert_resolver(own)))
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let verifier = MemberVerifier::new(bundle, provider.clone())?.among_members();
+    Ok(finished(config_builder(verifier, clock, provider)?.with_client_cert_resolver(own)))
 }
 
 fn config_builder(
-    bundle: &SiteBundle,
+    verifier: MemberVerifier,
     clock: Arc<dyn TimeProvider>,
-    provider: CryptoProvider,
+    provider: Arc<CryptoProvider>,
 ) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>, ClientError> {
-    let provider = Arc::new(provider);
-    let verifier = MemberVerifier::new(bundle, provider.clone())?;
     let builder = ClientConfig::builder_with_details(provider, clock)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|error| ClientError::Config(format!("TLS 1.3 is not available: {error}")))?
@@ -97,6 +99,44 @@ fn finished(mut config: ClientConfig) -> ClientConfig {
     config
 }
 
+/// So much time, for people: clocks that are wrong are wrong by years, or by a time zone.
+fn span(seconds: u64) -> String {
+    match seconds {
+        0..7200 => format!("{} min", seconds.div_ceil(60)),
+        7200..172_800 => format!("{} h", seconds / 3600),
+        _ => format!("{} days", seconds / 86_400),
+    }
+}
+
+/// That a certificate is not good now, where it is that: members renew theirs each day, and so a clock is wrong.
+fn wrong_clock(error: &CertificateError) -> Option<String> {
+    let is = match error {
+        CertificateError::ExpiredContext { time, not_after } => {
+            format!("expired {} ago", span(time.as_secs().saturating_sub(not_after.as_secs())))
+        }
+        CertificateError::NotValidYetContext { time, not_before } => {
+            format!("is not good for another {}", span(not_before.as_secs().saturating_sub(time.as_secs())))
+        }
+        CertificateError::Expired => "has expired".into(),
+        CertificateError::NotValidYet => "is not good yet".into(),
+        _ => return None,
+    };
+    Some(format!(
+        "its certificate {is}, by the clock of this machine: one of the two clocks is wrong; set it, and keep it set (NTP)"
+    ))
+}
+
+/// Why a certificate is not believed to be a member's, in one line: what to do, where that is known.
+#[must_use]
+pub fn disbelief(error: &Error) -> String {
+    match error {
+        Error::InvalidCertificate(cause) => wrong_clock(cause).unwrap_or_else(|| error.to_string()),
+        // It is a sentence of ours.
+        Error::General(why) => why.clone(),
+        _ => error.to_string(),
+    }
+}
+
 /// Why a handshake with what should be a member failed, in one line. That its certificate is of another authority says what to do.
 pub(super) fn handshake_failure(error: &std::io::Error) -> String {
     let cause = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
@@ -106,8 +146,15 @@ pub(super) fn handshake_failure(error: &std::io::Error) -> String {
              one (`moor site --bundle` on a member prints it, `moor profile boot-files` makes boot files with it)"
                 .into()
         }
+        Some(error @ (Error::InvalidCertificate(_) | Error::General(_))) => disbelief(error),
         _ => chain(error),
     }
+}
+
+/// The incarnation of `collective` that a member's certificate is of.
+pub(super) fn shown_incarnation(collective: CollectiveId, certificate: &CertificateDer<'_>) -> Option<Incarnation> {
+    let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
+    Some(incarnation_of(collective, &certificate))
 }
 
 /// The member that a certificate of `collective` names.
@@ -115,6 +162,10 @@ pub(super) fn handshake_failure(error: &std::io::Error) -> String {
 pub fn member_of(collective: CollectiveId, certificate: &CertificateDer<'_>) -> Option<MemberId> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
     uris(&certificate).iter().find_map(|uri| parse_member_uri(collective, uri))
+}
+
+fn incarnation_of(collective: CollectiveId, certificate: &X509Certificate<'_>) -> Incarnation {
+    uris(certificate).iter().find_map(|uri| parse_incarnation_uri(collective, uri)).unwrap_or_default()
 }
 
 /// The key that a certificate is of: DER `SubjectPublicKeyInfo`.
@@ -134,10 +185,22 @@ fn uris<'a>(certificate: &'a X509Certificate<'_>) -> Vec<&'a str> {
         .collect()
 }
 
+/// A member, as its certificate names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Named {
+    /// Which.
+    pub member: MemberId,
+    /// Of which incarnation of its collective.
+    pub incarnation: Incarnation,
+}
+
 /// Judges whether a certificate is a member's.
 #[derive(Debug)]
 pub struct MemberVerifier {
     collective: CollectiveId,
+    incarnation: Incarnation,
+    /// Whether a server may be of a later incarnation: whoever is no member may not have heard of that yet.
+    is_member: bool,
     roots: RootCertStore,
     provider: Arc<CryptoProvider>,
 }
@@ -162,10 +225,34 @@ impl MemberVerifier {
                 "the site bundle has no root certificate: make it again with `moor site`".into(),
             ));
         }
-        Ok(Self { collective: bundle.collective, roots, provider })
+        let SiteBundle { collective, incarnation, .. } = *bundle;
+        Ok(Self { collective, incarnation, is_member: false, roots, provider })
     }
 
-    /// The member whose certificate this is: the chain ends in a root, the member authority has signed it, and it names one.
+    /// For a member, which believes no server of another incarnation than its own.
+    fn among_members(self) -> Self {
+        Self { is_member: true, ..self }
+    }
+
+    fn check(&self, shown: Incarnation) -> Result<(), Error> {
+        let own = self.incarnation;
+        if shown < own {
+            return Err(Error::General(format!(
+                "its certificate is of incarnation {shown} of the collective, which was recovered or restored since and is at {own}: a member of \
+                 before has to be stopped, and joins anew with `moor collective join --set-aside`"
+            )));
+        }
+        if shown > own && self.is_member {
+            return Err(Error::General(format!(
+                "its certificate is of incarnation {shown} of the collective, and this member is of {own}: the collective was recovered or \
+                 restored without this one; stop it, and let it join anew with `moor collective join --set-aside`"
+            )));
+        }
+        Ok(())
+    }
+
+    /// The member whose certificate this is: the chain ends in a root, the member authority has signed it, and it names one. It may be of any
+    /// incarnation.
     ///
     /// # Errors
     /// It is nobody's, or is not valid at `now`.
@@ -174,7 +261,7 @@ impl MemberVerifier {
         end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
-    ) -> Result<MemberId, Error> {
+    ) -> Result<Named, Error> {
         let issuer_der = intermediates.first().ok_or(CertificateError::UnknownIssuer)?;
         verify_server_cert_signed_by_trust_anchor(
             &ParsedCertificate::try_from(end_entity)?,
@@ -191,10 +278,11 @@ impl MemberVerifier {
         if !uris(&issuer).contains(&authority_uri(self.collective, "member").as_str()) {
             return Err(Error::General("it was not issued by the member authority of this collective".into()));
         }
-        uris(&leaf)
+        let member = uris(&leaf)
             .iter()
             .find_map(|uri| parse_member_uri(self.collective, uri))
-            .ok_or_else(|| Error::General("it names no member of this collective".into()))
+            .ok_or_else(|| Error::General("it names no member of this collective".into()))?;
+        Ok(Named { member, incarnation: incarnation_of(self.collective, &leaf) })
     }
 }
 
@@ -207,7 +295,7 @@ impl ServerCertVerifier for MemberVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        self.member(end_entity, intermediates, now)?;
+        self.check(self.member(end_entity, intermediates, now)?.incarnation)?;
         Ok(ServerCertVerified::assertion())
     }
 

@@ -4,10 +4,10 @@ use super::AuthorityChange as Change;
 use super::*;
 use crate::store::apply;
 use crate::store::late::Late;
-use crate::store::level::Level;
 use crate::store::members::JUMP;
 use crate::store::records::{Identity, InviteRecord, KeysRecord};
 use moor_api::ids::CollectiveId;
+use moor_api::trust::Incarnation;
 use redb::Database;
 use redb::backends::InMemoryBackend;
 use uuid::Uuid;
@@ -86,7 +86,13 @@ pub(super) fn with_site(level: Level, then: impl FnOnce(&Site<'_, '_>)) {
     tables::create(&transaction).unwrap();
     let write = Write::new(&transaction);
     let of = Site { write: &write, members: vec![member("m1"), member("m2")], node: NodeId::random() };
-    let site = SiteRecord { collective: CollectiveId::random(), name: "x".into(), bundle_version: 1, created: 1 };
+    let site = SiteRecord {
+        collective: CollectiveId::random(),
+        name: "x".into(),
+        bundle_version: 1,
+        created: 1,
+        incarnation: Incarnation::FIRST,
+    };
     of.apply(Command::Found { site, founder: of.members[0].clone(), keys: KeysRecord::default() });
     members::found(&write, &of.members[1]).unwrap();
     if level > Level::FIRST {
@@ -220,8 +226,9 @@ fn a_collective_that_begins_anew_gives_no_number_and_no_version_again() {
     let jump = u32::try_from(JUMP).unwrap();
     // Before a rotation.
     with_site(Level::NEWEST, |site| {
+        assert_eq!(version(site.write).unwrap(), 1);
         let rotate = site.begins_anew();
-        assert_eq!(version(site.write).unwrap(), 1, "as long as there is one authority");
+        assert_eq!(version(site.write).unwrap(), JUMP + 1, "nodes have to hear of the incarnation");
         site.refused(site.rotate(2), "changed meanwhile");
         assert_eq!(site.apply(rotate), Outcome::Number(JUMP + 2));
         assert_eq!(site.numbers(), [1, jump + 2]);
@@ -250,6 +257,55 @@ fn a_collective_that_begins_anew_gives_no_number_and_no_version_again() {
         assert_eq!((site.numbers(), version(site.write).unwrap()), (vec![2], JUMP + 2));
         assert_eq!(site.apply(rotate), Outcome::Number(JUMP + 3));
         assert_eq!(site.numbers(), [2, jump + 3]);
+    });
+}
+
+/// A release that does not count incarnations is no member of it.
+#[test]
+fn a_collective_that_begins_anew_is_of_the_next_incarnation_and_of_the_level_that_knows_it() {
+    with_site(Level::FIRST, |of| {
+        let incarnation = || site(of.write).unwrap().unwrap().incarnation;
+        assert_eq!((incarnation(), level::of(of.write).unwrap()), (Incarnation::FIRST, Level::FIRST));
+        of.begins_anew();
+        assert_eq!((incarnation(), level::of(of.write).unwrap()), (Incarnation::FIRST.next(), Level::INCARNATIONS));
+        let only = members::present(of.write).unwrap().remove(0);
+        assert_eq!(
+            of.apply(Command::Anew { number: 4, member: only, keys: KeysRecord::default() }),
+            Outcome::Number(4)
+        );
+        assert_eq!(incarnation(), Incarnation::FIRST.next().next());
+    });
+}
+
+#[test]
+fn a_rotation_is_cancelled_as_long_as_nothing_is_from_the_new_authority() {
+    let cancel = |number| Change::Cancel { number };
+    with_site(Level::NEWEST, |site| {
+        site.refused(cancel(1), "changed meanwhile");
+        site.apply(site.rotate(2));
+        site.refused(cancel(1), "changed meanwhile");
+        site.takes_up(1, 2, 1);
+        site.says(1, 2);
+        assert_eq!(site.apply(cancel(2)), Outcome::Number(3));
+        assert_eq!(site.numbers(), [1]);
+        site.refused(cancel(2), "changed meanwhile");
+        site.refused(retire(3, &[]), "changed meanwhile");
+        // The next one is another: members and nodes may have the cancelled one still.
+        site.refused(site.rotate(2), "changed meanwhile");
+        assert_eq!(site.apply(site.rotate(3)), Outcome::Number(4));
+        assert_eq!(site.numbers(), [1, 3]);
+        // Who has acknowledged the cancelled one has acknowledged nothing of this.
+        site.refused(retire(4, &[]), "cut off: m1, m2:");
+        for number in [1, 2] {
+            site.takes_up(number, 4, 1);
+        }
+        site.refused(retire(4, &[]), "would trust no member any more: n1:");
+        assert_eq!(site.apply(retire(4, &[site.node])), Outcome::Done);
+        site.refused(cancel(3), "changed meanwhile");
+    });
+    with_site(Level::AUTHORITIES, |site| {
+        site.apply(site.rotate(2));
+        site.refused(cancel(2), "needs feature level 5, and the collective is at 3");
     });
 }
 
@@ -311,16 +367,17 @@ fn a_change_reads_back_and_says_what_it_needs() {
     let new = AuthorityRecord { number: 2, root: "PEM".into(), made: 1, since: 0, wrapped, retiring: false };
     let node = NodeId::random();
     let trust = NodeTrust { boot: BootId::random(), began: 1, now: 2, ssh: 0 };
-    for change in [
-        Change::Rotate { first: None, new },
-        Change::Retire { number: 1, version: 2, left: [node].into() },
-        Change::Drop { number: 1 },
-        Change::TakeUp { number: 1, trust: 2, shows: 1 },
-        Change::Said { nodes: vec![Said { node, trust }] },
+    for (change, level) in [
+        (Change::Rotate { first: None, new }, Level::AUTHORITIES),
+        (Change::Retire { number: 1, version: 2, left: [node].into() }, Level::AUTHORITIES),
+        (Change::Drop { number: 1 }, Level::AUTHORITIES),
+        (Change::Cancel { number: 2 }, Level::INCARNATIONS),
+        (Change::TakeUp { number: 1, trust: 2, shows: 1 }, Level::AUTHORITIES),
+        (Change::Said { nodes: vec![Said { node, trust }] }, Level::AUTHORITIES),
     ] {
         let kind = change.kind();
         let command = Command::Audited { entry: serde_json::json!({ "what": "x" }), change: Box::new(change.into()) };
-        assert_eq!((command.kind(), command.level()), (kind, Level::AUTHORITIES));
+        assert_eq!((command.kind(), command.level()), (kind, level));
         let text = serde_json::to_string(&command).unwrap();
         let back: Command = serde_json::from_str(&text).unwrap();
         assert_eq!(serde_json::to_string(&back).unwrap(), text);

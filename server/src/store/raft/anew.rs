@@ -1,12 +1,13 @@
 //! A collective that begins anew, of one member: out of a backup, or out of what a survivor of a lost majority has.
 //!
 //! The one gets a number and an id that nobody had. So no member of before can vote with it, be taken for it, or reach it as the one that
-//! it was; the records say that all of them were removed.
+//! it was; the records say that all of them were removed. And the collective is of the next incarnation, which certificates and tokens name: whoever
+//! has heard of it believes no member of before.
 
 use super::log::Log;
 use super::machine::{Machine, State};
 use super::{Entry, LogId, Peer, Places, Replicated, Vote, consensus, snapshot};
-use crate::store::records::{KeysRecord, MemberRecord};
+use crate::store::records::{KeysRecord, MemberRecord, SiteRecord};
 use crate::store::tables::{self, Snapshot};
 use crate::store::{Level, StoreError};
 use openraft::EntryPayload;
@@ -23,13 +24,16 @@ fn place(id: Option<LogId>) -> (u64, u64) {
     id.map_or((0, 0), |id| (**id.committed_leader_id(), id.index()))
 }
 
-/// The members by number, as the tables of a member that does not run have them: also those that were removed.
+/// The collective, and its members by number, as the tables of a member that does not run have them: also those that were removed.
 ///
 /// # Errors
 /// The tables cannot be opened (the member runs), are not there, or are damaged; the collective is of a newer release.
-pub fn members_in(places: &Places) -> Result<BTreeMap<u64, MemberRecord>, StoreError> {
+pub fn members_in(places: &Places) -> Result<(Option<SiteRecord>, BTreeMap<u64, MemberRecord>), StoreError> {
     let machine = Machine::open(&places.state, places.snapshots.clone(), Level::NEWEST);
-    machine.map_err(|error| error.within(&places.state))?.view()?.members()
+    // It has to stay open as long as it is read.
+    let machine = machine.map_err(|error| error.within(&places.state))?;
+    let view = machine.view()?;
+    Ok((view.site()?, view.members()?))
 }
 
 /// Log and tables of a member that does not run.

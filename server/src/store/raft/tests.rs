@@ -406,8 +406,8 @@ async fn who_begins_anew_changes_all_at_once_or_nothing() {
     let number = survivor.begin_anew(FOUNDER, member.clone(), |before| Ok(before.clone())).await.unwrap();
     drop(survivor);
     database::released(&places.log).await;
-    let records = members_in(&places).unwrap();
-    assert_eq!((records.len(), records[&number].id), (1, member.id));
+    let (site, records) = members_in(&places).unwrap();
+    assert_eq!((site.is_none(), records.len(), records[&number].id), (true, 1, member.id));
     let store = Replicated::open(&places, number, Calls::to_nobody().unwrap()).await.unwrap();
     assert_eq!(store.snapshot().unwrap().nodes().unwrap().len(), 11);
     assert_eq!(store.propose(define(11)).await.unwrap(), Outcome::Done);
