@@ -43,7 +43,7 @@ impl Client {
     #[must_use]
     pub fn of(peer: &Peer) -> Self {
         match peer {
-            Peer::Tls { member: Some(member), .. } => Self::Member(*member),
+            Peer::Tls { member: Some(Ok(named)), .. } => Self::Member(named.member),
             Peer::Tls { address, .. } => Self::Address(address.ip().to_canonical()),
             Peer::Socket { .. } => Self::Local,
         }

@@ -39,8 +39,8 @@ mod authority;
 mod collective;
 
 pub use authority::{
-    AuthorityCancelled, AuthorityInfo, AuthorityKind, AuthorityRetired, AuthorityRotated, AuthorityState, AuthorityView, MemberTrust,
-    RetireRequest, SshAuthorityInfo, SshRole, UnknownKind,
+    AuthorityCancelled, AuthorityInfo, AuthorityKind, AuthorityRetired, AuthorityRotated, AuthorityState,
+    AuthorityView, MemberTrust, RetireRequest, SshAuthorityInfo, SshRole, UnknownKind,
 };
 pub use collective::{
     BackupRequest, CollectiveMember, CollectiveView, ContentBlob, ContentView, InviteRequest, Invited, KeysRotated,

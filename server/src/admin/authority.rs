@@ -10,8 +10,8 @@ use axum::Json;
 use axum::extract::{Path, State};
 use bytes::Bytes;
 use moor_api::admin::{
-    AuthorityCancelled, AuthorityInfo, AuthorityKind, AuthorityRetired, AuthorityRotated, AuthorityState, AuthorityView, MemberTrust,
-    RetireRequest, SshAuthorityInfo, SshRole, UnknownKind,
+    AuthorityCancelled, AuthorityInfo, AuthorityKind, AuthorityRetired, AuthorityRotated, AuthorityState,
+    AuthorityView, MemberTrust, RetireRequest, SshAuthorityInfo, SshRole, UnknownKind,
 };
 use moor_api::problem::{Code, Problem};
 use ssh_key::{HashAlg, PublicKey};

@@ -186,7 +186,7 @@ fn stranger(peer: &Peer, url: &str, why: &str) -> Heard {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::authority::{Addresses, Authority, MemberIssuer, create_member_key};
+    use crate::authority::{self, Addresses, MemberIssuer, create_member_key};
     use crate::trust::Trust;
     use moor_api::ids::{CollectiveId, MemberId};
     use moor_api::trust::Incarnation;
@@ -206,7 +206,7 @@ mod tests {
         fn new(collective: CollectiveId, incarnation: Incarnation) -> Self {
             let dir = tempfile::tempdir().unwrap();
             let site = SiteRecord { collective, name: "x".into(), bundle_version: 1, created: now(), incarnation };
-            Authority::create(dir.path(), collective, "x", site.created).unwrap();
+            authority::create(dir.path(), collective, "x", site.created).unwrap();
             let key = create_member_key(dir.path()).unwrap().into();
             let peer = Peer { id: MemberId::random(), key, name: "m2".into(), urls: Vec::new() };
             Self { dir, site, peer }

@@ -196,7 +196,7 @@ async fn every_member_hears_which_nodes_are_alive() -> anyhow::Result<()> {
     let mut connection = machine.connect().await?;
     machine.log_in(&mut connection, Stage::Run).await?;
     ensure!(heard(&first).await?.is_none() && heard(&second).await?.is_none(), "it had no heartbeat");
-    connection.heartbeat(&Heartbeat { boot: machine.boot, trust_version: 1 }).await?;
+    connection.heartbeat(&Heartbeat { boot: machine.boot, trust_version: 1, ssh_version: 1 }).await?;
     ensure!(heard(&first).await?.is_some(), "the member that it speaks to");
     until(&second, "the other one does not hear of it", async || Ok(heard(&second).await?.is_some())).await?;
     let shown = moor(&second, &["why", "n1"])?.output()?;

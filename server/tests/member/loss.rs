@@ -109,7 +109,7 @@ async fn the_last_survivor_of_three_goes_on_alone_and_the_others_are_none_any_mo
     let mut connection = machine.connect().await?;
     machine.log_in(&mut connection, Stage::Boot).await?;
     assert_eq!(connection.config().await?.node.name.as_str(), "n1");
-    let beat = Heartbeat { boot: machine.boot, trust_version: machine.bundle.version };
+    let beat = Heartbeat { boot: machine.boot, trust_version: machine.bundle.version, ssh_version: 1 };
     ensure!(connection.heartbeat(&beat).await?.bundle.as_ref() == Some(&now), "the node does not hear of it");
     // Two of the old ones are a majority of the old collective. They go on in that, and reach the new one no more.
     first.run()?;

@@ -3,10 +3,10 @@
 use super::tls::{handshake_failure, member_tls_config};
 use super::{Body, ClientError, Http, chain, full};
 use crate::admin::{
-    ArmRequest, AuthorityCancelled, AuthorityKind, AuthorityRetired, AuthorityRotated, AuthorityView, BackupRequest, BlobAdded, BootFiles,
-    Changed, CollectiveView, ContentView, CreateProfile, DefineNodes, DeployRequest, ImageView, ImportImage,
-    InviteRequest, Invited, KeysRotated, LogEvent, MemberRequest, NodeView, ProfileView, RangeRequest, ReplaceRequest,
-    RetireRequest, SetAttributes, SiteInfo, SshRole, StatusEvent, TokenCreated, TokenRequest, Why,
+    ArmRequest, AuthorityCancelled, AuthorityKind, AuthorityRetired, AuthorityRotated, AuthorityView, BackupRequest,
+    BlobAdded, BootFiles, Changed, CollectiveView, ContentView, CreateProfile, DefineNodes, DeployRequest, ImageView,
+    ImportImage, InviteRequest, Invited, KeysRotated, LogEvent, MemberRequest, NodeView, ProfileView, RangeRequest,
+    ReplaceRequest, RetireRequest, SetAttributes, SiteInfo, SshRole, StatusEvent, TokenCreated, TokenRequest, Why,
 };
 use crate::client::node::parse_https;
 use crate::ids::{ImageDigest, ProfileName};
