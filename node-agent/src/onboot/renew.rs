@@ -130,8 +130,9 @@ fn request(keys: &[Public]) -> HostCertificateRequest {
 async fn install(keys: &[Public], answer: &HostCertificates) -> anyhow::Result<()> {
     write(&Tree::open(Path::new("/"))?, keys, answer)?;
     let mut reload = Command::new("systemctl");
-    // Socket-activated or stopped, it reads them at its next start.
-    reload.args(["try-reload-or-restart", "ssh.service"]);
+    // Debian calls it ssh, others sshd. As patterns both are looked for among what runs only, so that it is no error that there is but one
+    // (systemctl(1)). Socket-activated or stopped, it reads them at its next start.
+    reload.args(["try-reload-or-restart", "ssh.servic[e]", "sshd.servic[e]"]);
     child::run(reload, b"", Duration::from_mins(1)).await?;
     Ok(())
 }
