@@ -168,7 +168,7 @@ fn reload_by_systemctl(dir: &Path, pid: &Path) {
     let bin = dir.join("bin");
     fs::create_dir(&bin).unwrap();
     let text = format!(
-        "#!/bin/sh\n[ \"$*\" = 'try-reload-or-restart ssh.service' ] && exec kill -HUP \"$(cat {})\"\nexit 1\n",
+        "#!/bin/sh\n[ \"$*\" = 'try-reload-or-restart ssh.servic[e] sshd.servic[e]' ] && exec kill -HUP \"$(cat {})\"\nexit 1\n",
         pid.display()
     );
     fs::write(bin.join("systemctl"), text).unwrap();
