@@ -63,7 +63,8 @@ impl Members {
     /// The bundle has no usable root; then nothing has changed.
     pub fn trust(&mut self, bundle: &SiteBundle, session: &SessionKey) -> Result<(), ClientError> {
         self.tls = Arc::new(member_tls_config(bundle, Some(session))?);
-        self.incarnation = self.incarnation.max(bundle.incarnation);
+        // A bundle is newer than the one before. What connections said counts no more: somebody may have said it whom the new roots do not vouch for.
+        self.incarnation = bundle.incarnation;
         self.forget();
         Ok(())
     }

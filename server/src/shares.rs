@@ -104,6 +104,23 @@ impl State {
         }
     }
 
+    /// The same before a member asks: it waits for nodes that are being served, and for none that takes nothing. Of members only those are kept
+    /// that still wait.
+    fn tidy_all(&mut self, now: Instant) {
+        self.now = Some(now);
+        while self.members.front().is_some_and(|(_, waiting)| waiting.is_closed()) {
+            self.members.pop_front();
+        }
+        if self.count == 0 {
+            return;
+        }
+        for held in self.clients.values_mut() {
+            let before = held.turns.len();
+            held.turns.retain(|_, begun| now.saturating_duration_since(*begun) < LAPSE);
+            self.count -= before - held.turns.len();
+        }
+    }
+
     fn may_have(&self, client: Client) -> bool {
         if client.is_member() {
             return self.count == 0;
@@ -146,7 +163,7 @@ impl State {
             self.clients.remove(&client);
         }
         if self.count == 0 {
-            let members = std::mem::take(&mut self.members).into_iter();
+            let members = std::mem::take(&mut self.members).into_iter().filter(|(_, waiting)| !waiting.is_closed());
             next.extend(members.map(|(member, waiting)| (member, number, waiting)));
         }
         next
@@ -178,7 +195,11 @@ impl Shares {
     /// A turn, or where it will come.
     fn ask(self: &Arc<Self>, client: Client, now: Instant) -> Result<Turn, oneshot::Receiver<Turn>> {
         let mut state = self.state();
-        state.tidy(client, now);
+        if client.is_member() {
+            state.tidy_all(now)
+        } else {
+            state.tidy(client, now)
+        }
         let is_first = state.clients.get(&client).is_none_or(|held| held.waiting.is_empty());
         if is_first && state.may_have(client) {
             let number = state.begin(client);

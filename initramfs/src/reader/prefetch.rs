@@ -61,7 +61,7 @@ impl Prefetch {
             return None;
         }
         let mut end = last + 1;
-        while is_listed(end) {
+        while end - last < FURTHEST && is_listed(end) {
             end += 1;
         }
         Some(end)

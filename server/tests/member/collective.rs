@@ -5,7 +5,7 @@ use crate::machine::Machine;
 use crate::node_api::prepared;
 use crate::support::{Member, refusal};
 use anyhow::{Context as _, ensure};
-use moor_api::admin::{CollectiveView, DefineNodes, InviteRequest, MemberRequest};
+use moor_api::admin::{CollectiveView, DefineNodes, InviteRequest, MemberRequest, SetAttributes};
 use moor_api::client::ClientError;
 use moor_api::node::{Heartbeat, Stage};
 use moor_api::problem::Code;
@@ -358,6 +358,37 @@ async fn who_was_away_votes_for_a_member_that_came_meanwhile() -> anyhow::Result
     }
     knows(&away, &["a"]).await?;
     Ok(())
+}
+
+/// One entry of the log may be larger than all that members say to each other otherwise.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_of_more_than_a_megabyte_reaches_every_member() -> anyhow::Result<()> {
+    let [first, second, mut third] = three().await?;
+    define(&first, "a").await?;
+    let change = async |letter: &str| {
+        let set = (0..110).map(|number| (format!("custom.{letter}{number}"), letter.repeat(16_000))).collect();
+        let request = SetAttributes { range: "a".into(), set, clear: Vec::new() };
+        let changed = first.admin().await?.set(&request).await?;
+        ensure!(changed.refused.is_empty(), "{:?}", changed.refused);
+        anyhow::Ok(())
+    };
+    let has = async |member: &Member, count: usize| {
+        until(member, "it has not all values", async || {
+            let nodes = member.admin().await?.nodes(Some("a")).await?;
+            Ok(nodes[0].attributes.keys().filter(|name| name.starts_with("custom.")).count() == count)
+        })
+        .await
+    };
+    change("x").await?;
+    has(&second, 110).await?;
+    has(&third, 110).await?;
+    // And several of them one who was away.
+    third.kill();
+    for letter in ["y", "z", "w"] {
+        change(letter).await?;
+    }
+    third.run()?;
+    has(&third, 440).await
 }
 
 /// The first entry that is in the log of a member that was stopped.

@@ -45,7 +45,7 @@ async fn the_level_rises_with_the_last_upgrade_and_older_releases_are_refused_fr
     voters(&first, 2).await?;
     release(&first, "")?;
     restart(&mut first)?;
-    until(&second, "it does not say that it was upgraded", async || Ok(known(&view(&second).await?) == [4, 1])).await?;
+    until(&second, "it does not say that it was upgraded", async || Ok(known(&view(&second).await?) == [5, 1])).await?;
     // It has told what it is, and looks every 2 s whether there is more to say: there is, and it may not.
     tokio::time::sleep(std::time::Duration::from_secs(5)).await;
     for (member, node) in [(&first, "a"), (&second, "b")] {
@@ -65,13 +65,13 @@ async fn the_level_rises_with_the_last_upgrade_and_older_releases_are_refused_fr
     for member in [&first, &second] {
         until(member, "the level does not rise", async || {
             let seen = view(member).await?;
-            Ok(seen.level == 4 && known(&seen) == [4, 4] && seen.members.iter().all(|member| member.near.len() == 1))
+            Ok(seen.level == 5 && known(&seen) == [5, 5] && seen.members.iter().all(|member| member.near.len() == 1))
         })
         .await?;
     }
     let output = moor(&first, &["--json", "collective", "show"])?.output()?;
     let shown: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-    ensure!(shown["level"] == 4 && shown["members"][1]["level"] == 4, "{shown}");
+    ensure!(shown["level"] == 5 && shown["members"][1]["level"] == 5, "{shown}");
 
     // There is no way back.
     ensure!(second.terminate()?, "it does not stop:\n{}", second.log());
@@ -107,7 +107,7 @@ async fn a_member_that_went_back_and_is_outgrown_meanwhile_takes_nothing_and_end
         release(member, "")?;
         restart(member)?;
     }
-    until(&first, "they do not say what they know", async || Ok(known(&view(&first).await?) == [4, 4, 1])).await?;
+    until(&first, "they do not say what they know", async || Ok(known(&view(&first).await?) == [5, 5, 1])).await?;
     second.kill();
     release(&second, OLD)?;
     release(&third, NEAR)?;

@@ -2,13 +2,15 @@
 //! a batch is one record behind the one before, in a file that has its full size from the beginning, and one sync of a page or two. Once
 //! the journal is full, all of it goes into the database in one transaction, and it begins anew.
 //!
-//! The file: two headers of 512 bytes, of which the newer one that is whole counts (at 0 and 512: `moorjrn1`, the log's id, 16 bytes, the
-//! generation and the file's length, 8 bytes each, and a check of those), and from 4096 on the records, each at a multiple of 64: generation and sequence in it, 8 bytes each,
+//! The file: two headers, of which the newer one that is whole counts (at 0 and 4096: `moorjrn1`, the log's id, 16 bytes, the
+//! generation and the file's length, 8 bytes each, and a check of those), and from 8192 on the records, each at a multiple of 4096, so that nothing
+//! is written again that a torn write could take with it: generation and sequence in it, 8 bytes each,
 //! the length of what is in it, 8 bytes, a check over these and that, and that. Numbers are little-endian; a check is the first 16 bytes of a SHA-256.
 //! The generation rises each time the journal begins anew, so that what is left of before is not taken for a record.
 //!
 //! A record that is not whole is the end: it was being written when the power went, and nobody was told that it was durable. Each is synced before the
-//! next is written, so if a whole one comes behind it, it was durable once, and the file is damaged.
+//! next is written, so if a whole one comes behind it, it was durable once, and the file is damaged. So it is if a record is of a newer generation
+//! than the header: that was durable before there was any.
 
 use aws_lc_rs::digest::{Context, SHA256};
 use redb::StorageBackend;
@@ -17,10 +19,10 @@ use std::io;
 /// What a new journal is made of, in bytes.
 pub(super) const SIZE: u64 = 4 << 20;
 /// Where records begin.
-const RECORDS: u64 = 4096;
+const RECORDS: u64 = 2 * SLOT;
 /// Where they lie.
-const ALIGNMENT: u64 = 64;
-const SLOT: u64 = 512;
+const ALIGNMENT: u64 = 4096;
+const SLOT: u64 = 4096;
 const MAGIC: &[u8; 8] = b"moorjrn1";
 const CHECK: usize = 16;
 const HEADER: usize = 8 + 16 + 8 + 8;
@@ -81,15 +83,12 @@ fn header(slot: &[u8]) -> Option<(u64, LogName, u64)> {
     is_whole.then_some((number(content, 24)?, log, number(content, 32)?))
 }
 
-/// The sequence of a record of this generation that is whole, and what is in it.
-fn record(bytes: &[u8], generation: u64) -> Option<(u64, &[u8])> {
-    if number(bytes, 0)? != generation {
-        return None;
-    }
+/// Generation and sequence of a record that is whole, and what is in it.
+fn record(bytes: &[u8]) -> Option<(u64, u64, &[u8])> {
     let length = usize::try_from(number(bytes, 16)?).ok()?;
     let content = bytes.get(HEAD..HEAD.checked_add(length)?)?;
     let is_whole = bytes.get(24..HEAD)? == check(&[&bytes[..24], content]);
-    is_whole.then_some((number(bytes, 8)?, content))
+    is_whole.then_some((number(bytes, 0)?, number(bytes, 8)?, content))
 }
 
 impl Journal {
@@ -132,16 +131,16 @@ impl Journal {
         let mut journal = Self { storage, log, generation, sequence: 0, at: RECORDS, end };
         let mut records = Vec::new();
         let part = |at: u64| usize::try_from(at).ok().and_then(|at| bytes.get(at..)).unwrap_or_default();
-        while let Some((sequence, content)) = record(part(journal.at), generation)
-            && sequence == journal.sequence
+        while let Some((of, sequence, content)) = record(part(journal.at))
+            && (of, sequence) == (generation, journal.sequence)
         {
             records.push(content.to_vec());
             journal.sequence += 1;
             journal.at += aligned((HEAD + content.len()) as u64);
         }
         let mut behind = (journal.at..end).step_by(usize::try_from(ALIGNMENT).map_err(io::Error::other)?);
-        if behind.any(|at| record(part(at), generation).is_some()) {
-            return Err(JournalError::Damaged("a record is damaged, and others come behind it"));
+        if behind.any(|at| record(part(at)).is_some_and(|(of, _, _)| of >= generation)) {
+            return Err(JournalError::Damaged("a record or a header is damaged, and others come behind it"));
         }
         Ok((journal, records))
     }
@@ -238,7 +237,7 @@ mod tests {
 
     fn made() -> (Shared, Journal) {
         let storage = Shared(Arc::new(InMemoryBackend::new()));
-        let journal = Journal::make(Box::new(storage.clone()), LOG, 1 << 14).unwrap();
+        let journal = Journal::make(Box::new(storage.clone()), LOG, 1 << 15).unwrap();
         (storage, journal)
     }
 
@@ -265,7 +264,7 @@ mod tests {
     #[test]
     fn it_takes_what_fits_and_no_more() {
         let (storage, mut journal) = made();
-        let largest = (1 << 14) - usize::try_from(RECORDS).unwrap() - HEAD;
+        let largest = (1 << 15) - usize::try_from(RECORDS).unwrap() - HEAD;
         assert!(journal.has_room(largest) && !journal.has_room(largest + 1));
         assert!(journal.append(&vec![1; largest + 1]).is_err());
         journal.append(&vec![1; largest]).unwrap();
@@ -284,7 +283,11 @@ mod tests {
             assert_eq!(opened(&storage).unwrap().1, [b"one".to_vec()], "byte {byte} of the last");
             storage.flip(second + byte);
             storage.flip(RECORDS + byte);
-            assert_eq!(opened(&storage).unwrap_err(), "a record is damaged, and others come behind it", "byte {byte}");
+            assert_eq!(
+                opened(&storage).unwrap_err(),
+                "a record or a header is damaged, and others come behind it",
+                "byte {byte}"
+            );
         }
     }
 
@@ -296,6 +299,12 @@ mod tests {
         // Of generation 2, in the first slot.
         storage.flip(30);
         assert_eq!(opened(&storage).unwrap(), (1, vec![b"one".to_vec()]));
+        // But not where there was a record of that: then it was durable.
+        storage.flip(30);
+        journal.append(b"two").unwrap();
+        storage.flip(30);
+        let error = opened(&storage).unwrap_err();
+        assert_eq!(error, "a record or a header is damaged, and others come behind it");
         storage.flip(SLOT + 30);
         assert_eq!(opened(&storage).unwrap_err(), "it has no header that is whole");
     }

@@ -45,8 +45,6 @@ const PIECE: usize = 512 << 10;
 const BATCH: usize = 256;
 /// The mark of what is committed is written this often: it costs every transaction that it goes with a page more.
 const MARK: Duration = Duration::from_secs(1);
-/// Whether the disk is full is looked at this often.
-const LOOK: Duration = Duration::from_millis(100);
 /// Below this many bytes of free space nothing is written: a database that meets the end of the disk has to be opened anew.
 const RESERVE: u64 = 8 << 20;
 
@@ -268,6 +266,12 @@ impl Log {
         let journal = |is_new: bool| -> Result<Box<dyn StorageBackend>, StoreError> {
             let opened = OpenOptions::new().read(true).write(true).create(is_new).mode(0o600).open(&beside);
             let file = opened.map_err(|error| failed(error).within(&beside))?;
+            if is_new && let Some(directory) = beside.parent() {
+                // From now on the member does not start without it.
+                std::fs::File::open(directory)
+                    .and_then(|directory| directory.sync_all())
+                    .map_err(|error| failed(error).within(directory))?;
+            }
             Ok(Box::new(FileBackend::new(file).map_err(|error| StoreError::from(error).within(&beside))?))
         };
         let opened = Self::over(database, journal, journal::SIZE, path.parent().unwrap_or(path).to_owned(), known);
@@ -322,7 +326,7 @@ impl Log {
         }
         let shared = Arc::new(Shared { database, memory: Mutex::new(memory), known });
         let (jobs, queue) = mpsc::channel();
-        let mut writer = Writer { journal, shared: shared.clone(), disk, waiting: Vec::new(), looked: None };
+        let mut writer = Writer { journal, shared: shared.clone(), disk, waiting: Vec::new() };
         std::thread::Builder::new()
             .name("log".into())
             .spawn(move || writer.run(&queue))
@@ -347,8 +351,6 @@ struct Writer {
     disk: PathBuf,
     /// What is in the journal, and not in redb.
     waiting: Vec<Change>,
-    /// When it was seen last that the disk is not full.
-    looked: Option<Instant>,
 }
 
 impl Writer {
@@ -438,15 +440,11 @@ impl Writer {
         self.store(&changes)
     }
 
-    fn check_space(&mut self) -> Result<(), StoreError> {
-        if self.looked.is_some_and(|at| at.elapsed() < LOOK) {
-            return Ok(());
+    fn check_space(&self) -> Result<(), StoreError> {
+        match free_space(&self.disk).ok().filter(|free| *free < RESERVE) {
+            Some(free) => Err(StoreError::Full(free >> 20)),
+            None => Ok(()),
         }
-        if let Some(free) = free_space(&self.disk).ok().filter(|free| *free < RESERVE) {
-            return Err(StoreError::Full(free >> 20));
-        }
-        self.looked = Some(Instant::now());
-        Ok(())
     }
 
     /// Puts all that waits into redb, and `changes` behind it; the journal begins anew.
@@ -496,11 +494,9 @@ fn journal_of(
         let changes = changes_of(record).ok_or_else(|| damaged(JOURNAL, "records", &"a record is not understood"))?;
         changes.iter().try_for_each(|change| change.make(transaction))?;
     }
-    if !records.is_empty() {
-        let taken = Taken { generation: journal.generation(), ..taken };
-        Change::Mark(JOURNAL.to_owned(), json(&taken)?).make(transaction)?;
-    }
-    Ok((journal, !records.is_empty()))
+    // Also without any: what the kernel shows of a header may not be on the disk, if syncing it failed before this start.
+    Change::Mark(JOURNAL.to_owned(), json(&Taken { generation: journal.generation(), ..taken })?).make(transaction)?;
+    Ok((journal, true))
 }
 
 fn failed(error: io::Error) -> StoreError {

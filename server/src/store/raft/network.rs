@@ -13,7 +13,7 @@ use moor_api::ids::{CollectiveId, MemberId};
 use moor_api::problem::Code;
 use openraft::async_runtime::WatchReceiver as _;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
-use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2, stream_append_sequential};
+use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{
     AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult, VoteRequest, VoteResponse,
 };
@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex as StdMutex, PoisonError, RwLock as StdRwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 use tokio_stream::StreamExt as _;
 use tokio_util::io::ReaderStream;
@@ -251,7 +251,7 @@ impl RaftNetworkFactory<Raft> for Network {
     type Network = Link;
 
     async fn new_client(&mut self, _: u64, node: &Peer) -> Link {
-        Link { calls: self.0.clone(), peer: node.clone(), sending: StdMutex::default() }
+        Link { calls: self.0.clone(), peer: node.clone(), sending: StdMutex::default(), alone_until: None }
     }
 }
 
@@ -261,6 +261,8 @@ pub(super) struct Link {
     pub(super) peer: Peer,
     /// The connection for entries, as long as there is one. The lock is never waited for: it makes a link one that may be shared.
     sending: StdMutex<Option<Box<Sending>>>,
+    /// Until then the follower, which takes no streams, is not asked whether it does.
+    pub(super) alone_until: Option<Instant>,
 }
 
 pub(super) fn failure(error: &ClientError) -> RPCError<Raft> {
@@ -321,11 +323,8 @@ impl RaftNetworkV2<Raft> for Link {
         S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static,
     {
         Box::pin(async move {
-            if self.ready().await? {
-                let answers: Answers<'s> = Box::pin(Session::new(self, calls, option).answers());
-                return Ok(answers);
-            }
-            stream_append_sequential(self, calls, option).await
+            let answers: Answers<'s> = Box::pin(Session::new(self, calls, option).answers());
+            Ok(answers)
         })
     }
 

@@ -6,7 +6,8 @@
 //! `POST /member/v1/append`; each is answered with a [`Streamed`], in order. After one that is no success the follower ends the connection, and
 //! the leader begins a new one. What is still on its way on an old connection may be taken after something newer: Raft bears that.
 //!
-//! A member of an earlier release has no such route; it gets one call at a time.
+//! A call without entries begins no connection, but goes by itself (`POST`): a sign of life has to be there in time, and connecting takes longer.
+//! A member of an earlier release has no such route, and gets all calls so.
 
 use super::network::{Link, failure, on_the_way, within_reach};
 use super::wire::{self, Streamed, WireAppend};
@@ -17,7 +18,8 @@ use moor_api::client::ClientError;
 use moor_api::ids::MemberId;
 use openraft::errors::{NetworkError, RPCError, Unreachable};
 use openraft::network::RPCOption;
-use openraft::raft::{AppendEntriesRequest, StreamAppendResult};
+use openraft::network::RaftNetworkV2 as _;
+use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, StreamAppendError, StreamAppendResult};
 use std::collections::VecDeque;
 use std::ops::Deref;
 use std::pin::pin;
@@ -26,6 +28,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
+use tokio_io_timeout::TimeoutStream;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
 /// What the connection is switched to.
@@ -36,62 +39,74 @@ pub(crate) const PATH: &str = "/member/v1/stream";
 const MAX_FRAME: usize = 128 << 20;
 /// Longest answer.
 const MAX_ANSWER: usize = 1 << 20;
-/// Calls on their way at a time.
+/// Calls on their way at a time, and bytes, unless it is one.
 const AT_A_TIME: usize = 32;
+const BYTES: usize = 2 << 20;
 /// A leader that has nothing to send says so often that it is there.
 const PING: Duration = Duration::from_secs(15);
 /// A follower that hears nothing for so long ends the connection.
 const SILENCE: Duration = Duration::from_mins(1);
-/// A connection that was not used for so long is not used again: the follower may be about to end it.
-const FRESH: Duration = Duration::from_secs(30);
+/// A follower that takes no answers for so long is not waited for.
+const TAKES_NOTHING: Duration = Duration::from_secs(10);
+/// So long a follower of an earlier release is not asked again whether it takes streams.
+const AGAIN: Duration = Duration::from_mins(1);
 /// Who may append is looked at again this often.
 const LOOK: Duration = Duration::from_secs(1);
 
-fn framed<S: AsyncRead + AsyncWrite>(stream: S, longest: usize) -> Framed<S, LengthDelimitedCodec> {
-    Framed::new(stream, LengthDelimitedCodec::builder().max_frame_length(longest).new_codec())
+fn framed<S: AsyncRead + AsyncWrite>(stream: S) -> Framed<S, LengthDelimitedCodec> {
+    // One bound for what is read and what is written.
+    Framed::new(stream, LengthDelimitedCodec::builder().max_frame_length(MAX_FRAME).new_codec())
 }
 
 /// A leader's end of a connection to one follower.
 pub(super) struct Sending {
     frames: Framed<moor_api::client::member::Switched, LengthDelimitedCodec>,
-    used: Instant,
-}
-
-/// Whether a follower takes streams.
-enum Opened {
-    Yes(Box<Sending>),
-    /// It is of an earlier release.
-    No,
-}
-
-async fn open(link: &Link) -> Result<Opened, ClientError> {
-    let connection = link.calls.connect(&link.peer).await?;
-    match connection.switch(PATH, PROTOCOL).await {
-        Ok(stream) => {
-            // Frames that a leader reads are answers.
-            let frames = framed(stream, MAX_ANSWER);
-            Ok(Opened::Yes(Box::new(Sending { frames, used: Instant::now() })))
-        }
-        Err(ClientError::Problem(problem)) if problem.status == 404 => Ok(Opened::No),
-        Err(error) => Err(error),
-    }
 }
 
 impl Link {
     /// Makes sure that there is a connection; `false`: the follower takes none.
-    pub(super) async fn ready(&mut self) -> Result<bool, RPCError<Raft>> {
-        if self.sending().as_ref().is_some_and(|sending| sending.used.elapsed() < FRESH) {
+    async fn ready(&mut self) -> Result<bool, RPCError<Raft>> {
+        if self.sending().is_some() {
             return Ok(true);
         }
-        *self.sending() = None;
-        match open(self).await.map_err(|error| failure(&error))? {
-            Opened::Yes(sending) => {
-                *self.sending() = Some(sending);
+        if self.alone_until.is_some_and(|then| std::time::Instant::now() < then) {
+            return Ok(false);
+        }
+        let connection = self.calls.connect(&self.peer).await.map_err(|error| failure(&error))?;
+        match connection.switch(PATH, PROTOCOL).await {
+            Ok(stream) => {
+                *self.sending() = Some(Box::new(Sending { frames: framed(stream) }));
                 Ok(true)
             }
-            Opened::No => Ok(false),
+            Err(ClientError::Problem(problem)) if problem.status == 404 => {
+                self.alone_until = Some(std::time::Instant::now() + AGAIN);
+                Ok(false)
+            }
+            Err(error) => Err(failure(&error)),
         }
     }
+
+    /// One call by itself.
+    async fn post(
+        &mut self,
+        call: AppendEntriesRequest<Raft>,
+        option: RPCOption,
+    ) -> Result<StreamAppendResult<Raft>, RPCError<Raft>> {
+        let (before, last) = (call.prev_log_id, call.entries.last().map(|entry| entry.log_id));
+        Ok(match self.append_entries(call, option).await? {
+            AppendEntriesResponse::Success => Ok(last.or(before)),
+            AppendEntriesResponse::PartialSuccess(id) => Ok(id),
+            AppendEntriesResponse::HigherVote(vote) => Err(StreamAppendError::HigherVote(vote)),
+            AppendEntriesResponse::Conflict => match before {
+                Some(before) => Err(StreamAppendError::Conflict(before)),
+                None => return Err(broken("the follower has another beginning of the log, of which there is one")),
+            },
+        })
+    }
+}
+
+fn broken(cause: impl std::fmt::Display) -> RPCError<Raft> {
+    RPCError::Network(NetworkError::from_string(cause))
 }
 
 /// Calls that are sent, and their answers as they come.
@@ -101,8 +116,8 @@ pub(super) struct Session<'s, S> {
     option: RPCOption,
     /// Nothing more is to be sent.
     is_over: bool,
-    /// By when each call that is on its way has to be answered.
-    waiting: VecDeque<Instant>,
+    /// By when each call that is on its way has to be answered, and its bytes.
+    waiting: VecDeque<(Instant, usize)>,
 }
 
 impl<S> Drop for Session<'_, S> {
@@ -150,7 +165,6 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> 
 
     /// The next answer; none: the calls are at their end, and all were answered.
     async fn answer(&mut self) -> Result<Option<StreamAppendResult<Raft>>, RPCError<Raft>> {
-        let broken = |cause: String| -> RPCError<Raft> { RPCError::Network(NetworkError::from_string(cause)) };
         loop {
             if self.is_over && self.waiting.is_empty() {
                 return Ok(None);
@@ -158,10 +172,10 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> 
             match self.next().await {
                 Next::Frame(Some(Ok(frame))) => {
                     if self.waiting.pop_front().is_none() {
-                        return Err(broken("an answer came to nothing".into()));
+                        return Err(broken("an answer came to nothing"));
                     }
-                    if let Some(sending) = self.link.sending() {
-                        sending.used = Instant::now();
+                    if frame.len() > MAX_ANSWER {
+                        return Err(broken("the answer is too long"));
                     }
                     return match serde_json::from_slice::<Streamed>(&frame) {
                         Ok(streamed) => streamed
@@ -174,20 +188,21 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> 
                 // Nothing is lost by it as long as nothing was on its way: the next call makes a new one.
                 Next::Frame(_) if self.waiting.is_empty() => *self.link.sending() = None,
                 Next::Frame(Some(Err(error))) => return Err(broken(format!("the stream broke: {error}"))),
-                Next::Frame(None) => return Err(broken("the follower ended the stream".into())),
-                Next::Late => return Err(broken("no answer in time".into())),
+                Next::Frame(None) => return Err(broken("the follower ended the stream")),
+                Next::Late => return Err(broken("no answer in time")),
                 Next::Quiet => self.send(Bytes::new(), PING).await?,
                 Next::Call(None) => self.is_over = true,
                 Next::Call(Some(call)) => {
-                    let frame = serde_json::to_vec(&WireAppend::from(&call));
-                    let frame = Bytes::from(frame.map_err(|error| broken(error.to_string()))?);
-                    let limit = Link::limit(&call, &self.option) + on_the_way(frame.len());
-                    if !self.link.ready().await? {
-                        return Err(broken("the follower takes no streams any more".into()));
+                    let goes_alone = call.entries.is_empty() && self.link.sending().is_none();
+                    if goes_alone || !self.link.ready().await? {
+                        return self.link.post(call, self.option.clone()).await.map(Some);
                     }
-                    // Answers come in order: one may wait for the disk of those before it.
-                    let until = (Instant::now() + limit).max(self.waiting.back().copied().unwrap_or_else(Instant::now));
-                    self.waiting.push_back(until);
+                    let frame = Bytes::from(serde_json::to_vec(&WireAppend::from(&call)).map_err(broken)?);
+                    let limit = Link::limit(&call, &self.option) + on_the_way(frame.len());
+                    // Answers come in order: it waits for those before it, their way and their disk.
+                    let begun =
+                        self.waiting.back().map_or_else(Instant::now, |(until, _)| (*until).max(Instant::now()));
+                    self.waiting.push_back((begun + limit, frame.len()));
                     self.send(frame, limit).await?;
                 }
             }
@@ -195,9 +210,10 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> 
     }
 
     async fn next(&mut self) -> Next {
-        let late = self.waiting.front().copied();
+        let late = self.waiting.front().map(|(until, _)| *until);
         let is_waiting = late.is_some();
-        let takes_calls = !self.is_over && self.waiting.len() < AT_A_TIME;
+        let bytes: usize = self.waiting.iter().map(|(_, bytes)| bytes).sum();
+        let takes_calls = !self.is_over && self.waiting.len() < AT_A_TIME && bytes < BYTES;
         let calls = &mut self.calls;
         let Some(sending) = self.link.sending() else {
             return Next::Call(calls.next().await);
@@ -214,7 +230,6 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> 
 
     async fn send(&mut self, frame: Bytes, limit: Duration) -> Result<(), RPCError<Raft>> {
         let Some(sending) = self.link.sending() else { return Ok(()) };
-        sending.used = Instant::now();
         let cause = match tokio::time::timeout(limit, sending.frames.send(frame)).await {
             Ok(Ok(())) => return Ok(()),
             Ok(Err(error)) => error.to_string(),
@@ -245,13 +260,11 @@ where
         loop {
             let frame = tokio::select! {
                 _ = &mut self.end => return None,
-                frame = tokio::time::timeout(SILENCE, self.frames.next()) => frame.ok()??.ok()?,
+                frame = self.frames.next() => frame?.ok()?,
             };
-            if frame.is_empty() {
-                continue;
-            }
-            match self.call(&frame) {
-                Ok(call) => return Some(call),
+            match self.look().and_then(|()| if frame.is_empty() { Ok(None) } else { self.call(&frame).map(Some) }) {
+                Ok(Some(call)) => return Some(call),
+                Ok(None) => {}
                 Err(error) => {
                     *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
                     return None;
@@ -260,11 +273,15 @@ where
         }
     }
 
-    fn call(&mut self, frame: &[u8]) -> Result<AppendEntriesRequest<Raft>, StoreError> {
+    fn look(&mut self) -> Result<(), StoreError> {
         if self.looked.elapsed() >= LOOK {
             (self.may)()?;
             self.looked = Instant::now();
         }
+        Ok(())
+    }
+
+    fn call(&self, frame: &[u8]) -> Result<AppendEntriesRequest<Raft>, StoreError> {
         let store = &self.store;
         let call = store.machine.note(wire::append_from(frame, store.machine.known()).map_err(StoreError::from));
         let call = call.map_err(|error| store.machine.why(error))?;
@@ -282,7 +299,9 @@ where
     H: Deref<Target = Replicated> + Clone + Send + 'static,
     G: Fn() -> Result<(), StoreError> + Send + 'static,
 {
-    let (mut answers, frames) = framed(stream, MAX_FRAME).split();
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_read_timeout(Some(SILENCE));
+    let (mut answers, frames) = framed(Box::pin(stream)).split();
     let (_stop, end) = oneshot::channel();
     let failed = Arc::<Mutex<Option<StoreError>>>::default();
     let reading =
@@ -314,15 +333,18 @@ where
         } else {
             break Some(streamed);
         }
-        if answers.send(encoded(&streamed)).await.is_err() {
-            break None;
+        if !matches!(tokio::time::timeout(TAKES_NOTHING, answers.send(encoded(&streamed))).await, Ok(Ok(()))) {
+            return;
         }
     };
-    if let Some(refused) = refused {
-        // Who is gone does not hear it.
-        let _ = answers.send(encoded(&refused)).await;
-    }
-    let _ = answers.close().await;
+    let end = async {
+        if let Some(refused) = refused {
+            answers.send(encoded(&refused)).await?;
+        }
+        answers.close().await
+    };
+    // Who is gone does not hear it.
+    let _ = tokio::time::timeout(TAKES_NOTHING, end).await;
 }
 
 fn encoded(streamed: &Streamed) -> Bytes {

@@ -27,7 +27,7 @@ const LOG: usize = 0;
 const TABLES: usize = 1;
 const JOURNAL: usize = 2;
 /// A small one, which is full again and again.
-const JOURNAL_SIZE: u64 = 12 << 10;
+const JOURNAL_SIZE: u64 = 48 << 10;
 
 fn node(client: u8) -> NodeId {
     NodeId::from_bytes([client + 1; 16])
