@@ -196,9 +196,9 @@ impl Shares {
     fn ask(self: &Arc<Self>, client: Client, now: Instant) -> Result<Turn, oneshot::Receiver<Turn>> {
         let mut state = self.state();
         if client.is_member() {
-            state.tidy_all(now)
+            state.tidy_all(now);
         } else {
-            state.tidy(client, now)
+            state.tidy(client, now);
         }
         let is_first = state.clients.get(&client).is_none_or(|held| held.waiting.is_empty());
         if is_first && state.may_have(client) {

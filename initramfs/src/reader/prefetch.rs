@@ -5,6 +5,8 @@ use std::ops::Range;
 
 /// Within so many chunks, order counts less than that neighbours come in one range.
 const WINDOW: usize = 8;
+/// How far is looked where neighbours on the list end: nobody reads ahead further.
+const FURTHEST: u64 = 1024;
 
 pub(super) struct Prefetch {
     list: Vec<u64>,

@@ -64,6 +64,10 @@ static int copy(int from, int to) {
     }
 }
 
+static int is_database(const char *path, size_t length) {
+    return (length > 5 && !strcmp(path + length - 5, ".redb")) || (length > 8 && !strcmp(path + length - 8, ".journal"));
+}
+
 int open64(const char *path, int flags, ...) {
     va_list more;
     va_start(more, flags);
@@ -71,7 +75,7 @@ int open64(const char *path, int flags, ...) {
     va_end(more);
     int fd = openat(AT_FDCWD, path, flags, mode);
     size_t length = strlen(path);
-    if (fd < 0 || orders->lies <= 0 || length < 5 || length >= sizeof lies[0].path - 4 || strcmp(path + length - 5, ".redb"))
+    if (fd < 0 || orders->lies <= 0 || length >= sizeof lies[0].path - 4 || !is_database(path, length))
         return fd;
     int memory = memfd_create(path + length - 5, MFD_CLOEXEC);
     struct stat is;
