@@ -41,9 +41,12 @@ int clock_gettime(clockid_t clock, struct timespec *time) {
 /* Databases that are in memory, by their files in memory. */
 static struct lie {
     ino_t memory;
-    int64_t written;
     char path[4096];
 } lies[8];
+
+/* When one of them was written to its place last. One time for all, so that what is there afterwards is of about one moment, as it is on a disk:
+ * the log and its journal would not fit together otherwise, and the member would find that out by itself. */
+static int64_t written;
 
 static int64_t now(void) {
     struct timespec time;
@@ -101,13 +104,13 @@ static int lied(int fd) {
         struct lie *lie = &lies[at];
         if (lie->memory != is.st_ino)
             continue;
-        if (now() - lie->written >= orders->lies - 1) {
+        if (now() - written >= orders->lies - 1) {
             char beside[sizeof lie->path];
             snprintf(beside, sizeof beside, "%.*s.new", (int)sizeof beside - 5, lie->path);
             int to = openat(AT_FDCWD, beside, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
             if (to < 0 || copy(fd, to) < 0 || close(to) < 0 || rename(beside, lie->path) < 0)
                 abort();
-            lie->written = now();
+            written = now();
         }
         return 1;
     }
