@@ -1,21 +1,24 @@
 //! The log on disk: a redb of its own and a [`journal`](super::journal) in front of it, with one thread that writes. Whatever waits goes into
 //! one record, so that a storm shares its fsyncs; an entry counts as flushed once its record is durable, and never before. What is
 //! in the journal goes into redb when that is full, and when entries are removed: in one transaction, with the mark that says which
-//! [generation](Taken) of the journal is in it, so that none is taken twice.
+//! [generation](changes::Taken) of the journal is in it, so that none is taken twice.
 //!
 //! Entries can be read as soon as `append` returns, because the newest are in memory as well.
 
-use super::journal::{self, Journal, JournalError, LogName};
+mod changes;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+use super::journal;
 use super::wire::{WireLogId, WireVote, entry_bytes, entry_from};
 use super::{Entry, LogId, Raft, Vote};
-use crate::files::free_space;
 use crate::store::{Level, StoreError, database};
+use changes::{ENTRIES, JOURNAL, MARKS, damaged, failed, journal_of, mark};
 use openraft::OptionalSend;
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use redb::backends::FileBackend;
-use redb::{Database, ReadableDatabase as _, StorageBackend, TableDefinition, WriteTransaction};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use redb::{Database, ReadableDatabase as _, StorageBackend};
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::fs::OpenOptions;
@@ -23,17 +26,10 @@ use std::io;
 use std::ops::{Bound, RangeBounds};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
-
-const ENTRIES: TableDefinition<'static, u64, &'static [u8]> = TableDefinition::new("entries");
-/// What is one of a kind: `vote`, `committed`, `purged`, `journal`.
-const MARKS: TableDefinition<'static, &'static str, &'static [u8]> = TableDefinition::new("marks");
-
-/// The mark of the [`Taken`], and what errors call the journal.
-const JOURNAL: &str = "journal";
+use writer::{Job, Writer};
 
 /// Flushed entries that are kept in memory: what followers that keep up ask for.
 const KEPT: usize = 1024;
@@ -41,146 +37,6 @@ const KEPT: usize = 1024;
 const KEPT_BYTES: usize = 8 << 20;
 /// What a follower gets at a time, in bytes, or one entry.
 const PIECE: usize = 512 << 10;
-/// Jobs that one transaction takes.
-const BATCH: usize = 256;
-/// The mark of what is committed is written this often: it costs every transaction that it goes with a page more.
-const MARK: Duration = Duration::from_secs(1);
-/// Below this many bytes of free space nothing is written: a database that meets the end of the disk has to be opened anew.
-const RESERVE: u64 = 8 << 20;
-
-enum Job {
-    Append(Vec<(u64, Vec<u8>)>, IOFlushed<Raft>),
-    Vote(Vote, oneshot::Sender<io::Result<()>>),
-    /// Not worth an fsync of its own.
-    Committed(Option<LogId>),
-    /// Removes all after it.
-    Truncate(Option<u64>, oneshot::Sender<io::Result<()>>),
-    /// Removes all up to it.
-    Purge(LogId, oneshot::Sender<io::Result<()>>),
-}
-
-impl Job {
-    /// What it does to redb, behind `changes`. Its entries are in there afterwards, and not in the job.
-    fn take_changes(&mut self, changes: &mut Vec<Change>) -> Result<(), StoreError> {
-        let mark = |name: &str, bytes| Change::Mark(name.to_owned(), bytes);
-        match self {
-            Self::Append(entries, _) => {
-                changes.extend(std::mem::take(entries).into_iter().map(|(index, bytes)| Change::Entry(index, bytes)));
-            }
-            Self::Vote(vote, _) => changes.push(mark("vote", json(&WireVote::from(&*vote))?)),
-            Self::Committed(Some(id)) => changes.push(mark("committed", json(&WireLogId::from(*id))?)),
-            Self::Committed(None) => {}
-            Self::Truncate(after, _) => changes.push(Change::From(after.map_or(0, |index| index + 1))),
-            Self::Purge(id, _) => {
-                changes.push(Change::UpTo(id.index()));
-                changes.push(mark("purged", json(&WireLogId::from(*id))?));
-            }
-        }
-        Ok(())
-    }
-
-    /// Who waits for it.
-    fn answer(self) -> Answer {
-        match self {
-            Self::Append(_, callback) => Answer::Flushed(callback),
-            Self::Vote(_, answer) | Self::Truncate(_, answer) | Self::Purge(_, answer) => Answer::Done(answer),
-            Self::Committed(_) => Answer::None,
-        }
-    }
-}
-
-enum Answer {
-    Flushed(IOFlushed<Raft>),
-    Done(oneshot::Sender<io::Result<()>>),
-    None,
-}
-
-/// Which journal the log has, and up to which generation of it all is in redb.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct Taken {
-    log: LogName,
-    generation: u64,
-}
-
-/// What a job does to redb, sooner or later.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Change {
-    Entry(u64, Vec<u8>),
-    Mark(String, Vec<u8>),
-    /// Removes the entries from this one on.
-    From(u64),
-    /// Removes the entries up to this one.
-    UpTo(u64),
-}
-
-impl Change {
-    /// Whether it goes into the journal: what is removed there is still there.
-    fn is_journaled(&self) -> bool {
-        matches!(self, Self::Entry(..) | Self::Mark(..))
-    }
-
-    fn make(&self, transaction: &WriteTransaction) -> Result<(), StoreError> {
-        match self {
-            Self::Entry(index, bytes) => {
-                transaction.open_table(ENTRIES)?.insert(index, bytes.as_slice())?;
-            }
-            Self::Mark(name, bytes) => {
-                transaction.open_table(MARKS)?.insert(name.as_str(), bytes.as_slice())?;
-            }
-            Self::From(first) => transaction.open_table(ENTRIES)?.retain_in(*first.., |_, _| false)?,
-            Self::UpTo(last) => transaction.open_table(ENTRIES)?.retain_in(..=*last, |_, _| false)?,
-        }
-        Ok(())
-    }
-}
-
-/// A record of the journal: for each change 0 and the entry's index, or 1 and the length of the mark's name, in 8 bytes; the length of the bytes, in
-/// 8; the name; the bytes.
-fn record_of(changes: &[Change]) -> Vec<u8> {
-    let mut record = Vec::new();
-    let mut put = |kind: u8, number: u64, name: &str, bytes: &[u8]| {
-        record.push(kind);
-        record.extend_from_slice(&number.to_le_bytes());
-        record.extend_from_slice(&(bytes.len() as u64).to_le_bytes());
-        record.extend_from_slice(name.as_bytes());
-        record.extend_from_slice(bytes);
-    };
-    for change in changes {
-        match change {
-            Change::Entry(index, bytes) => put(0, *index, "", bytes),
-            Change::Mark(name, bytes) => put(1, name.len() as u64, name, bytes),
-            // Goes into redb at once.
-            Change::From(_) | Change::UpTo(_) => {}
-        }
-    }
-    record
-}
-
-/// `None`: it is none.
-fn changes_of(mut record: &[u8]) -> Option<Vec<Change>> {
-    let mut changes = Vec::new();
-    while let Some((kind, rest)) = record.split_first() {
-        let (number, rest) = rest.split_first_chunk::<8>()?;
-        let (length, rest) = rest.split_first_chunk::<8>()?;
-        let (number, length) = (u64::from_le_bytes(*number), usize::try_from(u64::from_le_bytes(*length)).ok()?);
-        let (name, rest) = match kind {
-            0 => ("", rest),
-            1 => {
-                let (name, rest) = rest.split_at_checked(usize::try_from(number).ok()?)?;
-                (std::str::from_utf8(name).ok()?, rest)
-            }
-            _ => return None,
-        };
-        let (bytes, rest) = rest.split_at_checked(length)?;
-        changes.push(match kind {
-            0 => Change::Entry(number, bytes.to_vec()),
-            _ => Change::Mark(name.to_owned(), bytes.to_vec()),
-        });
-        record = rest;
-    }
-    Some(changes)
-}
-
 /// What is known without the disk.
 #[derive(Default)]
 struct Memory {
@@ -236,23 +92,6 @@ impl Shared {
 pub(super) struct Log {
     shared: Arc<Shared>,
     jobs: mpsc::Sender<Job>,
-}
-
-/// A mark as it lies on the disk.
-fn mark<T: DeserializeOwned>(
-    table: &impl redb::ReadableTable<&'static str, &'static [u8]>,
-    key: &str,
-) -> Result<Option<T>, StoreError> {
-    let Some(value) = table.get(key)? else { return Ok(None) };
-    serde_json::from_slice(value.value()).map(Some).map_err(|error| damaged("marks", key, &error))
-}
-
-fn damaged(table: &str, key: &str, cause: &dyn std::fmt::Display) -> StoreError {
-    StoreError::Record { table: table.to_owned(), key: key.to_owned(), cause: cause.to_string() }
-}
-
-fn json<T: Serialize>(value: &T) -> Result<Vec<u8>, StoreError> {
-    serde_json::to_vec(value).map_err(|error| StoreError::Encode(error.to_string()))
 }
 
 impl Log {
@@ -343,164 +182,6 @@ impl Log {
         self.send(job(answer))?;
         answered.await.map_err(|_| io::Error::other("the log is closed"))?
     }
-}
-
-struct Writer {
-    journal: Journal,
-    shared: Arc<Shared>,
-    disk: PathBuf,
-    /// What is in the journal, and not in redb.
-    waiting: Vec<Change>,
-}
-
-impl Writer {
-    fn run(&mut self, queue: &mpsc::Receiver<Job>) {
-        let (mut committed, mut failed) = (None, None);
-        let mut marked = Instant::now();
-        loop {
-            // The newest mark goes with a job that is worth a sync once it is time, and alone when none comes.
-            let first = match committed {
-                Some(_) => queue.recv_timeout(MARK),
-                None => queue.recv().map_err(RecvTimeoutError::from),
-            };
-            let mut batch = match first {
-                Ok(job) => vec![job],
-                Err(RecvTimeoutError::Timeout) => Vec::new(),
-                Err(RecvTimeoutError::Disconnected) => {
-                    // All is durable; but who opens it finds less to do.
-                    if failed.is_none() && !self.waiting.is_empty() {
-                        let _ = self.store(&[]);
-                    }
-                    return;
-                }
-            };
-            while batch.len() < BATCH {
-                let Ok(job) = queue.try_recv() else { break };
-                batch.push(job);
-            }
-            batch.retain(|job| {
-                if let Job::Committed(id) = job {
-                    committed = *id;
-                }
-                !matches!(job, Job::Committed(_))
-            });
-            if marked.elapsed() >= MARK {
-                batch.extend(committed.take().map(|id| Job::Committed(Some(id))));
-                marked = Instant::now();
-            }
-            if !batch.is_empty() {
-                self.write(batch, &mut failed);
-            }
-        }
-    }
-
-    /// After a failure nothing is written any more: what came next would leave a hole where the failed entries are missing.
-    fn write(&mut self, batch: Vec<Job>, failed: &mut Option<String>) {
-        let mut answers = Vec::with_capacity(batch.len());
-        let written = match failed {
-            Some(before) => {
-                answers.extend(batch.into_iter().map(Job::answer));
-                Err(before.clone())
-            }
-            None => self.commit(batch, &mut answers).map_err(|error| {
-                tracing::error!("writing the log: {error}");
-                failed.insert(error.to_string()).clone()
-            }),
-        };
-        for answer in answers {
-            let result = written.clone().map_err(io::Error::other);
-            match answer {
-                Answer::Flushed(callback) => callback.io_completed(result),
-                Answer::Done(sender) => {
-                    // Nobody waits any more: it is done all the same.
-                    let _ = sender.send(result);
-                }
-                Answer::None => {}
-            }
-        }
-    }
-
-    fn commit(&mut self, batch: Vec<Job>, answers: &mut Vec<Answer>) -> Result<(), StoreError> {
-        let mut changes = Ok(Vec::new());
-        // Every job is answered, whatever becomes of it.
-        for mut job in batch {
-            changes = changes.and_then(|mut changes| job.take_changes(&mut changes).map(|()| changes));
-            answers.push(job.answer());
-        }
-        let changes = changes?;
-        self.check_space()?;
-        if changes.iter().all(Change::is_journaled) {
-            let record = record_of(&changes);
-            if self.journal.has_room(record.len()) {
-                self.journal.append(&record).map_err(failed)?;
-                self.waiting.extend(changes);
-                return Ok(());
-            }
-        }
-        self.store(&changes)
-    }
-
-    fn check_space(&self) -> Result<(), StoreError> {
-        match free_space(&self.disk).ok().filter(|free| *free < RESERVE) {
-            Some(free) => Err(StoreError::Full(free >> 20)),
-            None => Ok(()),
-        }
-    }
-
-    /// Puts all that waits into redb, and `changes` behind it; the journal begins anew.
-    fn store(&mut self, changes: &[Change]) -> Result<(), StoreError> {
-        let transaction = self.shared.database.begin_write()?;
-        for change in self.waiting.iter().chain(changes) {
-            change.make(&transaction)?;
-        }
-        let taken = Taken { generation: self.journal.generation(), log: self.journal.log() };
-        Change::Mark(JOURNAL.to_owned(), json(&taken)?).make(&transaction)?;
-        let stored = redb::ReadableTable::last(&transaction.open_table(ENTRIES)?)?.map(|(index, _)| index.value());
-        transaction.commit()?;
-        self.journal.begin_anew().map_err(failed)?;
-        self.waiting.clear();
-        let mut memory = self.shared.memory();
-        memory.stored = stored;
-        memory.trim();
-        Ok(())
-    }
-}
-
-/// The journal of the log that is being opened, with all that is in it put into redb, and whether it is to begin anew once that is durable.
-fn journal_of(
-    transaction: &WriteTransaction,
-    open: impl FnOnce(bool) -> Result<Box<dyn StorageBackend>, StoreError>,
-    size: u64,
-) -> Result<(Journal, bool), StoreError> {
-    let taken: Option<Taken> = mark(&transaction.open_table(MARKS)?, JOURNAL)?;
-    let Some(taken) = taken else {
-        // A new log, or one of a release that had no journal.
-        let journal = Journal::make(open(true)?, *uuid::Uuid::new_v4().as_bytes(), size).map_err(failed)?;
-        let taken = Taken { log: journal.log(), generation: 0 };
-        Change::Mark(JOURNAL.to_owned(), json(&taken)?).make(transaction)?;
-        return Ok((journal, false));
-    };
-    let (journal, records) = Journal::open(open(false)?, taken.log).map_err(|error| match error {
-        JournalError::Io(error) => failed(error),
-        JournalError::Damaged(cause) => damaged(JOURNAL, "records", &cause),
-    })?;
-    if journal.generation() == taken.generation {
-        return Ok((journal, true));
-    }
-    if journal.generation() != taken.generation + 1 {
-        return Err(damaged(JOURNAL, "generation", &"it is of another time than the log"));
-    }
-    for record in &records {
-        let changes = changes_of(record).ok_or_else(|| damaged(JOURNAL, "records", &"a record is not understood"))?;
-        changes.iter().try_for_each(|change| change.make(transaction))?;
-    }
-    // Also without any: what the kernel shows of a header may not be on the disk, if syncing it failed before this start.
-    Change::Mark(JOURNAL.to_owned(), json(&Taken { generation: journal.generation(), ..taken })?).make(transaction)?;
-    Ok((journal, true))
-}
-
-fn failed(error: io::Error) -> StoreError {
-    StoreError::Database(Box::new(redb::Error::Io(error)))
 }
 
 /// Entries, each with its length on the disk.
