@@ -27,6 +27,15 @@ fn temporary() -> MutexGuard<'static, BTreeSet<PathBuf>> {
     TEMPORARY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Makes something under a temporary name. The names are held meanwhile: a signal between the name and what is made would remove nothing, and
+/// what is made then would stay.
+fn make_temporary<T>(path: PathBuf, make: impl FnOnce() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+    let mut names = temporary();
+    let made = make()?;
+    names.insert(path);
+    Ok(made)
+}
+
 /// From here on a signal that asks the program to end removes its temporary names first. For programs that do not watch signals themselves:
 /// there can be one watch in a process.
 pub(crate) fn clean_up_when_asked_to_end() -> Result<()> {
@@ -38,7 +47,7 @@ pub(crate) fn clean_up_when_asked_to_end() -> Result<()> {
             // Held to the end: nobody makes a new one.
             let names = temporary();
             for name in names.iter() {
-                // It is gone already, or was never made.
+                // It has its own name already.
                 let _ = std::fs::remove_file(name);
             }
             // With the dispositions of before, so that whoever waits sees what has ended the program.
@@ -125,11 +134,7 @@ impl NewFile {
                     named
                 } else {
                     let name = temporary_name(&self.name);
-                    temporary().insert(parent_of(&self.path).join(&name));
-                    if let Err(error) = self.link(&name) {
-                        self.let_go(name, true);
-                        return Err(error).with_context(context);
-                    }
+                    make_temporary(parent_of(&self.path).join(&name), || self.link(&name)).with_context(context)?;
                     name
                 };
                 let renamed = rustix::fs::renameat(&self.directory, &temporary, &self.directory, &self.name);
@@ -184,23 +189,13 @@ fn create_named(
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     loop {
         let name = temporary_name(name);
-        temporary().insert(parent.join(&name));
-        let made = rustix::fs::openat(directory, &name, flags, mode).and_then(|file| {
-            let is_taken = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK);
-            let links = rustix::fs::fstat(&file)?.st_nlink;
-            // Before it was locked another one may have taken it for left over, and remove it.
-            Ok((!is_taken && links > 0).then_some(file))
-        });
-        match made {
-            Ok(Some(file)) => return Ok((file, name)),
-            Ok(None) => {
-                temporary().remove(&parent.join(&name));
-            }
-            Err(error) => {
-                temporary().remove(&parent.join(&name));
-                return Err(error);
-            }
+        let file = make_temporary(parent.join(&name), || rustix::fs::openat(directory, &name, flags, mode))?;
+        let is_taken = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK);
+        // Before it was locked another one may have taken it for left over, and remove it.
+        if !is_taken && rustix::fs::fstat(&file)?.st_nlink > 0 {
+            return Ok((file, name));
         }
+        temporary().remove(&parent.join(&name));
     }
 }
 
@@ -298,6 +293,16 @@ mod tests {
     fn names(directory: &Path) -> Vec<String> {
         let entries = std::fs::read_dir(directory).expect("lists");
         entries.map(|entry| entry.expect("entry").file_name().to_string_lossy().into_owned()).collect()
+    }
+
+    #[test]
+    fn no_signal_comes_between_a_temporary_name_and_its_file() {
+        let path = || PathBuf::from("/nowhere/.file.0123456789abcdef");
+        let is_held = || matches!(TEMPORARY.try_lock(), Err(std::sync::TryLockError::WouldBlock));
+        assert!(make_temporary(path(), || Ok(is_held())).expect("makes"), "a signal could remove names meanwhile");
+        assert!(temporary().remove(&path()));
+        assert_eq!(make_temporary::<()>(path(), || Err(Errno::NOSPC)), Err(Errno::NOSPC));
+        assert!(!temporary().contains(&path()));
     }
 
     #[test]
