@@ -17,6 +17,8 @@ use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_t
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{DigitallySignedStruct, DistinguishedName, Error, ProtocolVersion, ServerConfig, SignatureScheme};
 use rustls_pki_types::{CertificateDer, UnixTime};
+use std::io;
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -295,6 +297,22 @@ async fn serve_http_2(stream: Tcp, peer: Peer, app: Router, stop: CancellationTo
         .max_header_list_size(HEADS)
         .serve_connection(TokioIo::new(stream), service(app, &peer));
     until_stopped(connection, http2::Connection::graceful_shutdown, &peer, stop).await;
+}
+
+/// A connection that was switched, from now on for tasks of the runtime that calls this: elsewhere what comes would wake a thread there first.
+///
+/// # Errors
+/// It is none over TLS; the other side has sent something before it was answered; the system has no more files.
+pub(crate) fn take_over(switched: hyper::upgrade::Upgraded) -> io::Result<impl AsyncRead + AsyncWrite> {
+    let parts = switched.downcast::<TokioIo<Tcp>>().map_err(|_| io::Error::other("it is no connection over TLS"))?;
+    if !parts.read_buf.is_empty() {
+        return Err(io::Error::other("something was sent before the answer"));
+    }
+    let mut tls = parts.io.into_inner();
+    let tcp = tls.get_mut().0.as_mut().get_pin_mut().get_mut();
+    let same = std::net::TcpStream::from(tcp.as_fd().try_clone_to_owned()?);
+    *tcp = TcpStream::from_std(same)?;
+    Ok(tls)
 }
 
 /// Drives a connection to its end. Once the member stops, `shut_down` tells it to take no more requests.

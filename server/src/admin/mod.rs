@@ -12,6 +12,7 @@ use crate::http::{Connection, Failure, Peer, parse};
 use crate::observe;
 use crate::state::{Member, now};
 use crate::store::Command;
+use crate::store::raft::in_term;
 use crate::store::records::TokenRecord;
 use crate::store::tables;
 use axum::extract::{Request, State};
@@ -98,9 +99,13 @@ async fn authorize(
 }
 
 /// What is read is at least as new as all that was acknowledged anywhere before. Without a majority it is what this member knows, and the
-/// answer says why. Changes read too, which nodes a range means for one: they wait for the same, and without a majority are not begun.
+/// answer says why. Changes read too, which nodes a range means for one: they wait for the same, and without a majority are not begun. Where this
+/// member leads, their own entries show whether that was so: each has one at least, its line in the audit log.
 async fn up_to_date(State(member): State<Arc<Member>>, request: Request, next: Next) -> Response {
     if request.method() != Method::GET {
+        if let Some(term) = member.store.leads_in() {
+            return in_term(term, next.run(request)).await;
+        }
         return match member.store.linearize().await {
             Ok(()) => next.run(request).await,
             Err(error) => Failure(error.into()).into_response(),

@@ -8,6 +8,7 @@ use super::voucher::{Acquaintance, Voucher, extend};
 use crate::authority::KeyFiles;
 use crate::content;
 use crate::http::{Connection, Failure, Peer, parse};
+use crate::listener::take_over;
 use crate::node::enroll::p256_point;
 use crate::secrets::Place;
 use crate::shares::Client;
@@ -23,10 +24,10 @@ use axum::{Extension, Json, Router};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use http::{HeaderMap, StatusCode, header};
-use hyper_util::rt::TokioIo;
 use moor_api::ids::Sha256Digest;
 use moor_api::problem::{Code, Problem};
 use serde::Deserialize;
+use std::io;
 use std::sync::Arc;
 use tokio::io::AsyncWriteExt as _;
 
@@ -104,8 +105,9 @@ async fn stream(
         return Err(Problem::new(Code::BadRequest, format!("only {PROTOCOL} is spoken here")).into());
     }
     let switched = hyper::upgrade::on(&mut request);
-    tokio::spawn(async move {
-        match switched.await {
+    let store = OwnStore(member.clone());
+    store.begin_beside(async move {
+        match switched.await.map_err(io::Error::other).and_then(take_over) {
             Ok(stream) => {
                 let may = {
                     let member = member.clone();
@@ -114,7 +116,7 @@ async fn stream(
                             .map_err(|Failure(problem)| StoreError::Leader(problem))
                     }
                 };
-                follow(TokioIo::new(stream), OwnStore(member), by, may).await;
+                follow(stream, OwnStore(member), by, may).await;
             }
             Err(error) => tracing::debug!("switching a connection to {PROTOCOL}: {error}"),
         }

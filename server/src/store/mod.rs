@@ -72,6 +72,9 @@ pub enum StoreError {
     /// The store was closed, or is overloaded.
     #[error("the store is not taking changes")]
     Closed,
+    /// The system gave it no thread.
+    #[error("cannot begin a thread: {0}")]
+    Thread(String),
     /// A snapshot is not usable or cannot be written.
     #[error("a snapshot of the store: {0}")]
     Snapshot(String),

@@ -169,7 +169,7 @@ impl Log {
         std::thread::Builder::new()
             .name("log".into())
             .spawn(move || writer.run(&queue))
-            .map_err(|_| StoreError::Closed)?;
+            .map_err(|error| StoreError::Thread(error.to_string()))?;
         Ok(Self { shared, jobs })
     }
 

@@ -11,6 +11,7 @@ mod log;
 mod machine;
 mod membership;
 mod network;
+mod own;
 mod rounds;
 mod snapshot;
 mod standing;
@@ -37,9 +38,10 @@ use moor_api::ids::MemberId;
 use moor_api::node::Base64;
 use moor_api::problem::Code;
 use openraft::async_runtime::WatchReceiver as _;
-use openraft::errors::{ClientWriteError, ForwardToLeader, LinearizableReadError, RaftError};
-use openraft::impls::leader_id_std;
+use openraft::errors::{ClientWriteError, Fatal, ForwardToLeader, LinearizableReadError, RaftError};
+use openraft::impls::{ProgressResponder, leader_id_std};
 use openraft::{ChangeMembers, Config, ReadPolicy};
+use own::OwnThread;
 use rounds::Rounds;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -77,6 +79,8 @@ type Entry = openraft::type_config::alias::EntryOf<Raft>;
 type StoredMembership = openraft::type_config::alias::StoredMembershipOf<Raft>;
 type Membership = openraft::Membership<u64, Peer>;
 type SnapshotMeta = openraft::type_config::alias::SnapshotMetaOf<Raft>;
+type Written = openraft::raft::ClientWriteResponse<Raft>;
+type CommittedLeaderId = openraft::type_config::alias::CommittedLeaderIdOf<Raft>;
 type RaftSnapshot = openraft::type_config::alias::SnapshotOf<Raft, SnapshotFile>;
 
 /// The first member of a collective.
@@ -131,6 +135,8 @@ pub struct Replicated {
     /// When the leader was heard last.
     heard: Mutex<Option<Instant>>,
     rounds: Rounds,
+    /// Where Raft's tasks are.
+    thread: OwnThread,
 }
 
 fn config() -> Config {
@@ -151,6 +157,18 @@ fn config() -> Config {
         enable_leader_restore: Some(false),
         ..Config::default()
     }
+}
+
+tokio::task_local! {
+    /// The term that changes of this task are bound to.
+    static TERM: u64;
+}
+
+/// Does what reads here and then changes, on a member that [leads](Replicated::leads_in) in `term`. Its changes are made in that term or refused:
+/// one that is made shows that this member led when it was read, and what was read was the newest. That takes one round among the members
+/// instead of two.
+pub(crate) async fn in_term<T>(term: u64, work: impl Future<Output = T>) -> T {
+    TERM.scope(term, work).await
 }
 
 fn consensus(error: impl std::fmt::Display) -> StoreError {
@@ -188,11 +206,19 @@ impl Replicated {
     ) -> Result<Self, StoreError> {
         let config = Arc::new(config.validate().map_err(consensus)?);
         let network = network::Network(calls.clone());
-        let raft = openraft::Raft::new(number, config, network, log, machine.clone()).await;
+        let thread = OwnThread::new()?;
+        // What it begins stays where it is begun.
+        let raft = openraft::Raft::new(number, config, network, log, machine.clone());
+        let raft = thread.handle().spawn(raft).await.map_err(consensus)?;
         let raft = raft.map_err(|error| machine.why(consensus(error)))?;
-        let store = Self { raft, machine, calls, number, heard: Mutex::default(), rounds: Rounds::default() };
+        let store = Self { raft, machine, calls, number, heard: Mutex::default(), rounds: Rounds::default(), thread };
         store.recover().await.map_err(|error| store.machine.why(error))?;
         Ok(store)
+    }
+
+    /// Begins a task where those of Raft are. It must not keep that thread busy.
+    pub(crate) fn begin_beside(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.thread.handle().spawn(task);
     }
 
     /// What was acknowledged before is read from now on. Who is the only voter needs nobody for that; among several, it takes a majority,
@@ -234,8 +260,9 @@ impl Replicated {
 
     /// Returns once it cannot go on, and why: it has failed, or the collective has outgrown this release.
     pub async fn failed(&self) -> StoreError {
+        // These tell of leaders and members; those with everything would wake this task several times in each change. They end with Raft.
         let mut metrics = self.raft.server_metrics();
-        let mut running = self.raft.metrics();
+        let running = self.raft.metrics();
         let mut outgrown = self.machine.outgrown();
         loop {
             if let Some(level) = *outgrown.borrow_and_update() {
@@ -245,7 +272,6 @@ impl Replicated {
                 return StoreError::Failed;
             }
             tokio::select! {
-                changed = running.changed() => if changed.is_err() { return StoreError::Failed },
                 changed = metrics.changed() => if changed.is_err() { return StoreError::Failed },
                 // Its sender is here.
                 _ = outgrown.changed() => {}
@@ -336,16 +362,35 @@ impl Replicated {
         if self.is_cut_off() {
             return Err(StoreError::NoLeader(self.standing().no_majority("changes wait until it does")));
         }
-        let Ok(written) = tokio::time::timeout(PATIENCE, self.raft.client_write(command)).await else {
+        let bound = TERM.try_with(|term| *term).ok();
+        let Ok(written) = tokio::time::timeout(PATIENCE, self.write(command, bound)).await else {
             let then = "this change is made when it does, unless another leader is elected before";
             return Err(StoreError::NoLeader(self.standing().no_majority(then)));
         };
         match written {
             Ok(written) => Ok(Some((refused.map_or(written.data, Outcome::Refused), written.log_id.index()))),
+            // Another one leads, who may know of newer things than were read here.
+            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) if bound.is_some() => {
+                Err(StoreError::NoLeader(
+                    "another member has come to lead meanwhile: this was not changed; try again".into(),
+                ))
+            }
             Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => Ok(None),
             Err(RaftError::APIError(ClientWriteError::LogEntryDiscarded(_))) => Err(StoreError::Unknown),
             Err(error) => Err(consensus(error)),
         }
+    }
+
+    async fn write(
+        &self,
+        command: Command,
+        term: Option<u64>,
+    ) -> Result<Written, RaftError<Raft, ClientWriteError<Raft>>> {
+        let Some(term) = term else { return self.raft.client_write(command).await };
+        let (responder, answered) = ProgressResponder::complete_only();
+        self.raft.write(command).responder(responder).with_leader(CommittedLeaderId::from(term)).await?;
+        // Nobody answers any more once Raft has ended.
+        answered.await.map_err(|_| RaftError::Fatal(Fatal::Stopped))?.map_err(RaftError::APIError)
     }
 
     fn leader(&self) -> Option<Peer> {

@@ -7,6 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::PoisonError;
 use std::time::Duration;
 
+/// A leader that has heard of a majority within this time takes it that it still leads.
+const HEARD: Duration = Duration::from_millis(500);
+
 /// How a member stands in the collective.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Standing {
@@ -66,6 +69,18 @@ impl Replicated {
         metrics.current_leader == Some(self.number)
             && metrics.last_quorum_acked.is_some_and(|at| at.elapsed() > UNHEARD)
             && metrics.membership_config.membership().voter_ids().take(2).count() > 1
+    }
+
+    /// The term in which this member leads and has applied all that was acknowledged before, as far as it can tell: a change that is
+    /// [bound](super::in_term) to the term shows whether it could. None also where a majority was not heard of just now.
+    #[must_use]
+    pub fn leads_in(&self) -> Option<u64> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        // With an entry of its term it has applied all of earlier ones; what it acknowledges in its own, it has applied before.
+        let knows_all = metrics.last_applied.is_some_and(|id| **id.committed_leader_id() == metrics.current_term);
+        let hears = metrics.last_quorum_acked.is_some_and(|at| at.elapsed() <= HEARD);
+        (metrics.current_leader == Some(self.number) && knows_all && hears).then_some(metrics.current_term)
     }
 
     /// How this member stands.

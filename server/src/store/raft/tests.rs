@@ -115,6 +115,26 @@ fn define(number: u64) -> Command {
     }
 }
 
+/// What was read in one term is not changed in another: who led then may have missed what was acknowledged since.
+#[tokio::test]
+async fn a_change_that_is_bound_to_a_term_is_made_in_no_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = alone(dir.path()).await;
+    let before = store.standing().term;
+    assert_eq!(in_term(before, store.propose(define(1))).await.unwrap(), Outcome::Done);
+    close(store, &Places::in_dir(dir.path())).await;
+    let store = open(dir.path()).await;
+    let after = store.standing().term;
+    assert!(after > before, "{after} comes after {before}");
+    for term in [before, after + 1] {
+        let refused = in_term(term, store.propose(define(2))).await.unwrap_err();
+        assert!(matches!(&refused, StoreError::NoLeader(why) if why.contains("try again")), "{refused}");
+    }
+    assert_eq!(in_term(after, store.propose(define(2))).await.unwrap(), Outcome::Done);
+    assert!(store.leads_in().is_none_or(|term| term == after));
+    assert_eq!(store.propose(define(3)).await.unwrap(), Outcome::Done, "without a term it is as before");
+}
+
 #[tokio::test]
 async fn a_snapshot_has_everything_and_a_damaged_one_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
