@@ -2,7 +2,7 @@
 //!
 //! * [`reader`]: chunk numbers in, verified plaintext out. Servers may fail, lie and come back; no unverified byte leaves it.
 //! * [`mount`]: the reader as a file `image` in a FUSE mount. [`root`]: loop device, squashfs, zram and overlay on top.
-//! * [`ram`]: the whole image in memory instead. [`disk`]: sealed chunks that stay over restarts.
+//! * [`ram`]: the whole image in memory instead, [`progress`] how far that is. [`disk`]: sealed chunks that stay over restarts.
 //! * [`daemon`] and [`survive`]: how the process that serves the root outlives `switch_root`, memory pressure and shutdown. [`apart`] and
 //!   [`seccomp`]: what it can see and do meanwhile.
 //! * [`pressure`]: memory that is given back while the machine is short of it, as [`meminfo`] tells.
@@ -19,6 +19,7 @@ pub mod kmsg;
 mod meminfo;
 pub mod mount;
 pub mod pressure;
+pub mod progress;
 pub mod prometheus;
 pub mod ram;
 pub mod reader;

@@ -1,30 +1,36 @@
 //! The whole image in memory, as plaintext: a squashfs in a file system of its own (tmpfs), which a loop device can be put on. It takes as
 //! much memory as the sealed image would, for it is compressed as it is, and in return nothing has to run: no FUSE, no key, no process
 //! that must not end. Afterwards the servers may all go.
+//!
+//! A process that is killed on the way leaves the file system where it is, and the next one goes on: the image's file itself says what has
+//! arrived, for what has not is a hole in it. None of it is believed: each chunk is verified once more.
 
 use crate::mount::FILE_NAME;
+use crate::progress::Progress;
 use crate::reader::{ReadError, Reader};
+use crate::root::mounted;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use rustix::fs::{FlockOperation, SeekFrom, flock, seek};
+use rustix::io::Errno;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::ops::Range;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::task::JoinSet;
 
 /// Type and source of the mount, as /proc/self/mountinfo shows them.
-pub const KIND: &str = "tmpfs";
+const KIND: &str = "tmpfs";
 /// See [`KIND`].
-pub const SOURCE: &str = "moor-image";
-/// Read in one go.
+const SOURCE: &str = "moor-image";
+/// Read in one go: a whole number of chunks, whatever their size.
 const PIECE: u64 = 1 << 20;
 /// Reads side by side: enough that several servers have something to do, whatever the way to them is like.
 const SIDE_BY_SIDE: usize = 12;
 /// A cache that holds all that is on its way: what falls out of it is fetched once more.
 pub const CACHE: u64 = 2 * PIECE * SIDE_BY_SIDE as u64;
-/// How often progress is told: in so many parts.
-const PARTS: u64 = 10;
 
 /// The image is not in memory.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +43,12 @@ pub enum RamError {
         /// Why not.
         source: io::Error,
     },
+    /// Another process brings an image to the same place.
+    #[error("another process brings an image to '{}': wait for it, or end it", .0.display())]
+    Busy(PathBuf),
+    /// What an earlier try has left cannot be read.
+    #[error("cannot read what is in memory of the image already: {0}")]
+    Look(#[source] io::Error),
     /// Memory ended, or something like it.
     #[error("cannot write the image into memory: {0}")]
     Write(#[source] io::Error),
@@ -46,6 +58,14 @@ pub enum RamError {
     /// A task of this process is gone.
     #[error("a task that fetches the image ended: {0}")]
     Task(String),
+}
+
+/// Whether a place of [`Ram`] is mounted on `dir`, which is a path without links.
+///
+/// # Errors
+/// The kernel does not tell what is mounted.
+pub fn is_place(dir: &Path) -> io::Result<bool> {
+    Ok(mounted(dir)?.is_some_and(|(kind, source)| kind == KIND && source == Path::new(SOURCE)))
 }
 
 /// A place in memory for an image. Dropped before [`Self::keep`], it is gone with all that is in it.
@@ -67,8 +87,11 @@ impl Ram {
         let options = format!("mode=0700,nr_inodes=16,size={}", size.next_multiple_of(4096) + 65_536);
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_NOATIME;
         mount(Some(SOURCE), &dir, Some(KIND), flags, Some(options.as_str())).map_err(|error| failed(error.into()))?;
+        // From here on it goes again unless all is well.
         let make = || -> io::Result<File> {
-            let file = OpenOptions::new().write(true).create_new(true).mode(0o400).open(dir.join(FILE_NAME))?;
+            let mut options = OpenOptions::new();
+            let file = options.read(true).write(true).create_new(true).mode(0o400).open(dir.join(FILE_NAME))?;
+            flock(&file, FlockOperation::NonBlockingLockExclusive)?;
             file.set_len(size)?;
             Ok(file)
         };
@@ -82,50 +105,75 @@ impl Ram {
         }
     }
 
-    /// Brings the whole image, every byte of it verified, from all servers at one time. An outage is waited out, and what is there is not
-    /// fetched again. `told` hears of each part: bytes that are there.
+    /// The place on `dir` that a process has left which was killed before it was done; `None` where there is none for an image of `size` bytes.
+    /// One for another is taken out of memory.
+    ///
+    /// # Errors
+    /// No such directory; that process still runs; the kernel refuses.
+    pub fn left(dir: &Path, size: u64) -> Result<Option<Self>, RamError> {
+        let failed = |source| RamError::Place { dir: dir.to_owned(), source };
+        let dir = dir.canonicalize().map_err(failed)?;
+        if !is_place(&dir).map_err(failed)? {
+            return Ok(None);
+        }
+        match OpenOptions::new().read(true).write(true).open(dir.join(FILE_NAME)) {
+            Ok(file) => {
+                flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
+                    Errno::WOULDBLOCK => RamError::Busy(dir.clone()),
+                    other => failed(other.into()),
+                })?;
+                if file.metadata().map_err(failed)?.len() == size {
+                    return Ok(Some(Self { dir, file: Arc::new(file), is_kept: false }));
+                }
+            }
+            // It came no further than that.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(error)),
+        }
+        umount2(&dir, MntFlags::MNT_DETACH).map_err(|error| failed(error.into()))?;
+        Ok(None)
+    }
+
+    /// Bytes of memory that it takes already.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn held(&self) -> Result<u64, RamError> {
+        Ok(self.file.metadata().map_err(RamError::Look)?.blocks().saturating_mul(512))
+    }
+
+    /// Brings all of the image that is not there yet, every byte of it verified, from all servers at one time. What an earlier try has left is
+    /// verified once more. An outage is waited out, and what is there is not fetched again.
     ///
     /// # Errors
     /// The image itself is bad; there is no memory for it.
-    pub async fn fill(&self, reader: &Reader, told: impl Fn(u64)) -> Result<(), RamError> {
+    pub async fn fill(&self, reader: &Reader, progress: &Arc<Progress>) -> Result<(), RamError> {
         let size = reader.size();
         let next = Arc::new(AtomicU64::new(0));
         let mut tasks: JoinSet<Result<(), RamError>> = JoinSet::new();
-        let (sender, mut arrived) = tokio::sync::mpsc::unbounded_channel();
         for _ in 0..SIDE_BY_SIDE {
-            let (reader, file, next, sender) = (reader.clone(), self.file.clone(), next.clone(), sender.clone());
+            let (reader, file, next, progress) = (reader.clone(), self.file.clone(), next.clone(), progress.clone());
             tasks.spawn(async move {
                 loop {
                     let at = next.fetch_add(PIECE, Ordering::Relaxed);
                     if at >= size {
                         return Ok(());
                     }
-                    let length = usize::try_from(PIECE).unwrap_or(usize::MAX);
-                    let bytes = reader.read(at, length).await?;
-                    file.write_all_at(&bytes, at).map_err(RamError::Write)?;
-                    // Whoever counts them has failed with another task.
-                    let _ = sender.send(bytes.len() as u64);
+                    let piece = at..(at + PIECE).min(size);
+                    let missing = missing(&reader, &file, piece.clone()).await?;
+                    progress.found(length(&piece) - missing.iter().map(length).sum::<u64>());
+                    for part in missing {
+                        let bytes = reader.read(part.start, in_memory(&part)).await?;
+                        file.write_all_at(&bytes, part.start).map_err(RamError::Write)?;
+                        progress.fetched(bytes.len() as u64);
+                    }
                 }
             });
         }
-        drop(sender);
-        let (mut have, mut said) = (0, 0);
-        loop {
-            tokio::select! {
-                Some(bytes) = arrived.recv() => {
-                    have += bytes;
-                    if have * PARTS / size.max(1) > said {
-                        said = have * PARTS / size.max(1);
-                        told(have);
-                    }
-                }
-                ended = tasks.join_next() => match ended {
-                    Some(Ok(result)) => result?,
-                    Some(Err(error)) => return Err(RamError::Task(error.to_string())),
-                    None => return Ok(()),
-                },
-            }
+        while let Some(ended) = tasks.join_next().await {
+            ended.map_err(|error| RamError::Task(error.to_string()))??;
         }
+        Ok(())
     }
 
     /// It stays when this process ends.
@@ -141,5 +189,48 @@ impl Drop for Ram {
         {
             tracing::warn!("cannot take '{}' out of memory: {error}", self.dir.display());
         }
+    }
+}
+
+fn length(part: &Range<u64>) -> u64 {
+    part.end - part.start
+}
+
+/// The length of a part of a piece, which fits into memory.
+fn in_memory(part: &Range<u64>) -> usize {
+    usize::try_from(length(part).min(PIECE)).unwrap_or(usize::MAX)
+}
+
+/// What of a piece is not in memory, or is something else than the image has there: whoever wrote it was killed at any moment.
+async fn missing(reader: &Reader, file: &File, piece: Range<u64>) -> Result<Vec<Range<u64>>, RamError> {
+    if is_hole(file, &piece).map_err(RamError::Look)? {
+        return Ok(vec![piece]);
+    }
+    let mut bytes = vec![0; in_memory(&piece)];
+    file.read_exact_at(&mut bytes, piece.start).map_err(RamError::Look)?;
+    let size = reader.header().chunk_size();
+    let mut missing: Vec<Range<u64>> = Vec::new();
+    let chunks = bytes.chunks(usize::try_from(size).unwrap_or(usize::MAX));
+    for (chunk, plaintext) in (piece.start / size..).zip(chunks) {
+        if reader.is_chunk(chunk, plaintext).await {
+            continue;
+        }
+        let start = chunk * size;
+        let end = start + plaintext.len() as u64;
+        match missing.last_mut() {
+            Some(last) if last.end == start => last.end = end,
+            _ => missing.push(start..end),
+        }
+    }
+    Ok(missing)
+}
+
+/// Whether nothing was ever written to a piece.
+fn is_hole(file: &File, piece: &Range<u64>) -> io::Result<bool> {
+    match seek(file, SeekFrom::Data(piece.start)) {
+        Ok(data) => Ok(data >= piece.end),
+        // Nothing up to the end of the file.
+        Err(Errno::NXIO) => Ok(true),
+        Err(error) => Err(error.into()),
     }
 }

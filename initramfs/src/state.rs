@@ -1,6 +1,7 @@
 //! What the tether tells others: a small JSON file in `/run/mooring`, replaced atomically while something changes.
 
 use crate::disk::DiskStatus;
+use crate::progress::Arrived;
 use crate::reader::{MemberStatus, Reader};
 use rustix::fs::{AtFlags, Mode as Bits, OFlags, open, openat, renameat, unlinkat};
 use serde::{Deserialize, Serialize};
@@ -54,6 +55,9 @@ pub struct State {
     /// Whether all of it is in memory: then nobody serves it any more.
     #[serde(default)]
     pub is_whole: bool,
+    /// How much of it is, where all of it is to be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arrived: Option<Arrived>,
     /// Digest of the image.
     pub digest: String,
     /// Size of the sealed image in bytes.
@@ -94,6 +98,7 @@ impl State {
             pid: std::process::id(),
             mode,
             is_whole: false,
+            arrived: None,
             digest: hex::encode(reader.header().digest()),
             image_size: reader.header().file_length(),
             bytes_fetched: figures.bytes_fetched,
@@ -133,6 +138,13 @@ impl fmt::Display for State {
         #[expect(clippy::cast_precision_loss, reason = "printed with one digit after the point")]
         let share = self.bytes_fetched as f64 * 100.0 / (self.image_size.max(1) as f64);
         writeln!(f, "fetched   {} of {} bytes ({share:.1} %)", self.bytes_fetched, self.image_size)?;
+        if let Some(Arrived { bytes, of, seconds_left }) = self.arrived.filter(|_| !self.is_whole) {
+            write!(f, "memory    {bytes} of {of} bytes")?;
+            match seconds_left {
+                Some(seconds) => writeln!(f, ", about {seconds} s left")?,
+                None => writeln!(f, ", and nothing comes")?,
+            }
+        }
         writeln!(f, "chunks    {} received, {} verified", self.chunks_fetched, self.chunks_verified)?;
         writeln!(f, "prefetch  {} chunks", self.prefetched)?;
         writeln!(f, "cache     {} of {} bytes", self.cache_bytes, self.cache_limit)?;

@@ -84,6 +84,65 @@ fn a_whole_image_in_memory_outlives_its_servers() {
 }
 
 #[test]
+fn a_fetch_that_was_killed_goes_on_with_what_had_arrived_and_believes_none_of_it() {
+    in_namespace("a_fetch_that_was_killed_goes_on_with_what_had_arrived_and_believes_none_of_it", || {
+        let mut place = Place::new();
+        let slow = Nginx::limited(place.dir.path(), "slow", &place.authority, 400);
+        let quick = place.nginx("quick");
+        let (image, wanted) = (place.path("mnt/image"), fs::read(place.path("squashfs")).unwrap());
+        let state = || State::read(&place.path("run/tether.json"));
+        let begin = |server| {
+            let mut fetch = place.command("fetch", &[server]);
+            Running(fetch.arg("--foreground").stderr(Stdio::null()).spawn().unwrap())
+        };
+        let first = begin(&slow);
+        let has = |bytes: usize| fs::read(&image).is_ok_and(|image| image.get(..bytes) == wanted.get(..bytes));
+        wait("some of the image", || {
+            state().is_ok_and(|state| state.arrived.is_some_and(|arrived| arrived.bytes > 8 << 20)) && has(1 << 20)
+        });
+        // It has the place for itself.
+        let output = place.command("fetch", &[&quick]).output().unwrap();
+        fails(&output, "another process brings an image to '");
+        // SIGKILL, as when its time is over.
+        drop(first);
+        let killed = state().unwrap();
+        let arrived = killed.arrived.unwrap();
+        assert!(!killed.is_whole && arrived.bytes < arrived.of && arrived.of == wanted.len() as u64, "{killed:?}");
+        let shown = place.tether().args(["status", "--state", "run/tether.json"]).output().unwrap();
+        let shown = String::from_utf8(shown.stdout).unwrap();
+        assert!(shown.contains(&format!("memory    {} of {} bytes, about ", arrived.bytes, arrived.of)), "{shown}");
+
+        // One chunk is not what it was, and one has a byte where nothing had arrived.
+        let file = fs::File::options().write(true).open(&image).unwrap();
+        file.write_all_at(&[wanted[300_000] ^ 4], 300_000).unwrap();
+        file.write_all_at(&[wanted[wanted.len() - 5] ^ 4], wanted.len() as u64 - 5).unwrap();
+        ok(&place.command("fetch", &[&quick]).output().unwrap());
+        assert!(fs::read(&image).unwrap() == wanted);
+        let resumed = state().unwrap();
+        assert!(resumed.is_whole && resumed.arrived.unwrap().seconds_left == Some(0), "{resumed:?}");
+        // What is read ahead of a part that was missing may be there already.
+        let most = resumed.image_size - arrived.bytes + (4 << 20);
+        assert!(resumed.bytes_fetched < most, "{} of at most {most}: {resumed:?}", resumed.bytes_fetched);
+        // What is whole is verified, and needs the hashes alone.
+        ok(&place.command("fetch", &[&quick]).output().unwrap());
+        assert!(state().unwrap().bytes_fetched < 200 << 10, "{:?}", state().unwrap());
+
+        // Nothing of another image is taken for this one, whether it is as long or not.
+        for length in [wanted.len(), 3 << 20] {
+            let sample = seal(noise(length, 8), 16);
+            fs::write(place.path("web/image.moor"), &*sample.file).unwrap();
+            fs::write(place.path("key"), sample.key.to_hex().as_bytes()).unwrap();
+            place.digest = hex::encode(sample.sealed.digest);
+            ok(&place.command("fetch", &[&quick]).output().unwrap());
+            assert!(fs::read(place.path("mnt/image")).unwrap() == sample.plaintext);
+            assert_eq!(mounts_under(&place.path("mnt")).len(), 1);
+        }
+        ok(&place.tether().args(["unmount", "mnt"]).output().unwrap());
+        assert_eq!(mounts_under(place.dir.path()), Vec::<String>::new());
+    });
+}
+
+#[test]
 fn an_image_that_does_not_fit_is_refused_with_the_figures() {
     in_namespace("an_image_that_does_not_fit_is_refused_with_the_figures", || {
         let place = Place::new();

@@ -9,6 +9,8 @@ mod common;
 mod gather;
 #[path = "simulation/guesses.rs"]
 mod guesses;
+#[path = "simulation/outages.rs"]
+mod outages;
 #[path = "../../tests/seed.rs"]
 mod seed;
 mod sim;
@@ -16,7 +18,7 @@ mod sim;
 use common::{Sample, noise, seal};
 use moor_image::OpenOptions;
 use moor_tether::reader::world::{Path, World as _};
-use moor_tether::reader::{Figures, ReadError, Reader, Settings, Standing};
+use moor_tether::reader::{Figures, Reader, Settings, Standing};
 use seed::{first_seed, number};
 use sim::network::{Conduct, Server, Way};
 use sim::schedule::{Files, Outcome, run};
@@ -389,126 +391,4 @@ fn a_server_that_was_excluded_and_mended_is_asked_when_no_other_answers() {
     });
     // The longest rest, which it was in.
     assert!(took.expect("the root stands still") < Duration::from_secs(40), "{took:?}");
-}
-
-#[test]
-fn an_outage_lasts_as_long_as_it_lasts_unless_the_machine_shuts_down() {
-    let sim = Sim::new(4);
-    let world = sim.clone();
-    let waited = sim.run(HOUR, async move {
-        let (servers, reader) = pair(&world, Vec::new()).await;
-        for server in &servers {
-            server.behave(Conduct::Refused);
-        }
-        let (sender, receiver) = tokio::sync::oneshot::channel();
-        let read = reader.clone();
-        world.spawn(Box::pin(async move { _ = sender.send(read.read(700_000, 4096).await) }));
-        world.sleep(Duration::from_mins(20)).await;
-        reader.end();
-        let ended = world.now();
-        let result = receiver.await.unwrap();
-        assert!(matches!(result, Err(ReadError::GaveUp)), "{result:?}");
-        let waited = world.since(ended);
-        // A server that comes back is in time for the next.
-        servers[0].behave(Conduct::Good);
-        world.sleep(Duration::from_secs(10)).await;
-        reader.read(900_000, 4096).await.unwrap();
-        waited
-    });
-    assert_eq!(waited, Some(Duration::from_secs(30)));
-}
-
-/// What is logged, as the kernel's log gets it: a letter for the level, and the text.
-#[derive(Clone, Default)]
-struct Said(Arc<Mutex<String>>);
-
-impl std::io::Write for Said {
-    fn write(&mut self, part: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().push_str(std::str::from_utf8(part).unwrap());
-        Ok(part.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-/// What the reader says while it runs in this way.
-fn heard<T>(run: impl FnOnce() -> T) -> (T, String) {
-    let said = Said::default();
-    let writer = said.clone();
-    let log = tracing_subscriber::fmt().with_ansi(false).without_time().with_writer(move || writer.clone()).finish();
-    let result = tracing::subscriber::with_default(log, run);
-    let said = said.0.lock().unwrap().clone();
-    (result, said)
-}
-
-#[test]
-fn a_server_that_is_started_again_is_not_told_on_the_console() {
-    let (waited, said) = heard(|| {
-        let sim = Sim::new(7);
-        let world = sim.clone();
-        sim.run(HOUR, async move {
-            let (servers, reader) = pair(&world, Vec::new()).await;
-            for server in &servers {
-                server.behave(Conduct::Refused);
-            }
-            let (begun, back) = (world.now(), world.clone());
-            world.spawn(Box::pin(async move {
-                back.sleep(Duration::from_millis(400)).await;
-                for server in &servers {
-                    server.behave(Conduct::Good);
-                }
-            }));
-            reader.read(700_000, 4096).await.unwrap();
-            let waited = world.since(begun);
-            world.sleep(Duration::from_mins(2)).await;
-            waited
-        })
-    });
-    let waited = waited.unwrap();
-    assert!(waited > Duration::from_millis(400) && waited < Duration::from_secs(2), "{waited:?}");
-    assert!(said.contains("fails and rests") && !said.contains("of the image answers"), "{said}");
-}
-
-#[test]
-fn a_minute_without_any_server_is_one_line_on_the_console_and_no_error() {
-    let (late, said) = heard(|| {
-        let sim = Sim::new(5);
-        let world = sim.clone();
-        sim.run(HOUR, async move {
-            let (servers, reader) = pair(&world, Vec::new()).await;
-            reader.read(0, 4096).await.unwrap();
-            for server in &servers {
-                server.behave(Conduct::Refused);
-            }
-            let gone = world.now();
-            let reads = (1..9_u64).map(|program| {
-                let (reader, world, at) = (reader.clone(), world.clone(), program * 150_000);
-                let (sender, receiver) = tokio::sync::oneshot::channel();
-                let start = usize::try_from(at).unwrap();
-                let task = world.clone();
-                world.spawn(Box::pin(async move {
-                    let good = reader.read(at, 4096).await.unwrap() == FILES.sample.plaintext[start..start + 4096];
-                    _ = sender.send((good, task.since(gone)));
-                }));
-                receiver
-            });
-            let reads: Vec<_> = reads.collect();
-            world.sleep(Duration::from_mins(1)).await;
-            for server in &servers {
-                server.behave(Conduct::Good);
-            }
-            let mut late = Duration::ZERO;
-            for read in reads {
-                let (good, took) = read.await.unwrap();
-                assert!(good);
-                late = late.max(took.checked_sub(Duration::from_mins(1)).expect("nobody served it"));
-            }
-            late
-        })
-    });
-    assert!(late.unwrap() < Duration::from_secs(8), "{late:?}");
-    let on_console: Vec<_> = said.lines().filter(|line| line.contains("ERROR")).collect();
-    assert_eq!(on_console.len(), 1, "{said}");
-    assert!(on_console[0].contains("no server of the image answers"), "{said}");
 }

@@ -82,11 +82,25 @@ pub struct Tether {
     /// Whether all of it is in memory.
     #[serde(default)]
     pub is_whole: bool,
+    /// How much of it is, where all of it is to be.
+    #[serde(default)]
+    pub arrived: Option<Arrived>,
     /// Its servers.
     pub members: Vec<TetherMember>,
     /// Its cache on a disk, where there is to be one.
     #[serde(default)]
     pub disk: Option<TetherDisk>,
+}
+
+/// How much of an image is in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub struct Arrived {
+    /// Verified bytes that are there.
+    pub bytes: u64,
+    /// Bytes that are to be there.
+    pub of: u64,
+    /// Seconds until they are; `None`: nothing came lately.
+    pub seconds_left: Option<u64>,
 }
 
 /// A cache on a disk.
@@ -207,6 +221,11 @@ impl RunDir {
     #[must_use]
     pub fn tether(&self) -> Option<Tether> {
         read_json::<Tether>(&self.path("tether.json")).ok().filter(|tether| !tether.is_whole)
+    }
+
+    /// Forgets what an earlier one said of itself; where it said nothing, that is as well.
+    pub fn forget_tether(&self) {
+        let _ = std::fs::remove_file(self.path("tether.json"));
     }
 
     /// Reads `site.json`.

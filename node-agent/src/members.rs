@@ -149,7 +149,7 @@ impl Members {
     }
 
     async fn connect(&mut self) -> Result<NodeConnection, ClientError> {
-        let mut reasons = Vec::new();
+        let (mut reasons, mut has_expired) = (Vec::new(), false);
         for _ in 0..self.urls.len() {
             match NodeConnection::connect(&self.urls[0], self.collective, self.tls.clone(), self.timeout).await {
                 Ok(connection) if connection.incarnation() < self.incarnation => reasons.push(format!(
@@ -168,11 +168,14 @@ impl Members {
                     }
                     return Ok(connection);
                 }
-                Err(error) => reasons.push(error.to_string()),
+                Err(error) => {
+                    has_expired |= error.has_expired();
+                    reasons.push(error.to_string());
+                }
             }
             self.urls.rotate_left(1);
         }
-        Err(ClientError::Connect { to: "any member".into(), cause: reasons.join("; ") })
+        Err(ClientError::Connect { to: "any member".into(), cause: reasons.join("; "), has_expired })
     }
 
     /// Turns to the next member, as after a failure of the current one.

@@ -3,7 +3,8 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use moor_image::{
-    Dek, Image, ImageError, Metadata, OpenOptions, Payload, SealOptions, Sealed, Sealer, SignatureFile, SigningKey,
+    Dek, HEADER_LENGTH, Header, Image, ImageError, Metadata, OpenOptions, Payload, SealOptions, Sealed, Sealer,
+    SignatureFile, SigningKey, Verifier,
 };
 use proptest::prelude::*;
 use std::io::{Cursor, Write as _};
@@ -225,5 +226,40 @@ fn parts_begin_aligned_and_each_may_be_patched_at_its_start() {
         let image =
             Image::open(out.into_inner(), &OpenOptions { key, pinned: Some(info.digest), ..Default::default() });
         assert_eq!(read_all(&image.unwrap()).unwrap(), expected);
+    }
+}
+
+#[test]
+fn plaintext_is_that_of_its_chunk_and_of_no_other() {
+    let plaintext = bytes((2 << 14) + 100);
+    for key in [Some(Dek::generate().unwrap()), None] {
+        let (file, _) = seal(&plaintext, key.clone(), 14, None);
+        let header = Header::parse(file[..HEADER_LENGTH].try_into().unwrap()).unwrap();
+        let part = |(start, length): (u64, u64)| {
+            file[usize::try_from(start).unwrap()..usize::try_from(start + length).unwrap()].to_vec()
+        };
+        let open = |key| {
+            let mut verifier = Verifier::new(header.clone(), &OpenOptions { key, ..Default::default() }).unwrap();
+            verifier.set_page_hashes(&part(verifier.page_hashes_range())).unwrap();
+            let page = verifier.verify_page(0, &part(verifier.page_range(0).unwrap())).unwrap();
+            (verifier, page)
+        };
+        let (verifier, page) = open(key.clone());
+        for (chunk, plain) in (0..).zip(plaintext.chunks(1 << 14)) {
+            verifier.check_plaintext(chunk, &page, plain).unwrap();
+            let (mut changed, zeros) = (plain.to_vec(), vec![0; plain.len()]);
+            changed[plain.len() / 2] ^= 1;
+            let longer = [plain, &[0]].concat();
+            for other in [&changed[..], &plain[1..], &plain[..plain.len() - 1], &longer, &zeros, &[]] {
+                let error = verifier.check_plaintext(chunk, &page, other).unwrap_err();
+                assert!(matches!(error, ImageError::Damaged { .. }), "{chunk}: {error}");
+            }
+            assert!(verifier.check_plaintext((chunk + 1) % 2, &page, plain).is_err(), "{chunk} is in another's place");
+        }
+        assert!(matches!(verifier.check_plaintext(3, &page, &[0]), Err(ImageError::Argument(_))));
+        let (verifier, page) = open(None);
+        let answer = verifier.check_plaintext(0, &page, &plaintext[..1 << 14]);
+        assert!(key.is_none() == answer.is_ok(), "{answer:?}");
+        assert!(key.is_none() || matches!(answer, Err(ImageError::KeyNeeded(_))), "{answer:?}");
     }
 }

@@ -3,6 +3,7 @@
 use super::source::Source;
 use anyhow::{Context as _, Result};
 use moor_tether::kmsg::{self, Kmsg};
+use moor_tether::progress::Progress;
 use moor_tether::ram::{self, Ram};
 use moor_tether::reader::{Https, Reader, Real, Settings};
 use moor_tether::root;
@@ -10,8 +11,10 @@ use moor_tether::state::{DEFAULT_PATH, Mode, State, StateFile};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 
-/// Bring a whole sealed image into memory, as the file DIR/image: afterwards no server is needed
+/// Bring a whole sealed image into memory, as the file DIR/image: afterwards no server is needed. What a process has left that was killed on the way
+/// is verified, and not fetched again
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -48,20 +51,29 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     ))?;
     drop(options);
     let size = reader.size();
-    root::check_memory_for_image(size, args.overlay_percent)?;
+    let left = Ram::left(&args.dir, size)?;
+    let held = left.as_ref().map_or(Ok(0), Ram::held)?;
+    root::check_memory_for_image(size, held, args.overlay_percent)?;
     let state = StateFile::new(&args.state).with_context(|| format!("cannot write to '{}'", args.state.display()))?;
-    let ram = Ram::new(&args.dir, size)?;
     let mib = size.div_ceil(1 << 20);
+    let ram = if let Some(left) = left {
+        tracing::info!("goes on with an image that an earlier try has left: {} of {mib} MiB", held >> 20);
+        left
+    } else {
+        Ram::new(&args.dir, size)?
+    };
     tracing::info!("brings the whole image into memory: {mib} MiB, from {} servers", reader.figures().members.len());
+    let progress = Arc::new(Progress::new(size));
+    let now = || State { arrived: Some(progress.arrived(Instant::now())), ..State::of(&reader, Mode::Untethered) };
     let filled = runtime.block_on(async {
         tokio::select! {
-            filled = ram.fill(&reader, |have| tracing::info!("{} of {mib} MiB are there", have >> 20)) => filled,
-            never = state.follow(&reader, || State::of(&reader, Mode::Untethered)) => match never {},
+            filled = ram.fill(&reader, &progress) => filled,
+            never = state.follow(&reader, now) => match never {},
         }
     });
     filled?;
     // What it says stays: nobody changes it any more.
-    let last = State { is_whole: true, ..State::of(&reader, Mode::Untethered) };
+    let last = State { is_whole: true, ..now() };
     state.write(&last).with_context(|| format!("cannot write '{}'", args.state.display()))?;
     ram.keep();
     runtime.shutdown_background();

@@ -10,9 +10,10 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::Notify;
 
-/// An outage that is over by then is not named on the console: a server that is started again is away for a second, for each of its nodes.
+/// An outage that is over by then is not named: a server that is started again is away for a second, for each of its nodes.
 const SAY_AFTER: Duration = Duration::from_secs(2);
-/// How often an outage is named on the console. An outage of a minute, until the last server is tried again after it, is named once.
+/// An outage that lasts longer is named on the console each time that this is over, and its end once more. One of a minute, until the last server is
+/// tried again after it, is named once, at its end.
 const SAY_EVERY: Duration = Duration::from_secs(90);
 /// How long an outage is waited out while the machine shuts down.
 const GIVES_UP: Duration = Duration::from_secs(30);
@@ -176,7 +177,8 @@ impl Fleet {
         others.filter(|member| member.standing() == Standing::Good).filter_map(|member| member.pace().expected()).min()
     }
 
-    /// Says on the log that no member answers, after 2 s and every 90 s, and when one does again. Runs as long as the reader.
+    /// Says that no member answers: in the log after 2 s, on the console every 90 s. That one answers again is said as loudly as that none does: who reads
+    /// the first has to learn of the second. Runs as long as the reader.
     pub(super) async fn watch_outages(self: Arc<Self>) {
         loop {
             self.until(Self::is_down).await;
@@ -185,16 +187,16 @@ impl Fleet {
             if within(&*self.world, SAY_AFTER, self.until(|fleet| !fleet.is_down())).await.is_some() {
                 continue;
             }
-            while self.is_down() {
+            let mut reasons = self.reasons();
+            tracing::warn!(target: ASIDE, "no server of the image answers; programs wait until one does: {reasons}");
+            while within(&*self.world, SAY_EVERY, self.until(|fleet| !fleet.is_down())).await.is_none() {
+                reasons = self.reasons();
+                let seconds = lasts(&self);
                 tracing::error!(
-                    "no server of the image answers since {} s; programs wait until one does: {}",
-                    lasts(&self),
-                    self.reasons()
+                    "no server of the image answers since {seconds} s; programs wait until one does: {reasons}"
                 );
-                // The next round says it again, or the end.
-                let _ = within(&*self.world, SAY_EVERY, self.until(|fleet| !fleet.is_down())).await;
             }
-            tracing::warn!("a server of the image answers again after {} s", lasts(&self));
+            tracing::error!("a server of the image answers again; none did for {} s: {reasons}", lasts(&self));
         }
     }
 

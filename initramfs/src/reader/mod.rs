@@ -4,11 +4,12 @@
 //! An outage is not an error: a read waits until some member serves the chunk. The one error is a chunk that is bad in the image
 //! itself, whoever serves it ([`ReadError`]).
 //!
-//! What it needs of the world is in [`world`]; [`https`] over [`secure`] and its [`record`]s, and [`real`] are the world there is, and tests bring another. [`open`] finds a
-//! good header. [`fleet`] chooses a [`member`] by its [`pace`], [`link`] asks it, [`fault`] says what it did wrong, and [`recovery`] takes
-//! it back. [`change`] takes up another list of members. [`flight`] fetches one thing from whoever brings it first, by one [`attempt`] or two, [`hedges`] bounds how often two are asked. [`table`] holds the
-//! hashes to verify against, [`cache`] what was verified, in memory from [`buffers`], [`store`] what somebody keeps over restarts. [`ahead`] and [`prefetch`] guess what comes next, [`class`] makes guesses wait
-//! for what is wanted, and [`trace`] notes what was.
+//! What it needs of the world is in [`world`]; [`https`] over [`secure`] and its [`record`]s, and [`real`] are the world there is, and tests bring
+//! another. [`open`] finds a good header. [`read`] is one read, and [`order`] says what is fetched for it and after it. [`fleet`] chooses a
+//! [`member`] by its [`pace`], [`link`] asks it, [`fault`] says what it did wrong, and [`recovery`] takes it back. [`change`] takes up another list
+//! of members. [`flight`] fetches one thing from whoever brings it first, by one [`attempt`] or two, [`hedges`] bounds how often two are asked.
+//! [`table`] holds the hashes to verify against, [`cache`] what was verified, in memory from [`buffers`], [`store`] what somebody keeps over
+//! restarts. [`ahead`] and [`prefetch`] guess what comes next, [`class`] makes guesses wait for what is wanted, and [`trace`] notes what was.
 
 mod address;
 mod ahead;
@@ -25,8 +26,10 @@ mod https;
 mod link;
 mod member;
 mod open;
+mod order;
 mod pace;
 mod prefetch;
+mod read;
 mod real;
 mod record;
 mod recovery;
@@ -42,30 +45,24 @@ pub use fault::Fault;
 pub use https::Https;
 pub use member::{MemberStatus, Standing};
 pub use open::OpenError;
+pub use read::Read;
 pub use real::Real;
 pub use store::{Find, FindStore, Store};
 pub use trace::Trace;
 
 use ahead::Ahead;
-use attempt::{Item, Need};
 use buffers::Buffers;
-use bytes::Bytes;
-use cache::{Cache, Landed, Lookup};
-use class::{Class, DEMAND_RANGE, Lines, Ticket};
+use cache::{Cache, Landed};
+use class::Lines;
 use fleet::Fleet;
-use flight::{Flight, Run};
 use hedges::Hedges;
-use moor_image::{Header, ImageError, LEAVES_PER_PAGE, LeafPage, OpenOptions, TAG_LENGTH, Verifier};
+use moor_image::{Header, ImageError, OpenOptions, TAG_LENGTH, Verifier};
 use prefetch::Prefetch;
-use std::future::poll_fn;
-use std::ops::Range;
-use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::Poll;
 use std::time::Duration;
 use table::Table;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::Semaphore;
 use trace::Recorder;
 use world::{Path, World};
 
@@ -296,6 +293,13 @@ impl Reader {
         Ok(self.start(offset, length).wait().await?.concat())
     }
 
+    /// Whether `plaintext`, which was verified once and lay somewhere since, still is that of a chunk: by the hashes of the image. Waits as long as no
+    /// member serves those.
+    pub async fn is_chunk(&self, chunk: u64, plaintext: &[u8]) -> bool {
+        let page = self.0.page(self.0.verifier.page_of_chunk(chunk)).await;
+        self.0.verifier.check_plaintext(chunk, &page, plaintext).is_ok()
+    }
+
     /// The machine is short of memory, or not any more. While it is, the cache is small, and nothing is fetched on a guess: it would fall out of
     /// the cache before it is read. What somebody waits for is read as ever.
     pub fn save_memory(&self, is_short: bool) {
@@ -331,132 +335,10 @@ impl Reader {
     }
 }
 
-/// A read that has begun.
-pub struct Read {
-    reader: Reader,
-    offset: u64,
-    end: u64,
-    /// What was found, from the chunk of the offset on.
-    chunks: Vec<Lookup>,
-}
-
-impl Read {
-    /// What is read, in parts, if all of it is there already.
-    #[must_use]
-    pub fn now(&self) -> Option<Vec<Bytes>> {
-        let cached = |lookup: &Lookup| if let Lookup::Cached(bytes) = lookup { Some(bytes.clone()) } else { None };
-        let chunks: Vec<_> = self.chunks.iter().map(cached).collect::<Option<_>>()?;
-        Some((self.first()..).zip(chunks).map(|(chunk, bytes)| self.part(chunk, &bytes)).collect())
-    }
-
-    /// What is read, in parts. Waits as long as no member serves it.
-    ///
-    /// # Errors
-    /// The image itself is bad there; or [`Reader::end`] was called, and no member answers.
-    pub async fn wait(self) -> Result<Vec<Bytes>, ReadError> {
-        let fleet = self.reader.0.fleet.clone();
-        let (mut all, mut end) = (pin!(self.all()), pin!(fleet.given_up()));
-        poll_fn(|context| match all.as_mut().poll(context) {
-            Poll::Ready(result) => Poll::Ready(result),
-            Poll::Pending => end.as_mut().poll(context).map(|()| Err(ReadError::GaveUp)),
-        })
-        .await
-    }
-
-    async fn all(mut self) -> Result<Vec<Bytes>, ReadError> {
-        let chunks = std::mem::take(&mut self.chunks);
-        let mut parts = Vec::with_capacity(chunks.len());
-        for (chunk, lookup) in (self.first()..).zip(chunks) {
-            let bytes = self.reader.0.arrive(chunk, lookup).await?;
-            parts.push(self.part(chunk, &bytes));
-        }
-        Ok(parts)
-    }
-
-    fn first(&self) -> u64 {
-        self.offset / self.reader.header().chunk_size()
-    }
-
-    /// The part of a chunk that is read.
-    fn part(&self, chunk: u64, bytes: &Bytes) -> Bytes {
-        let start = chunk * self.reader.header().chunk_size();
-        bytes.slice(within(self.offset.saturating_sub(start), bytes)..within(self.end - start, bytes))
-    }
-}
-
 impl Inner {
-    /// Looks chunks `first` to `last` up, and starts flights for what is missing and for what is likely to be wanted next.
-    fn order(self: &Arc<Self>, first: u64, last: u64) -> Vec<Lookup> {
-        let now = self.world.now();
-        self.read_at.store(millis(now), Ordering::Relaxed);
-        if self.is_at_rest.swap(false, Ordering::Relaxed) {
-            self.keep();
-        }
-        lock(&self.trace).wanted(first, last, now);
-        let ahead = if self.is_short() { 0..0 } else { self.guess(first, last) };
-        let mut missing = Vec::new();
-        let mut lookups = Vec::new();
-        let runs: Vec<_> = {
-            let mut cache = lock(&self.cache);
-            for chunk in first..=last {
-                let lookup = cache.lookup(chunk);
-                if matches!(lookup, Lookup::Missing(_)) {
-                    missing.push(chunk);
-                }
-                lookups.push(lookup);
-            }
-            self.take(&mut cache, Class::Demand, &missing)
-        };
-        for (run, ticket) in runs {
-            self.launch(Class::Demand, run, ticket);
-        }
-        lock(&self.prefetch).wanted(first, last);
-        lock(&self.lines).push(ahead.start.max(last + 1)..ahead.end.min(self.verifier.header().chunks));
-        self.pump();
-        lookups
-    }
-
-    /// What to fetch ahead of somebody who wants chunks `first` to `last`. While it boots, a list of what earlier boots read knows better than
-    /// any guess where they stopped.
-    fn guess(&self, first: u64, last: u64) -> Range<u64> {
-        let end = if self.is_booting() { lock(&self.prefetch).end(first, last) } else { None };
-        lock(&self.ahead).observe(first, last, end.unwrap_or(u64::MAX))
-    }
-
     /// Whether it boots, and has a list of what that takes.
     fn is_booting(&self) -> bool {
         self.world.since(self.begun) < BOOT && lock(&self.prefetch).has_list()
-    }
-
-    /// Joins chunks into runs, each with a ticket of its own, and says that they are on their way.
-    fn take(&self, cache: &mut Cache, class: Class, chunks: &[u64]) -> Vec<(Range<u64>, Arc<Ticket>)> {
-        let with_ticket = |run: Range<u64>| {
-            let ticket = Arc::new(Ticket::new(class, run.start));
-            cache.taken(run.clone(), &ticket);
-            (run, ticket)
-        };
-        runs(chunks, self.verifier.header().chunk_size()).into_iter().map(with_ticket).collect()
-    }
-
-    /// Fetches a run, in a task of its own.
-    fn launch(self: &Arc<Self>, class: Class, run: Range<u64>, ticket: Arc<Ticket>) {
-        let chunks = run.end - run.start;
-        lock(&self.lines).begins(class, chunks);
-        let place = Place { inner: self.clone(), class, chunks };
-        let run = Run { inner: self.clone(), class, ticket, left: run };
-        self.world.spawn(Box::pin(async move {
-            let inner = place.inner.clone();
-            let units = u32::try_from((chunks * inner.verifier.header().chunk_size()).min(BUDGET) / BUDGET_UNIT);
-            // Guesses are bounded by their lines, and must not hold up what is wanted.
-            let budget = match class {
-                Class::Demand => Some(inner.budget.acquire_many(units.unwrap_or(1)).await),
-                Class::Ahead | Class::Prefetch => None,
-            };
-            run.fly().await;
-            drop(budget);
-            drop(place);
-            inner.pump();
-        }));
     }
 
     fn is_short(&self) -> bool {
@@ -472,119 +354,5 @@ impl Inner {
         cache.set_limit(if little { small.min(self.cache_limit) } else { self.cache_limit });
         // What fell out of the cache came back as buffers.
         self.buffers.keep_few(little);
-    }
-
-    /// Starts what may be fetched without anybody waiting for it, as far as there is room.
-    fn pump(self: &Arc<Self>) {
-        // While nothing is served, guesses would only stand in the way of what is wanted.
-        while !self.fleet.is_down() && !self.is_short() {
-            let (class, chunks) = {
-                let mut lines = lock(&self.lines);
-                match lines.ahead() {
-                    Some(chunks) => (Class::Ahead, chunks),
-                    None => match lock(&self.prefetch).take(lines.prefetch()) {
-                        Some(chunks) => (Class::Prefetch, chunks),
-                        None => return,
-                    },
-                }
-            };
-            let runs = {
-                let mut cache = lock(&self.cache);
-                let missing: Vec<_> = chunks.filter(|chunk| cache.is_missing(*chunk)).collect();
-                self.take(&mut cache, class, &missing)
-            };
-            for (run, ticket) in runs {
-                self.launch(class, run, ticket);
-            }
-        }
-    }
-
-    /// Waits for a chunk. A flight that was lost is started once more.
-    async fn arrive(self: &Arc<Self>, chunk: u64, lookup: Lookup) -> Result<Bytes, ReadError> {
-        let mut lookup = lookup;
-        loop {
-            let receiver: oneshot::Receiver<Landed> = match lookup {
-                Lookup::Cached(bytes) => return Ok(bytes),
-                Lookup::Waiting(receiver) | Lookup::Missing(receiver) => receiver,
-            };
-            if let Ok(landed) = receiver.await {
-                return landed.map_err(ReadError::Bad);
-            }
-            let runs = {
-                let mut cache = lock(&self.cache);
-                lookup = cache.lookup(chunk);
-                let missing = if matches!(lookup, Lookup::Missing(_)) { vec![chunk] } else { Vec::new() };
-                self.take(&mut cache, Class::Demand, &missing)
-            };
-            for (run, ticket) in runs {
-                self.launch(Class::Demand, run, ticket);
-            }
-        }
-    }
-
-    /// A page of leaf hashes, from memory or from any member. Waits as long as none serves it.
-    async fn page(self: &Arc<Self>, index: u64) -> Arc<LeafPage> {
-        if let Some(page) = lock(&self.table).get(index) {
-            return page;
-        }
-        let _flight = self.table_flight.lock().await;
-        if let Some(page) = lock(&self.table).get(index) {
-            return page;
-        }
-        let mut flight = Flight::new(self.clone(), Arc::new(Ticket::new(Class::Demand, 0)));
-        loop {
-            if let Item::Page(page) = flight.next(&Need::Page(index)).await {
-                lock(&self.table).insert(page.clone());
-                return page;
-            }
-        }
-    }
-}
-
-/// A fetch's place in its line, as long as it lasts.
-struct Place {
-    inner: Arc<Inner>,
-    class: Class,
-    chunks: u64,
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        lock(&self.inner.lines).ends(self.class, self.chunks);
-    }
-}
-
-/// An offset relative to a chunk, at most its end.
-fn within(offset: u64, chunk: &Bytes) -> usize {
-    usize::try_from(offset).map_or(chunk.len(), |offset| offset.min(chunk.len()))
-}
-
-/// Joins chunks (in ascending order) into ranges of at most [`DEMAND_RANGE`] bytes that stay within one page of the table.
-fn runs(chunks: &[u64], chunk_size: u64) -> Vec<Range<u64>> {
-    let longest = (DEMAND_RANGE / chunk_size).max(1);
-    let mut runs: Vec<Range<u64>> = Vec::new();
-    for &chunk in chunks {
-        match runs.last_mut() {
-            Some(run) if run.end == chunk && run.end - run.start < longest && chunk % LEAVES_PER_PAGE != 0 => {
-                run.end += 1;
-            }
-            _ => runs.push(chunk..chunk + 1),
-        }
-    }
-    runs
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn adjacent_chunks_join_into_ranges() {
-        let size = 64 << 10;
-        assert_eq!(runs(&[], size), []);
-        assert_eq!(runs(&[1, 2, 3, 5], size), [1..4, 5..6]);
-        assert_eq!(runs(&(0..40).collect::<Vec<_>>(), size), [0..16, 16..32, 32..40]);
-        assert_eq!(runs(&[2046, 2047, 2048], size), [2046..2048, 2048..2049]);
-        assert_eq!(runs(&[0, 1], 1 << 20), [0..1, 1..2]);
     }
 }

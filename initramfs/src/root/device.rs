@@ -150,7 +150,7 @@ fn wait_for(node: &Path) -> io::Result<()> {
 }
 
 /// Type and source of what is mounted on `path`; of several mounts the uppermost.
-pub(super) fn mounted(path: &Path) -> io::Result<Option<(String, PathBuf)>> {
+pub(crate) fn mounted(path: &Path) -> io::Result<Option<(String, PathBuf)>> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
     Ok(mounts.lines().rev().find_map(|line| parse_mount(line, path)))
 }

@@ -8,6 +8,7 @@ mod ioctl;
 mod memory;
 mod unpack;
 
+pub(crate) use device::mounted;
 pub use memory::MemoryError;
 
 use crate::meminfo::Memory;
@@ -137,12 +138,16 @@ impl Undo {
     }
 }
 
-/// Refuses an image of `size` bytes that does not fit into memory beside a writable layer of `percent` of it.
+/// Refuses an image of `size` bytes that does not fit into memory beside a writable layer of `percent` of it. `held` bytes of memory are the
+/// image's already.
 ///
 /// # Errors
 /// It does not fit: how much there is, and how much it takes.
-pub fn check_memory_for_image(size: u64, percent: u16) -> Result<(), RootError> {
-    Ok(Memory::read().map_err(step("read /proc/meminfo"))?.image(size, percent)?)
+pub fn check_memory_for_image(size: u64, held: u64, percent: u16) -> Result<(), RootError> {
+    let memory = Memory::read().map_err(step("read /proc/meminfo"))?;
+    // The image may have what it has.
+    let memory = Memory { available: memory.available.saturating_add(held), ..memory };
+    Ok(memory.image(size, percent)?)
 }
 
 /// Makes the root at `options.new_root`.
@@ -247,10 +252,9 @@ fn unpacked(options: &RootOptions, memory: Memory, undo: &mut Undo) -> Result<()
 /// connection, in use or not (systemd: shutdown/umount.c, `MNT_FORCE`; Linux: `fuse_umount_begin`).
 fn hide_image(image: &Path) {
     let Some(dir) = image.parent().and_then(|dir| dir.canonicalize().ok()) else { return };
-    let is_ours = |(kind, source): (String, PathBuf)| {
-        kind == mount::KIND || (kind == ram::KIND && source == Path::new(ram::SOURCE))
-    };
-    let is_image = device::mounted(&dir).is_ok_and(|mount| mount.is_some_and(is_ours));
+    let is_tether = |(kind, _): (String, PathBuf)| kind == mount::KIND;
+    let is_image =
+        ram::is_place(&dir).unwrap_or(false) || mounted(&dir).is_ok_and(|mount| mount.is_some_and(is_tether));
     if is_image && let Err(error) = umount2(&dir, MntFlags::MNT_DETACH) {
         tracing::warn!("cannot take '{}' out of the tree: {error}", dir.display());
     }

@@ -183,7 +183,7 @@ impl Boot {
             self.found(candidate);
         }
         let netlink = self.netlink.clone().ok_or_else(|| missing("network"))?;
-        let mut reasons = Vec::new();
+        let (mut reasons, mut has_expired) = (Vec::new(), false);
         for candidate in self.candidates.clone() {
             if let Some(old) = self.way.take_if(|way| *way != candidate) {
                 old.withdraw(&netlink).await;
@@ -206,12 +206,15 @@ impl Boot {
                     self.reporter.note("member", &format!("{url} answers over '{link}'"));
                     return Ok(State::Hello);
                 }
-                Err(error) => reasons.push(format!("over '{}': {error}", candidate.link.name)),
+                Err(error) => {
+                    has_expired |= error.has_expired();
+                    reasons.push(format!("over '{}': {error}", candidate.link.name));
+                }
             }
         }
         let reason = reasons.join("; ");
         // A hardware clock in the future makes every certificate look expired: the build time is one at which they were good.
-        if reason.contains("certificate expired") && !self.clock_was_reset {
+        if has_expired && !self.clock_was_reset {
             self.clock_was_reset = true;
             let built = self.bundle.as_ref().map_or(0, |bundle| bundle.built);
             self.set_clock(built, "the members' certificates had expired by it");

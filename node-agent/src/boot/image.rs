@@ -3,12 +3,15 @@
 use super::engine::Fault;
 use super::states::{Class, State};
 use super::{Boot, call_fault, missing};
-use crate::child;
+use crate::child::{self, ChildError};
+use crate::handover::Arrived;
 use moor_api::deploy::{DeployDocument, OnFailure, RootMode};
 use moor_api::node::{EnvelopeKind, ImageOffer, KeyEnvelope, KeyRequest, Stage};
 use moor_image::Dek;
+use std::collections::BTreeMap;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
+use std::pin::pin;
 use std::time::Duration;
 use tokio::process::Command;
 use zeroize::{Zeroize as _, Zeroizing};
@@ -18,7 +21,13 @@ const MOUNT_LIMIT: Duration = Duration::from_secs(150);
 const ROOT_LIMIT: Duration = Duration::from_secs(150);
 /// The same where a whole image is fetched or unpacked. A slow network takes its time, and the tether waits out an outage.
 const WHOLE_LIMIT: Duration = Duration::from_secs(3500);
-/// The partition that keeps chunks, by its name in the partition table: whoever gave it that name meant it.
+/// How long after its begin a fetch of a whole image is told of for the first time. The pause doubles each time: each report is a change that a
+/// majority of the members writes.
+const PROGRESS: Duration = Duration::from_secs(2);
+/// The longest of these pauses.
+const PROGRESS_MAX: Duration = Duration::from_secs(30);
+/// The partition that keeps chunks, by its name in the partition table: whoever gave it that name meant it. The kernel command line may name another
+/// device.
 const CACHE: &str = "/dev/disk/by-partlabel/mooring-cache";
 /// How long a disk may take to appear.
 const DISK_LIMIT: Duration = Duration::from_secs(10);
@@ -93,13 +102,13 @@ impl Boot {
             .mode(0o700)
             .create(&directory)
             .map_err(|error| Fault::fatal(format!("cannot make '{}': {error}", directory.display())))?;
-        // Left by a try that got no further.
+        let mode = self.root_mode(offer);
+        // Left by a try that got no further. With what there is of a whole image the next one goes on.
         let mut unmount = Command::new(&self.options.tether);
         unmount.arg("unmount").arg(&directory);
-        if std::fs::symlink_metadata(directory.join("image")).is_ok() {
+        if mode != RootMode::Untethered && std::fs::symlink_metadata(directory.join("image")).is_ok() {
             let _ = child::run(unmount, b"", MOUNT_LIMIT).await;
         }
-        let mode = self.root_mode(offer);
         let mut mount = mount_command(&self.options.tether, offer, mode);
         if let Some(document) = &self.document
             && mode == RootMode::Untethered
@@ -107,7 +116,8 @@ impl Boot {
             mount.arg("--overlay-percent").arg(document.profile.overlay.size_percent.to_string());
         }
         if mode == RootMode::Disk {
-            mount.arg("--disk-cache").arg(wait_for(Path::new(CACHE), DISK_LIMIT).await);
+            let device = self.arguments.disk_cache.as_deref().unwrap_or(Path::new(CACHE));
+            mount.arg("--disk-cache").arg(wait_for(device, DISK_LIMIT).await);
         }
         mount.arg("--site").arg(site);
         if !offer.signers.is_empty() {
@@ -127,8 +137,12 @@ impl Boot {
         }
         mount.arg(&directory);
         let text: Zeroizing<String> = key.to_hex();
-        let limit = if mode == RootMode::Untethered { WHOLE_LIMIT } else { MOUNT_LIMIT };
-        if let Err(error) = child::run(mount, text.as_bytes(), limit).await {
+        let ended = if mode == RootMode::Untethered {
+            self.fetch(mount, text.as_bytes()).await
+        } else {
+            child::run(mount, text.as_bytes(), MOUNT_LIMIT).await
+        };
+        if let Err(error) = ended {
             match error.code() {
                 Some(CANNOT) => return Err(Fault::fatal(error)),
                 Some(NOT_ACCEPTED) => return Err(not_usable(self.document.as_ref(), error)),
@@ -139,10 +153,32 @@ impl Boot {
             // With no member there it is no fault of the image's: the boot goes back to where members are waited for.
             return Err(if members.connection().await.is_ok() { Fault::again(error) } else { Fault::restart(error) });
         }
-        if let Some(why) = run.tether().and_then(|tether| tether.disk?.error) {
+        if let Some(why) = self.options.run.tether().and_then(|tether| tether.disk?.error) {
             self.reporter.note("mount", &format!("the root is read without a cache on the disk: {why}"));
         }
         Ok(State::Root)
+    }
+
+    /// Brings a whole image into memory, and says meanwhile how far that is: on the console, and to a member.
+    async fn fetch(&mut self, fetch: Command, key: &[u8]) -> Result<String, ChildError> {
+        self.options.run.forget_tether();
+        let mut ended = pin!(child::run(fetch, key, WHOLE_LIMIT));
+        let (mut pause, mut told) = (PROGRESS, None);
+        loop {
+            if let Ok(result) = tokio::time::timeout(pause, ended.as_mut()).await {
+                return result;
+            }
+            let arrived = self.options.run.tether().and_then(|tether| tether.arrived);
+            // Where nothing has changed there is nothing to say: of an outage the tether tells.
+            if let Some(arrived) = arrived.filter(|_| arrived != told) {
+                told = Some(arrived);
+                pause = pause.saturating_mul(2).min(PROGRESS_MAX);
+                let (sentence, figures) = described(arrived);
+                crate::console::say(State::Tether.rule().word, &sentence);
+                self.reporter.report(State::Tether.rule().word, &sentence, figures);
+                self.flush().await;
+            }
+        }
     }
 
     pub(super) async fn root(&mut self) -> Result<State, Fault> {
@@ -175,6 +211,17 @@ impl Boot {
     fn root_mode(&self, offer: &ImageOffer) -> RootMode {
         self.arguments.root.unwrap_or(offer.root)
     }
+}
+
+/// How far an image is on its way into memory: for people, and as figures.
+fn described(arrived: Arrived) -> (String, BTreeMap<String, u64>) {
+    let Arrived { bytes, of, seconds_left } = arrived;
+    let rest = seconds_left.map_or_else(|| "nothing comes".to_owned(), |seconds| format!("about {seconds} s left"));
+    let sentence = format!("{} of {} MiB of the image are in memory, {rest}", bytes >> 20, of.div_ceil(1 << 20));
+    let figures =
+        [("image.bytes_arrived", Some(bytes)), ("image.bytes_total", Some(of)), ("image.seconds_left", seconds_left)];
+    let known = figures.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?)));
+    (sentence, known.collect())
 }
 
 /// An image that may not be used until somebody has mended that. The node waits for it, and goes on by itself then; where the profile wants a
@@ -336,7 +383,58 @@ mod tests {
             boot.arguments.root = Some(RootMode::Untethered);
             let fault = boot.tether().await.unwrap_err();
             assert!(fault.reason.contains("why: fetch"), "{}", fault.reason);
+            // Also about the device. It is there.
+            boot.arguments.root = Some(RootMode::Disk);
+            boot.arguments.disk_cache = Some("/dev/null".into());
+            let fault = boot.tether().await.unwrap_err();
+            assert!(fault.reason.contains("--disk-cache /dev/null --site"), "{}", fault.reason);
         }
+    }
+
+    /// A program at `dir/program` that does this.
+    fn script(dir: &std::path::Path, text: &str) -> String {
+        use std::os::unix::fs::PermissionsExt as _;
+        let program = dir.join("program");
+        std::fs::write(&program, format!("#!/bin/sh\n{text}")).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        program.to_str().unwrap().to_owned()
+    }
+
+    #[tokio::test]
+    async fn what_there_is_of_a_whole_image_is_left_to_the_next_try() {
+        for (mode, calls) in [(RootMode::Untethered, "fetch\n"), (RootMode::Tethered, "unmount\nmount\n")] {
+            let dir = tempfile::tempdir().unwrap();
+            let program = script(dir.path(), &format!("echo $1 >> '{}/calls'\nexit 1\n", dir.path().display()));
+            std::fs::create_dir(dir.path().join("tether")).unwrap();
+            std::fs::write(dir.path().join("tether/image"), "a part").unwrap();
+            boot(dir.path(), &program, mode).tether().await.unwrap_err();
+            assert_eq!(std::fs::read_to_string(dir.path().join("calls")).unwrap(), calls);
+        }
+    }
+
+    #[tokio::test]
+    async fn how_far_a_whole_image_is_reaches_the_member_as_figures() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = format!(
+            "sleep 1; echo '{{\"digest\":\"{}\",\"members\":[],\"arrived\":{{\"bytes\":5242880,\"of\":9437184,\
+             \"seconds_left\":7}}}}' > '{}/tether.json'\nsleep 6\n",
+            "01".repeat(32),
+            dir.path().display()
+        );
+        let mut boot = boot(dir.path(), &script(dir.path(), &text), RootMode::Untethered);
+        // What an earlier try said is not how it is now.
+        let earlier = text.replace("5242880", "7340032");
+        let (_, earlier) = earlier.split_once("echo '").unwrap();
+        std::fs::write(dir.path().join("tether.json"), earlier.split_once('\'').unwrap().0).unwrap();
+        assert_eq!(boot.options.run.tether().unwrap().arrived.unwrap().bytes, 7 << 20);
+        boot.tether().await.unwrap();
+        let reports: Vec<_> = boot.reporter.reports().collect();
+        // The second time nothing was new.
+        assert_eq!(reports.len(), 1, "{reports:?}");
+        assert_eq!(reports[0].state, "mount");
+        assert_eq!(reports[0].detail, "5 of 9 MiB of the image are in memory, about 7 s left");
+        let figures = ["image.bytes_arrived", "image.bytes_total", "image.seconds_left"];
+        assert_eq!(figures.map(|name| reports[0].figures[name]), [5 << 20, 9 << 20, 7]);
     }
 
     #[tokio::test]

@@ -2,6 +2,7 @@
 
 use crate::network::StaticAddress;
 use moor_api::deploy::RootMode;
+use std::path::PathBuf;
 
 /// Where the kernel shows it.
 pub const COMMAND_LINE: &str = "/proc/cmdline";
@@ -15,6 +16,8 @@ pub struct KernelArguments {
     pub addresses: Vec<StaticAddress>,
     /// `moor.root=MODE`: instead of what the profile says.
     pub root: Option<RootMode>,
+    /// `moor.disk_cache=PATH`: the device that keeps chunks in the mode `disk`, instead of the partition of that name.
+    pub disk_cache: Option<PathBuf>,
 }
 
 /// An argument is not what it should be.
@@ -45,6 +48,13 @@ impl KernelArguments {
                 arguments.addresses.push(static_address(text).map_err(error)?);
             } else if let Some(mode) = argument.strip_prefix("moor.root=") {
                 arguments.root = Some(mode.parse().map_err(error)?);
+            } else if let Some(path) = argument.strip_prefix("moor.disk_cache=") {
+                if !path.starts_with("/dev/") {
+                    return Err(error(
+                        "it names a device below /dev: nothing else is there when a node boots".to_owned(),
+                    ));
+                }
+                arguments.disk_cache = Some(PathBuf::from(path));
             }
         }
         Ok(arguments)
@@ -77,10 +87,12 @@ mod tests {
     #[test]
     fn the_agents_arguments_are_picked_out() {
         let line = "BOOT_IMAGE=/x boot=moor moor.server=https://10.0.2.2:8443,https://[fd00::2]:8443 quiet \
-                    moor.ip=10.0.2.15/24,10.0.2.2,eth1 moor.ip=fd00::5/64 moor.server=https://h panic=-1 moor.root=untethered";
+                    moor.ip=10.0.2.15/24,10.0.2.2,eth1 moor.ip=fd00::5/64 moor.server=https://h panic=-1 moor.root=untethered \
+                    moor.disk_cache=/dev/disk/by-id/nvme-x-part3";
         let arguments = KernelArguments::parse(line).unwrap();
         assert_eq!(arguments.servers, ["https://10.0.2.2:8443", "https://[fd00::2]:8443", "https://h"]);
         assert_eq!(arguments.root, Some(RootMode::Untethered));
+        assert_eq!(arguments.disk_cache.as_deref(), Some("/dev/disk/by-id/nvme-x-part3".as_ref()));
         let [first, second] = &arguments.addresses[..] else { panic!("{arguments:?}") };
         assert_eq!(first.address.to_string(), "10.0.2.15/24");
         assert_eq!(first.gateway, Some("10.0.2.2".parse().unwrap()));
@@ -98,6 +110,9 @@ mod tests {
             "moor.server=http://10.0.2.2",
             "moor.root=nfs",
             "moor.root=",
+            "moor.disk_cache=",
+            "moor.disk_cache=sda3",
+            "moor.disk_cache=/var/cache",
             "moor.ip=10.0.2.15",
             "moor.ip=",
             "moor.ip=10.0.2.15/24,nowhere",

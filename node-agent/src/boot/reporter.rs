@@ -125,6 +125,15 @@ impl Reporter {
         }
     }
 
+    /// The status reports that wait.
+    #[cfg(test)]
+    pub(super) fn reports(&self) -> impl Iterator<Item = &StatusReport> {
+        self.queue.iter().filter_map(|message| match message {
+            Message::Status(report) => Some(report),
+            Message::Log(_) => None,
+        })
+    }
+
     /// Whether everything was sent.
     #[must_use]
     pub fn is_empty(&self) -> bool {

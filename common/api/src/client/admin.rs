@@ -64,9 +64,7 @@ impl AdminClient {
     /// No socket, no server behind it.
     pub async fn unix(socket: &Path) -> Result<Self, ClientError> {
         let to = socket.display().to_string();
-        let stream = UnixStream::connect(socket)
-            .await
-            .map_err(|error| ClientError::Connect { to: to.clone(), cause: error.to_string() })?;
+        let stream = UnixStream::connect(socket).await.map_err(|error| ClientError::connect(&to, error.to_string()))?;
         Ok(Self { http: Http::start(stream, &to, "localhost", TIMEOUT).await? })
     }
 
@@ -76,7 +74,7 @@ impl AdminClient {
     /// No connection, or the other side is no member of the bundle's collective.
     pub async fn https(url: &str, bundle: &SiteBundle, token: &str) -> Result<Self, ClientError> {
         let (host, port) = parse_https(url)?;
-        let failed = |cause: String| ClientError::Connect { to: url.to_owned(), cause };
+        let failed = |cause: String| ClientError::connect(url, cause);
         let config = Arc::new(member_tls_config(bundle, None)?);
         let name = match host.parse::<IpAddr>() {
             Ok(address) => rustls_pki_types::ServerName::IpAddress(address.into()),
@@ -85,7 +83,7 @@ impl AdminClient {
         };
         let connect = async {
             let tcp = TcpStream::connect((host.as_str(), port)).await.map_err(|error| failed(error.to_string()))?;
-            TlsConnector::from(config).connect(name, tcp).await.map_err(|error| failed(handshake_failure(&error)))
+            TlsConnector::from(config).connect(name, tcp).await.map_err(|error| handshake_failure(url, &error))
         };
         let tls = tokio::time::timeout(Duration::from_secs(10), connect)
             .await

@@ -45,6 +45,8 @@ pub enum ClientError {
         to: String,
         /// Why, in one line.
         cause: String,
+        /// Whether the certificate of the other side, or of one of several, has expired by the clock of this machine.
+        has_expired: bool,
     },
     /// The connection broke, or the answer took too long.
     #[error("{call}: {cause}")]
@@ -72,6 +74,18 @@ impl ClientError {
     #[must_use]
     pub fn problem(&self) -> Option<&Problem> {
         if let Self::Problem(problem) = self { Some(problem) } else { None }
+    }
+
+    /// No connection, for a reason that says nothing of certificates.
+    #[must_use]
+    pub fn connect(to: &str, cause: String) -> Self {
+        Self::Connect { to: to.to_owned(), cause, has_expired: false }
+    }
+
+    /// Whether there is no connection because the other side's certificate has expired by the clock of this machine: one of the two clocks is wrong.
+    #[must_use]
+    pub fn has_expired(&self) -> bool {
+        matches!(self, Self::Connect { has_expired: true, .. })
     }
 
     /// Whether another member, or the same one later, may answer otherwise.
@@ -157,9 +171,8 @@ impl Http {
     {
         let host =
             HeaderValue::from_str(host).map_err(|_| ClientError::Config(format!("'{host}' is not a host name")))?;
-        let (sender, connection) = http1::handshake(TokioIo::new(stream))
-            .await
-            .map_err(|error| ClientError::Connect { to: to.to_owned(), cause: chain(&error) })?;
+        let (sender, connection) =
+            http1::handshake(TokioIo::new(stream)).await.map_err(|error| ClientError::connect(to, chain(&error)))?;
         tokio::spawn(async move {
             // An error of the connection reaches the call that waits on it.
             let _ = connection.with_upgrades().await;

@@ -33,7 +33,7 @@ impl Secured {
         timeout: Duration,
     ) -> Result<Self, ClientError> {
         let (host, port) = parse_https(url)?;
-        let failed = |cause: String| ClientError::Connect { to: url.to_owned(), cause };
+        let failed = |cause: String| ClientError::connect(url, cause);
         let server_name = match host.parse::<IpAddr>() {
             Ok(address) => ServerName::IpAddress(address.into()),
             Err(_) => ServerName::try_from(host.clone())
@@ -46,7 +46,7 @@ impl Secured {
             let tls = TlsConnector::from(config)
                 .connect(server_name, tcp)
                 .await
-                .map_err(|error| failed(handshake_failure(&error)))?;
+                .map_err(|error| handshake_failure(url, &error))?;
             Ok::<_, ClientError>((tls, local))
         };
         let (tls, local) = tokio::time::timeout(timeout, connect)

@@ -137,10 +137,10 @@ pub fn disbelief(error: &Error) -> String {
     }
 }
 
-/// Why a handshake with what should be a member failed, in one line. That its certificate is of another authority says what to do.
-pub(super) fn handshake_failure(error: &std::io::Error) -> String {
-    let cause = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
-    match cause {
+/// A handshake with what should be a member failed. That its certificate is of another authority says what to do.
+pub(super) fn handshake_failure(url: &str, error: &std::io::Error) -> ClientError {
+    let shown = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
+    let cause = match shown {
         Some(Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature)) => {
             "its certificate is of another authority than the site bundle's: it is no member of this collective, or the bundle is an older \
              one (`moor site --bundle` on a member prints it, `moor profile boot-files` makes boot files with it)"
@@ -148,7 +148,12 @@ pub(super) fn handshake_failure(error: &std::io::Error) -> String {
         }
         Some(error @ (Error::InvalidCertificate(_) | Error::General(_))) => disbelief(error),
         _ => chain(error),
-    }
+    };
+    let has_expired = matches!(
+        shown,
+        Some(Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. }))
+    );
+    ClientError::Connect { to: url.to_owned(), cause, has_expired }
 }
 
 /// The incarnation of `collective` that a member's certificate is of.
@@ -319,5 +324,31 @@ impl ServerCertVerifier for MemberVerifier {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::ErrorKind;
+    use std::time::Duration;
+
+    #[test]
+    fn that_a_certificate_has_expired_is_known_whatever_the_words() {
+        let at = |seconds| UnixTime::since_unix_epoch(Duration::from_secs(seconds));
+        let cases = [
+            (CertificateError::Expired, true),
+            (CertificateError::ExpiredContext { time: at(9), not_after: at(5) }, true),
+            (CertificateError::NotValidYet, false),
+            (CertificateError::NotValidYetContext { time: at(5), not_before: at(9) }, false),
+            (CertificateError::UnknownIssuer, false),
+        ];
+        for (error, expired) in cases {
+            let said = std::io::Error::new(ErrorKind::InvalidData, Error::InvalidCertificate(error.clone()));
+            assert_eq!(handshake_failure("https://a", &said).has_expired(), expired, "{error:?}");
+        }
+        // Words prove nothing: a server may have a name like that.
+        let words = std::io::Error::other("the certificate expired");
+        assert!(!handshake_failure("https://a", &words).has_expired());
     }
 }
