@@ -12,8 +12,8 @@ use tokio::sync::Notify;
 
 /// An outage that is over by then is not named: a server that is started again is away for a second, for each of its nodes.
 const SAY_AFTER: Duration = Duration::from_secs(2);
-/// An outage that lasts longer is named on the console each time that this is over, and its end once more. One of a minute, until the last server is
-/// tried again after it, is named once, at its end.
+/// One that goes on is named on the console again each time that this is over, and then its end is as well. One of a minute, until the last server is
+/// tried again after it, is named there once.
 const SAY_EVERY: Duration = Duration::from_secs(90);
 /// How long an outage is waited out while the machine shuts down.
 const GIVES_UP: Duration = Duration::from_secs(30);
@@ -177,8 +177,8 @@ impl Fleet {
         others.filter(|member| member.standing() == Standing::Good).filter_map(|member| member.pace().expected()).min()
     }
 
-    /// Says that no member answers: in the log after 2 s, on the console every 90 s. That one answers again is said as loudly as that none does: who reads
-    /// the first has to learn of the second. Runs as long as the reader.
+    /// Says on the console that no member answers: after 2 s, because somebody sits before a machine that stands still, and every 90 s. The end of a
+    /// long one is said as loudly, that of a short one in the log. Runs as long as the reader.
     pub(super) async fn watch_outages(self: Arc<Self>) {
         loop {
             self.until(Self::is_down).await;
@@ -188,15 +188,22 @@ impl Fleet {
                 continue;
             }
             let mut reasons = self.reasons();
-            tracing::warn!(target: ASIDE, "no server of the image answers; programs wait until one does: {reasons}");
+            tracing::error!("no server of the image answers; programs wait until one does: {reasons}");
+            let mut is_long = false;
             while within(&*self.world, SAY_EVERY, self.until(|fleet| !fleet.is_down())).await.is_none() {
                 reasons = self.reasons();
+                is_long = true;
                 let seconds = lasts(&self);
                 tracing::error!(
                     "no server of the image answers since {seconds} s; programs wait until one does: {reasons}"
                 );
             }
-            tracing::error!("a server of the image answers again; none did for {} s: {reasons}", lasts(&self));
+            let seconds = lasts(&self);
+            if is_long {
+                tracing::error!("a server of the image answers again; none did for {seconds} s: {reasons}");
+            } else {
+                tracing::warn!(target: ASIDE, "a server of the image answers again; none did for {seconds} s: {reasons}");
+            }
         }
     }
 

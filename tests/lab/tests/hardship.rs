@@ -84,7 +84,7 @@ fn a_node_short_of_memory_gets_the_cache_back_and_a_minute_without_its_server_is
     println!("console meanwhile:\n{console}");
     let ours: Vec<&str> = console.lines().filter(|line| line.contains("moor-tether: ")).collect();
     assert!(
-        matches!(ours[..], [end] if end.contains("a server of the image answers again; none did for ")),
+        matches!(ours[..], [begun] if begun.contains("no server of the image answers; programs wait")),
         "{console}"
     );
     for complaint in ["blocked for more than", "I/O error", "SQUASHFS error", "Out of memory"] {
