@@ -300,12 +300,16 @@ mod tests {
     fn a_certificate_is_believed_for_a_while_and_a_bundle_for_good() {
         let second = Incarnation::FIRST.next();
         let (begun, third) = (Instant::now(), second.next());
-        let (almost, over) = (begun + ON_TRUST - Duration::from_secs(1), begun + ON_TRUST);
+        let (almost, over) = (begun + ON_TRUST.mul_f64(0.99), begun + ON_TRUST);
         let mut belief = Belief { confirmed: Incarnation::FIRST, met: None };
         belief.meet(Incarnation::FIRST, begun);
         assert_eq!(belief.lowest(begun), Incarnation::FIRST);
         belief.meet(second, begun);
-        assert_eq!((belief.lowest(begun), belief.lowest(almost)), (second, second), "it went back to members of before");
+        assert_eq!(
+            (belief.lowest(begun), belief.lowest(almost)),
+            (second, second),
+            "it went back to members of before"
+        );
         // Nobody stands in for it: whoever was shut out may be right.
         assert_eq!(belief.lowest(over), Incarnation::FIRST);
         // Whoever counts on, or comes again, has no more time for that.
