@@ -108,13 +108,18 @@ async fn stream(
         match switched.await {
             Ok(stream) => {
                 let may = {
-                    let member = member.clone();
+                    let (member, connection) = (member.clone(), connection.clone());
                     move || {
                         check(&member, &connection, Gate::Replication)
                             .map_err(|Failure(problem)| StoreError::Leader(problem))
                     }
                 };
-                follow(TokioIo::new(stream), OwnStore(member), by, may).await;
+                tokio::select! {
+                    () = follow(TokioIo::new(stream), OwnStore(member), by, may) => {}
+                    () = connection.stop.cancelled() => {}
+                }
+                // It counts as a connection until here.
+                drop(connection.room);
             }
             Err(error) => tracing::debug!("switching a connection to {PROTOCOL}: {error}"),
         }
