@@ -66,6 +66,14 @@ pub enum StoreError {
         /// What this release knows.
         known: Level,
     },
+    /// The log is of another release.
+    #[error("it has format {found}, and this release of moord knows {known}: a newer one wrote it, install that")]
+    Format {
+        /// Which it has.
+        found: u64,
+        /// Which this release knows.
+        known: u64,
+    },
     /// It has failed.
     #[error("the database failed, and only opening it anew mends that: start the member again when its disk is well")]
     Failed,
