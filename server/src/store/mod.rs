@@ -86,6 +86,11 @@ pub enum StoreError {
     /// The collective's keys cannot be made.
     #[error("the collective's keys: {0}")]
     Keys(String),
+    /// Records and keys are of two moments that do not fit together.
+    #[error(
+        "it is of the middle of a rotation of the authorities: its records name none whose keys are in it: take a backup of before or after that, or          one that was made with a majority"
+    )]
+    NoAuthority,
     /// A message of another member is not understood.
     #[error("a message of another member is not understood: {0}")]
     Message(String),
