@@ -1,6 +1,6 @@
 //! The command line. Help, completion and man pages are made from these definitions.
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use moor_api::ids::{ImageName, NodeName, ProfileName};
 use std::path::PathBuf;
 
@@ -188,22 +188,33 @@ pub enum Authority {
     /// Make a new authority beside the one in use: nodes and members trust both from now on. No certificate of a member or a host is from the
     /// new one before the old one is retired.
     Rotate {
-        /// Which: `x509`, `ssh-host` or `ssh-user`.
+        /// Which.
         #[arg(default_value = "x509")]
-        kind: String,
+        kind: AuthorityKind,
     },
     /// Take a rotation of the authority of certificates back, before the old one is retired: the new one is trusted no more, and its keys are
     /// removed.
     Cancel,
     /// Let the new authority take over, and trust the old one no more. Refused as long as members or nodes have not acknowledged the new one.
     Retire {
-        /// Which: `x509`, `ssh-host` or `ssh-user`.
+        /// Which.
         #[arg(default_value = "x509")]
-        kind: String,
+        kind: AuthorityKind,
         /// Leave nodes behind that have not acknowledged: of x509, they trust no member until they boot with new boot files.
         #[arg(long)]
         force: bool,
     },
+}
+
+/// An authority that is rotated by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AuthorityKind {
+    /// That of certificates.
+    X509,
+    /// That of hosts.
+    SshHost,
+    /// That of users.
+    SshUser,
 }
 
 /// Arguments of `moor init`, `moor collective join` and `moor collective recover`.
@@ -417,6 +428,36 @@ mod tests {
     #[test]
     fn the_definitions_are_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn kinds_of_authorities_are_words() {
+        let parsed = |line: &str| Cli::try_parse_from(line.split(' ')).map(|cli| cli.command);
+        for (word, wanted) in [
+            ("", AuthorityKind::X509),
+            (" x509", AuthorityKind::X509),
+            (" ssh-host", AuthorityKind::SshHost),
+            (" ssh-user", AuthorityKind::SshUser),
+        ] {
+            match parsed(&format!("moor authority rotate{word}")) {
+                Ok(Command::Authority(Authority::Rotate { kind })) => assert_eq!(kind, wanted),
+                other => panic!("{other:?}"),
+            }
+            match parsed(&format!("moor authority retire{word} --force")) {
+                Ok(Command::Authority(Authority::Retire { kind, force: true })) => assert_eq!(kind, wanted),
+                other => panic!("{other:?}"),
+            }
+        }
+        // Before anybody is asked, and with the words that there are.
+        for line in ["moor authority rotate ssh", "moor authority retire ssh"] {
+            let error = parsed(line).unwrap_err().to_string();
+            assert!(
+                error.contains("'ssh'") && error.contains("[possible values: x509, ssh-host, ssh-user]"),
+                "{error}"
+            );
+        }
+        // Nothing but the authority of certificates is taken back.
+        assert!(parsed("moor authority cancel ssh-host").is_err());
     }
 
     /// What another program is to read is passed on, and what is ours is not.

@@ -9,12 +9,45 @@ use moor_api::node::MemberEndpoint;
 use moor_api::trust::{Incarnation, SiteBundle};
 use rustls::ClientConfig;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use zeroize::Zeroizing;
 
 /// Bounds a connection with its handshake, and the time to each answer: generous, because an emulated or loaded machine takes
 /// seconds for a handshake, and short enough that a dead member costs a boot little.
 const TIMEOUT: Duration = Duration::from_secs(15);
+
+/// So long a certificate's word is taken for it that the collective began anew: a node that runs gets the trust bundle that says so with a
+/// heartbeat, which is a minute or two.
+const ON_TRUST: Duration = Duration::from_mins(15);
+
+/// Which incarnation of the collective members have to be of. The trust bundle says that for good. A certificate says it for a while, once for each
+/// bundle: a bundle of before the collective was recovered does not know of that, and would believe members of before as well; but whoever has the
+/// keys of the authority, or is a second survivor that was recovered by mistake, could shut a node off from all real members for ever.
+struct Belief {
+    confirmed: Incarnation,
+    /// The newest that a certificate named, and until when that counts.
+    met: Option<(Incarnation, Instant)>,
+}
+
+impl Belief {
+    fn of(bundle: &SiteBundle) -> Self {
+        Self { confirmed: bundle.incarnation, met: None }
+    }
+
+    /// Members of earlier ones are of before.
+    fn lowest(&self, now: Instant) -> Incarnation {
+        let met = self.met.filter(|(_, until)| now < *until);
+        met.map_or(self.confirmed, |(incarnation, _)| incarnation.max(self.confirmed))
+    }
+
+    /// A certificate that is believed names `incarnation`. Another one does not make the while longer, and what has lapsed does not come back.
+    fn meet(&mut self, incarnation: Incarnation, now: Instant) {
+        if incarnation > self.confirmed {
+            let (newest, _) = self.met.get_or_insert((incarnation, now + ON_TRUST));
+            *newest = incarnation.max(*newest);
+        }
+    }
+}
 
 /// Addresses of members, the connection in use, and the token it carries.
 pub struct Members {
@@ -25,8 +58,7 @@ pub struct Members {
     token: Option<Zeroizing<String>>,
     /// The boot, for the logs of members.
     boot: Option<String>,
-    /// The newest that was met. A bundle of before the collective was recovered does not know it, and would believe members of before as well.
-    incarnation: Incarnation,
+    belief: Belief,
     timeout: Duration,
 }
 
@@ -43,7 +75,7 @@ impl Members {
             connection: None,
             token: None,
             boot: None,
-            incarnation: bundle.incarnation,
+            belief: Belief::of(bundle),
             timeout: TIMEOUT,
         };
         members.learn(urls);
@@ -64,7 +96,7 @@ impl Members {
     pub fn trust(&mut self, bundle: &SiteBundle, session: &SessionKey) -> Result<(), ClientError> {
         self.tls = Arc::new(member_tls_config(bundle, Some(session))?);
         // A bundle is newer than the one before. What connections said counts no more: somebody may have said it whom the new roots do not vouch for.
-        self.incarnation = bundle.incarnation;
+        self.belief = Belief::of(bundle);
         self.forget();
         Ok(())
     }
@@ -152,14 +184,16 @@ impl Members {
         let (mut reasons, mut has_expired) = (Vec::new(), false);
         for _ in 0..self.urls.len() {
             match NodeConnection::connect(&self.urls[0], self.collective, self.tls.clone(), self.timeout).await {
-                Ok(connection) if connection.incarnation() < self.incarnation => reasons.push(format!(
-                    "{} is of incarnation {} of the collective, and another member of {}: it is one of before",
-                    self.urls[0],
-                    connection.incarnation(),
-                    self.incarnation
-                )),
+                Ok(connection) if connection.incarnation() < self.belief.lowest(Instant::now()) => {
+                    reasons.push(format!(
+                        "{} is of incarnation {} of the collective, and another member of {}: it is one of before",
+                        self.urls[0],
+                        connection.incarnation(),
+                        self.belief.lowest(Instant::now())
+                    ));
+                }
                 Ok(mut connection) => {
-                    self.incarnation = connection.incarnation();
+                    self.belief.meet(connection.incarnation(), Instant::now());
                     if let Some(token) = &self.token {
                         connection.set_token(token)?;
                     }
@@ -260,9 +294,39 @@ mod tests {
             connection: None,
             token: None,
             boot: None,
-            incarnation: Incarnation::FIRST,
+            belief: Belief { confirmed: Incarnation::FIRST, met: None },
             timeout: TIMEOUT,
         }
+    }
+
+    #[test]
+    fn a_certificate_is_believed_for_a_while_and_a_bundle_for_good() {
+        let second = Incarnation::FIRST.next();
+        let (begun, third) = (Instant::now(), second.next());
+        let (almost, over) = (begun + ON_TRUST.mul_f64(0.99), begun + ON_TRUST);
+        let mut belief = Belief { confirmed: Incarnation::FIRST, met: None };
+        belief.meet(Incarnation::FIRST, begun);
+        assert_eq!(belief.lowest(begun), Incarnation::FIRST);
+        belief.meet(second, begun);
+        assert_eq!(
+            (belief.lowest(begun), belief.lowest(almost)),
+            (second, second),
+            "it went back to members of before"
+        );
+        // Nobody stands in for it: whoever was shut out may be right.
+        assert_eq!(belief.lowest(over), Incarnation::FIRST);
+        // Whoever counts on, or comes again, has no more time for that.
+        belief.meet(third, almost);
+        belief.meet(second, almost);
+        assert_eq!((belief.lowest(almost), belief.lowest(over)), (third, Incarnation::FIRST));
+        belief.meet(third.next(), over);
+        assert_eq!(belief.lowest(over), Incarnation::FIRST, "it can be shut off again and again");
+        // With a bundle that says so it is for good, and what comes then is met anew.
+        let mut belief = Belief { confirmed: second, met: None };
+        assert_eq!(belief.lowest(over + ON_TRUST), second);
+        belief.meet(Incarnation::FIRST, over);
+        belief.meet(third, over);
+        assert_eq!((belief.lowest(over), belief.lowest(over + ON_TRUST)), (third, second));
     }
 
     fn endpoint(number: u8, urls: &[&str]) -> MemberEndpoint {

@@ -7,12 +7,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The connections of each client. A client is an IPv4 address, or a network of IPv6 with a prefix of 64 bits: who has one address of it has
 /// all (RFC 4291 §2.5.4).
+#[derive(Debug)]
 pub(crate) struct Addresses {
     most: u32,
     held: Mutex<HashMap<IpAddr, u32>>,
 }
 
 /// A connection that is counted as long as this lives.
+#[derive(Debug)]
 pub(crate) struct Place {
     addresses: Arc<Addresses>,
     client: IpAddr,

@@ -13,6 +13,7 @@ pub use ssh::{SshAuthorities, SshHeld, has_ssh, is_pair, make_ssh, put_ssh, remo
 pub use x509::{describe, has, make, put, remove_others, root};
 
 use crate::files;
+use crate::store::authorities::Keyed;
 use anyhow::Context as _;
 use moor_api::admin::SshRole;
 use moor_api::ids::{CollectiveId, MemberId};
@@ -172,6 +173,16 @@ impl KeyFiles {
     #[must_use]
     pub fn root(&self) -> Option<&str> {
         self.0.get("root.pem").map(String::as_str)
+    }
+
+    /// Which authorities these are the keys of.
+    ///
+    /// # Errors
+    /// A file that says so is damaged.
+    pub fn keyed(&self) -> anyhow::Result<Keyed> {
+        let held = self.0.get(held::FILE).map(|text| Held::from_text(text)).transpose()?.unwrap_or_default();
+        let ssh = self.0.get(ssh::FILE).map(|text| SshHeld::from_text(text)).transpose()?.unwrap_or_default();
+        Ok(Keyed { x509: held.trusted, host: ssh.host, user: ssh.user })
     }
 }
 

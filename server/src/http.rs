@@ -1,5 +1,6 @@
 //! What all handlers share: who is at the other end, and problems as answers.
 
+use crate::addresses::Place;
 use crate::collective::voucher::Voucher;
 use crate::node::token::Known;
 use axum::extract::Request;
@@ -11,6 +12,8 @@ use moor_api::problem::{CONTENT_TYPE, Code, Problem};
 use moor_api::proof::EXPORTER_LENGTH;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, OnceLock};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio_util::sync::CancellationToken;
 
 /// The connection a request came over.
 #[derive(Debug, Clone)]
@@ -21,13 +24,30 @@ pub struct Connection {
     pub token: Arc<Known>,
     /// The vouchers that a member has shown over it.
     pub vouchers: Arc<OnceLock<Vec<Voucher>>>,
+    /// What it takes of the limits. Whoever switches it to another protocol keeps that for as long as it lives.
+    pub(crate) room: Option<Arc<Room>>,
+    /// The member stops: what goes on for ever over it has to end.
+    pub(crate) stop: CancellationToken,
+}
+
+/// The places that a connection has among those of all, and of its address.
+#[derive(Debug)]
+pub(crate) struct Room {
+    pub(crate) _all: OwnedSemaphorePermit,
+    pub(crate) _address: Option<Place>,
 }
 
 impl Connection {
     /// A new one.
     #[must_use]
     pub fn new(peer: Peer) -> Self {
-        Self { peer, token: Arc::default(), vouchers: Arc::default() }
+        let stop = CancellationToken::new();
+        Self { peer, token: Arc::default(), vouchers: Arc::default(), room: None, stop }
+    }
+
+    /// The same, with its room, of a member that stops with `stop`.
+    pub(crate) fn accepted(self, room: Room, stop: CancellationToken) -> Self {
+        Self { room: Some(Arc::new(room)), stop, ..self }
     }
 }
 

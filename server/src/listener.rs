@@ -3,7 +3,7 @@
 
 use crate::addresses::Addresses;
 use crate::certificate::Certificate;
-use crate::http::{Connection, Peer};
+use crate::http::{Connection, Peer, Room};
 use crate::state::Member;
 use anyhow::Context as _;
 use axum::{Extension, Router};
@@ -203,13 +203,15 @@ async fn accept_tls(listener: TcpListener, tls: Tls, app: Router, permits: Arc<S
         };
         let (tls, app, stop) = (tls.clone(), app.clone(), stop.clone());
         tokio::spawn(async move {
+            let room = Room { _all: permit, _address: Some(place) };
             let Some((tls, peer)) = handshake(&tls, tcp, address).await else { return };
-            if tls.get_ref().1.alpn_protocol() == Some(HTTP_2) {
-                serve_http_2(tls, peer, app, stop).await;
+            let is_http_2 = tls.get_ref().1.alpn_protocol() == Some(HTTP_2);
+            let connection = Connection::new(peer).accepted(room, stop);
+            if is_http_2 {
+                serve_http_2(tls, connection, app).await;
             } else {
-                serve_http_1(tls, peer, app, stop).await;
+                serve_http_1(tls, connection, app).await;
             }
-            drop((place, permit));
         });
     }
 }
@@ -263,18 +265,18 @@ async fn accept_unix(listener: UnixListener, app: Router, permits: Arc<Semaphore
         let Ok(credentials) = stream.peer_cred() else { continue };
         let (app, stop) = (app.clone(), stop.clone());
         tokio::spawn(async move {
-            serve_http_1(stream, Peer::Socket { uid: credentials.uid() }, app, stop).await;
-            drop(permit);
+            let (peer, room) = (Peer::Socket { uid: credentials.uid() }, Room { _all: permit, _address: None });
+            serve_http_1(stream, Connection::new(peer).accepted(room, stop), app).await;
         });
     }
 }
 
-/// What answers on a connection of this peer.
-fn service(app: Router, peer: &Peer) -> TowerToHyperService<Router> {
-    TowerToHyperService::new(app.layer(Extension(Connection::new(peer.clone()))))
+/// What answers on a connection.
+fn service(app: Router, connection: &Connection) -> TowerToHyperService<Router> {
+    TowerToHyperService::new(app.layer(Extension(connection.clone())))
 }
 
-async fn serve_http_1<S>(stream: S, peer: Peer, app: Router, stop: CancellationToken)
+async fn serve_http_1<S>(stream: S, of: Connection, app: Router)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -282,21 +284,21 @@ where
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)
         .max_headers(64)
-        .serve_connection(TokioIo::new(stream), service(app, &peer))
-        // Among members: a connection that is switched lives on with the route that it was switched by.
+        .serve_connection(TokioIo::new(stream), service(app, &of))
+        // Among members: a connection that is switched lives on with the route that it was switched by, which keeps its room.
         .with_upgrades();
-    until_stopped(connection, http1::UpgradeableConnection::graceful_shutdown, &peer, stop).await;
+    until_stopped(connection, http1::UpgradeableConnection::graceful_shutdown, &of).await;
 }
 
-async fn serve_http_2(stream: Tcp, peer: Peer, app: Router, stop: CancellationToken) {
+async fn serve_http_2(stream: Tcp, of: Connection, app: Router) {
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .keep_alive_interval(PING)
         .keep_alive_timeout(HANDSHAKE)
         .max_concurrent_streams(STREAMS)
         .max_header_list_size(HEADS)
-        .serve_connection(TokioIo::new(stream), service(app, &peer));
-    until_stopped(connection, http2::Connection::graceful_shutdown, &peer, stop).await;
+        .serve_connection(TokioIo::new(stream), service(app, &of));
+    until_stopped(connection, http2::Connection::graceful_shutdown, &of).await;
 }
 
 /// A connection that was switched, from now on for tasks of the runtime that calls this: elsewhere what comes would wake a thread there first.
@@ -319,8 +321,7 @@ pub(crate) fn take_over(switched: hyper::upgrade::Upgraded) -> io::Result<impl A
 async fn until_stopped<C: Future<Output = hyper::Result<()>>>(
     connection: C,
     shut_down: impl FnOnce(Pin<&mut C>),
-    peer: &Peer,
-    stop: CancellationToken,
+    Connection { peer, stop, .. }: &Connection,
 ) {
     tokio::pin!(connection);
     let ended = tokio::select! {

@@ -1,8 +1,7 @@
 //! `moor authority …`
 
-use crate::args::Authority;
+use crate::args::{self, Authority};
 use crate::output;
-use anyhow::Context as _;
 use moor_api::admin::{
     AuthorityInfo, AuthorityKind, AuthorityRetired, AuthorityRotated, AuthorityState, AuthorityView, RetireRequest,
     SshAuthorityInfo, SshRole,
@@ -29,7 +28,7 @@ pub(crate) async fn run(client: &mut AdminClient, command: Authority, json: bool
                 }
             }
         }
-        Authority::Rotate { kind } => match kind_of(&kind)? {
+        Authority::Rotate { kind } => match kind.into() {
             AuthorityKind::X509 => {
                 let rotated = client.rotate_authority().await?;
                 is_rotated(&rotated, "authority", "trust bundle", json)?;
@@ -56,8 +55,8 @@ pub(crate) async fn run(client: &mut AdminClient, command: Authority, json: bool
             );
         }
         Authority::Retire { kind, force } => {
-            let (kind, request) = (kind_of(&kind)?, RetireRequest { force });
-            let (retired, what, who, until) = match kind {
+            let request = RetireRequest { force };
+            let (retired, what, who, until) = match kind.into() {
                 AuthorityKind::X509 => {
                     let until = "left behind, until they boot with new boot files";
                     (client.retire_authority(&request).await?, "authority".to_owned(), "members", until)
@@ -85,8 +84,14 @@ pub(crate) async fn run(client: &mut AdminClient, command: Authority, json: bool
     Ok(ExitCode::SUCCESS)
 }
 
-fn kind_of(text: &str) -> anyhow::Result<AuthorityKind> {
-    text.parse().with_context(|| format!("'{text}'"))
+impl From<args::AuthorityKind> for AuthorityKind {
+    fn from(kind: args::AuthorityKind) -> Self {
+        match kind {
+            args::AuthorityKind::X509 => Self::X509,
+            args::AuthorityKind::SshHost => Self::Ssh(SshRole::Host),
+            args::AuthorityKind::SshUser => Self::Ssh(SshRole::User),
+        }
+    }
 }
 
 /// What whoever logs in has to do between the two steps.

@@ -185,7 +185,6 @@ impl Duty {
     /// Heartbeats and certificates.
     async fn accompany(&mut self) -> Infallible {
         let mut beat = Instant::now();
-        let mut renew_at = self.record.renew_after;
         loop {
             if Instant::now() >= beat {
                 beat = Instant::now() + self.heartbeat().await;
@@ -196,8 +195,9 @@ impl Duty {
                 self.record.is_trace_told = true;
                 self.remember();
             }
-            if renew_at != 0 && clock::now() >= renew_at {
-                renew_at = self.renew().await;
+            // Taking up SSH authorities, with a heartbeat, has them renewed as well.
+            if self.record.renew_after != 0 && clock::now() >= self.record.renew_after {
+                self.renew().await;
             }
             // The clock may be set meanwhile, so the renewal is looked at with each heartbeat, and at least once a minute.
             let wait = beat.saturating_duration_since(Instant::now()).min(Duration::from_mins(1));

@@ -14,20 +14,19 @@ use tokio::process::Command;
 const AGAIN: Duration = Duration::from_mins(5);
 
 impl Duty {
-    /// New certificates; returns when the next are due.
-    pub(super) async fn renew(&mut self) -> u64 {
-        match self.try_renew().await {
+    /// New certificates, and when the next are due.
+    pub(super) async fn renew(&mut self) {
+        self.record.renew_after = match self.try_renew().await {
             Ok(renew_after) => {
                 crate::console::say("onboot", "the host certificates were renewed");
-                self.record.renew_after = renew_after;
-                self.remember();
                 renew_after
             }
             Err(reason) => {
                 crate::console::say("onboot", &format!("the host certificates were not renewed: {reason}"));
                 clock::now() + AGAIN.as_secs()
             }
-        }
+        };
+        self.remember();
     }
 
     async fn try_renew(&mut self) -> Result<u64, String> {

@@ -4,13 +4,13 @@ use crate::member::{Member, Visit};
 use crate::port::free_ports;
 use crate::rotation::{Agent, boot, in_namespace, publish, until};
 use crate::swtpm::good;
-use moor_agent::handover::{RUN_DIR, RunDir};
+use moor_agent::handover::{BootRecord, RUN_DIR, RunDir};
 use moor_agent::identity::Identity;
 use moor_agent::identity::soft::SoftKey;
 use moor_agent::render::{self, BootInterface, Facts};
 use moor_agent::ssh;
 use moor_agent::tree::Tree;
-use moor_api::admin::{RetireRequest, SshRole};
+use moor_api::admin::{BackupRequest, RetireRequest, SshRole};
 use moor_api::client::ClientError;
 use moor_api::node::{HostCertificateRequest, Stage};
 use std::fs;
@@ -184,6 +184,17 @@ async fn have_all_acknowledged(member: &Member) -> bool {
     member.admin().await.authority().await.unwrap().ssh_behind.is_empty()
 }
 
+/// How often a member has certified this node's keys, as its audit log says.
+async fn certificates_given(member: &Member) -> usize {
+    let request = BackupRequest { passphrase: None, without_majority: false };
+    let (mut admin, mut text) = (member.admin().await, Vec::new());
+    let mut parts = admin.backup(&request).await.unwrap();
+    while let Some(part) = parts.next().await.unwrap() {
+        text.extend_from_slice(&part);
+    }
+    String::from_utf8(text).unwrap().lines().filter(|line| line.contains("\"host-certificates\"")).count()
+}
+
 fn lines(path: &str) -> Vec<String> {
     fs::read_to_string(path).unwrap().lines().map(str::to_owned).collect()
 }
@@ -223,9 +234,15 @@ async fn rotate() {
     old.comes_in(&sshd);
     // The agent dies, and begins anew with what is on its disk.
     drop(running);
+    // Certificates are due just now: those that come with the authorities do for that.
+    let due = moor_agent::clock::now();
+    run.write_boot(&BootRecord { renew_after: due, ..run.boot().unwrap() }).unwrap();
+    let given = certificates_given(&member).await;
     let running = agent(dir);
     until("the acknowledgement", async || have_all_acknowledged(&member).await).await;
     assert_eq!(run.boot().unwrap().ssh_version, 3);
+    assert_eq!(certificates_given(&member).await, given + 1, "they were renewed once more");
+    assert!(run.boot().unwrap().renew_after > due);
     assert_eq!((lines(USER_AUTHORITIES).len(), lines("/etc/ssh/ssh_known_hosts").len()), (2, 2));
     old.comes_in(&sshd);
     let new = User::new(dir, "new");

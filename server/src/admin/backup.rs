@@ -48,6 +48,19 @@ impl Write for Pipe {
     }
 }
 
+/// Refuses what could not be restored.
+async fn check(member: &Arc<Member>) -> Result<(), Failure> {
+    let member = member.clone();
+    let checked = tokio::task::spawn_blocking(move || backup::check(&member)).await.map_err(anyhow::Error::from)?;
+    checked.map_err(|error| match error.downcast_ref::<StoreError>() {
+        Some(StoreError::NoAuthority) => {
+            let detail = "this member was killed in the middle of a rotation of the authorities: its tables are of before that, and the keys of then                           are removed; bring a majority back, or let this member go on alone (`moor collective recover`), and make the backup then";
+            Problem::new(Code::Conflict, detail).into()
+        }
+        _ => error.into(),
+    })
+}
+
 pub(super) async fn backup(
     State(member): State<Arc<Member>>,
     Extension(connection): Extension<Connection>,
@@ -77,6 +90,9 @@ pub(super) async fn backup(
             None
         }
         Err(StoreError::NoLeader(why)) if request.without_majority => {
+            if passphrase.is_some() {
+                check(&member).await?;
+            }
             member.audit_alone("backup", &fields(false)).await?;
             Some(why)
         }

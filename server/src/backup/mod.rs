@@ -91,6 +91,16 @@ pub fn write<W: Write>(member: &Member, passphrase: &[u8], is_stale: bool, out: 
     out.finish().context("writing a backup")
 }
 
+/// Whether a backup of this member, which has no majority, could be restored. One that was killed has tables of an earlier moment until a majority
+/// says what of its log was agreed, and may have removed keys since.
+///
+/// # Errors
+/// It could not; a key file or the database is damaged.
+pub fn check(member: &Member) -> anyhow::Result<()> {
+    let (keys, _, view) = member.export_keys()?;
+    Ok(view.check_keyed(&keys.keyed()?)?)
+}
+
 /// Opens an encrypted backup: what it is of, and the snapshot that follows.
 ///
 /// # Errors

@@ -87,7 +87,8 @@ async fn make(
     let mut survivor = Survivor::open(&config.store()).context("making the store")?;
     let only = member.clone();
     // Who was a member then may have the keys of then.
-    let number = survivor.restore(tables, member, move |before| ring.begin_anew(&only, before)).await?;
+    let keyed = head.keys.keyed()?;
+    let number = survivor.restore(tables, member, keyed, move |before| ring.begin_anew(&only, before)).await?;
     let view = survivor.view()?;
     let site = view.site()?.context("the backup has no collective in it")?;
     ensure!(site.collective == head.site.collective, "its keys are of another collective than its records");

@@ -7,7 +7,7 @@
 use super::answer::{Caller, Heard};
 use super::identity::Identity;
 use super::rotation::unreadable;
-use crate::authority;
+use crate::authority::{self, SshHeld};
 use crate::config::Config;
 use crate::files;
 use crate::secrets::Keyring;
@@ -178,7 +178,8 @@ impl Recovery {
         Intention { id: member.id }.write(&config.recovering())?;
         // The lost ones have the keys of before.
         let keys = move |before: &KeysRecord| keyring.openable(before).begin_anew(&only, before);
-        survivor.begin_anew(identity.number, member, keys).await?;
+        let hosts = SshHeld::read(&config.keys())?.host;
+        survivor.begin_anew(identity.number, member, hosts, keys).await?;
         let view = survivor.view()?;
         let tables = (view.site()?, view.members()?);
         let identity = settle(config, identity, tables)?.context("the tables did not change")?;

@@ -110,13 +110,18 @@ async fn stream(
         match switched.await.map_err(io::Error::other).and_then(take_over) {
             Ok(stream) => {
                 let may = {
-                    let member = member.clone();
+                    let (member, connection) = (member.clone(), connection.clone());
                     move || {
                         check(&member, &connection, Gate::Replication)
                             .map_err(|Failure(problem)| StoreError::Leader(problem))
                     }
                 };
-                follow(stream, OwnStore(member), by, may).await;
+                tokio::select! {
+                    () = follow(stream, OwnStore(member), by, may) => {}
+                    () = connection.stop.cancelled() => {}
+                }
+                // It counts as a connection until here.
+                drop(connection.room);
             }
             Err(error) => tracing::debug!("switching a connection to {PROTOCOL}: {error}"),
         }

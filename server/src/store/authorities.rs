@@ -305,6 +305,61 @@ pub(super) fn begin_anew(write: &Write<'_>, jump: u64) -> Result<(), StoreError>
     ssh::begin_anew(write, jump)
 }
 
+/// Authorities, by their numbers, whose keys there are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Keyed {
+    /// Those of certificates.
+    pub x509: Vec<u32>,
+    /// Those of hosts.
+    pub host: Vec<u32>,
+    /// Those of users.
+    pub user: Vec<u32>,
+}
+
+/// The records without the authorities whose keys are not there, which nobody can take up: a member that is killed may have dropped one, and removed
+/// its keys, and have tables of before that. Without a record there is the first.
+///
+/// # Errors
+/// [`StoreError::NoAuthority`].
+fn with_keys(mut record: Option<AuthoritiesRecord>, numbers: &[u32]) -> Result<Option<AuthoritiesRecord>, StoreError> {
+    let has_any = match &mut record {
+        Some(record) => {
+            record.list.retain(|authority| numbers.contains(&authority.number));
+            record.issuing().is_some()
+        }
+        None => numbers.contains(&1),
+    };
+    if has_any { Ok(record) } else { Err(StoreError::NoAuthority) }
+}
+
+/// Leaves the authorities in the records whose keys there are, in tables that come from elsewhere.
+///
+/// # Errors
+/// Certificates could be from none of them; the database is damaged.
+pub(super) fn leave_keyed(write: &Write<'_>, keyed: &Keyed) -> Result<(), StoreError> {
+    let before = get(write)?;
+    let after = with_keys(before.clone(), &keyed.x509)?;
+    if let Some(record) = after.filter(|record| before.as_ref() != Some(record)) {
+        // Members and nodes may have it still: no other one is to have its number.
+        let given = highest(before.as_ref(), write.get(tables::COUNTERS, GIVEN)?);
+        write.put(tables::COUNTERS, GIVEN, &given)?;
+        write.put(tables::SITE, RECORD, &record)?;
+    }
+    ssh::leave_keyed(write, keyed)
+}
+
+impl Snapshot {
+    /// Whether these tables can be restored with the keys of these authorities.
+    ///
+    /// # Errors
+    /// They cannot; the database is damaged.
+    pub fn check_keyed(&self, keyed: &Keyed) -> Result<(), StoreError> {
+        let record = self.get::<AuthoritiesRecord>(tables::SITE, RECORD)?;
+        with_keys(record, &keyed.x509)?;
+        ssh::with_keys(self.ssh_authorities()?.1, keyed).map(drop)
+    }
+}
+
 /// Adds one. `first` is the one that the collective began with, where there is no record yet.
 fn rotate(write: &Write<'_>, first: Option<AuthorityRecord>, mut new: AuthorityRecord) -> Result<Outcome, StoreError> {
     let Some(site) = site(write)? else { return Ok(none()) };

@@ -66,6 +66,14 @@ pub enum StoreError {
         /// What this release knows.
         known: Level,
     },
+    /// The log is of another release.
+    #[error("it has format {found}, and this release of moord knows {known}: a newer one wrote it, install that")]
+    Format {
+        /// Which it has.
+        found: u64,
+        /// Which this release knows.
+        known: u64,
+    },
     /// It has failed.
     #[error("the database failed, and only opening it anew mends that: start the member again when its disk is well")]
     Failed,
@@ -81,6 +89,11 @@ pub enum StoreError {
     /// The collective's keys cannot be made.
     #[error("the collective's keys: {0}")]
     Keys(String),
+    /// Records and keys are of two moments that do not fit together.
+    #[error(
+        "it is of the middle of a rotation of the authorities: its records name none whose keys are in it: take a backup of before or after that, or          one that was made with a majority"
+    )]
+    NoAuthority,
     /// A message of another member is not understood.
     #[error("a message of another member is not understood: {0}")]
     Message(String),

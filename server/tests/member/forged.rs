@@ -7,7 +7,7 @@ use crate::tls::{Identity, issue_for, issue_until};
 use anyhow::{Context as _, ensure};
 use bytes::Bytes;
 use moor_api::admin::MemberRequest;
-use moor_api::client::member::MemberConnection;
+use moor_api::client::member::{MemberConnection, Switched};
 use moor_api::client::tls::peer_tls_config;
 use moor_api::ids::{CollectiveId, MemberId, NodeId};
 use moor_api::problem::Code;
@@ -21,7 +21,7 @@ use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
@@ -316,6 +316,36 @@ async fn a_member_whose_certificate_is_of_another_time_is_told_that() -> anyhow:
     let says = "the certificate that was shown is not believed: its certificate expired ";
     all_refused("an old one", &mut connection, says).await?;
     is_member(2, &mut connect(&first, &bundle, own.itself()?).await?).await
+}
+
+/// A member's streams count among the connections of its address as long as they are open, and keep nobody from stopping.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_take_the_places_of_connections() -> anyhow::Result<()> {
+    let most = 40;
+    let mut first = Member::init()?;
+    first.configure(&format!("connections_per_address = {most}\n"))?;
+    first.run()?;
+    let second = joined(&first, "m2", true).await?;
+    voters(&first, 2).await?;
+    let (bundle, insider) = (first.site().await?.bundle, Insider::of(&second)?);
+    let begin = async || -> anyhow::Result<Switched> {
+        let connection = connect(&first, &bundle, insider.itself()?).await?;
+        Ok(connection.switch("/member/v1/stream", "moor-append/1").await?)
+    };
+    let mut held = Vec::new();
+    while let Ok(stream) = begin().await {
+        held.push(stream);
+        ensure!(held.len() <= most, "one more than there are places");
+    }
+    ensure!(held.len() > most / 2, "{} streams alone were taken:\n{}", held.len(), first.log());
+    let few = held.split_off(most / 2);
+    drop(held);
+    until(&first, "the places stay taken", async || Ok(begin().await.is_ok())).await?;
+    let begun = Instant::now();
+    ensure!(first.terminate()?, "{}", first.log());
+    ensure!(begun.elapsed() < Duration::from_secs(3), "it waited for streams to end: {:?}", begun.elapsed());
+    drop(few);
+    Ok(())
 }
 
 /// Who stands at a member's address with its id and another key is asked nothing, and told nothing.

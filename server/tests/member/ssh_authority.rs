@@ -94,8 +94,6 @@ async fn the_old_ones_go_once_all_nodes_have_taken_up_the_new_ones() -> anyhow::
     knows_of_it(&member).await?;
     booted(&member, &machine).await?;
     for (arguments, says) in [
-        (["authority", "rotate", "ssh"], "'ssh': there is no such kind of authority: it is x509, ssh-host or ssh-user"),
-        (["authority", "retire", "SSH-HOST"], "'SSH-HOST': there is no such kind of authority"),
         (["authority", "retire", "ssh-host"], "there is one SSH host authority, and nothing to retire"),
         (["authority", "retire", "ssh-user"], "`moor authority rotate ssh-user` makes another first"),
     ] {

@@ -6,7 +6,7 @@
 //! more. Of hosts, certificates are from the new one now, and the old one is trusted until it is *dropped*: once all nodes have such certificates.
 
 use super::refused;
-use super::{NodeTrust, named};
+use super::{Keyed, NodeTrust, named};
 use crate::store::StoreError;
 use crate::store::command::Outcome;
 use crate::store::level::{self, Level};
@@ -195,7 +195,8 @@ pub(in crate::store) fn version(write: &Write<'_>) -> Result<u64, StoreError> {
     Ok(get(write)?.map_or(1, |record| record.version))
 }
 
-/// As the X.509 authorities do: see [`super::begin_anew`]. All nodes have to acknowledge anew.
+/// As the X.509 authorities do: see [`super::begin_anew`]. All nodes have to acknowledge anew. A host authority that was retired stays until they
+/// have, as ever: hosts show certificates from it, and users believe them.
 pub(super) fn begin_anew(write: &Write<'_>, jump: u64) -> Result<(), StoreError> {
     let record = get(write)?;
     let before = write.get::<u64>(tables::COUNTERS, GIVEN)?.unwrap_or(0);
@@ -203,11 +204,65 @@ pub(super) fn begin_anew(write: &Write<'_>, jump: u64) -> Result<(), StoreError>
     write.put(tables::COUNTERS, GIVEN, &given)?;
     if let Some(mut record) = record {
         record.version = given;
-        record.host.retain(|authority| authority.retired.is_none());
         for authority in record.host.iter_mut().chain(&mut record.user) {
             authority.since = given;
+            authority.retired = authority.retired.map(|_| given);
         }
         write.put(tables::SITE, RECORD, &record)?;
+    }
+    Ok(())
+}
+
+/// As for X.509: see [`super::with_keys`].
+///
+/// # Errors
+/// [`StoreError::NoAuthority`].
+pub(super) fn with_keys(
+    mut record: Option<SshAuthoritiesRecord>,
+    keyed: &Keyed,
+) -> Result<Option<SshAuthoritiesRecord>, StoreError> {
+    let has_any = match &mut record {
+        Some(record) => {
+            record.host.retain(|authority| keyed.host.contains(&authority.number));
+            record.user.retain(|authority| keyed.user.contains(&authority.number));
+            record.signing().is_some() && !record.user.is_empty()
+        }
+        None => keyed.host.contains(&1) && keyed.user.contains(&1),
+    };
+    if has_any { Ok(record) } else { Err(StoreError::NoAuthority) }
+}
+
+/// As for X.509: see [`super::leave_keyed`].
+pub(super) fn leave_keyed(write: &Write<'_>, keyed: &Keyed) -> Result<(), StoreError> {
+    let before = get(write)?;
+    let after = with_keys(before.clone(), keyed)?;
+    put_left(write, before, after)
+}
+
+/// Takes the retired host authorities out of the records, of a member that goes on alone, whose keys it does not have: one that joined when they
+/// were dropped elsewhere already.
+pub(in crate::store) fn leave_retired(write: &Write<'_>, hosts: &[u32]) -> Result<(), StoreError> {
+    let before = get(write)?;
+    let after = before.clone().map(|mut record| {
+        record.host.retain(|authority| authority.retired.is_none() || hosts.contains(&authority.number));
+        record
+    });
+    put_left(write, before, after)
+}
+
+/// Writes what is left of the record `before`, if that is less.
+fn put_left(
+    write: &Write<'_>,
+    before: Option<SshAuthoritiesRecord>,
+    after: Option<SshAuthoritiesRecord>,
+) -> Result<(), StoreError> {
+    if let (Some(before), Some(after)) = (before, after)
+        && before != after
+    {
+        // No other one is to have their numbers.
+        let given = write.get::<u64>(tables::COUNTERS, GIVEN)?.unwrap_or(0).max(before.highest());
+        write.put(tables::COUNTERS, GIVEN, &given)?;
+        write.put(tables::SITE, RECORD, &after)?;
     }
     Ok(())
 }

@@ -260,6 +260,45 @@ fn a_collective_that_begins_anew_gives_no_number_and_no_version_again() {
     });
 }
 
+/// Tables of a member that was killed are those of an earlier moment, and what it had dropped it has no keys of.
+#[test]
+fn a_backup_of_the_middle_of_a_rotation_keeps_the_authorities_that_it_has_keys_of() {
+    let keyed = |x509: &[u32]| Keyed { x509: x509.to_vec(), host: vec![1], user: vec![1] };
+    let left =
+        |site: &Site<'_, '_>, x509: &[u32]| leave_keyed(site.write, &keyed(x509)).map_err(|error| error.to_string());
+    // The new one has taken over, and the tables are of before that.
+    with_site(Level::NEWEST, |site| {
+        site.apply(site.rotate(2));
+        left(site, &[2]).unwrap();
+        assert_eq!(site.numbers(), [2]);
+        site.begins_anew();
+        assert_eq!(site.numbers(), [2]);
+    });
+    // Cancelled: its number is not given again.
+    with_site(Level::NEWEST, |site| {
+        site.apply(site.rotate(2));
+        left(site, &[1]).unwrap();
+        assert_eq!(site.numbers(), [1]);
+        site.refused(site.rotate(2), "changed meanwhile");
+        assert_eq!(site.apply(site.rotate(3)), Outcome::Number(3));
+    });
+    // All is there; there is more than is known of, and that is not wanted.
+    with_site(Level::NEWEST, |site| {
+        left(site, &[1, 2]).unwrap();
+        site.apply(site.rotate(2));
+        left(site, &[1, 2]).unwrap();
+        assert_eq!(site.numbers(), [1, 2]);
+    });
+    // Nothing is known of the only one that there is.
+    with_site(Level::NEWEST, |site| {
+        let error = left(site, &[2]).unwrap_err();
+        assert!(error.contains("the middle of a rotation"), "{error}");
+        site.apply(site.rotate(2));
+        assert!(left(site, &[3]).is_err());
+        assert_eq!(site.numbers(), [1, 2]);
+    });
+}
+
 /// A release that does not count incarnations is no member of it.
 #[test]
 fn a_collective_that_begins_anew_is_of_the_next_incarnation_and_of_the_level_that_knows_it() {

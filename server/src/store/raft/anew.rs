@@ -7,6 +7,7 @@
 use super::log::Log;
 use super::machine::{Machine, State};
 use super::{Entry, LogId, Peer, Places, Replicated, Vote, consensus, snapshot};
+use crate::store::authorities::{self, Keyed, ssh};
 use crate::store::records::{KeysRecord, MemberRecord, SiteRecord};
 use crate::store::tables::{self, Snapshot};
 use crate::store::{Level, StoreError};
@@ -113,7 +114,8 @@ impl Survivor {
     }
 
     /// Applies all that the log has, and makes `member` the only one, with the keys that `keys` makes of those that there are; returns its number.
-    /// `before` is the number that it has now. What the log has may have been acknowledged, so none of it is dropped.
+    /// `before` is the number that it has now, `hosts` are the SSH host authorities whose keys it has. What the log has may have been acknowledged,
+    /// so none of it is dropped.
     ///
     /// Whoever is interrupted finds a member that is as it was, or the new one: never entries applied of which nobody knows whether they were
     /// agreed, in a member that may go on with those of before.
@@ -124,6 +126,7 @@ impl Survivor {
         &mut self,
         before: u64,
         member: MemberRecord,
+        hosts: Vec<u32>,
         keys: impl FnOnce(&KeysRecord) -> anyhow::Result<KeysRecord> + Send + 'static,
     ) -> Result<u64, StoreError> {
         let entries = self.behind().await?;
@@ -138,6 +141,7 @@ impl Survivor {
                 for entry in entries {
                     machine.take(write, entry)?;
                 }
+                ssh::leave_retired(write, &hosts)?;
                 Ok(last)
             };
             machine.begin_anew(fill, term, member, keys)
@@ -146,20 +150,23 @@ impl Survivor {
         Ok(number)
     }
 
-    /// The same with the tables of a backup, over a store that was made for it.
+    /// The same with the tables of a backup, over a store that was made for it, and the keys of the authorities `keyed`.
     ///
     /// # Errors
-    /// The backup is damaged, or of a newer level; `keys` makes none: then nothing was changed. The store failed.
+    /// The backup is damaged, or of a newer level; its tables name no authority that there are keys of; `keys` makes none: then nothing was changed.
+    /// The store failed.
     pub async fn restore(
         &mut self,
         tables: impl Read + Send + 'static,
         member: MemberRecord,
+        keyed: Keyed,
         keys: impl FnOnce(&KeysRecord) -> anyhow::Result<KeysRecord> + Send + 'static,
     ) -> Result<u64, StoreError> {
         let machine = self.machine.clone();
         let begin = move || {
             let fill = |write: &tables::Write<'_>| {
                 let read = snapshot::read(tables, write, machine.known()).map_err(snapshot::unread)?;
+                authorities::leave_keyed(write, &keyed)?;
                 Ok(read.last_log_id)
             };
             machine.begin_anew(fill, 1, member, keys)

@@ -14,7 +14,7 @@ use super::journal;
 use super::wire::{WireLogId, WireVote, entry_bytes, entry_from};
 use super::{Entry, LogId, Raft, Vote};
 use crate::store::{Level, StoreError, database};
-use changes::{ENTRIES, JOURNAL, MARKS, damaged, failed, journal_of, mark};
+use changes::{ENTRIES, JOURNAL, MARKS, damaged, failed, journal_of, mark, unwritten};
 use openraft::OptionalSend;
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use redb::backends::FileBackend;
@@ -98,7 +98,7 @@ impl Log {
     /// Opens it, for a release that knows levels up to `known`. Its thread ends with the last handle.
     ///
     /// # Errors
-    /// It cannot be opened, or is damaged; the newest entry is of a newer level.
+    /// It cannot be opened, or is damaged; it is of a newer format, or its newest entry of a newer level.
     pub(super) fn open(path: &Path, known: Level) -> Result<Self, StoreError> {
         let database = database::open(path, database::LOG)?;
         let beside = path.with_extension("journal");
@@ -133,7 +133,7 @@ impl Log {
         known: Level,
     ) -> Result<Self, StoreError> {
         let transaction = database.begin_write()?;
-        let (mut journal, is_to_begin) = journal_of(&transaction, journal, size)?;
+        let (mut journal, is_to_begin) = journal_of(&transaction, journal, size, &disk)?;
         let memory = {
             let entries = transaction.open_table(ENTRIES)?;
             let marks = transaction.open_table(MARKS)?;
@@ -161,7 +161,7 @@ impl Log {
         };
         transaction.commit()?;
         if is_to_begin {
-            journal.begin_anew().map_err(failed)?;
+            journal.begin_anew().map_err(|error| unwritten(error, &disk))?;
         }
         let shared = Arc::new(Shared { database, memory: Mutex::new(memory), known });
         let (jobs, queue) = mpsc::channel();

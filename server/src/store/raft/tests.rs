@@ -409,7 +409,7 @@ async fn who_begins_anew_changes_all_at_once_or_nothing() {
     let mut survivor = Survivor::open(&places).unwrap();
     let before = survivor.view().unwrap().digests().unwrap();
     let none = |_: &KeysRecord| -> anyhow::Result<KeysRecord> { anyhow::bail!("there are none") };
-    let error = survivor.begin_anew(FOUNDER, founder(Level::FIRST), none).await.unwrap_err().to_string();
+    let error = survivor.begin_anew(FOUNDER, founder(Level::FIRST), vec![1], none).await.unwrap_err().to_string();
     assert!(error.contains("there are none"), "{error}");
     assert!(survivor.view().unwrap().digests().unwrap() == before, "what was not agreed was applied");
     // The members of before may have come back meanwhile: it is one of them still.
@@ -422,7 +422,7 @@ async fn who_begins_anew_changes_all_at_once_or_nothing() {
     std::fs::write(&places.state, &tables).unwrap();
     let mut survivor = Survivor::open(&places).unwrap();
     let (member, (term, last)) = (founder(Level::FIRST), survivor.newest().await.unwrap());
-    let number = survivor.begin_anew(FOUNDER, member.clone(), |before| Ok(before.clone())).await.unwrap();
+    let number = survivor.begin_anew(FOUNDER, member.clone(), vec![1], |before| Ok(before.clone())).await.unwrap();
     drop(survivor);
     database::released(&places.log).await;
     let (site, records) = members_in(&places).unwrap();

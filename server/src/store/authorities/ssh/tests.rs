@@ -162,17 +162,59 @@ fn a_collective_that_begins_anew_gives_no_number_and_no_version_again() {
         says(site, 1, JUMP + 2);
         assert_eq!(site.apply(retirement(USER, 1, &[])), Outcome::Number(JUMP + 3));
     });
-    // While there are two: who has acknowledged these, has acknowledged nothing that was made of them elsewhere. While one goes: it is gone.
+    // While there are two: who has acknowledged these, has acknowledged nothing that was made of them elsewhere. While one of hosts goes: users go on
+    // to believe it until no node shows it.
     with_site(Level::NEWEST, |site| {
         site.apply(rotation(site, USER, 2));
         site.apply(rotation(site, HOST, 2));
         says(site, 1, 3);
         assert_eq!(site.apply(retirement(HOST, 1, &[])), Outcome::Number(4));
         let _ = anew(site);
-        assert_eq!((numbers(site), version(site.write).unwrap()), ((vec![2], vec![1, 2]), JUMP + 4));
+        assert_eq!((numbers(site), version(site.write).unwrap()), ((vec![1, 2], vec![1, 2]), JUMP + 4));
+        assert_eq!(get(site.write).unwrap().unwrap().signing().unwrap().number, 2);
         refused(site, retirement(USER, 1, &[]), ": n1: ");
+        refused(site, ssh(SshChange::Drop { number: 1 }), "have certificates from SSH host authority 1 still: n1");
         says(site, 1, JUMP + 4);
-        assert_eq!(site.apply(retirement(USER, 1, &[])), Outcome::Number(JUMP + 5));
+        assert_eq!(site.apply(ssh(SshChange::Drop { number: 1 })), Outcome::Number(JUMP + 5));
+        assert_eq!(site.apply(retirement(USER, 1, &[])), Outcome::Number(JUMP + 6));
+        assert_eq!(numbers(site), (vec![2], vec![2]));
+    });
+}
+
+#[test]
+fn what_there_are_no_keys_of_is_left_out() {
+    let rotated = |then: &dyn Fn(&Site<'_, '_>)| {
+        with_site(Level::NEWEST, |site| {
+            site.apply(rotation(site, USER, 2));
+            site.apply(rotation(site, HOST, 2));
+            says(site, 1, 3);
+            then(site);
+        });
+    };
+    let keyed = |host: &[u32], user: &[u32]| Keyed { x509: vec![1], host: host.to_vec(), user: user.to_vec() };
+    rotated(&|site| {
+        leave_keyed(site.write, &keyed(&[2], &[2])).unwrap();
+        assert_eq!(numbers(site), (vec![2], vec![2]));
+        // None of hosts is left, or none of users.
+        for (host, user) in [(&[1_u32][..], &[2_u32][..]), (&[2][..], &[1][..]), (&[2][..], &[][..])] {
+            let error = leave_keyed(site.write, &keyed(host, user)).unwrap_err().to_string();
+            assert!(error.contains("the middle of a rotation"), "{error}");
+        }
+    });
+    // A survivor that joined without the one that went. What it has not taken up yet comes with the records.
+    rotated(&|site| {
+        leave_retired(site.write, &[1]).unwrap();
+        assert_eq!(numbers(site).0, [1, 2]);
+        site.apply(retirement(HOST, 1, &[]));
+        leave_retired(site.write, &[1]).unwrap();
+        assert_eq!(numbers(site).0, [1, 2]);
+        leave_retired(site.write, &[2]).unwrap();
+        assert_eq!(numbers(site), (vec![2], vec![1, 2]));
+    });
+    // Before a rotation there is the first.
+    with_site(Level::NEWEST, |site| {
+        leave_keyed(site.write, &keyed(&[1], &[1])).unwrap();
+        assert!(leave_keyed(site.write, &keyed(&[2], &[1])).is_err());
     });
 }
 

@@ -3,17 +3,28 @@
 
 use crate::store::StoreError;
 use crate::store::raft::journal::{Journal, JournalError, LogName};
-use redb::{StorageBackend, TableDefinition, WriteTransaction};
+use redb::{ReadableTable as _, StorageBackend, TableDefinition, TableError, WriteTransaction};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::io;
+use std::path::Path;
 
 pub(super) const ENTRIES: TableDefinition<'static, u64, &'static [u8]> = TableDefinition::new("entries");
 /// What is one of a kind: `vote`, `committed`, `purged`, `journal`.
-pub(super) const MARKS: TableDefinition<'static, &'static str, &'static [u8]> = TableDefinition::new("marks");
+pub(super) const MARKS: TableDefinition<'static, &'static str, &'static [u8]> = TableDefinition::new("marks-2");
+/// [`MARKS`] had this name before there was a journal, and a build of then, which would not see what is in the journal alone, opens no table of
+/// another type. Under [`FORMAT_KEY`] it has the format of the log, so that a build that does not know that one does not open it either.
+const FORMATS: TableDefinition<'static, &'static str, u64> = TableDefinition::new("marks");
+const BEFORE: TableDefinition<'static, &'static str, &'static [u8]> = TableDefinition::new("marks");
+const FORMAT_KEY: &str = "format";
+/// What this build writes: 1 was a log without a format, 2 is one whose newest entries may be in the journal alone.
+const FORMAT: u64 = 2;
 
 /// The mark of the [`Taken`], and what errors call the journal.
 pub(super) const JOURNAL: &str = "journal";
+
+/// Its file, beside that of the log.
+const FILE: &str = "log.journal";
 
 /// Which journal the log has, and up to which generation of it all is in redb.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,22 +129,54 @@ pub(super) fn json<T: Serialize>(value: &T) -> Result<Vec<u8>, StoreError> {
     serde_json::to_vec(value).map_err(|error| StoreError::Encode(error.to_string()))
 }
 
+/// Looks at the format of the log, and makes one that has none yet to one of [`FORMAT`].
+fn check_format(transaction: &WriteTransaction) -> Result<(), StoreError> {
+    match transaction.open_table(FORMATS) {
+        Ok(mut formats) => {
+            let found = formats.get(FORMAT_KEY)?.map(|format| format.value());
+            match found {
+                Some(FORMAT) => return Ok(()),
+                Some(found) => return Err(StoreError::Format { found, known: FORMAT }),
+                // A new one.
+                None => formats.insert(FORMAT_KEY, FORMAT)?,
+            };
+            return Ok(());
+        }
+        Err(TableError::TableTypeMismatch { .. }) => {}
+        Err(error) => return Err(error.into()),
+    }
+    {
+        let before = transaction.open_table(BEFORE)?;
+        let mut marks = transaction.open_table(MARKS)?;
+        for mark in before.iter()? {
+            let (name, bytes) = mark?;
+            marks.insert(name.value(), bytes.value())?;
+        }
+    }
+    transaction.delete_table(BEFORE)?;
+    transaction.open_table(FORMATS)?.insert(FORMAT_KEY, FORMAT)?;
+    Ok(())
+}
+
 /// The journal of the log that is being opened, with all that is in it put into redb, and whether it is to begin anew once that is durable.
 pub(super) fn journal_of(
     transaction: &WriteTransaction,
     open: impl FnOnce(bool) -> Result<Box<dyn StorageBackend>, StoreError>,
     size: u64,
+    disk: &Path,
 ) -> Result<(Journal, bool), StoreError> {
+    check_format(transaction)?;
     let taken: Option<Taken> = mark(&transaction.open_table(MARKS)?, JOURNAL)?;
     let Some(taken) = taken else {
         // A new log, or one of a release that had no journal.
-        let journal = Journal::make(open(true)?, *uuid::Uuid::new_v4().as_bytes(), size).map_err(failed)?;
+        let journal = Journal::make(open(true)?, *uuid::Uuid::new_v4().as_bytes(), size);
+        let journal = journal.map_err(|error| unwritten(error, disk))?;
         let taken = Taken { log: journal.log(), generation: 0 };
         Change::Mark(JOURNAL.to_owned(), json(&taken)?).make(transaction)?;
         return Ok((journal, false));
     };
     let (journal, records) = Journal::open(open(false)?, taken.log).map_err(|error| match error {
-        JournalError::Io(error) => failed(error),
+        JournalError::Io(error) => unwritten(error, disk),
         JournalError::Damaged(cause) => damaged(JOURNAL, "records", &cause),
     })?;
     if journal.generation() == taken.generation {
@@ -149,6 +192,11 @@ pub(super) fn journal_of(
     // Also without any: what the kernel shows of a header may not be on the disk, if syncing it failed before this start.
     Change::Mark(JOURNAL.to_owned(), json(&Taken { generation: journal.generation(), ..taken })?).make(transaction)?;
     Ok((journal, true))
+}
+
+/// Reading or writing the journal failed, which is a file of its own in the directory `disk`.
+pub(super) fn unwritten(error: io::Error, disk: &Path) -> StoreError {
+    failed(error).within(&disk.join(FILE))
 }
 
 pub(super) fn failed(error: io::Error) -> StoreError {

@@ -107,3 +107,118 @@ async fn a_journal_that_was_taken_is_not_taken_again() {
     assert!(error.is_damage() && error.to_string().contains("log.journal"), "{error}");
     assert!(!beside.exists(), "an empty one was put in its place");
 }
+
+/// A journal whose disk fails from the write or the sync of this number on.
+#[derive(Debug)]
+struct Failing {
+    storage: redb::backends::InMemoryBackend,
+    left: std::sync::atomic::AtomicUsize,
+}
+
+impl Failing {
+    fn step(&self) -> io::Result<()> {
+        use std::sync::atomic::Ordering::Relaxed;
+        let left = self.left.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1));
+        left.map(drop).map_err(|_| io::Error::from_raw_os_error(5))
+    }
+}
+
+impl StorageBackend for Failing {
+    fn len(&self) -> io::Result<u64> {
+        self.storage.len()
+    }
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.storage.read(offset, out)
+    }
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        self.storage.set_len(length)
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        self.step()
+    }
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.step()?;
+        self.storage.write(offset, data)
+    }
+}
+
+#[tokio::test]
+async fn a_journal_that_fails_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let size = 1 << 15;
+    let log = |left| {
+        let backend = redb::backends::InMemoryBackend::new();
+        let database = Database::builder().create_with_backend(backend).unwrap();
+        let storage = Failing { storage: redb::backends::InMemoryBackend::new(), left: usize::into(left) };
+        Log::over(database, |_| Ok(Box::new(storage)), size, dir.path().to_owned(), Level::NEWEST)
+    };
+    let name = dir.path().join("log.journal").display().to_string();
+    // While it is made: zeros, its header and a sync.
+    for left in 0..3 {
+        let error = log(left).err().expect("it was made").to_string();
+        assert!(error.contains(&name), "{error}");
+    }
+    // While an entry is written, or synced.
+    for left in 3..5 {
+        let error = log(left).unwrap().blocking_append(entries(0..=0, "a")).await.unwrap_err().to_string();
+        assert!(error.contains(&name), "{error}");
+    }
+    log(5).unwrap().blocking_append(entries(0..=0, "a")).await.unwrap();
+}
+
+/// The tables of marks, as builds have and had them.
+const MARKS_BEFORE: redb::TableDefinition<'static, &'static str, &'static [u8]> = redb::TableDefinition::new("marks");
+const FORMATS: redb::TableDefinition<'static, &'static str, u64> = redb::TableDefinition::new("marks");
+
+#[tokio::test]
+async fn builds_of_another_format_open_no_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let places = Places::in_dir(dir.path());
+    places.make().unwrap();
+    let mut log = Log::open(&places.log, Level::NEWEST).unwrap();
+    log.blocking_append(entries(0..=3, "a")).await.unwrap();
+    log.save_vote(&Vote::new(7, 2)).await.unwrap();
+    drop(log);
+    database::released(&places.log).await;
+    // What a build without a journal does first.
+    {
+        let database = database::open(&places.log, database::LOG).unwrap();
+        let transaction = database.begin_write().unwrap();
+        let error = StoreError::from(transaction.open_table(MARKS_BEFORE).expect_err("it was opened"));
+        assert!(error.is_damage(), "it does not start: {error}");
+        transaction.abort().unwrap();
+        // As a build that had a journal and no format left it.
+        let transaction = database.begin_write().unwrap();
+        transaction.delete_table(FORMATS).unwrap();
+        {
+            let marks = transaction.open_table(MARKS).unwrap();
+            let mut before = transaction.open_table(MARKS_BEFORE).unwrap();
+            for mark in redb::ReadableTable::iter(&marks).unwrap() {
+                let (name, bytes) = mark.unwrap();
+                before.insert(name.value(), bytes.value()).unwrap();
+            }
+        }
+        transaction.delete_table(MARKS).unwrap();
+        transaction.commit().unwrap();
+    }
+    for _ in 0..2 {
+        let mut log = Log::open(&places.log, Level::NEWEST).unwrap();
+        assert_eq!(log.read_vote().await.unwrap(), Some(Vote::new(7, 2)));
+        assert_eq!(names(&mut log, 2).await, ["a2", "a3"]);
+        drop(log);
+        database::released(&places.log).await;
+    }
+    // A later one.
+    {
+        let database = database::open(&places.log, database::LOG).unwrap();
+        let transaction = database.begin_write().unwrap();
+        transaction.open_table(FORMATS).unwrap().insert("format", 3).unwrap();
+        transaction.commit().unwrap();
+    }
+    let error = Log::open(&places.log, Level::NEWEST).err().expect("it was opened");
+    assert!(!error.is_damage(), "{error}");
+    assert_eq!(
+        error.to_string(),
+        "it has format 3, and this release of moord knows 2: a newer one wrote it, install that"
+    );
+}

@@ -1,7 +1,7 @@
 //! The thread that writes: what waits goes into one record of the journal, or with all that is in there into redb.
 
 use super::Shared;
-use super::changes::{Change, ENTRIES, JOURNAL, Taken, failed, json, record_of};
+use super::changes::{Change, ENTRIES, JOURNAL, Taken, json, record_of, unwritten};
 use crate::files::free_space;
 use crate::store::StoreError;
 use crate::store::raft::journal::Journal;
@@ -156,7 +156,7 @@ impl Writer {
         if changes.iter().all(Change::is_journaled) {
             let record = record_of(&changes);
             if self.journal.has_room(record.len()) {
-                self.journal.append(&record).map_err(failed)?;
+                self.journal.append(&record).map_err(|error| unwritten(error, &self.disk))?;
                 self.waiting.extend(changes);
                 return Ok(());
             }
@@ -181,7 +181,7 @@ impl Writer {
         Change::Mark(JOURNAL.to_owned(), json(&taken)?).make(&transaction)?;
         let stored = redb::ReadableTable::last(&transaction.open_table(ENTRIES)?)?.map(|(index, _)| index.value());
         transaction.commit()?;
-        self.journal.begin_anew().map_err(failed)?;
+        self.journal.begin_anew().map_err(|error| unwritten(error, &self.disk))?;
         self.waiting.clear();
         let mut memory = self.shared.memory();
         memory.stored = stored;
