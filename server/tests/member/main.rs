@@ -5,6 +5,7 @@ mod admin_api;
 mod alone;
 mod authority;
 mod backup;
+mod backup_keys;
 mod bad_input;
 mod cli;
 mod collective;
