@@ -7,6 +7,7 @@ mod authority;
 mod backup;
 mod backup_keys;
 mod bad_input;
+mod busy;
 mod cli;
 mod collective;
 mod content;
