@@ -47,21 +47,31 @@ pub enum Command {
     /// The authorities that members and nodes know each other by: show, rotate, retire.
     #[command(subcommand)]
     Authority(Authority),
-    /// Write a backup of the store to a new file: all records, and the keys of the collective, under a passphrase. Content (images, files of
-    /// profiles) is not in it.
+    /// Write a backup of the store to a new file: all records, and the keys of the collective, under a passphrase or encrypted to keys.
+    /// Content (images, files of profiles) is not in it.
     Backup {
         /// The file; it must not exist.
         file: PathBuf,
         /// File with the passphrase, readable by its owner only ('-': standard input). Without it the terminal is asked.
         #[arg(long, value_name = "FILE")]
         passphrase_file: Option<PathBuf>,
+        /// Encrypt it to this key instead, the line that `moor backup-key` prints: nothing on this machine opens it then. May be given again, up
+        /// to 16 times: any one of the private halves opens it.
+        #[arg(long = "recipient", value_name = "KEY", conflicts_with = "passphrase_file")]
+        recipients: Vec<String>,
         /// Write lines of JSON without any secret instead: to read and to compare, not to restore.
-        #[arg(long, conflicts_with = "passphrase_file")]
+        #[arg(long, conflicts_with_all = ["passphrase_file", "recipients"])]
         redact: bool,
         /// Where no majority of the members answers, write what this member holds. Others may have agreed about more; the backup says so when
         /// it is restored.
         #[arg(long)]
         without_majority: bool,
+    },
+    /// Make a key pair for backups, on a machine that is no member: the private half goes to a new file, which `moor restore --identity` opens
+    /// backups by; the public one is printed, for `moor backup --recipient`.
+    BackupKey {
+        /// The file, readable by its owner only; it must not exist.
+        file: PathBuf,
     },
     /// Make a new collective of this machine out of a backup (runs `moord restore`).
     Restore {
@@ -70,7 +80,7 @@ pub enum Command {
         /// Configuration of the member.
         #[arg(long, default_value = "/etc/mooring/moord.toml")]
         config: PathBuf,
-        /// Further arguments of `moord restore`.
+        /// Further arguments of `moord restore`: --passphrase-file or --identity FILE, --blobs, --set-aside and others.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },

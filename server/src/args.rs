@@ -61,6 +61,9 @@ pub enum Command {
         /// The file that holds the passphrase; '-' is standard input. Without it the terminal is asked.
         #[arg(long, value_name = "FILE")]
         passphrase_file: Option<PathBuf>,
+        /// For a backup that is encrypted to keys: the file that holds a private one of them (`moor backup-key`); '-' is standard input.
+        #[arg(long, value_name = "FILE", conflicts_with = "passphrase_file")]
+        identity: Option<PathBuf>,
         /// Take content from here: the directory `blobs` of another member, or one of files named by their SHA-256.
         #[arg(long, value_name = "DIRECTORY")]
         blobs: Option<PathBuf>,

@@ -13,7 +13,7 @@ use std::fmt;
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tracing::Instrument as _;
 
 /// Who asks: by the beginning of the path.
@@ -27,6 +27,15 @@ pub struct Requests {
     answers: [[AtomicU64; CLASSES.len()]; CALLERS.len()],
     microseconds: [AtomicU64; CALLERS.len()],
     begun: AtomicU64,
+}
+
+impl Requests {
+    /// Time that requests of nodes, and of machines that boot, took until their answers began.
+    pub(crate) fn spent_on_nodes(&self) -> Duration {
+        let of_nodes =
+            CALLERS.iter().zip(&self.microseconds).filter(|((caller, _), _)| matches!(*caller, "node" | "public"));
+        Duration::from_micros(of_nodes.map(|(_, time)| time.load(Ordering::Relaxed)).sum())
+    }
 }
 
 tokio::task_local! {
@@ -124,6 +133,7 @@ fn text(member: &Member) -> Result<String, Failure> {
         ("nodes_ordered", "Nodes with a deployment that is not over.", deploying as u64),
         ("state_free_bytes", "Free space where the member keeps its state.", disk),
     ];
+    let (load, is_busy) = member.busy.own();
     let mut out = String::new();
     let write = |f: &mut String| -> fmt::Result {
         head(f, "info", "gauge", "The member.")?;
@@ -132,6 +142,10 @@ fn text(member: &Member) -> Result<String, Failure> {
             head(f, name, "gauge", help)?;
             writeln!(f, "moord_{name} {value}")?;
         }
+        head(f, "node_answers_at_once", "gauge", "Answers to nodes that are under way at once, on an average.")?;
+        writeln!(f, "moord_node_answers_at_once {}.{:02}", load / 100, load % 100)?;
+        head(f, "busy", "gauge", "Whether this member is busier than the others: nodes try them first.")?;
+        writeln!(f, "moord_busy {}", u8::from(is_busy))?;
         head(f, "requests_total", "counter", "Requests that were answered, by who asked and the status.")?;
         for ((caller, _), answers) in CALLERS.iter().zip(&member.requests.answers) {
             for (class, count) in CLASSES.iter().zip(answers) {
@@ -141,7 +155,7 @@ fn text(member: &Member) -> Result<String, Failure> {
         }
         head(f, "request_seconds_total", "counter", "Time until those answers began.")?;
         for ((caller, _), time) in CALLERS.iter().zip(&member.requests.microseconds) {
-            let time = std::time::Duration::from_micros(time.load(Ordering::Relaxed)).as_secs_f64();
+            let time = Duration::from_micros(time.load(Ordering::Relaxed)).as_secs_f64();
             writeln!(f, "moord_request_seconds_total{{caller=\"{caller}\"}} {time}")?;
         }
         Ok(())

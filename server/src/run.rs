@@ -1,6 +1,8 @@
 //! What `moord` does: from arguments to a member, as whom it runs, and how it ends.
 
 use crate::args::{Cli, Command};
+use crate::backup::lock::{Opener, SealedError};
+use crate::backup::sealed::Sealed;
 use crate::backup::{self, Stale};
 use crate::collective;
 use crate::collective::identity::Identity;
@@ -10,6 +12,7 @@ use crate::state::{self, Member};
 use crate::{listener, router};
 use anyhow::{Context as _, bail};
 use moor_api::admin::UnreadableSecret;
+use moor_api::backup_key::BackupIdentity;
 use moor_api::passphrase;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
@@ -63,8 +66,8 @@ pub fn main(cli: Cli) -> anyhow::Result<()> {
         Command::Join { config, addresses, invitation, set_aside } => {
             runtime.block_on(join(&config, addresses, &invitation, set_aside))
         }
-        Command::Restore { file, config, addresses, passphrase_file, blobs, set_aside, json } => {
-            let from = Source { file, passphrase_file, blobs, set_aside };
+        Command::Restore { file, config, addresses, passphrase_file, identity, blobs, set_aside, json } => {
+            let from = Source { file, passphrase_file, identity, blobs, set_aside };
             runtime.block_on(restore(&config, addresses, from, json))
         }
         Command::Recover { config, force } => runtime.block_on(recover(&config, force)),
@@ -133,6 +136,7 @@ async fn join(path: &Path, addresses: Vec<String>, file: &Path, set_aside: bool)
 struct Source {
     file: PathBuf,
     passphrase_file: Option<PathBuf>,
+    identity: Option<PathBuf>,
     blobs: Option<PathBuf>,
     set_aside: bool,
 }
@@ -141,12 +145,15 @@ async fn restore(path: &Path, addresses: Vec<String>, from: Source, as_json: boo
     // Opened and read before this process becomes the member's user, whom they may be hidden from.
     let what = || format!("the backup '{}'", from.file.display());
     let file = std::fs::File::open(&from.file).with_context(what)?;
-    let passphrase = match &from.passphrase_file {
-        Some(file) => passphrase::read(file)?,
-        None => passphrase::ask("Passphrase of the backup: ")?,
+    let sealed = Sealed::begin(file).with_context(what)?;
+    let opener = match (&from.identity, &from.passphrase_file) {
+        (Some(file), _) => Opener::Identity(BackupIdentity::read(file)?),
+        (None, Some(file)) => Opener::Passphrase(passphrase::read(file)?),
+        (None, None) if sealed.wants_passphrase() => Opener::Passphrase(passphrase::ask("Passphrase of the backup: ")?),
+        (None, None) => return Err(anyhow::Error::from(SealedError::WantsIdentity).context(what())),
     };
     let config = prepare(path, &addresses)?;
-    let restored = backup::restore::restore(&config, file, passphrase, addresses, from.blobs, from.set_aside);
+    let restored = backup::restore::restore(&config, sealed, opener, addresses, from.blobs, from.set_aside);
     let restored = restored.await.with_context(what)?;
     if as_json {
         println!("{}", serde_json::to_string(&restored)?);

@@ -10,6 +10,7 @@ use moor_api::ids::{MemberId, NodeId};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
@@ -65,7 +66,7 @@ struct Held {
 struct State {
     /// Number of the next turn.
     next: u64,
-    /// When somebody last asked; one clock for all, and none is read when a turn ends.
+    /// When somebody last asked; one clock for all.
     now: Option<Instant>,
     /// Of those that have turns or wait for one, but for members.
     clients: HashMap<Client, Held>,
@@ -174,6 +175,8 @@ impl State {
 #[derive(Default)]
 pub struct Shares {
     state: Mutex<State>,
+    /// Microseconds that turns of clients took, but for members.
+    spent: AtomicU64,
 }
 
 /// One client's leave to be sent [`BLOCK`] bytes; it is over when this is dropped.
@@ -181,15 +184,22 @@ pub struct Turn {
     shares: Arc<Shares>,
     client: Client,
     number: u64,
+    began: Instant,
 }
 
 impl Shares {
+    /// Time that turns which are over took, members' apart. One counts for a second at most: a client that takes nothing makes nobody busy.
+    #[must_use]
+    pub fn spent(&self) -> Duration {
+        Duration::from_micros(self.spent.load(Ordering::Relaxed))
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn given(self: &Arc<Self>, client: Client, number: u64) -> Turn {
-        Turn { shares: self.clone(), client, number }
+        Turn { shares: self.clone(), client, number, began: Instant::now() }
     }
 
     /// A turn, or where it will come.
@@ -255,6 +265,8 @@ impl Drop for Turn {
         if self.client.is_member() {
             return;
         }
+        let took = u64::try_from(self.began.elapsed().min(LAPSE).as_micros()).unwrap_or(0);
+        self.shares.spent.fetch_add(took, Ordering::Relaxed);
         let next = self.shares.state().end(self.client, self.number);
         for (client, number, waiting) in next {
             // Who has left meanwhile gives it back at once.
@@ -403,6 +415,25 @@ mod tests {
         drop((first, coming));
         let state = shares.state();
         assert!(state.clients.is_empty() && state.members.is_empty() && state.count == 0, "something is left");
+    }
+
+    #[test]
+    fn time_is_counted_that_clients_take_and_not_members() {
+        let shares = Arc::new(Shares::default());
+        let mut turn = shares.ask(MODEST, Instant::now()).expect("it is the first");
+        turn.began -= LAPSE / 2;
+        drop(turn);
+        let spent = shares.spent();
+        assert!((LAPSE / 2..LAPSE).contains(&spent), "{spent:?}");
+        // It took nothing for a long time.
+        let mut turn = shares.ask(MODEST, Instant::now()).expect("nobody else is there");
+        turn.began -= LAPSE * 9;
+        drop(turn);
+        assert_eq!(shares.spent(), spent + LAPSE);
+        let mut turn = shares.ask(other_member(), Instant::now()).expect("nobody else is there");
+        turn.began -= LAPSE;
+        drop(turn);
+        assert_eq!(shares.spent(), spent + LAPSE);
     }
 
     #[tokio::test]

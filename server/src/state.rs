@@ -3,6 +3,7 @@
 use crate::authority::{self, Addresses, MemberIssuer};
 use crate::certificate::Certificate;
 use crate::collective::alive::Heartbeats;
+use crate::collective::busy::Busy;
 use crate::collective::identity::{self, Identity};
 use crate::collective::recover;
 use crate::config::Config;
@@ -66,6 +67,8 @@ pub struct Member {
     pub refusals: Throttle,
     /// Which nodes are alive.
     pub heartbeats: Heartbeats,
+    /// How busy members are with nodes.
+    pub busy: Busy,
     /// What it did without a majority.
     pub waiting: Waiting,
     /// What boots read.
@@ -324,6 +327,7 @@ impl Member {
             enrollments: Enrollments::default(),
             refusals: Throttle::default(),
             heartbeats: Heartbeats::default(),
+            busy: Busy::default(),
             requests: Requests::default(),
             shares: Arc::default(),
             waiting,

@@ -1,9 +1,10 @@
-//! `moor backup`
+//! `moor backup` and `moor backup-key`
 
 use crate::output;
 use anyhow::{Context as _, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
-use moor_api::admin::{BackupRequest, MIN_PASSPHRASE};
+use moor_api::admin::{BACKUP_MAGIC, BackupRequest, MIN_PASSPHRASE};
+use moor_api::backup_key::{BackupIdentity, MAX_RECIPIENTS};
 use moor_api::client::admin::{AdminClient, Parts};
 use moor_api::passphrase;
 use std::fs::{File, OpenOptions};
@@ -12,26 +13,67 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+/// Who opens it.
+pub(crate) enum Lock {
+    /// Whoever knows a passphrase: the one in this file, or the one that is typed.
+    Passphrase(Option<PathBuf>),
+    /// These public keys' private halves.
+    Recipients(Vec<String>),
+    /// Everybody: without secrets.
+    Redacted,
+}
+
+/// `moor backup-key`
+pub(crate) fn key(file: &Path, json: bool) -> anyhow::Result<ExitCode> {
+    let identity = BackupIdentity::generate()?;
+    let recipient = identity.recipient()?;
+    identity.create(file)?;
+    if json {
+        output::json(&serde_json::json!({ "file": file, "recipient": recipient }))?;
+    } else {
+        output::line(recipient)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 pub(crate) async fn run(
     client: &mut AdminClient,
     file: &Path,
-    passphrase_file: Option<&Path>,
-    redact: bool,
+    lock: Lock,
     without_majority: bool,
     json: bool,
 ) -> anyhow::Result<ExitCode> {
     let name = file.file_name().with_context(|| format!("'{}' is no name of a file", file.display()))?;
     ensure!(std::fs::symlink_metadata(file).is_err(), "'{}' exists already: give another name", file.display());
-    let mut request = BackupRequest { passphrase: None, without_majority };
-    if !redact {
-        let passphrase = match passphrase_file {
-            Some(file) => passphrase::read(file)?,
-            None => passphrase::ask_new("Passphrase for the backup: ")?,
-        };
-        let length = passphrase.chars().count();
-        ensure!(length >= MIN_PASSPHRASE, "the passphrase has {length} characters: {MIN_PASSPHRASE} or more, please");
-        request.passphrase = Some(passphrase.to_string());
-    }
+    let mut request = BackupRequest { passphrase: None, recipients: Vec::new(), without_majority };
+    let kind = match &lock {
+        Lock::Passphrase(from) => {
+            let passphrase = match from {
+                Some(file) => passphrase::read(file)?,
+                None => passphrase::ask_new("Passphrase for the backup: ")?,
+            };
+            let length = passphrase.chars().count();
+            ensure!(
+                length >= MIN_PASSPHRASE,
+                "the passphrase has {length} characters: {MIN_PASSPHRASE} or more, please"
+            );
+            request.passphrase = Some(passphrase.to_string());
+            "opened by its passphrase only"
+        }
+        Lock::Recipients(keys) => {
+            ensure!(keys.len() <= MAX_RECIPIENTS, "{} recipients: {MAX_RECIPIENTS} at most, please", keys.len());
+            for (number, key) in (1..).zip(keys) {
+                // What was given is not repeated: it may be a private key.
+                request.recipients.push(key.parse().with_context(|| format!("--recipient number {number}"))?);
+            }
+            if keys.len() == 1 {
+                "opened by its recipient's private key only"
+            } else {
+                "opened by its recipients' private keys only"
+            }
+        }
+        Lock::Redacted => "without secrets: it cannot be restored",
+    };
     let mut part = name.to_owned();
     part.push(format!(".part-{}", std::process::id()));
     let part = file.with_file_name(part);
@@ -48,9 +90,11 @@ pub(crate) async fn run(
         let _ = std::fs::remove_file(&part);
     })?;
     if json {
-        output::json(&serde_json::json!({ "file": file, "bytes": bytes, "redacted": redact }))?;
+        let is_redacted = matches!(lock, Lock::Redacted);
+        output::json(
+            &serde_json::json!({ "file": file, "bytes": bytes, "redacted": is_redacted, "recipients": request.recipients }),
+        )?;
     } else {
-        let kind = if redact { "without secrets: it cannot be restored" } else { "opened by its passphrase only" };
         output::line(format_args!("{}: {}, {kind}", file.display(), output::bytes(bytes)))?;
     }
     Ok(ExitCode::SUCCESS)
@@ -62,20 +106,28 @@ async fn write(client: &mut AdminClient, request: &BackupRequest, part: &PathBuf
     options.write(true).create_new(true).mode(0o600);
     let mut file = options.open(part).with_context(|| format!("creating '{}'", part.display()))?;
     let mut parts = client.backup(request).await.context("making a backup")?;
-    let bytes = copy(&mut parts, &mut file, part).await?;
+    let is_encrypted = request.passphrase.is_some() || !request.recipients.is_empty();
+    let bytes = copy(&mut parts, &mut file, part, is_encrypted).await?;
     file.sync_all().with_context(|| format!("writing '{}'", part.display()))?;
     Ok(bytes)
 }
 
-async fn copy(parts: &mut Parts, file: &mut File, part: &Path) -> anyhow::Result<u64> {
+async fn copy(parts: &mut Parts, file: &mut File, part: &Path, is_encrypted: bool) -> anyhow::Result<u64> {
     let bar = ProgressBar::new_spinner();
     bar.set_style(ProgressStyle::with_template("{spinner} {bytes} {bytes_per_sec}")?);
     let mut bytes = 0;
+    let mut beginning = Vec::with_capacity(BACKUP_MAGIC.len());
     while let Some(piece) = parts.next().await.context("the backup did not come whole")? {
         file.write_all(&piece).with_context(|| format!("writing '{}'", part.display()))?;
+        beginning.extend_from_slice(&piece[..piece.len().min(BACKUP_MAGIC.len() - beginning.len())]);
         bytes += piece.len() as u64;
         bar.set_position(bytes);
     }
     bar.finish_and_clear();
+    // What that one sends is in order otherwise, and could not be restored.
+    ensure!(
+        !is_encrypted || beginning == BACKUP_MAGIC,
+        "what came is not encrypted: the member runs an earlier release, which knows passphrases only"
+    );
     Ok(bytes)
 }

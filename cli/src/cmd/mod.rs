@@ -35,6 +35,7 @@ pub(crate) async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             let init = Init { config: config.clone(), rest: rest.clone() };
             return Err(run_moord("restore", &init, &before));
         }
+        Command::BackupKey { file } => return backup::key(file, cli.json),
         _ => {}
     }
     let mut client = connect(&cli.connection).await?;
@@ -47,9 +48,14 @@ pub(crate) async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     let client = &mut client;
     match cli.command {
         // They were run above.
-        Command::Init(_) | Command::Restore { .. } => Ok(ExitCode::SUCCESS),
-        Command::Backup { file, passphrase_file, redact, without_majority } => {
-            backup::run(client, &file, passphrase_file.as_deref(), redact, without_majority, cli.json).await
+        Command::Init(_) | Command::Restore { .. } | Command::BackupKey { .. } => Ok(ExitCode::SUCCESS),
+        Command::Backup { file, passphrase_file, recipients, redact, without_majority } => {
+            let lock = match (passphrase_file, redact) {
+                (_, true) => backup::Lock::Redacted,
+                (file, false) if recipients.is_empty() => backup::Lock::Passphrase(file),
+                (_, false) => backup::Lock::Recipients(recipients),
+            };
+            backup::run(client, &file, lock, without_majority, cli.json).await
         }
         Command::Collective(command) => collective::run(client, command, cli.json).await,
         Command::Authority(command) => authority::run(client, command, cli.json).await,

@@ -43,8 +43,8 @@ pub use authority::{
     AuthorityView, MemberTrust, RetireRequest, SshAuthorityInfo, SshRole, UnknownKind,
 };
 pub use collective::{
-    BackupRequest, CollectiveMember, CollectiveView, ContentBlob, ContentView, InviteRequest, Invited, KeysRotated,
-    MAX_UNREADABLE, MIN_PASSPHRASE, MemberRequest, ReplaceRequest, UnreadableSecret,
+    BACKUP_MAGIC, BackupRequest, CollectiveMember, CollectiveView, ContentBlob, ContentView, InviteRequest, Invited,
+    KeysRotated, MAX_UNREADABLE, MIN_PASSPHRASE, MemberRequest, ReplaceRequest, UnreadableSecret,
 };
 
 use crate::ids::{

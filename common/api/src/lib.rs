@@ -5,11 +5,12 @@
 //! * [`proof`]: what a node signs to prove itself; computed on both sides, so it lives here.
 //! * [`tether`]: what a node's agent says to the process that serves its root.
 //! * [`trust`]: the site bundle and who may act as a member. [`client`]: HTTP over TLS or a unix socket.
-//! * [`passphrase`]: how the programs of both sides are told one.
+//! * [`passphrase`]: how the programs of both sides are told one. [`backup_key`]: the other way to lock a backup.
 //!
 //! No server code lives here, and nothing that knows more of an operating system than a terminal and a socket.
 
 pub mod admin;
+pub mod backup_key;
 mod bytes;
 pub mod client;
 pub mod deploy;

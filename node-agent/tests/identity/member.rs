@@ -45,7 +45,8 @@ impl Member {
     async fn restored(&self) -> Self {
         let (passphrase, mut new) = ("correct horse battery", Self::prepare());
         let (file, secret) = (new.path("backup"), new.path("passphrase"));
-        let request = BackupRequest { passphrase: Some(passphrase.into()), without_majority: false };
+        let request =
+            BackupRequest { passphrase: Some(passphrase.into()), recipients: Vec::new(), without_majority: false };
         let mut admin = self.admin().await;
         let (mut parts, mut bytes) = (admin.backup(&request).await.unwrap(), Vec::new());
         while let Some(part) = parts.next().await.unwrap() {

@@ -2,7 +2,7 @@
 
 use super::audit::Who;
 use super::stale;
-use crate::backup;
+use crate::backup::{self, lock::Lock};
 use crate::http::{Connection, Failure, Peer, parse};
 use crate::state::Member;
 use crate::store::StoreError;
@@ -54,10 +54,21 @@ async fn check(member: &Arc<Member>) -> Result<(), Failure> {
     let checked = tokio::task::spawn_blocking(move || backup::check(&member)).await.map_err(anyhow::Error::from)?;
     checked.map_err(|error| match error.downcast_ref::<StoreError>() {
         Some(StoreError::NoAuthority) => {
-            let detail = "this member was killed in the middle of a rotation of the authorities: its tables are of before that, and the keys of then                           are removed; bring a majority back, or let this member go on alone (`moor collective recover`), and make the backup then";
+            let detail = "this member was killed in the middle of a rotation of the authorities: its tables are of before that, and the keys of \
+                          then are removed; bring a majority back, or let this member go on alone (`moor collective recover`), and make the \
+                          backup then";
             Problem::new(Code::Conflict, detail).into()
         }
         _ => error.into(),
+    })
+}
+
+/// A lock, made aside: that takes a while.
+async fn locked(make: impl FnOnce() -> io::Result<Lock> + Send + 'static) -> Result<Lock, Failure> {
+    let made = tokio::task::spawn_blocking(make).await.map_err(anyhow::Error::from)?;
+    made.map_err(|error| match error.kind() {
+        io::ErrorKind::InvalidData => Problem::new(Code::BadRequest, error.to_string()).into(),
+        _ => anyhow::Error::from(error).into(),
     })
 }
 
@@ -70,18 +81,28 @@ pub(super) async fn backup(
     let body = Zeroizing::new(body.to_vec());
     let mut request: BackupRequest = parse(&body)?;
     let passphrase = request.passphrase.take().map(Zeroizing::new);
-    if let Some(passphrase) = &passphrase {
-        if !matches!(connection.peer, Peer::Socket { .. }) {
-            let detail = "a backup holds all keys of the collective: it is made on a member, over its socket";
-            return Err(Problem::new(Code::Forbidden, detail).into());
+    let recipients = std::mem::take(&mut request.recipients);
+    let is_redacted = passphrase.is_none() && recipients.is_empty();
+    // Also an encrypted one: who asks for it says who opens it.
+    if !is_redacted && !matches!(connection.peer, Peer::Socket { .. }) {
+        let detail = "a backup holds all keys of the collective: it is made on a member, over its socket";
+        return Err(Problem::new(Code::Forbidden, detail).into());
+    }
+    let fields = |majority: bool| serde_json::json!({ "by": who, "redacted": is_redacted, "recipients": recipients, "majority": majority });
+    // What cannot be locked shows before anything is sent.
+    let lock = match (passphrase, recipients.clone()) {
+        (Some(_), recipients) if !recipients.is_empty() => {
+            let detail = "a backup is under a passphrase or encrypted to keys, not both";
+            return Err(Problem::new(Code::BadRequest, detail).into());
         }
-        if passphrase.chars().count() < MIN_PASSPHRASE {
+        (Some(passphrase), _) if passphrase.chars().count() < MIN_PASSPHRASE => {
             let detail = format!("the passphrase has less than {MIN_PASSPHRASE} characters");
             return Err(Problem::new(Code::BadRequest, detail).into());
         }
-    }
-    let fields =
-        |majority: bool| serde_json::json!({ "by": who, "redacted": passphrase.is_none(), "majority": majority });
+        (Some(passphrase), _) => Some(locked(move || Lock::by_passphrase(passphrase.as_bytes())).await?),
+        (None, recipients) if !recipients.is_empty() => Some(locked(move || Lock::to_recipients(&recipients)).await?),
+        (None, _) => None,
+    };
     tracing::info!("a backup for {who}");
     // Before anything leaves: what is in it is then at least as new as the line.
     let why = match member.store.linearize().await {
@@ -90,7 +111,7 @@ pub(super) async fn backup(
             None
         }
         Err(StoreError::NoLeader(why)) if request.without_majority => {
-            if passphrase.is_some() {
+            if lock.is_some() {
                 check(&member).await?;
             }
             member.audit_alone("backup", &fields(false)).await?;
@@ -108,8 +129,8 @@ pub(super) async fn backup(
     let (sender, receiver) = mpsc::channel(4);
     tokio::task::spawn_blocking(move || {
         let pipe = Pipe { piece: Vec::with_capacity(PIECE), sender: sender.clone() };
-        let written = match &passphrase {
-            Some(passphrase) => backup::write(&member, passphrase.as_bytes(), is_stale, pipe),
+        let written = match lock {
+            Some(lock) => backup::write(&member, lock, is_stale, pipe),
             None => backup::plain::write(&member, is_stale, pipe),
         };
         let ended = written.and_then(|mut pipe| Ok(pipe.flush()?));

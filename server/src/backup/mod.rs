@@ -1,9 +1,10 @@
-//! Backups of the store: [`sealed`] encrypts a stream under a passphrase, [`plain`] writes what is no secret for people and programs to
+//! Backups of the store: [`sealed`] encrypts a stream under a passphrase or to recipients ([`lock`]), [`plain`] writes what is no secret for people and programs to
 //! read, [`restore`] makes a new collective of an encrypted one.
 //!
 //! What an encrypted one holds is a line of JSON ([`Head`]: the collective, and its keys), and behind it a snapshot of the store as members
 //! send it to each other. Content is not in it.
 
+pub mod lock;
 pub mod plain;
 pub mod restore;
 pub mod sealed;
@@ -14,7 +15,8 @@ use crate::state::{Member, now};
 use crate::store::records::SiteRecord;
 use crate::store::{Replicated, Snapshot, StoreError};
 use anyhow::{Context as _, ensure};
-use sealed::{Decrypting, Encrypting};
+use lock::{Lock, Opener};
+use sealed::{Decrypting, Encrypting, Sealed};
 use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
 use zeroize::Zeroizing;
@@ -69,7 +71,7 @@ impl Stale {
 ///
 /// # Errors
 /// A key file or the database is damaged; `out` failed.
-pub fn write<W: Write>(member: &Member, passphrase: &[u8], is_stale: bool, out: W) -> anyhow::Result<W> {
+pub fn write<W: Write>(member: &Member, lock: Lock, is_stale: bool, out: W) -> anyhow::Result<W> {
     // Keys and secrets of one moment.
     let (keys, _, view) = member.export_keys()?;
     let ring = member.secrets.refresh(&view.key_versions()?)?;
@@ -83,7 +85,7 @@ pub fn write<W: Write>(member: &Member, passphrase: &[u8], is_stale: bool, out: 
         versions: ring.carry(),
         stale: Stale::of(member, &view, is_stale)?,
     };
-    let mut out = Encrypting::begin(out, passphrase).context("beginning a backup")?;
+    let mut out = Encrypting::begin(out, lock).context("beginning a backup")?;
     let mut line = Zeroizing::new(serde_json::to_vec(&head)?);
     line.push(b'\n');
     out.write_all(&line).context("writing a backup")?;
@@ -104,9 +106,9 @@ pub fn check(member: &Member) -> anyhow::Result<()> {
 /// Opens an encrypted backup: what it is of, and the snapshot that follows.
 ///
 /// # Errors
-/// The passphrase is another one; it is no backup, damaged, or of a newer release.
-pub fn open<R: Read>(input: R, passphrase: &[u8]) -> anyhow::Result<(Head, Decrypting<R>)> {
-    let mut input = Decrypting::begin(input, passphrase)?;
+/// `opener` does not open it; it is damaged, or of a newer release.
+pub fn open<R: Read>(sealed: Sealed<R>, opener: &Opener) -> anyhow::Result<(Head, Decrypting<R>)> {
+    let mut input = sealed.open(opener)?;
     // Long enough for what is written, so that growing leaves no copy behind.
     let mut line = Zeroizing::new(Vec::with_capacity(64 << 10));
     let mut byte = [0];

@@ -1,7 +1,8 @@
 //! `moord restore`: a new collective of one member, with the id, the keys and the records of the one that a backup was made of. Nodes know
 //! it by its authorities and members by its records, so it is theirs; the members of before are none any more.
 
-use super::sealed::Decrypting;
+use super::lock::Opener;
+use super::sealed::{Decrypting, Sealed};
 use super::{Head, Stale};
 use crate::authority::{self, SshAuthorities};
 use crate::collective::identity::{Identity, check_name};
@@ -17,7 +18,6 @@ use serde::Serialize;
 use std::fs::File;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
-use zeroize::Zeroizing;
 
 /// What came of it.
 #[derive(Debug, Serialize)]
@@ -50,23 +50,23 @@ pub struct Missing {
     pub of: String,
 }
 
-/// Restores `file`; the member's state directory must be without one, unless that is to be set aside. Content is taken from the directory
+/// Restores a backup; the member's state directory must be without one, unless that is to be set aside. Content is taken from the directory
 /// `blobs`, where there is one.
 ///
 /// # Errors
-/// The directory holds a member; the backup is damaged, of another passphrase or of a newer release. Then nothing is there that was not before.
+/// The directory holds a member; the backup is damaged, not opened by `opener` or of a newer release. Then nothing is there that was not before.
 pub async fn restore(
     config: &Config,
-    file: File,
-    passphrase: Zeroizing<String>,
+    sealed: Sealed<File>,
+    opener: Opener,
     addresses: Vec<String>,
     blobs: Option<PathBuf>,
     set_aside: bool,
 ) -> anyhow::Result<Restored> {
     let name = config.member_name.clone().unwrap_or_else(state::host_name);
     check_name(&name)?;
-    // What is wrong with the passphrase shows before anything is made.
-    let opened = tokio::task::spawn_blocking(move || super::open(file, passphrase.as_bytes()));
+    // What is wrong with the passphrase or the key shows before anything is made.
+    let opened = tokio::task::spawn_blocking(move || super::open(sealed, &opener));
     let (head, tables) = opened.await??;
     config.make_member(set_aside, async |keys| make(config, keys, (head, tables), name, addresses, blobs).await).await
 }

@@ -1,5 +1,6 @@
-//! Which nodes are alive. A node speaks to one member, and each member tells the others of whom it has heard, in batches. It is in memory and
-//! never in the log: it is worth no write. What is lost on its way comes again with the node's next heartbeat.
+//! Which nodes are alive. A node speaks to one member, and each member tells the others of whom it has heard, in batches, and with them how busy
+//! it is itself ([`super::busy`]). It is in memory and never in the log: it is worth no write. What is lost on its way comes again with the node's
+//! next heartbeat.
 
 use crate::state::Member;
 use futures_util::future::join_all;
@@ -93,15 +94,15 @@ fn hear(last: &mut HashMap<NodeId, Instant>, node: NodeId, at: Instant) -> bool 
 pub(super) async fn tell(member: &Member) {
     loop {
         tokio::time::sleep(TELL).await;
-        let news = member.heartbeats.news();
-        if news.is_empty() {
-            continue;
-        }
-        let others = member.others();
-        for batch in news.chunks(MAX_BATCH) {
+        let word = member.busy.measure(member.requests.spent_on_nodes() + member.shares.spent(), Instant::now());
+        // In the query, which an earlier release does not look at.
+        let path = format!("{PATH}?load={}&busy={}", word.load.unwrap_or(0), word.busy);
+        let (news, others) = (member.heartbeats.news(), member.others());
+        let batches = news.chunks(MAX_BATCH).chain(news.is_empty().then_some(&[][..]));
+        for batch in batches {
             let Ok(body) = serde_json::to_vec(batch) else { continue };
             // One that is not reached, or does not know the call yet, hears of them later.
-            join_all(others.iter().map(|peer| member.calls.post::<()>(peer, PATH, body.clone(), ANSWER))).await;
+            join_all(others.iter().map(|peer| member.calls.post::<()>(peer, &path, body.clone(), ANSWER))).await;
         }
     }
 }

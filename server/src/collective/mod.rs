@@ -5,6 +5,7 @@ mod answer;
 pub(crate) mod authorities;
 mod behind;
 pub mod blobs;
+pub mod busy;
 mod gate;
 pub(crate) mod holders;
 pub mod identity;

@@ -1,6 +1,7 @@
 //! `/member/v1`: what members ask each other. Both sides show a member's certificate and are known by its key ([`gate`](super::gate)); only
 //! who joins has none yet.
 
+use super::busy::Word;
 use super::gate::{Gate, check, guard, shown};
 use super::invite::{Side, Subject};
 use super::join::{self, JoinReply, JoinRequest};
@@ -29,6 +30,7 @@ use moor_api::problem::{Code, Problem};
 use serde::Deserialize;
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::io::AsyncWriteExt as _;
 
 /// Longest call; a batch of entries, of which one may be large.
@@ -203,8 +205,14 @@ async fn lacking(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<
     Ok(Json(lacking.map_err(anyhow::Error::from)?))
 }
 
-/// Takes word of nodes that are alive.
-async fn alive(State(member): State<Arc<Member>>, body: Bytes) -> Result<Json<()>, Failure> {
+/// Takes word of nodes that are alive, and of how busy the member is that says so.
+async fn alive(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    Query(word): Query<Word>,
+    body: Bytes,
+) -> Result<Json<()>, Failure> {
+    member.busy.told(shown(&connection)?.id, word, Instant::now());
     Ok(Json(member.heartbeats.told(parse(&body)?)?))
 }
 

@@ -1,7 +1,8 @@
 //! Which member a node is to talk to first, so that nodes spread over the members and each member that is added takes its share of the boots.
 //!
-//! Every member gives a node the same order, without asking anybody: members that are near to the node first, and among equals by
-//! rendezvous hashing (Thaler and Ravishankar, 1998), so that nearly all nodes stay where they are when a member comes or goes.
+//! Every member gives a node the same order, without asking anybody: members that are near to the node first, of those the ones that are not
+//! busier than others ([`crate::collective::busy`]), and among equals by rendezvous hashing (Thaler and Ravishankar, 1998), so that nearly all
+//! nodes stay where they are when a member comes or goes.
 
 use crate::state::Member;
 use crate::store::StoreError;
@@ -13,6 +14,7 @@ use moor_api::node::MemberEndpoint;
 use std::cmp::Reverse;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// How much a node is for a member.
 fn weight(node: NodeId, member: MemberId) -> [u8; 32] {
@@ -44,10 +46,11 @@ fn order(
     node: NodeId,
     address: Option<IpAddr>,
     is_lost: impl Fn(MemberId) -> bool,
+    is_busy: impl Fn(MemberId) -> bool,
 ) -> Vec<MemberEndpoint> {
     members.sort_by_cached_key(|member| {
         let is_near = address.is_some_and(|address| member.near.iter().any(|network| is_in(address, network)));
-        (is_lost(member.id), !is_near, Reverse(weight(node, member.id)))
+        (is_lost(member.id), !is_near, is_busy(member.id), Reverse(weight(node, member.id)))
     });
     members.iter().map(|member| MemberEndpoint { id: member.id, urls: member.urls.clone() }).collect()
 }
@@ -65,7 +68,8 @@ impl Member {
             return self.endpoints();
         }
         let lost = self.calls.lost();
-        Ok(order(members, node, address, |member| lost.contains(&member)))
+        let busy = self.busy.members(self.identity.id, Instant::now());
+        Ok(order(members, node, address, |member| lost.contains(&member), |member| busy.contains(&member)))
     }
 }
 
@@ -101,8 +105,13 @@ mod tests {
 
     /// Numbers of the members, in the order for this node.
     fn ordered(members: &[Arc<MemberRecord>], number: u32, from: Option<&str>, lost: &[u8]) -> Vec<u8> {
+        with_busy(members, number, from, lost, &[])
+    }
+
+    fn with_busy(members: &[Arc<MemberRecord>], number: u32, from: Option<&str>, lost: &[u8], busy: &[u8]) -> Vec<u8> {
         let from = from.map(|address| address.parse().unwrap());
-        let order = order(members.to_vec(), node(number), from, |id| lost.contains(&id.as_bytes()[0]));
+        let is_in = |list: &[u8], id: MemberId| list.contains(&id.as_bytes()[0]);
+        let order = order(members.to_vec(), node(number), from, |id| is_in(lost, id), |id| is_in(busy, id));
         order.into_iter().map(|endpoint| endpoint.id.as_bytes()[0]).collect()
     }
 
@@ -154,6 +163,34 @@ mod tests {
         }
         assert_eq!(ordered(&members, 7, None, &[2]).len(), 4, "it is still told of: it may be reached from there");
         assert_eq!(ordered(&members, 7, None, &[2])[3], 2);
+    }
+
+    #[test]
+    fn a_busy_member_comes_behind_those_that_are_as_near_and_before_the_lost() {
+        let members = members(4);
+        let even = shares(&members, &[]);
+        let mut more = BTreeMap::<u8, u32>::new();
+        for number in 0..NODES {
+            let (before, after) = (ordered(&members, number, None, &[]), with_busy(&members, number, None, &[], &[2]));
+            assert_eq!(after[3], 2);
+            // The others stay as they were.
+            let others: Vec<u8> = before.iter().copied().filter(|member| *member != 2).collect();
+            assert_eq!(after[..3], others);
+            *more.entry(after[0]).or_default() += 1;
+            // All alike: as if none were.
+            assert_eq!(with_busy(&members, number, None, &[], &[1, 2, 3, 4]), before);
+            let lost = with_busy(&members, number, None, &[3], &[2]);
+            assert_eq!(lost[2..], [2, 3]);
+        }
+        for number in [1, 3, 4] {
+            let more = more[&number] - even[&number];
+            assert!((50..=120).contains(&more), "member {number} has {more} more");
+        }
+        // Near and busy is better than far.
+        let members = [member(1, &["10.1.0.0/16"]), member(2, &["10.1.0.0/16"]), member(3, &[])];
+        for number in 0..100 {
+            assert_eq!(with_busy(&members, number, Some("10.1.0.9"), &[], &[2]), [1, 2, 3]);
+        }
     }
 
     #[test]

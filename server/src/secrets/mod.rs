@@ -8,6 +8,8 @@
 mod keyring;
 
 pub use keyring::{Keyring, UnwrapKey};
+/// All that is encrypted to somebody's key is so by this.
+pub(crate) use rustls::crypto::aws_lc_rs::hpke::DH_KEM_X25519_HKDF_SHA256_AES_256 as SUITE;
 
 use crate::store::records::{KeyVersion, KeysRecord, MemberRecord, WrappedKey};
 use anyhow::Context as _;
@@ -17,7 +19,6 @@ use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair as _};
 use moor_api::admin::{AuthorityKind, SshRole};
 use moor_api::ids::{CollectiveId, MemberId};
 use moor_api::node::Base64;
-use rustls::crypto::aws_lc_rs::hpke::DH_KEM_X25519_HKDF_SHA256_AES_256 as SUITE;
 use rustls::crypto::hpke::{EncapsulatedSecret, Hpke as _, HpkePublicKey};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

@@ -27,14 +27,14 @@ const HASH: &str = "$6$planted$qwertzuiop";
 const PRIVATE: &str = "planted-private-file";
 
 /// Writes a file that only the member's user (and root) reads.
-fn secret_file(member: &Member, name: &str, text: &str) -> anyhow::Result<PathBuf> {
+pub(crate) fn secret_file(member: &Member, name: &str, text: &str) -> anyhow::Result<PathBuf> {
     let path = member.path(name);
     std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?.write_all(text.as_bytes())?;
     chown(&path, Some(UID), Some(UID))?;
     Ok(path)
 }
 
-fn shown_path(path: &Path) -> &str {
+pub(crate) fn shown_path(path: &Path) -> &str {
     path.to_str().unwrap_or_default()
 }
 
@@ -398,7 +398,8 @@ async fn what_is_no_backup_or_no_place_for_one_is_refused_and_leaves_nothing() -
     let bundle = member.site().await?.bundle;
     let token = member.admin().await?.create_token(&TokenRequest { name: "me".into(), lifetime: 600 }).await?.token;
     let mut remote = AdminClient::https(&member.url(), &bundle, &token).await?;
-    let request = BackupRequest { passphrase: Some(PASSPHRASE.into()), without_majority: false };
+    let request =
+        BackupRequest { passphrase: Some(PASSPHRASE.into()), recipients: Vec::new(), without_majority: false };
     assert_eq!(refusal(remote.backup(&request).await.map(drop)).0, Code::Forbidden);
     let mut parts = remote.backup(&BackupRequest::default()).await?;
     ensure!(parts.next().await?.is_some(), "a redacted one may be made from afar");

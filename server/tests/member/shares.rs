@@ -19,11 +19,11 @@ const MANY: usize = 32;
 /// What each asks for; much more than sockets hold.
 const SIZE: usize = 16 << 20;
 
-/// A connection that asks for one file.
-struct Connection(BufReader<TlsStream<TcpStream>>);
+/// A connection that asks for files.
+pub(crate) struct Connection(BufReader<TlsStream<TcpStream>>);
 
 impl Connection {
-    async fn new(from: [u8; 4], member: &Member, tls: &TlsConnector) -> anyhow::Result<Self> {
+    pub(crate) async fn new(from: [u8; 4], member: &Member, tls: &TlsConnector) -> anyhow::Result<Self> {
         let socket = tokio::net::TcpSocket::new_v4()?;
         socket.bind((from, 0).into())?;
         let tcp = socket.connect(([127, 0, 0, 1], member.port).into()).await?;
@@ -31,7 +31,7 @@ impl Connection {
     }
 
     /// Asks; when it returns, the answer has begun.
-    async fn ask(&mut self, path: &str) -> anyhow::Result<()> {
+    pub(crate) async fn ask(&mut self, path: &str) -> anyhow::Result<()> {
         self.0.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await?;
         let (mut line, mut length) = (String::new(), None);
         loop {
@@ -50,7 +50,7 @@ impl Connection {
     }
 
     /// Reads the answer to its end.
-    async fn read(mut self) -> anyhow::Result<()> {
+    pub(crate) async fn read(&mut self) -> anyhow::Result<()> {
         let mut piece = vec![0; 64 << 10];
         let mut left = SIZE;
         while left > 0 {
@@ -62,16 +62,18 @@ impl Connection {
     }
 }
 
-/// Thirty-two answers have begun when the last client asks, for as much as each of them: it is answered before any of the others all the same. A
-/// member that divided itself among connections would answer it last.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_has_one_connection_is_answered_before_those_of_a_client_that_has_many() -> anyhow::Result<()> {
-    let member = Member::start()?;
-    with_initramfs(&member, 1, vec![7; SIZE]).await?;
+/// The path of a boot file of that size, which the member has from now on.
+pub(crate) async fn large_file(member: &Member) -> anyhow::Result<&'static str> {
+    with_initramfs(member, 1, vec![7; SIZE]).await?;
     let mut admin = member.admin().await?;
     let template = "debian-diskless".to_owned();
     admin.create_profile(&CreateProfile { name: "p".parse()?, image: "root".parse()?, template }).await?;
     admin.publish(&"p".parse()?).await?;
+    Ok("/public/boot/p/initramfs")
+}
+
+/// Believes the member.
+pub(crate) async fn connector(member: &Member) -> anyhow::Result<TlsConnector> {
     let mut roots = RootCertStore::empty();
     for root in member.site().await?.bundle.roots {
         roots.add(CertificateDer::from_pem_slice(root.as_bytes())?)?;
@@ -81,8 +83,15 @@ async fn who_has_one_connection_is_answered_before_those_of_a_client_that_has_ma
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_root_certificates(roots)
         .with_no_client_auth();
-    let tls = TlsConnector::from(Arc::new(config));
-    let path = "/public/boot/p/initramfs";
+    Ok(TlsConnector::from(Arc::new(config)))
+}
+
+/// Thirty-two answers have begun when the last client asks, for as much as each of them: it is answered before any of the others all the same. A
+/// member that divided itself among connections would answer it last.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_has_one_connection_is_answered_before_those_of_a_client_that_has_many() -> anyhow::Result<()> {
+    let member = Member::start()?;
+    let (path, tls) = (large_file(&member).await?, connector(&member).await?);
     let mut modest = Connection::new([127, 0, 0, 3], &member, &tls).await?;
     let mut many = Vec::new();
     for _ in 0..MANY {
@@ -92,7 +101,7 @@ async fn who_has_one_connection_is_answered_before_those_of_a_client_that_has_ma
         connection.ask(path).await?;
     }
     let mut answers = JoinSet::new();
-    for connection in many {
+    for mut connection in many {
         answers.spawn(async move { connection.read().await.map(|()| "one of many") });
     }
     modest.ask(path).await?;

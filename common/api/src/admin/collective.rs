@@ -1,5 +1,6 @@
 //! What is said of the members themselves: who they are, who comes and goes, who holds which content, and backups of what they agree about.
 
+use crate::backup_key::Recipient;
 use crate::deploy::Cidr;
 use crate::ids::{MemberId, Sha256Digest};
 use crate::trust::Incarnation;
@@ -106,12 +107,18 @@ pub struct ReplaceRequest {
 /// Characters that the passphrase of a backup has at least: who has the file may try as many as he likes.
 pub const MIN_PASSPHRASE: usize = 12;
 
-/// Asks for a backup. No `Debug`; the passphrase is wiped.
+/// What an encrypted backup begins with. A member of an earlier release, which knows no recipients, sends a redacted one instead.
+pub const BACKUP_MAGIC: [u8; 8] = *b"\x89MOORBK\n";
+
+/// Asks for a backup: under a passphrase or to recipients; neither: it is redacted. No `Debug`; the passphrase is wiped.
 #[derive(Default, Serialize, Deserialize)]
 pub struct BackupRequest {
-    /// What the backup is encrypted under; none: it is redacted.
+    /// What the backup is encrypted under.
     #[serde(default)]
     pub passphrase: Option<String>,
+    /// Whom it is encrypted to, at most [`MAX_RECIPIENTS`](crate::backup_key::MAX_RECIPIENTS).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub recipients: Vec<Recipient>,
     /// Where no majority answers, make one of what the member holds: it may not be the newest, and says so.
     #[serde(default)]
     pub without_majority: bool,
