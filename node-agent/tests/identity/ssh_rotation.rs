@@ -186,7 +186,7 @@ async fn have_all_acknowledged(member: &Member) -> bool {
 
 /// How often a member has certified this node's keys, as its audit log says.
 async fn certificates_given(member: &Member) -> usize {
-    let request = BackupRequest { passphrase: None, without_majority: false };
+    let request = BackupRequest { passphrase: None, recipients: Vec::new(), without_majority: false };
     let (mut admin, mut text) = (member.admin().await, Vec::new());
     let mut parts = admin.backup(&request).await.unwrap();
     while let Some(part) = parts.next().await.unwrap() {
