@@ -161,12 +161,12 @@ impl State {
         let mut transaction = self.database.begin_write()?;
         let is_to_sync = self.is_to_sync(chunk.len());
         self.unsynced.fetch_add(chunk.len(), Ordering::Relaxed);
-        if !is_to_sync {
+        if is_to_sync {
+            self.unsynced.store(0, Ordering::Relaxed);
+        } else {
             transaction
                 .set_durability(Durability::None)
                 .map_err(|error| StoreError::Database(Box::new(error.into())))?;
-        } else {
-            self.unsynced.store(0, Ordering::Relaxed);
         }
         let write = Write::new(&transaction);
         let mut answers = Vec::with_capacity(chunk.len());

@@ -24,6 +24,8 @@ const DEVICE: &str = "moordelay";
 const UNDER_WAY: usize = 64 << 20;
 /// The largest packet and its header.
 const LARGEST: usize = (64 << 10) + 64;
+/// A packet that fills a buffer by less than this is copied out of it: many small ones would hold as many buffers.
+const SMALL: usize = 16 << 10;
 
 /// Address of the end in the first namespace.
 pub const NEAR: &str = "10.99.0.1";
@@ -102,6 +104,8 @@ struct Line {
 struct UnderWay {
     packets: VecDeque<(Instant, Vec<u8>)>,
     bytes: usize,
+    /// Buffers that large packets have left: a copy of each would cost as much as one of the two system calls.
+    free: Vec<Vec<u8>>,
 }
 
 impl Line {
@@ -111,7 +115,15 @@ impl Line {
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
             if state.bytes + length <= UNDER_WAY {
                 state.bytes += length;
-                state.packets.push_back((Instant::now() + delay, buffer[..length].to_vec()));
+                let packet = if length < SMALL {
+                    buffer[..length].to_vec()
+                } else {
+                    let next = state.free.pop().unwrap_or_else(|| vec![0; LARGEST]);
+                    let mut packet = std::mem::replace(&mut buffer, next);
+                    packet.truncate(length);
+                    packet
+                };
+                state.packets.push_back((Instant::now() + delay, packet));
                 if state.packets.len() == 1 {
                     self.filled.notify_one();
                 }
@@ -122,9 +134,14 @@ impl Line {
     fn drain(&self, mut to: &File) {
         // The kernel wakes a thread up to 50 us late unless it is told not to: as much as the whole way on a quick link.
         let _ = nix::sys::prctl::set_timerslack(1);
+        let mut written: Option<Vec<u8>> = None;
         loop {
             let (due, packet) = {
                 let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(mut buffer) = written.take().filter(|buffer| buffer.capacity() >= LARGEST) {
+                    buffer.resize(LARGEST, 0);
+                    state.free.push(buffer);
+                }
                 loop {
                     if let Some((due, packet)) = state.packets.pop_front() {
                         state.bytes -= packet.len();
@@ -136,6 +153,7 @@ impl Line {
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
             // A device that is down drops packets.
             let _ = to.write(&packet);
+            written = Some(packet);
         }
     }
 }
