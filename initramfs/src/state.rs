@@ -142,7 +142,7 @@ impl fmt::Display for State {
             write!(f, "memory    {bytes} of {of} bytes")?;
             match seconds_left {
                 Some(seconds) => writeln!(f, ", about {seconds} s left")?,
-                None => writeln!(f, ", and nothing comes")?,
+                None => writeln!(f)?,
             }
         }
         writeln!(f, "chunks    {} received, {} verified", self.chunks_fetched, self.chunks_verified)?;

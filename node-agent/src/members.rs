@@ -16,7 +16,7 @@ use zeroize::Zeroizing;
 /// seconds for a handshake, and short enough that a dead member costs a boot little.
 const TIMEOUT: Duration = Duration::from_secs(15);
 
-/// So long a certificate's word is taken for it that the collective began anew: a node that runs gets the trust bundle that says so with a
+/// So long a certificate's word is taken for it that the collective began anew: a node that is up gets the trust bundle that says so with a
 /// heartbeat, which is a minute or two.
 const ON_TRUST: Duration = Duration::from_mins(15);
 
@@ -25,18 +25,20 @@ const ON_TRUST: Duration = Duration::from_mins(15);
 /// keys of the authority, or is a second survivor that was recovered by mistake, could shut a node off from all real members for ever.
 struct Belief {
     confirmed: Incarnation,
+    /// What a certificate says counts for as long as the process runs: a boot gets no other bundle, and ends.
+    is_lasting: bool,
     /// The newest that a certificate named, and until when that counts.
     met: Option<(Incarnation, Instant)>,
 }
 
 impl Belief {
     fn of(bundle: &SiteBundle) -> Self {
-        Self { confirmed: bundle.incarnation, met: None }
+        Self { confirmed: bundle.incarnation, is_lasting: false, met: None }
     }
 
     /// Members of earlier ones are of before.
     fn lowest(&self, now: Instant) -> Incarnation {
-        let met = self.met.filter(|(_, until)| now < *until);
+        let met = self.met.filter(|(_, until)| self.is_lasting || now < *until);
         met.map_or(self.confirmed, |(incarnation, _)| incarnation.max(self.confirmed))
     }
 
@@ -89,6 +91,13 @@ impl Members {
         Ok(members)
     }
 
+    /// For a boot, which gets no newer bundle: once it has reached a collective that began anew, it goes back to no member of before until it ends.
+    #[must_use]
+    pub fn of_a_boot(mut self) -> Self {
+        self.belief.is_lasting = true;
+        self
+    }
+
     /// Other roots from now on. The token goes: it belongs to connections that were made under the old ones.
     ///
     /// # Errors
@@ -96,7 +105,7 @@ impl Members {
     pub fn trust(&mut self, bundle: &SiteBundle, session: &SessionKey) -> Result<(), ClientError> {
         self.tls = Arc::new(member_tls_config(bundle, Some(session))?);
         // A bundle is newer than the one before. What connections said counts no more: somebody may have said it whom the new roots do not vouch for.
-        self.belief = Belief::of(bundle);
+        self.belief = Belief { is_lasting: self.belief.is_lasting, ..Belief::of(bundle) };
         self.forget();
         Ok(())
     }
@@ -294,7 +303,7 @@ mod tests {
             connection: None,
             token: None,
             boot: None,
-            belief: Belief { confirmed: Incarnation::FIRST, met: None },
+            belief: Belief { confirmed: Incarnation::FIRST, is_lasting: false, met: None },
             timeout: TIMEOUT,
         }
     }
@@ -304,7 +313,7 @@ mod tests {
         let second = Incarnation::FIRST.next();
         let (begun, third) = (Instant::now(), second.next());
         let (almost, over) = (begun + ON_TRUST.mul_f64(0.99), begun + ON_TRUST);
-        let mut belief = Belief { confirmed: Incarnation::FIRST, met: None };
+        let mut belief = Belief { confirmed: Incarnation::FIRST, is_lasting: false, met: None };
         belief.meet(Incarnation::FIRST, begun);
         assert_eq!(belief.lowest(begun), Incarnation::FIRST);
         belief.meet(second, begun);
@@ -321,8 +330,12 @@ mod tests {
         assert_eq!((belief.lowest(almost), belief.lowest(over)), (third, Incarnation::FIRST));
         belief.meet(third.next(), over);
         assert_eq!(belief.lowest(over), Incarnation::FIRST, "it can be shut off again and again");
+        // A boot has nobody to ask, and ends.
+        let mut belief = Belief { confirmed: Incarnation::FIRST, is_lasting: true, met: None };
+        belief.meet(second, begun);
+        assert_eq!(belief.lowest(over + ON_TRUST), second, "a boot went back to members of before");
         // With a bundle that says so it is for good, and what comes then is met anew.
-        let mut belief = Belief { confirmed: second, met: None };
+        let mut belief = Belief { confirmed: second, is_lasting: false, met: None };
         assert_eq!(belief.lowest(over + ON_TRUST), second);
         belief.meet(Incarnation::FIRST, over);
         belief.meet(third, over);

@@ -62,7 +62,7 @@ impl Boot {
         let session = SessionKey::generate().map_err(Fault::fatal)?;
         let mut urls = self.arguments.servers.clone();
         urls.extend(bundle.members.iter().cloned());
-        let mut members = Members::new(&bundle, &session, urls).map_err(Fault::fatal)?;
+        let mut members = Members::new(&bundle, &session, urls).map_err(Fault::fatal)?.of_a_boot();
         members.set_boot(self.id);
         self.members = Some(members);
         self.session = Some(session);

@@ -170,12 +170,14 @@ impl Boot {
             }
             let arrived = self.options.run.tether().and_then(|tether| tether.arrived);
             // Where nothing has changed there is nothing to say: of an outage the tether tells.
-            if let Some(arrived) = arrived.filter(|_| arrived != told) {
-                told = Some(arrived);
+            if let Some(arrived) = arrived.filter(|arrived| told != Some(arrived.bytes)) {
+                told = Some(arrived.bytes);
                 pause = pause.saturating_mul(2).min(PROGRESS_MAX);
                 let (sentence, figures) = described(arrived);
                 crate::console::say(State::Tether.rule().word, &sentence);
-                self.reporter.report(State::Tether.rule().word, &sentence, figures);
+                self.reporter.progress(State::Tether.rule().word, &sentence, figures);
+                // A slow fetch outlasts a token. Without a new one it is not heard now, and the image comes all the same.
+                let _ = Box::pin(self.ensure_token()).await;
                 self.flush().await;
             }
         }
@@ -216,8 +218,8 @@ impl Boot {
 /// How far an image is on its way into memory: for people, and as figures.
 fn described(arrived: Arrived) -> (String, BTreeMap<String, u64>) {
     let Arrived { bytes, of, seconds_left } = arrived;
-    let rest = seconds_left.map_or_else(|| "nothing comes".to_owned(), |seconds| format!("about {seconds} s left"));
-    let sentence = format!("{} of {} MiB of the image are in memory, {rest}", bytes >> 20, of.div_ceil(1 << 20));
+    let rest = seconds_left.map(|seconds| format!(", about {seconds} s left")).unwrap_or_default();
+    let sentence = format!("{} of {} MiB of the image are in memory{rest}", bytes >> 20, of.div_ceil(1 << 20));
     let figures =
         [("image.bytes_arrived", Some(bytes)), ("image.bytes_total", Some(of)), ("image.seconds_left", seconds_left)];
     let known = figures.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?)));

@@ -49,7 +49,7 @@ impl KernelArguments {
             } else if let Some(mode) = argument.strip_prefix("moor.root=") {
                 arguments.root = Some(mode.parse().map_err(error)?);
             } else if let Some(path) = argument.strip_prefix("moor.disk_cache=") {
-                if !path.starts_with("/dev/") {
+                if !path.starts_with("/dev/") || path.split('/').any(|part| part == "..") {
                     return Err(error(
                         "it names a device below /dev: nothing else is there when a node boots".to_owned(),
                     ));

@@ -82,6 +82,18 @@ impl Reporter {
         }));
     }
 
+    /// The same for how far something is: the last such report that nobody has taken yet has nothing to say any more.
+    pub fn progress(&mut self, word: &str, sentence: &str, figures: BTreeMap<String, u64>) {
+        let is_older = |message: &Message| match message {
+            Message::Status(last) => last.state == word && last.figures.keys().next() == figures.keys().next(),
+            Message::Log(_) => false,
+        };
+        if !figures.is_empty() && self.queue.back().is_some_and(is_older) {
+            self.queue.pop_back();
+        }
+        self.report(word, sentence, figures);
+    }
+
     /// Keeps the output of a script, or another text worth keeping, for the member; of a long one the end.
     pub fn log(&mut self, phase: Option<PhaseName>, text: &str) {
         let mut begin = text.len().saturating_sub(MAX_LOG);
@@ -176,6 +188,18 @@ mod tests {
         }
         assert_eq!(reporter.queue.len(), MAX_QUEUE);
         assert_eq!(numbers(&reporter).last(), Some(&500));
+    }
+
+    #[test]
+    fn how_far_something_is_waits_once_and_pushes_nothing_out() {
+        let mut reporter = Reporter::new(BootId::random(), 0);
+        reporter.note("mount", "the first try was killed");
+        for bytes in 0..500 {
+            let figures = BTreeMap::from([("image.bytes_arrived".to_owned(), bytes)]);
+            reporter.progress("mount", &format!("{bytes} MiB"), figures);
+        }
+        let kept: Vec<&str> = reporter.reports().map(|report| report.detail.as_str()).collect();
+        assert_eq!(kept, ["the first try was killed", "499 MiB"]);
     }
 
     #[test]

@@ -100,7 +100,7 @@ async fn authorize(
 
 /// What is read is at least as new as all that was acknowledged anywhere before. Without a majority it is what this member knows, and the
 /// answer says why. Changes read too, which nodes a range means for one: they wait for the same, and without a majority are not begun. Where this
-/// member leads, their own entries show whether that was so: each has one at least, its line in the audit log.
+/// member leads, and has just heard of a majority, their own entries show whether that was so: each has one at least, its line in the audit log.
 async fn up_to_date(State(member): State<Arc<Member>>, request: Request, next: Next) -> Response {
     if request.method() != Method::GET {
         if let Some(term) = member.store.leads_in() {

@@ -374,6 +374,24 @@ impl Command {
         }
     }
 
+    /// Whether applying it touches a record or two, however many nodes there are.
+    #[must_use]
+    pub fn is_little(&self) -> bool {
+        match self {
+            Self::Audited { change, .. } => change.is_little(),
+            Self::DefineNode { .. }
+            | Self::SetAttributes { .. }
+            | Self::Arm { .. }
+            | Self::Rearm { .. }
+            | Self::Boot { .. }
+            | Self::CloseStage { .. }
+            | Self::Status { .. }
+            | Self::Log { .. }
+            | Self::Audit { .. } => true,
+            _ => false,
+        }
+    }
+
     /// The level that a release has to know to apply it, with the fields that it has. Once a release is out it stays the same.
     #[must_use]
     pub fn level(&self) -> Level {

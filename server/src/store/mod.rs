@@ -91,7 +91,7 @@ pub enum StoreError {
     Keys(String),
     /// Records and keys are of two moments that do not fit together.
     #[error(
-        "it is of the middle of a rotation of the authorities: its records name none whose keys are in it: take a backup of before or after that, or          one that was made with a majority"
+        "it is of the middle of a rotation of the authorities: its records name none whose keys are in it: take a backup of before or after that, or one that was made with a majority"
     )]
     NoAuthority,
     /// A message of another member is not understood.

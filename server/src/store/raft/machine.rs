@@ -13,7 +13,7 @@ use crate::store::{Command, Event, Level, Outcome, StoreError, apply, database, 
 use futures_util::{Stream, StreamExt as _};
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
-use redb::{Database, Durability};
+use redb::{Database, Durability, WriteTransaction};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ use tokio::sync::{broadcast, watch};
 
 /// Entries that one transaction applies at most.
 const BATCH: usize = 256;
-/// Entries that are applied by Raft's own thread.
+/// Entries that are applied by Raft's own thread, if they are [little](Command::is_little).
 const AT_ONCE: usize = 4;
 /// After so many entries a transaction is synced: the most that is applied again after a crash.
 const UNSYNCED: usize = 4096;
@@ -154,11 +154,24 @@ impl State {
     }
 
     pub(super) fn apply(&self, chunk: Vec<EntryResponder<Raft>>) -> Result<(), StoreError> {
-        self.note(self.apply_chunk(chunk))
+        self.note(
+            self.database.begin_write().map_err(Into::into).and_then(|transaction| self.apply_in(transaction, chunk)),
+        )
     }
 
-    fn apply_chunk(&self, chunk: Vec<EntryResponder<Raft>>) -> Result<(), StoreError> {
-        let mut transaction = self.database.begin_write()?;
+    /// A transaction in which `chunk` is applied in no time; none where it waits for the disk or another transaction, or has more to do.
+    fn at_once(&self, chunk: &[EntryResponder<Raft>]) -> Option<WriteTransaction> {
+        let is_little = |(entry, _): &EntryResponder<Raft>| match &entry.payload {
+            EntryPayload::Blank => true,
+            EntryPayload::Normal(command) => command.is_little(),
+            EntryPayload::Membership(_) => false,
+        };
+        let is_quick = chunk.len() <= AT_ONCE && !self.is_to_sync(chunk.len()) && chunk.iter().all(is_little);
+        // Why there is none, who waits for one will learn.
+        if is_quick { self.database.try_begin_write().ok() } else { None }
+    }
+
+    fn apply_in(&self, mut transaction: WriteTransaction, chunk: Vec<EntryResponder<Raft>>) -> Result<(), StoreError> {
         let is_to_sync = self.is_to_sync(chunk.len());
         self.unsynced.fetch_add(chunk.len(), Ordering::Relaxed);
         if is_to_sync {
@@ -279,6 +292,7 @@ impl State {
         } else {
             newest.replace((meta, path.to_owned())).map(|(_, old)| old).filter(|old| old != path)
         };
+        drop(newest);
         if let Some(old) = old {
             // One that stays is removed at the next start.
             let _ = std::fs::remove_file(old);
@@ -346,9 +360,9 @@ impl RaftStateMachine<Raft> for Machine {
         let mut chunks = entries.ready_chunks(BATCH);
         while let Some(chunk) = chunks.next().await {
             let chunk = chunk.into_iter().collect::<Result<Vec<_>, _>>()?;
-            if chunk.len() <= AT_ONCE && !self.is_to_sync(chunk.len()) {
+            if let Some(transaction) = self.at_once(&chunk) {
                 // In memory, a tenth of a millisecond: to hand it to another thread takes longer.
-                done(self.0.apply(chunk))?;
+                done(self.note(self.apply_in(transaction, chunk)))?;
             } else {
                 blocking(&self.0, move |state| state.apply(chunk)).await?;
             }

@@ -38,12 +38,13 @@ use moor_api::ids::MemberId;
 use moor_api::node::Base64;
 use moor_api::problem::Code;
 use openraft::async_runtime::WatchReceiver as _;
-use openraft::errors::{ClientWriteError, Fatal, ForwardToLeader, LinearizableReadError, RaftError};
+use openraft::errors::{ClientWriteError, Fatal, ForwardReason, ForwardToLeader, LinearizableReadError, RaftError};
 use openraft::impls::{ProgressResponder, leader_id_std};
 use openraft::{ChangeMembers, Config, ReadPolicy};
 use own::OwnThread;
 use rounds::Rounds;
 use serde::{Deserialize, Serialize};
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -160,15 +161,19 @@ fn config() -> Config {
 }
 
 tokio::task_local! {
-    /// The term that changes of this task are bound to.
-    static TERM: u64;
+    /// The term that the first change of this task is bound to, until it is made.
+    static TERM: Cell<Option<u64>>;
 }
 
-/// Does what reads here and then changes, on a member that [leads](Replicated::leads_in) in `term`. Its changes are made in that term or refused:
-/// one that is made shows that this member led when it was read, and what was read was the newest. That takes one round among the members
-/// instead of two.
+/// Does what reads here and then changes, on a member that [leads](Replicated::leads_in) in `term`. Its first change is made in that term or refused:
+/// once it is made, this member led when it was read, and what was read was the newest. That takes one round among the members instead of two.
 pub(crate) async fn in_term<T>(term: u64, work: impl Future<Output = T>) -> T {
-    TERM.scope(term, work).await
+    TERM.scope(Cell::new(Some(term)), work).await
+}
+
+/// The term that this task's changes are bound to.
+fn bound() -> Option<u64> {
+    TERM.try_with(Cell::get).ok().flatten()
 }
 
 fn consensus(error: impl std::fmt::Display) -> StoreError {
@@ -362,15 +367,21 @@ impl Replicated {
         if self.is_cut_off() {
             return Err(StoreError::NoLeader(self.standing().no_majority("changes wait until it does")));
         }
-        let bound = TERM.try_with(|term| *term).ok();
+        let bound = bound();
         let Ok(written) = tokio::time::timeout(PATIENCE, self.write(command, bound)).await else {
             let then = "this change is made when it does, unless another leader is elected before";
             return Err(StoreError::NoLeader(self.standing().no_majority(then)));
         };
         match written {
-            Ok(written) => Ok(Some((refused.map_or(written.data, Outcome::Refused), written.log_id.index()))),
-            // Another one leads, who may know of newer things than were read here.
-            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) if bound.is_some() => {
+            Ok(written) => {
+                // What was read before it is proven with it. Nothing is bound outside of such a task.
+                let _ = TERM.try_with(|term| term.set(None));
+                Ok(Some((refused.map_or(written.data, Outcome::Refused), written.log_id.index())))
+            }
+            // Another one leads, who may know of newer things than were read here; or it leads on once it is heard again.
+            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(to)))
+                if bound.is_some() && to.reason != ForwardReason::LeaseExpired =>
+            {
                 Err(StoreError::NoLeader(
                     "another member has come to lead meanwhile: this was not changed; try again".into(),
                 ))
@@ -517,7 +528,8 @@ impl Store for Replicated {
             if let Some((outcome, _)) = self.propose_here(command.clone()).await? {
                 return Ok(told(outcome));
             }
-            if let Some(leader) = self.leader() {
+            // What is bound is for this member alone.
+            if let Some(leader) = self.leader().filter(|_| bound().is_none()) {
                 match self.calls.propose(&leader, &command).await {
                     Ok(Some((outcome, index))) => {
                         // Best effort: the change is made; who reads at once should see it.

@@ -1,11 +1,8 @@
 //! Raft has a thread of its own: its tasks wait for each other many times in each change, which costs nothing on one thread and a system call or two
-//! between two; and a storm of nodes, which the other threads answer, does not keep a sign of life back.
+//! between two. A storm of nodes, which the other threads answer, does not hold up what is agreed.
 
 use super::StoreError;
 use tokio::runtime::{Builder, Handle, Runtime};
-
-/// Threads for what waits for the disk: one applies, one makes or takes a snapshot, and one syncs at the end.
-const BLOCKING: usize = 4;
 
 /// The thread. Its tasks end when it is dropped.
 pub(super) struct OwnThread {
@@ -21,7 +18,8 @@ impl OwnThread {
     /// The system has no more threads or files.
     pub(super) fn new() -> Result<Self, StoreError> {
         let mut builder = Builder::new_multi_thread();
-        builder.worker_threads(1).max_blocking_threads(BLOCKING).thread_name("raft").enable_all();
+        // What waits for the disk has others, as many as it takes: names of members that nobody resolves must not be in its way.
+        builder.worker_threads(1).thread_name("raft").enable_all();
         let runtime = builder.build().map_err(|error| StoreError::Thread(error.to_string()))?;
         Ok(Self { handle: runtime.handle().clone(), runtime: Some(runtime) })
     }

@@ -131,6 +131,11 @@ async fn a_change_that_is_bound_to_a_term_is_made_in_no_other() {
         assert!(matches!(&refused, StoreError::NoLeader(why) if why.contains("try again")), "{refused}");
     }
     assert_eq!(in_term(after, store.propose(define(2))).await.unwrap(), Outcome::Done);
+    let rest = async {
+        let first = store.propose(define(4)).await.unwrap();
+        (first, bound())
+    };
+    assert_eq!(in_term(after, rest).await, (Outcome::Done, None), "the rest is no more bound than elsewhere");
     assert!(store.leads_in().is_none_or(|term| term == after));
     assert_eq!(store.propose(define(3)).await.unwrap(), Outcome::Done, "without a term it is as before");
 }
