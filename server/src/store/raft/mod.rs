@@ -274,10 +274,11 @@ impl Replicated {
                 return StoreError::TooOld { level, known: self.machine.known() };
             }
             if running.borrow_watched().running_state.is_err() {
-                return StoreError::Failed;
+                // It has ended because of what came since.
+                return self.machine.why(StoreError::Failed);
             }
             tokio::select! {
-                changed = metrics.changed() => if changed.is_err() { return StoreError::Failed },
+                changed = metrics.changed() => if changed.is_err() { return self.machine.why(StoreError::Failed) },
                 // Its sender is here.
                 _ = outgrown.changed() => {}
             }
