@@ -6,6 +6,7 @@
 mod addresses;
 pub mod admin;
 pub mod args;
+mod aside;
 pub mod authority;
 pub mod backup;
 pub mod certificate;

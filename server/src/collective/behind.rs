@@ -2,20 +2,17 @@
 //! answer meanwhile: the scheduler gives these threads what the others leave, and a tenth beside one that is busy, so that they get on in any case.
 //! Their requests to the disk are of a lower priority as well, which follows from that (`ioprio_set(2)`).
 
+use crate::aside::Aside;
 use rustix::process::{getpriority_process, setpriority_process};
 use std::io;
-use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::runtime::Builder;
 use tokio::task::JoinSet;
 
 /// How nice they are (setpriority(2)): a thread of another one that wakes up runs at once instead of them.
 const NICE: i32 = 10;
 
 /// One thread for connections, and up to two that read, hash and write files.
-pub(super) struct Behind {
-    /// Always there until it is dropped.
-    runtime: Option<Runtime>,
-    handle: Handle,
-}
+pub(super) struct Behind(Aside);
 
 /// Makes the calling thread, and no other, as nice as these.
 fn step_back() {
@@ -37,8 +34,7 @@ impl Behind {
     pub(super) fn new() -> io::Result<Self> {
         let mut builder = Builder::new_multi_thread();
         builder.worker_threads(1).max_blocking_threads(2).thread_name("content").enable_all();
-        let runtime = builder.on_thread_start(step_back).build()?;
-        Ok(Self { handle: runtime.handle().clone(), runtime: Some(runtime) })
+        Ok(Self(Aside::begin(builder.on_thread_start(step_back))?))
     }
 
     /// Does there what may wait for a disk.
@@ -46,12 +42,12 @@ impl Behind {
         &self,
         work: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
-        self.handle.spawn_blocking(work).await.map_err(io::Error::other)?
+        self.0.handle().spawn_blocking(work).await.map_err(io::Error::other)?
     }
 
     /// Does there what waits for the network.
     pub(super) async fn run<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> io::Result<T> {
-        self.handle.spawn(work).await.map_err(io::Error::other)
+        self.0.handle().spawn(work).await.map_err(io::Error::other)
     }
 
     /// As [`Self::run`], as one of several.
@@ -60,16 +56,7 @@ impl Behind {
         several: &mut JoinSet<T>,
         work: impl Future<Output = T> + Send + 'static,
     ) {
-        several.spawn_on(work, &self.handle);
-    }
-}
-
-impl Drop for Behind {
-    fn drop(&mut self) {
-        // What is under way is not waited for.
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
+        several.spawn_on(work, self.0.handle());
     }
 }
 

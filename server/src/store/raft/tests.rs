@@ -2,9 +2,11 @@
 
 use super::log::Log;
 use super::machine::Machine;
+use super::propose::bound;
 use super::*;
 use crate::store::records::{KeysRecord, MemberRecord};
-use crate::store::tables;
+use crate::store::tables::{self, Snapshot};
+use crate::store::{Event, Store as _};
 use moor_api::ids::NodeId;
 use openraft::StorageError;
 use openraft::testing::log::{StoreBuilder, Suite};

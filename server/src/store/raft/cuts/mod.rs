@@ -9,6 +9,7 @@ mod disk;
 mod seed;
 
 use super::*;
+use crate::store::Store as _;
 use disk::Disk;
 use moor_api::ids::NodeId;
 use redb::Database;
