@@ -196,7 +196,10 @@ async fn what_was_acknowledged_is_there_after_ten_thousand_power_cuts() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_lies_is_found_out() {
     for seed in 0..50 {
-        if Box::pin(live(seed, LIFE, false)).await.is_err_and(|why| why.contains("was told that")) {
+        // Such a disk leaves files behind that no honest one does, and in a build with assertions the database does not return an error for
+        // all of them but panics. That is found out as well; what is looked for is a loss that opens without a word.
+        let ended = tokio::spawn(Box::pin(live(seed, LIFE, false))).await;
+        if ended.is_ok_and(|lived| lived.is_err_and(|why| why.contains("was told that"))) {
             return;
         }
     }
