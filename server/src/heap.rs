@@ -2,6 +2,11 @@
 //! is not taken again soon.
 #![expect(unsafe_code, reason = "a call of the allocator, for which its crate has no name without another dependency")]
 
+use std::time::Duration;
+
+/// What was freed is given back this often. The allocator does so when it is asked for memory next, which on an idle member may be never.
+const OFTEN: Duration = Duration::from_secs(5);
+
 // So that it is linked also where it is not the allocator: in tests of this library.
 use mimalloc as _;
 
@@ -14,4 +19,13 @@ unsafe extern "C" {
 pub(crate) fn give_back() {
     // It may be called at any time by any thread, and touches nothing that is allocated.
     mi_collect(true);
+}
+
+/// Gives back what is free, now and then. Goes on for ever.
+pub(crate) async fn tidy() {
+    loop {
+        tokio::time::sleep(OFTEN).await;
+        // Ends early only with the runtime.
+        let _ = tokio::task::spawn_blocking(give_back).await;
+    }
 }

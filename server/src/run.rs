@@ -350,6 +350,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     );
     let app = router(&member);
     tokio::spawn(collect(member.clone()));
+    tokio::spawn(crate::heap::tidy());
     let upkeep = tokio::spawn(collective::upkeep::run(member.clone(), stop.clone()));
     let (watched, ends) = (member.clone(), stop.clone());
     let broken = tokio::spawn(async move {

@@ -23,10 +23,11 @@ use crate::store::{Command, Outcome, Replicated, Snapshot, Store as _, StoreErro
 use crate::traces::Traces;
 use crate::trust::{self, Heard, Trust};
 use anyhow::Context as _;
-use moor_api::ids::{CollectiveId, Sha256Digest};
+use moor_api::ids::{CollectiveId, NodeName, Sha256Digest};
 use moor_api::node::MemberEndpoint;
 use moor_api::problem::Problem;
 use moor_api::trust::{Incarnation, SiteBundle};
+use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
@@ -205,6 +206,26 @@ pub fn missing(view: &Snapshot, dir: &Path) -> Result<Vec<Sha256Digest>, StoreEr
     Ok(content::lacking(dir, named.into_iter().collect()))
 }
 
+/// Of a [`NodeRecord`](crate::store::records::NodeRecord): what names blobs. Members look through all nodes every few seconds.
+#[derive(Deserialize)]
+struct WithLogs {
+    name: NodeName,
+    #[serde(default)]
+    boots: Vec<BootLogs>,
+}
+
+#[derive(Deserialize)]
+struct BootLogs {
+    #[serde(default)]
+    evidence: Option<EventLog>,
+}
+
+#[derive(Deserialize)]
+struct EventLog {
+    #[serde(default)]
+    event_log: Option<Sha256Digest>,
+}
+
 /// Gives each blob that a record names to `take`, with a way to say what it is; returns the images that there are.
 fn contents(
     view: &Snapshot,
@@ -229,11 +250,13 @@ fn contents(
             take(*blob, &|| format!("'{path}' of profile '{}' @{}", generation.name, generation.serial));
         }
     }
-    for node in view.nodes()? {
-        for log in node.boots.iter().filter_map(|boot| boot.evidence.as_ref()?.event_log) {
+    view.find_map(tables::NODES, |node: WithLogs| {
+        let logs = node.boots.iter().filter_map(|boot| boot.evidence.as_ref()?.event_log);
+        for log in logs {
             take(log, &|| format!("the firmware's log of a boot of {}", node.name));
         }
-    }
+        None::<()>
+    })?;
     Ok(images)
 }
 

@@ -13,7 +13,7 @@ use crate::store::{Command, Level, Outcome};
 use crate::trust::{first_root, text_of};
 use anyhow::Context as _;
 use moor_api::admin::{AuthorityCancelled, AuthorityKind, AuthorityRetired, AuthorityRotated};
-use moor_api::ids::NodeName;
+use moor_api::ids::{NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -180,9 +180,9 @@ pub(crate) fn old_boot_files(member: &Member) -> Result<Vec<NodeName>, Problem> 
 
 /// Goes on for ever.
 pub(super) async fn keep(member: &Arc<Member>) {
-    let mut said = String::new();
+    let (mut said, mut waits) = (String::new(), None);
     loop {
-        let failed = step(member).await.err().map(|error| format!("{error:#}")).unwrap_or_default();
+        let failed = step(member, &mut waits).await.err().map(|error| format!("{error:#}")).unwrap_or_default();
         // A failure that lasts is said once.
         if !failed.is_empty() && failed != said {
             tracing::warn!("the authorities: {failed}");
@@ -192,7 +192,7 @@ pub(super) async fn keep(member: &Arc<Member>) {
     }
 }
 
-async fn step(member: &Arc<Member>) -> anyhow::Result<()> {
+async fn step(member: &Arc<Member>, waits: &mut Option<NodeId>) -> anyhow::Result<()> {
     let taker = member.clone();
     tokio::task::spawn_blocking(move || taker.take_up()).await??;
     if member.trust.version() == 1 && member.trust.ssh().held.version == 1 {
@@ -203,7 +203,7 @@ async fn step(member: &Arc<Member>) -> anyhow::Result<()> {
     let standing = member.store.standing();
     if standing.leader == Some(standing.number) {
         drop_retired(member).await?;
-        ssh_authorities::drop_retired(member).await?;
+        ssh_authorities::drop_retired(member, waits).await?;
     }
     Ok(())
 }

@@ -9,12 +9,14 @@ use crate::state::{Member, audit_entry, now};
 use crate::store::authorities::AuthorityChange;
 use crate::store::authorities::named;
 use crate::store::authorities::ssh::{SshAuthoritiesRecord, SshAuthorityRecord, SshChange, nodes_behind};
-use crate::store::{Command, Level, Outcome};
+use crate::store::records::NodeRecord;
+use crate::store::{Command, Level, Outcome, tables};
 use anyhow::Context as _;
 use moor_api::admin::{AuthorityKind, AuthorityRetired, AuthorityRotated, SshRole};
-use moor_api::ids::NodeName;
+use moor_api::ids::{NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Proposes a change with its line of the audit log; the outcome is the version.
@@ -151,18 +153,30 @@ fn waits_for(member: &Member, number: u32) -> Result<Vec<String>, Problem> {
     Ok(names)
 }
 
-/// As the leader.
-pub(super) async fn drop_retired(member: &Member) -> anyhow::Result<()> {
-    let number = {
+/// As the leader. `waits`: a node that was behind when it was looked last. As long as it is, the others need not be looked through.
+pub(super) async fn drop_retired(member: &Arc<Member>, waits: &mut Option<NodeId>) -> anyhow::Result<()> {
+    let (number, retired, left) = {
         let view = member.view()?;
         let Some(record) = view.ssh_authorities()?.1 else { return Ok(()) };
         let [old, _] = &record.host[..] else { return Ok(()) };
         let Some(retired) = old.retired else { return Ok(()) };
-        if !nodes_behind(&view.nodes()?, retired, &old.left).is_empty() {
+        if let Some(id) = waits.filter(|id| !old.left.contains(id))
+            && view.node(id)?.is_some_and(|node| node.is_behind_ssh(retired))
+        {
             return Ok(());
         }
-        old.number
+        (old.number, retired, old.left.clone())
     };
+    let looker = member.clone();
+    let look = move || {
+        looker.view()?.find_map(tables::NODES, |node: NodeRecord| {
+            (node.is_behind_ssh(retired) && !left.contains(&node.id)).then_some(node.id)
+        })
+    };
+    *waits = tokio::task::spawn_blocking(look).await??;
+    if waits.is_some() {
+        return Ok(());
+    }
     let change = AuthorityChange::Ssh { change: SshChange::Drop { number } };
     member.propose(change.into()).await.context("dropping an SSH host authority")?;
     tracing::info!("SSH host authority {number} is trusted no more");

@@ -248,6 +248,26 @@ impl Snapshot {
 }
 
 impl Snapshot {
+    /// Gives each record of a table to `take`, in order, until it returns something: one at a time, so that those of ten thousand nodes are never in
+    /// memory together. `T` may be a part of the record, which is read faster.
+    ///
+    /// # Errors
+    /// The database is damaged.
+    pub(crate) fn find_map<T: DeserializeOwned, R>(
+        &self,
+        table: Table,
+        mut take: impl FnMut(T) -> Option<R>,
+    ) -> Result<Option<R>, StoreError> {
+        let open = self.transaction.open_table(table)?;
+        for item in open.iter()? {
+            let (key, value) = item?;
+            if let Some(found) = take(decode(table, key.value(), value.value())?) {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
     /// Gives each record's key and bytes to `take`, in order, until it fails.
     pub(crate) fn each<E>(
         &self,
