@@ -8,15 +8,20 @@ use moor_api::node::Stage;
 use std::collections::BTreeMap;
 use uuid::Uuid;
 
-/// The samples of a scrape, by name with labels. Each family has its help and type before it.
+/// The samples of a scrape, by name with labels. Each family has its help and type before it; a histogram's samples have names of their own.
 fn samples(text: &str) -> BTreeMap<String, String> {
-    let (mut samples, mut family) = (BTreeMap::new(), "");
+    let (mut samples, mut family) = (BTreeMap::new(), ("", ""));
     for line in text.lines() {
         if let Some(rest) = line.strip_prefix("# TYPE ") {
-            family = rest.split(' ').next().unwrap();
+            family = rest.split_once(' ').unwrap();
         } else if !line.starts_with('#') {
             let (name, value) = line.rsplit_once(' ').unwrap();
-            assert!(name == family || name.starts_with(&format!("{family}{{")), "{line} is of {family}");
+            let part = name.split('{').next().unwrap().strip_prefix(family.0);
+            let is_of_it = match family.1 {
+                "histogram" => matches!(part, Some("_bucket" | "_sum" | "_count")),
+                _ => part == Some(""),
+            };
+            assert!(is_of_it, "{line} is of {family:?}");
             assert!(samples.insert(name.to_owned(), value.to_owned()).is_none(), "{line} twice");
         }
     }
@@ -100,5 +105,12 @@ async fn a_member_says_how_it_is() -> anyhow::Result<()> {
     assert_eq!(grown("moord_requests_total{caller=\"admin\",status=\"4xx\"}"), 1);
     let time = "moord_request_seconds_total{caller=\"admin\"}";
     assert!(after[time].parse::<f64>()? > before[time].parse::<f64>()?);
+    for file in ["log.journal", "log.redb", "member.redb"] {
+        let count = number(&after, &format!("moord_sync_seconds_count{{file=\"{file}\"}}"));
+        assert!(count > 0, "{file} was synced when it was opened, or since");
+        assert_eq!(number(&after, &format!("moord_sync_seconds_bucket{{file=\"{file}\",le=\"+Inf\"}}")), count);
+        let seconds = |name: &str| after[&format!("moord_sync_{name}{{file=\"{file}\"}}")].parse::<f64>().unwrap();
+        assert!(seconds("longest_seconds") > 0.0 && seconds("longest_seconds") <= seconds("seconds_sum"), "{file}");
+    }
     Ok(())
 }
