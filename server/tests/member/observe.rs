@@ -1,11 +1,12 @@
 //! Metrics and health of a real member.
 
-use crate::collective::{invite, knows, text, until};
+use crate::collective::{invite, joined, knows, text, until, voters};
 use crate::machine::Machine;
 use crate::support::Member;
 use anyhow::ensure;
 use moor_api::node::Stage;
 use std::collections::BTreeMap;
+use std::time::Duration;
 use uuid::Uuid;
 
 /// The samples of a scrape, by name with labels. Each family has its help and type before it; a histogram's samples have names of their own.
@@ -69,6 +70,31 @@ async fn a_boot_is_followed_through_the_logs_of_members() -> anyhow::Result<()> 
     machine.known(&mut connection).await?;
     ensure!(!second.log().contains("b c\""), "it went to the log as it came");
     ensure!(messages(&second.log(), "a\"b c")?.is_empty(), "it was believed");
+    Ok(())
+}
+
+/// What a leader says five times a second, so that its followers know that it is there, is no request that stands in line with those of nodes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn signs_of_life_are_no_requests() -> anyhow::Result<()> {
+    const WINDOW: Duration = Duration::from_secs(3);
+    let first = Member::start()?;
+    let second = joined(&first, "m2", true).await?;
+    voters(&first, 2).await?;
+    for member in [&first, &second] {
+        let look = async || {
+            let now = samples(&member.admin().await?.metrics().await?);
+            let requests: u64 = now["moord_requests_total{caller=\"member\",status=\"2xx\"}"].parse()?;
+            Ok::<_, anyhow::Error>((requests, now["moord_majority"] == "1"))
+        };
+        // Other calls come and go, as those by which members tell each other who is alive: a few in a window.
+        until(member, "members ask it all the time, or it hears of no majority", async || {
+            let (before, _) = look().await?;
+            tokio::time::sleep(WINDOW).await;
+            let (after, hears) = look().await?;
+            Ok(hears && after < before + 8)
+        })
+        .await?;
+    }
     Ok(())
 }
 

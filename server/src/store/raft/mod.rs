@@ -12,6 +12,7 @@ mod machine;
 mod membership;
 mod network;
 mod own;
+mod pool;
 mod propose;
 mod rounds;
 mod snapshot;
@@ -194,7 +195,7 @@ impl Replicated {
         config: Config,
     ) -> Result<Self, StoreError> {
         let config = Arc::new(config.validate().map_err(consensus)?);
-        let network = network::Network(calls.clone());
+        let network = network::Network::new(calls.clone());
         let thread = own::thread()?;
         let [journaled, logged] = log.syncs();
         let syncs = [journaled, logged, machine.syncs()];
