@@ -414,6 +414,22 @@ pub(super) fn within_reach(raft: &openraft::Raft<Raft, Machine>, vote: &Vote) ->
     Ok(())
 }
 
+/// Refuses entries that do not follow each other, and the one that is said to be before them. openraft would take them, and acknowledge those that are
+/// missing as well.
+pub(super) fn without_holes(request: &AppendEntriesRequest<Raft>) -> Result<(), StoreError> {
+    let mut before = request.prev_log_id;
+    for id in request.entries.iter().map(|entry| entry.log_id) {
+        let next = before.map_or(Some(0), |before| before.index().checked_add(1));
+        let term = before.map_or(0, |before| **before.committed_leader_id());
+        if Some(id.index()) != next || **id.committed_leader_id() < term {
+            let before = before.map_or_else(|| "nothing".into(), |before| format!("entry {before}"));
+            return Err(StoreError::Message(format!("entry {id} does not follow {before}")));
+        }
+        before = Some(id);
+    }
+    Ok(())
+}
+
 /// Answers a call, in a release that knows levels up to `known`. `speaks` refuses numbers that are not the caller's.
 pub(super) async fn answer(
     raft: &openraft::Raft<Raft, Machine>,
@@ -427,6 +443,7 @@ pub(super) async fn answer(
             let request = wire::append_from(body, known)?;
             speaks(request.vote.leader_id.voted_for)?;
             within_reach(raft, &request.vote)?;
+            without_holes(&request)?;
             answered(&WireAppended::from(raft.append_entries(request).await.map_err(consensus)?))
         }
         Call::Vote | Call::PreVote => {

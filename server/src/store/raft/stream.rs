@@ -10,7 +10,7 @@
 //! For signs of life one is made meanwhile, apart from that for entries, which a large one may fill: on both sides they are Raft's alone from then
 //! on, while a `POST` is answered where nodes are. A member of an earlier release has no such route, and gets all calls so.
 
-use super::network::{Calls, Link, failure, on_the_way, within_reach};
+use super::network::{Calls, Link, failure, on_the_way, within_reach, without_holes};
 use super::wire::{self, Streamed, WireAppend};
 use super::{Peer, Raft, Replicated, StoreError};
 use bytes::Bytes;
@@ -334,6 +334,7 @@ where
         let call = call.map_err(|error| store.machine.why(error))?;
         store.speaks(call.vote.leader_id.voted_for, self.by)?;
         within_reach(&store.raft, &call.vote)?;
+        without_holes(&call)?;
         Ok(call)
     }
 }

@@ -108,6 +108,15 @@ async fn a_journal_that_was_taken_is_not_taken_again() {
     assert!(!beside.exists(), "an empty one was put in its place");
 }
 
+#[tokio::test]
+async fn who_asks_for_entries_that_are_gone_gets_none_of_those_behind_them() {
+    let mut log = over_failing(Path::new("/"), usize::MAX, std::time::Duration::ZERO).unwrap();
+    log.blocking_append(entries(0..=9, "a")).await.unwrap();
+    log.purge(LogId::new(1_u64.into(), 4)).await.unwrap();
+    assert_eq!(log.limited_get_log_entries(5, 8).await.unwrap().len(), 3);
+    assert!(log.limited_get_log_entries(4, 8).await.unwrap().is_empty(), "the first of them is missing");
+}
+
 /// A journal whose disk fails from the write or the sync of this number on, and takes its time for each sync before.
 #[derive(Debug)]
 struct Failing {

@@ -4,7 +4,7 @@ use super::*;
 use crate::authority::{self, Addresses, MemberIssuer, create_member_key};
 use crate::certificate::Certificate;
 use crate::state::now;
-use crate::store::raft::own;
+use crate::store::raft::{Entry, LogId, own};
 use crate::store::records::SiteRecord;
 use crate::trust::{Trust, peer_calls};
 use axum::{Json, Router};
@@ -50,6 +50,35 @@ async fn voter(keys: &std::path::Path) -> (Peer, Arc<Calls>) {
         }
     });
     (Peer { id, key, name: "m2".into(), urls }, Arc::new(Calls::new(collective, tls, None)))
+}
+
+#[test]
+fn entries_follow_each_other_and_what_is_before_them() {
+    use openraft::EntryPayload;
+    let id = |(term, index): (u64, u64)| LogId::new(term.into(), index);
+    for (before, entries, says) in [
+        (None, &[][..], ""),
+        (Some((3, 4)), &[], ""),
+        (None, &[(1, 0), (1, 1), (2, 2)], ""),
+        (Some((3, 4)), &[(3, 5), (7, 6)], ""),
+        (None, &[(1, 1)], "does not follow nothing"),
+        (Some((3, 4)), &[(3, 6)], "does not follow entry"),
+        (Some((3, 4)), &[(3, 4)], "does not follow entry"),
+        (Some((3, 4)), &[(3, 5), (3, 7)], "does not follow entry"),
+        (Some((3, 4)), &[(2, 5)], "does not follow entry"),
+        (Some((3, 4)), &[(4, 5), (3, 6)], "does not follow entry"),
+        (Some((3, u64::MAX)), &[(3, 0)], "does not follow entry"),
+    ] {
+        let entry = |at: &(u64, u64)| Entry { log_id: id(*at), payload: EntryPayload::Blank };
+        let request = AppendEntriesRequest::<Raft> {
+            vote: Vote::new_committed(7, 2),
+            prev_log_id: before.map(id),
+            leader_commit: None,
+            entries: entries.iter().map(entry).collect(),
+        };
+        let said = without_holes(&request).err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(said.is_empty() == says.is_empty() && said.contains(says), "{before:?} {entries:?}: {said}");
+    }
 }
 
 #[test]
