@@ -3,13 +3,16 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use tokio::time::MissedTickBehavior;
 
 /// What takes longer is said. A heartbeat is due five times in it, and an election lasts no longer.
 const SLOW: Duration = Duration::from_secs(1);
 /// One line of a file in this time; what else was slow is counted, and said with the next one.
 const QUIET: Duration = Duration::from_secs(10);
+/// What is under way is looked at this often.
+const LOOK: Duration = Duration::from_secs(1);
 /// Upper bounds that durations are counted by, in milliseconds, and in seconds as Prometheus has them.
 const BOUNDS: [(u64, &str); 8] =
     [(1, "0.001"), (4, "0.004"), (16, "0.016"), (64, "0.064"), (250, "0.25"), (1000, "1"), (4000, "4"), (16_000, "16")];
@@ -26,12 +29,26 @@ pub(crate) struct Syncs {
     said: Mutex<Said>,
 }
 
-/// What was said of slow ones.
+/// The one that is under way, and what was said of slow ones.
 #[derive(Debug, Default)]
 struct Said {
+    began: Option<Instant>,
+    /// Whether something was said of that one.
+    is_told: bool,
     at: Option<Instant>,
     /// Slow ones since that were not said.
     more: u64,
+}
+
+impl Said {
+    /// Since something was said; none: nothing was yet.
+    fn ago(&self, now: Instant) -> Option<Duration> {
+        self.at.map(|at| now.saturating_duration_since(at))
+    }
+
+    fn is_quiet(&self, now: Instant) -> bool {
+        self.ago(now).is_some_and(|ago| ago < QUIET)
+    }
 }
 
 /// How long the syncs of one file took.
@@ -61,19 +78,25 @@ impl Syncs {
         self.said.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does what makes something durable in the file, and says so if that takes long.
+    /// Does what makes something durable in the file, one at a time, and says so if that takes long.
     pub(super) fn time<T>(&self, sync: impl FnOnce() -> T) -> T {
-        let began = Instant::now();
+        self.begin(Instant::now());
         let done = sync();
-        let now = Instant::now();
-        if let Some(line) = self.note(now.saturating_duration_since(began), now) {
+        if let Some(line) = self.end(Instant::now()) {
             tracing::warn!("{line}");
         }
         done
     }
 
-    /// Counts one that took so long until `now`; returns what there is to say of it.
-    fn note(&self, took: Duration, now: Instant) -> Option<String> {
+    fn begin(&self, now: Instant) {
+        let mut said = self.said();
+        (said.began, said.is_told) = (Some(now), false);
+    }
+
+    /// Counts the one that has ended `now`; returns what there is to say of it.
+    fn end(&self, now: Instant) -> Option<String> {
+        let mut said = self.said();
+        let took = now.saturating_duration_since(said.began.take()?);
         let at = BOUNDS.iter().position(|(bound, _)| took <= Duration::from_millis(*bound)).unwrap_or(BOUNDS.len());
         let microseconds = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         self.counts[at].fetch_add(1, Ordering::Relaxed);
@@ -82,27 +105,37 @@ impl Syncs {
         if took <= SLOW {
             return None;
         }
-        let mut said = self.said();
-        let ago = said.at.map(|at| now.saturating_duration_since(at));
-        if ago.is_some_and(|ago| ago < QUIET) {
-            said.more += 1;
+        if said.is_quiet(now) {
+            said.more += u64::from(!said.is_told);
             return None;
         }
-        let more = std::mem::take(&mut said.more);
-        said.at = Some(now);
-        drop(said);
-        let others = match ago {
-            Some(ago) if more > 0 => {
+        Some(self.line(&mut said, &format!("took {:.1} s", took.as_secs_f64()), now))
+    }
+
+    /// What there is to say of the one that is under way: a disk that hangs may never come to its end.
+    fn lasts(&self, now: Instant) -> Option<String> {
+        let mut said = self.said();
+        let takes = now.saturating_duration_since(said.began?);
+        if takes <= SLOW || said.is_quiet(now) {
+            return None;
+        }
+        said.is_told = true;
+        Some(self.line(&mut said, &format!("takes {:.1} s so far", takes.as_secs_f64()), now))
+    }
+
+    fn line(&self, said: &mut Said, takes: &str, now: Instant) -> String {
+        let others = match (said.ago(now), std::mem::take(&mut said.more)) {
+            (Some(ago), more @ 1..) => {
                 format!(", and {more} more took over {} s in the {} s before", SLOW.as_secs(), ago.as_secs())
             }
             _ => String::new(),
         };
-        Some(format!(
-            "syncing '{}' took {:.1} s{others}: its disk is slow or has much else to do, and {} wait for it",
+        said.at = Some(now);
+        format!(
+            "syncing '{}' {takes}{others}: its disk is slow or has much else to do, and {} wait for it",
             self.file.display(),
-            took.as_secs_f64(),
             self.waits
-        ))
+        )
     }
 
     /// How long they took up to now.
@@ -120,6 +153,18 @@ impl Syncs {
             count: up_to(BOUNDS.len()),
             sum: seconds(&self.microseconds),
             longest: seconds(&self.longest),
+        }
+    }
+}
+
+/// Looks all the time for syncs of these files that do not come to their end, and says so.
+pub(super) async fn watch(files: [Arc<Syncs>; 3]) {
+    let mut looks = tokio::time::interval(LOOK);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        looks.tick().await;
+        for line in files.iter().filter_map(|file| file.lasts(Instant::now())) {
+            tracing::warn!("{line}");
         }
     }
 }
@@ -146,7 +191,9 @@ mod tests {
             // Nothing was slow since.
             (1500, 69),
         ] {
-            said.extend(syncs.note(Duration::from_millis(milliseconds), begin + Duration::from_secs(at)));
+            let now = begin + Duration::from_secs(60 + at);
+            syncs.begin(now.checked_sub(Duration::from_millis(milliseconds)).unwrap());
+            said.extend(syncs.end(now));
         }
         let end = ": its disk is slow or has much else to do, and changes and elections wait for it";
         assert_eq!(
@@ -172,6 +219,30 @@ mod tests {
                 longest: 20.0,
             }
         );
+    }
+
+    #[test]
+    fn one_that_does_not_come_to_its_end_is_said_again_and_again() {
+        let syncs = Syncs::new("log.redb".into(), "changes");
+        let begin = Instant::now();
+        let at = |seconds: u64| begin + Duration::from_secs(seconds);
+        assert_eq!(syncs.lasts(at(0)), None, "nothing is under way");
+        syncs.begin(at(0));
+        let said: Vec<_> = (0..=25).filter_map(|second| syncs.lasts(at(second))).collect();
+        let end = "so far: its disk is slow or has much else to do, and changes wait for it";
+        let expected = [2, 12, 22].map(|seconds| format!("syncing 'log.redb' takes {seconds}.0 s {end}"));
+        assert_eq!(said, expected);
+        // Of that one was said what there is to say.
+        assert_eq!(syncs.end(at(26)), None);
+        syncs.begin(at(26));
+        assert_eq!(syncs.end(at(28)), None, "within ten seconds");
+        syncs.begin(at(30));
+        let line = syncs.lasts(at(32)).unwrap();
+        assert!(
+            line.starts_with("syncing 'log.redb' takes 2.0 s so far, and 1 more took over 1 s in the 10 s before: "),
+            "{line}"
+        );
+        assert_eq!(syncs.figures().count, 2, "this one is not at its end");
     }
 
     #[test]

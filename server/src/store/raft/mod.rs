@@ -31,7 +31,7 @@ pub use standing::Standing;
 pub(crate) use stream::{PATH as STREAM, PROTOCOL, follow};
 
 use super::records::MemberRecord;
-use super::syncs::{Figures, Syncs};
+use super::syncs::{self, Figures, Syncs};
 use super::{Command, Level, Outcome, StoreError, database};
 use crate::aside::Aside;
 use log::Log;
@@ -199,6 +199,7 @@ impl Replicated {
         let thread = own::thread()?;
         let [journaled, logged] = log.syncs();
         let syncs = [journaled, logged, machine.syncs()];
+        thread.handle().spawn(syncs::watch(syncs.clone()));
         // What it begins stays where it is begun.
         let raft = openraft::Raft::new(number, config, network, log, machine.clone());
         let raft = thread.handle().spawn(raft).await.map_err(consensus)?;
