@@ -14,6 +14,7 @@ mod network;
 mod own;
 mod pool;
 mod propose;
+mod ready;
 mod rounds;
 mod snapshot;
 mod standing;
@@ -201,9 +202,10 @@ impl Replicated {
         let syncs = [journaled, logged, machine.syncs()];
         thread.handle().spawn(syncs::watch(syncs.clone()));
         // What it begins stays where it is begun.
-        let raft = openraft::Raft::new(number, config, network, log, machine.clone());
+        let raft = openraft::Raft::new(number, config, network.clone(), log, machine.clone());
         let raft = thread.handle().spawn(raft).await.map_err(consensus)?;
         let raft = raft.map_err(|error| machine.why(consensus(error)))?;
+        thread.handle().spawn(ready::keep(raft.clone(), network, number));
         let (heard, rounds) = (Mutex::default(), Rounds::default());
         let store = Self { raft, machine, calls, number, heard, rounds, syncs, thread };
         store.recover().await.map_err(|error| store.machine.why(error))?;

@@ -4,7 +4,7 @@
 mod tests;
 
 use super::pool::Pool;
-use super::stream::{Coming, Sending, Session};
+use super::stream::{Coming, Sending, Session, without_holes};
 use super::wire::{self, WireAppend, WireAppended, WireInstalled, WireVote, WireVoteRequest, WireVoted};
 use super::{Command, Level, Machine, Outcome, Peer, Raft, RaftSnapshot, SnapshotFile, StoreError, Vote, consensus};
 use bytes::Bytes;
@@ -244,6 +244,7 @@ impl Calls {
 
 /// Connections for openraft. Its tasks make them, so that [its thread](super::own) drives them, and nobody else takes one: no sign of life and no vote
 /// waits for what other threads are busy with here.
+#[derive(Clone)]
 pub(super) struct Network {
     calls: Arc<Calls>,
     pool: Arc<Pool>,
@@ -254,7 +255,7 @@ impl Network {
         Self { calls, pool: Arc::default() }
     }
 
-    fn link(&self, peer: Peer, is_for_signs: bool) -> Link {
+    pub(super) fn link(&self, peer: Peer, is_for_signs: bool) -> Link {
         let (calls, pool) = (self.calls.clone(), self.pool.clone());
         Link { calls, pool, peer, sending: Mutex::default(), alone_until: None, is_for_signs, coming: None }
     }
@@ -410,22 +411,6 @@ pub(super) fn within_reach(raft: &openraft::Raft<Raft, Machine>, vote: &Vote) ->
     let (term, own) = (vote.leader_id.term, raft.metrics().borrow_watched().current_term);
     if term > own.saturating_add(MAX_TERMS_AHEAD) {
         return Err(StoreError::Message(format!("term {term} is impossible: this member is at {own}")));
-    }
-    Ok(())
-}
-
-/// Refuses entries that do not follow each other, and the one that is said to be before them. openraft would take them, and acknowledge those that are
-/// missing as well.
-pub(super) fn without_holes(request: &AppendEntriesRequest<Raft>) -> Result<(), StoreError> {
-    let mut before = request.prev_log_id;
-    for id in request.entries.iter().map(|entry| entry.log_id) {
-        let next = before.map_or(Some(0), |before| before.index().checked_add(1));
-        let term = before.map_or(0, |before| **before.committed_leader_id());
-        if Some(id.index()) != next || **id.committed_leader_id() < term {
-            let before = before.map_or_else(|| "nothing".into(), |before| format!("entry {before}"));
-            return Err(StoreError::Message(format!("entry {id} does not follow {before}")));
-        }
-        before = Some(id);
     }
     Ok(())
 }

@@ -10,7 +10,7 @@
 //! For signs of life one is made meanwhile, apart from that for entries, which a large one may fill: on both sides they are Raft's alone from then
 //! on, while a `POST` is answered where nodes are. A member of an earlier release has no such route, and gets all calls so.
 
-use super::network::{Calls, Link, failure, on_the_way, within_reach, without_holes};
+use super::network::{Calls, Link, failure, on_the_way, within_reach};
 use super::wire::{self, Streamed, WireAppend};
 use super::{Peer, Raft, Replicated, StoreError};
 use bytes::Bytes;
@@ -284,6 +284,22 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> 
         };
         Err(RPCError::Network(NetworkError::from_string(format!("the stream broke: {cause}"))))
     }
+}
+
+/// Refuses entries that do not follow each other, and the one that is said to be before them. openraft would take them, and acknowledge those that are
+/// missing as well.
+pub(super) fn without_holes(request: &AppendEntriesRequest<Raft>) -> Result<(), StoreError> {
+    let mut before = request.prev_log_id;
+    for id in request.entries.iter().map(|entry| entry.log_id) {
+        let next = before.map_or(Some(0), |before| before.index().checked_add(1));
+        let term = before.map_or(0, |before| **before.committed_leader_id());
+        if Some(id.index()) != next || **id.committed_leader_id() < term {
+            let before = before.map_or_else(|| "nothing".into(), |before| format!("entry {before}"));
+            return Err(StoreError::Message(format!("entry {id} does not follow {before}")));
+        }
+        before = Some(id);
+    }
+    Ok(())
 }
 
 /// What a follower reads, until it is told to end or a frame is not what it has to be; that is left in `failed`.

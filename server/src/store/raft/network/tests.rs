@@ -93,6 +93,9 @@ fn a_vote_does_not_wait_for_what_other_calls_are_made_by() {
     let raft = own::thread().unwrap();
     let asked = raft.handle().spawn(async move {
         let mut network = Network::new(calls);
+        network.ready(1, peer.clone()).await;
+        let kept = network.pool.take(peer.id).ok_or("no connection waits for a vote")?;
+        network.pool.put_back(kept);
         // The second goes over the connection of the first.
         for _ in 0..2 {
             let mut link = network.new_client(2, &peer).await;
