@@ -4,6 +4,7 @@ use crate::admin::nodes;
 use crate::http::Failure;
 use crate::state::Member;
 use crate::store::Store as _;
+use crate::store::syncs::Figures;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
@@ -113,6 +114,24 @@ fn head(f: &mut String, name: &str, kind: &str, help: &str) -> fmt::Result {
     writeln!(f, "# HELP moord_{name} {help}\n# TYPE moord_{name} {kind}")
 }
 
+/// How long files of the store took to become durable.
+fn syncs(f: &mut String, files: &[Figures]) -> fmt::Result {
+    head(f, "sync_seconds", "histogram", "Time that a file of the store took to become durable.")?;
+    for Figures { file, within, count, sum, .. } in files {
+        for (bound, count) in within {
+            writeln!(f, "moord_sync_seconds_bucket{{file=\"{file}\",le=\"{bound}\"}} {count}")?;
+        }
+        writeln!(f, "moord_sync_seconds_bucket{{file=\"{file}\",le=\"+Inf\"}} {count}")?;
+        writeln!(f, "moord_sync_seconds_sum{{file=\"{file}\"}} {sum}")?;
+        writeln!(f, "moord_sync_seconds_count{{file=\"{file}\"}} {count}")?;
+    }
+    head(f, "sync_longest_seconds", "gauge", "The longest of those since the member was started.")?;
+    for Figures { file, longest, .. } in files {
+        writeln!(f, "moord_sync_longest_seconds{{file=\"{file}\"}} {longest}")?;
+    }
+    Ok(())
+}
+
 fn text(member: &Member) -> Result<String, Failure> {
     let (standing, view) = (member.store.standing(), member.store.snapshot()?);
     let nodes = nodes::select(&view, None)?;
@@ -134,6 +153,7 @@ fn text(member: &Member) -> Result<String, Failure> {
         ("state_free_bytes", "Free space where the member keeps its state.", disk),
     ];
     let (load, is_busy) = member.busy.own();
+    let files: Vec<Figures> = member.store.syncs().collect();
     let mut out = String::new();
     let write = |f: &mut String| -> fmt::Result {
         head(f, "info", "gauge", "The member.")?;
@@ -146,6 +166,7 @@ fn text(member: &Member) -> Result<String, Failure> {
         writeln!(f, "moord_node_answers_at_once {}.{:02}", load / 100, load % 100)?;
         head(f, "busy", "gauge", "Whether this member is busier than the others: nodes try them first.")?;
         writeln!(f, "moord_busy {}", u8::from(is_busy))?;
+        syncs(f, &files)?;
         head(f, "requests_total", "counter", "Requests that were answered, by who asked and the status.")?;
         for ((caller, _), answers) in CALLERS.iter().zip(&member.requests.answers) {
             for (class, count) in CLASSES.iter().zip(answers) {

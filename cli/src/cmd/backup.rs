@@ -14,11 +14,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Who opens it.
-pub(crate) enum Lock {
+pub(crate) enum Lock<'a> {
     /// Whoever knows a passphrase: the one in this file, or the one that is typed.
-    Passphrase(Option<PathBuf>),
+    Passphrase(Option<&'a Path>),
     /// These public keys' private halves.
-    Recipients(Vec<String>),
+    Recipients(&'a [String]),
     /// Everybody: without secrets.
     Redacted,
 }
@@ -36,68 +36,88 @@ pub(crate) fn key(file: &Path, json: bool) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-pub(crate) async fn run(
-    client: &mut AdminClient,
-    file: &Path,
-    lock: Lock,
-    without_majority: bool,
-    json: bool,
-) -> anyhow::Result<ExitCode> {
-    let name = file.file_name().with_context(|| format!("'{}' is no name of a file", file.display()))?;
-    ensure!(std::fs::symlink_metadata(file).is_err(), "'{}' exists already: give another name", file.display());
-    let mut request = BackupRequest { passphrase: None, recipients: Vec::new(), without_majority };
-    let kind = match &lock {
-        Lock::Passphrase(from) => {
-            let passphrase = match from {
-                Some(file) => passphrase::read(file)?,
-                None => passphrase::ask_new("Passphrase for the backup: ")?,
-            };
-            let length = passphrase.chars().count();
-            ensure!(
-                length >= MIN_PASSPHRASE,
-                "the passphrase has {length} characters: {MIN_PASSPHRASE} or more, please"
-            );
-            request.passphrase = Some(passphrase.to_string());
-            "opened by its passphrase only"
-        }
-        Lock::Recipients(keys) => {
-            ensure!(keys.len() <= MAX_RECIPIENTS, "{} recipients: {MAX_RECIPIENTS} at most, please", keys.len());
-            for (number, key) in (1..).zip(keys) {
-                // What was given is not repeated: it may be a private key.
-                request.recipients.push(key.parse().with_context(|| format!("--recipient number {number}"))?);
+/// A backup that is to be made: what was typed makes sense.
+pub(crate) struct Wanted<'a> {
+    file: &'a Path,
+    /// Where it is written until it is whole.
+    part: PathBuf,
+    request: BackupRequest,
+    is_redacted: bool,
+}
+
+impl<'a> Wanted<'a> {
+    /// Looks at all that was typed or lies in files; a member is not needed for that.
+    ///
+    /// # Errors
+    /// The file is there already; a passphrase that is not readable or too short; what is no recipient, or too many.
+    pub(crate) fn read(file: &'a Path, lock: &Lock<'_>, without_majority: bool) -> anyhow::Result<Self> {
+        let name = file.file_name().with_context(|| format!("'{}' is no name of a file", file.display()))?;
+        ensure!(std::fs::symlink_metadata(file).is_err(), "'{}' exists already: give another name", file.display());
+        let mut part = name.to_owned();
+        part.push(format!(".part-{}", std::process::id()));
+        let mut request = BackupRequest { passphrase: None, recipients: Vec::new(), without_majority };
+        match lock {
+            Lock::Passphrase(from) => {
+                let from = from.map(passphrase::read).transpose()?;
+                request.passphrase = from.map(|passphrase| long_enough(&passphrase)).transpose()?;
             }
-            if keys.len() == 1 {
-                "opened by its recipient's private key only"
-            } else {
-                "opened by its recipients' private keys only"
+            Lock::Recipients(keys) => {
+                ensure!(keys.len() <= MAX_RECIPIENTS, "{} recipients: {MAX_RECIPIENTS} at most, please", keys.len());
+                for (number, key) in (1..).zip(*keys) {
+                    // What was given is not repeated: it may be a private key.
+                    request.recipients.push(key.parse().with_context(|| format!("--recipient number {number}"))?);
+                }
             }
+            Lock::Redacted => {}
         }
-        Lock::Redacted => "without secrets: it cannot be restored",
-    };
-    let mut part = name.to_owned();
-    part.push(format!(".part-{}", std::process::id()));
-    let part = file.with_file_name(part);
-    let written = write(client, &request, &part).await.and_then(|bytes| {
-        std::fs::rename(&part, file).with_context(|| format!("naming '{}'", file.display()))?;
-        let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        File::open(folder)
-            .and_then(|folder| folder.sync_all())
-            .with_context(|| format!("syncing '{}'", folder.display()))?;
-        Ok(bytes)
-    });
-    let bytes = written.inspect_err(|_| {
-        // What is not whole is of no use; the first failure is the one to report.
-        let _ = std::fs::remove_file(&part);
-    })?;
-    if json {
-        let is_redacted = matches!(lock, Lock::Redacted);
-        output::json(
-            &serde_json::json!({ "file": file, "bytes": bytes, "redacted": is_redacted, "recipients": request.recipients }),
-        )?;
-    } else {
-        output::line(format_args!("{}: {}, {kind}", file.display(), output::bytes(bytes)))?;
+        Ok(Self { file, part: file.with_file_name(part), request, is_redacted: matches!(lock, Lock::Redacted) })
     }
-    Ok(ExitCode::SUCCESS)
+
+    /// Who opens it, for people.
+    fn kind(&self) -> &'static str {
+        match self.request.recipients[..] {
+            _ if self.is_redacted => "without secrets: it cannot be restored",
+            [] => "opened by its passphrase only",
+            [_] => "opened by its recipient's private key only",
+            _ => "opened by its recipients' private keys only",
+        }
+    }
+
+    /// Makes it, and asks for the passphrase where none was given: who would type it for nothing?
+    pub(crate) async fn make(mut self, client: &mut AdminClient, json: bool) -> anyhow::Result<ExitCode> {
+        if !self.is_redacted && self.request.recipients.is_empty() && self.request.passphrase.is_none() {
+            let passphrase = passphrase::ask_new("Passphrase for the backup: ")?;
+            self.request.passphrase = Some(long_enough(&passphrase)?);
+        }
+        let Self { file, part, request, is_redacted } = &self;
+        let written = write(client, request, part).await.and_then(|bytes| {
+            std::fs::rename(part, file).with_context(|| format!("naming '{}'", file.display()))?;
+            let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            File::open(folder)
+                .and_then(|folder| folder.sync_all())
+                .with_context(|| format!("syncing '{}'", folder.display()))?;
+            Ok(bytes)
+        });
+        let bytes = written.inspect_err(|_| {
+            // What is not whole is of no use; the first failure is the one to report.
+            let _ = std::fs::remove_file(part);
+        })?;
+        if json {
+            output::json(
+                &serde_json::json!({ "file": file, "bytes": bytes, "redacted": is_redacted, "recipients": request.recipients }),
+            )?;
+        } else {
+            output::line(format_args!("{}: {}, {}", file.display(), output::bytes(bytes), self.kind()))?;
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// The passphrase, as a member takes it.
+fn long_enough(passphrase: &str) -> anyhow::Result<String> {
+    let length = passphrase.chars().count();
+    ensure!(length >= MIN_PASSPHRASE, "the passphrase has {length} characters: {MIN_PASSPHRASE} or more, please");
+    Ok(passphrase.to_owned())
 }
 
 /// Writes the backup to a new file, durably; returns its size.

@@ -10,7 +10,7 @@ mod profile;
 mod status;
 mod why;
 
-use crate::args::{Cli, Collective, Command, Content, Init, Token};
+use crate::args::{Cli, Collective, Command, Connection, Content, Init, Token};
 use crate::connect::connect;
 use crate::output;
 use anyhow::Context as _;
@@ -36,26 +36,23 @@ pub(crate) async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             return Err(run_moord("restore", &init, &before));
         }
         Command::BackupKey { file } => return backup::key(file, cli.json),
-        _ => {}
-    }
-    let mut client = connect(&cli.connection).await?;
-    let mut is_told = false;
-    client.when_stale(move |why| {
-        if !std::mem::replace(&mut is_told, true) {
-            eprintln!("moor: warning: {why}: what is shown is what this member knows, and may be out of date");
-        }
-    });
-    let client = &mut client;
-    match cli.command {
-        // They were run above.
-        Command::Init(_) | Command::Restore { .. } | Command::BackupKey { .. } => Ok(ExitCode::SUCCESS),
         Command::Backup { file, passphrase_file, recipients, redact, without_majority } => {
             let lock = match (passphrase_file, redact) {
                 (_, true) => backup::Lock::Redacted,
-                (file, false) if recipients.is_empty() => backup::Lock::Passphrase(file),
+                (file, false) if recipients.is_empty() => backup::Lock::Passphrase(file.as_deref()),
                 (_, false) => backup::Lock::Recipients(recipients),
             };
-            backup::run(client, &file, lock, without_majority, cli.json).await
+            // A mistyped key is said as such, also where no member answers.
+            let wanted = backup::Wanted::read(file, &lock, *without_majority)?;
+            return wanted.make(&mut reach(&cli.connection).await?, cli.json).await;
+        }
+        _ => {}
+    }
+    let client = &mut reach(&cli.connection).await?;
+    match cli.command {
+        // They were run above.
+        Command::Init(_) | Command::Restore { .. } | Command::Backup { .. } | Command::BackupKey { .. } => {
+            Ok(ExitCode::SUCCESS)
         }
         Command::Collective(command) => collective::run(client, command, cli.json).await,
         Command::Authority(command) => authority::run(client, command, cli.json).await,
@@ -71,6 +68,18 @@ pub(crate) async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Site { bundle, known_hosts } => site(client, bundle, known_hosts, cli.json).await,
         Command::Token(Token::Create { name, out, hours }) => create_token(client, name, &out, hours).await,
     }
+}
+
+/// A member that answers. That it may be out of date is said once.
+async fn reach(connection: &Connection) -> anyhow::Result<AdminClient> {
+    let mut client = connect(connection).await?;
+    let mut is_told = false;
+    client.when_stale(move |why| {
+        if !std::mem::replace(&mut is_told, true) {
+            eprintln!("moor: warning: {why}: what is shown is what this member knows, and may be out of date");
+        }
+    });
+    Ok(client)
 }
 
 /// What makes a member, or makes it anew, is the server's own program: it writes the server's state.

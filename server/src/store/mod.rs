@@ -14,6 +14,7 @@ pub mod level;
 mod members;
 pub mod raft;
 pub mod records;
+pub(crate) mod syncs;
 pub mod tables;
 #[cfg(test)]
 pub(crate) mod tests;

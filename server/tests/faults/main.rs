@@ -282,6 +282,37 @@ async fn a_member_that_was_started_with_an_old_clock_is_back_when_the_clock_is_s
     Ok(())
 }
 
+/// Who looks for the reason why changes take long finds it: in one line of the member whose disk is slow, and in its figures.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_disk_is_said_once_and_counted() -> anyhow::Result<()> {
+    let cluster = Cluster::new(1, 0).await?;
+    define(&cluster).await?;
+    let mut line = Line::new(&way(&cluster, 0)).await?;
+    cluster.orders(0).slow(Duration::from_millis(1500))?;
+    for value in 1..=2 {
+        ensure!(line.write(0, value).await, "a change with a slow disk");
+    }
+    cluster.orders(0).slow(Duration::ZERO)?;
+    let log = cluster.log(0);
+    let said: Vec<_> = log.lines().filter(|line| line.contains("log.journal' t")).collect();
+    ensure!(
+        matches!(said[..], [line] if line.contains("WARN") && line.ends_with("changes and elections wait for it")),
+        "{log}"
+    );
+    let metrics = cluster.admin(0).await?.metrics().await?;
+    let figure = |name: &str| {
+        let value = metrics.lines().find_map(|line| line.strip_prefix(name)).context("no such figure")?;
+        anyhow::Ok(value.trim().parse::<f64>()?)
+    };
+    let (all, quick) = (
+        figure("moord_sync_seconds_count{file=\"log.journal\"}")?,
+        figure("moord_sync_seconds_bucket{file=\"log.journal\",le=\"1\"}")?,
+    );
+    ensure!(all - quick >= 2.0, "{quick} of {all} took a second at most:\n{metrics}");
+    ensure!(figure("moord_sync_longest_seconds{file=\"log.journal\"}")? >= 1.5, "{metrics}");
+    Ok(())
+}
+
 /// The judge is able to convict: what a member that is cut off says (and says itself that it may be old) is no linearizable read.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stale_read_is_found_out() -> anyhow::Result<()> {

@@ -169,19 +169,28 @@ async fn a_backup_is_made_to_usable_keys_only_and_over_the_socket() -> anyhow::R
     mistyped.replace_range(10..11, if &mistyped[10..11] == "x" { "y" } else { "x" });
     let lowest = with_check("moorb_", &[0; KEY]);
     let new = member.path("new.backup");
+    // Nobody answers there: what was typed is looked at before.
+    let nobody = Member::prepare()?;
     for (what, key, says) in [
         ("no key", "age1qqqq", "`moor backup-key FILE` makes a pair"),
         ("a mistyped key", &mistyped, "mistyped"),
         ("a private key", private, "must not be on a command line"),
         ("a key that agrees on the same with everybody", &lowest, "no usable key"),
     ] {
-        let output = moor(&member, &["backup", shown_path(&new), "--recipient", key])?.output()?;
-        said_no(what, &output, &[says]);
-        ensure!(what != "a private key" || !text(&output.stderr).contains(&key[6..]), "the private key is shown");
+        for asked in [&member, &nobody] {
+            let output = moor(asked, &["backup", shown_path(&new), "--recipient", key])?.output()?;
+            said_no(what, &output, &[says]);
+            ensure!(what != "a private key" || !text(&output.stderr).contains(&key[6..]), "the private key is shown");
+        }
     }
     let mut many = vec!["backup", shown_path(&new)];
     many.extend(["--recipient", pair.public.as_str()].repeat(MAX_RECIPIENTS + 1));
-    said_no("many keys", &moor(&member, &many)?.output()?, &["16 at most"]);
+    said_no("many keys", &moor(&nobody, &many)?.output()?, &["16 at most"]);
+    let short = secret_file(&member, "short", "short")?;
+    let output = moor(&nobody, &["backup", shown_path(&new), "--passphrase-file", shown_path(&short)])?.output()?;
+    said_no("a short passphrase", &output, &["5 characters"]);
+    let output = moor(&nobody, &["backup", shown_path(&new), "--recipient", &pair.public])?.output()?;
+    said_no("nobody", &output, &["is moord running here?"]);
     said_no("a file that is there", &moor(&member, &["backup-key", shown_path(&pair.file)])?.output()?, &["exists"]);
     ensure!(!new.exists(), "a refused backup left something");
     // By the API.

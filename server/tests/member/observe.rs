@@ -1,22 +1,28 @@
 //! Metrics and health of a real member.
 
-use crate::collective::{invite, knows, text, until};
+use crate::collective::{invite, joined, knows, text, until, voters};
 use crate::machine::Machine;
 use crate::support::Member;
 use anyhow::ensure;
 use moor_api::node::Stage;
 use std::collections::BTreeMap;
+use std::time::Duration;
 use uuid::Uuid;
 
-/// The samples of a scrape, by name with labels. Each family has its help and type before it.
+/// The samples of a scrape, by name with labels. Each family has its help and type before it; a histogram's samples have names of their own.
 fn samples(text: &str) -> BTreeMap<String, String> {
-    let (mut samples, mut family) = (BTreeMap::new(), "");
+    let (mut samples, mut family) = (BTreeMap::new(), ("", ""));
     for line in text.lines() {
         if let Some(rest) = line.strip_prefix("# TYPE ") {
-            family = rest.split(' ').next().unwrap();
+            family = rest.split_once(' ').unwrap();
         } else if !line.starts_with('#') {
             let (name, value) = line.rsplit_once(' ').unwrap();
-            assert!(name == family || name.starts_with(&format!("{family}{{")), "{line} is of {family}");
+            let part = name.split('{').next().unwrap().strip_prefix(family.0);
+            let is_of_it = match family.1 {
+                "histogram" => matches!(part, Some("_bucket" | "_sum" | "_count")),
+                _ => part == Some(""),
+            };
+            assert!(is_of_it, "{line} is of {family:?}");
             assert!(samples.insert(name.to_owned(), value.to_owned()).is_none(), "{line} twice");
         }
     }
@@ -67,6 +73,31 @@ async fn a_boot_is_followed_through_the_logs_of_members() -> anyhow::Result<()> 
     Ok(())
 }
 
+/// What a leader says five times a second, so that its followers know that it is there, is no request that stands in line with those of nodes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn signs_of_life_are_no_requests() -> anyhow::Result<()> {
+    const WINDOW: Duration = Duration::from_secs(3);
+    let first = Member::start()?;
+    let second = joined(&first, "m2", true).await?;
+    voters(&first, 2).await?;
+    for member in [&first, &second] {
+        let look = async || {
+            let now = samples(&member.admin().await?.metrics().await?);
+            let requests: u64 = now["moord_requests_total{caller=\"member\",status=\"2xx\"}"].parse()?;
+            Ok::<_, anyhow::Error>((requests, now["moord_majority"] == "1"))
+        };
+        // Other calls come and go, as those by which members tell each other who is alive: a few in a window.
+        until(member, "members ask it all the time, or it hears of no majority", async || {
+            let (before, _) = look().await?;
+            tokio::time::sleep(WINDOW).await;
+            let (after, hears) = look().await?;
+            Ok(hears && after < before + 8)
+        })
+        .await?;
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_member_says_how_it_is() -> anyhow::Result<()> {
     let member = Member::start()?;
@@ -100,5 +131,12 @@ async fn a_member_says_how_it_is() -> anyhow::Result<()> {
     assert_eq!(grown("moord_requests_total{caller=\"admin\",status=\"4xx\"}"), 1);
     let time = "moord_request_seconds_total{caller=\"admin\"}";
     assert!(after[time].parse::<f64>()? > before[time].parse::<f64>()?);
+    for file in ["log.journal", "log.redb", "member.redb"] {
+        let count = number(&after, &format!("moord_sync_seconds_count{{file=\"{file}\"}}"));
+        assert!(count > 0, "{file} was synced when it was opened, or since");
+        assert_eq!(number(&after, &format!("moord_sync_seconds_bucket{{file=\"{file}\",le=\"+Inf\"}}")), count);
+        let seconds = |name: &str| after[&format!("moord_sync_{name}{{file=\"{file}\"}}")].parse::<f64>().unwrap();
+        assert!(seconds("longest_seconds") > 0.0 && seconds("longest_seconds") <= seconds("seconds_sum"), "{file}");
+    }
     Ok(())
 }

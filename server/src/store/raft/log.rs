@@ -13,8 +13,9 @@ mod writer;
 use super::journal;
 use super::wire::{WireLogId, WireVote, entry_bytes, entry_from};
 use super::{Entry, LogId, Raft, Vote};
+use crate::store::syncs::Syncs;
 use crate::store::{Level, StoreError, database};
-use changes::{ENTRIES, JOURNAL, MARKS, damaged, failed, journal_of, mark, unwritten};
+use changes::{ENTRIES, FILE, JOURNAL, MARKS, damaged, failed, journal_of, mark, unwritten};
 use openraft::OptionalSend;
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use redb::backends::FileBackend;
@@ -75,6 +76,9 @@ impl Memory {
 
 struct Shared {
     database: Database,
+    /// How long the journal takes to become durable, and the database.
+    journaled: Arc<Syncs>,
+    stored: Arc<Syncs>,
     memory: Mutex<Memory>,
     /// The newest level that this release knows.
     known: Level,
@@ -159,11 +163,14 @@ impl Log {
                 ..Memory::default()
             }
         };
-        transaction.commit()?;
+        let waits = "changes and elections";
+        let journaled = Arc::new(Syncs::new(disk.join(FILE), waits));
+        let stored = Arc::new(Syncs::new(disk.join("log.redb"), waits));
+        stored.time(|| transaction.commit())?;
         if is_to_begin {
-            journal.begin_anew().map_err(|error| unwritten(error, &disk))?;
+            journaled.time(|| journal.begin_anew()).map_err(|error| unwritten(error, &disk))?;
         }
-        let shared = Arc::new(Shared { database, memory: Mutex::new(memory), known });
+        let shared = Arc::new(Shared { database, journaled, stored, memory: Mutex::new(memory), known });
         let (jobs, queue) = mpsc::channel();
         let mut writer = Writer { journal, shared: shared.clone(), disk, waiting: Vec::new() };
         std::thread::Builder::new()
@@ -171,6 +178,11 @@ impl Log {
             .spawn(move || writer.run(&queue))
             .map_err(|error| StoreError::Thread(error.to_string()))?;
         Ok(Self { shared, jobs })
+    }
+
+    /// How long the journal takes to become durable, and the database.
+    pub(super) fn syncs(&self) -> [Arc<Syncs>; 2] {
+        [self.shared.journaled.clone(), self.shared.stored.clone()]
     }
 
     fn send(&self, job: Job) -> io::Result<()> {
@@ -279,6 +291,10 @@ impl RaftLogReader<Raft> for Log {
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
         // A follower far behind gets them in pieces.
         let entries = self.read_whole(start, end.min(start.saturating_add(KEPT as u64))).await?;
+        // Some that were asked for may have been removed meanwhile: who gets the others would say that he has all.
+        if entries.first().is_some_and(|(first, _)| first.log_id.index() != start) {
+            return Ok(Vec::new());
+        }
         let mut bytes = 0;
         let piece = entries.into_iter().enumerate().take_while(|(at, (_, length))| {
             bytes += length;

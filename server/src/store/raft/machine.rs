@@ -8,6 +8,7 @@ use super::wire::{WireLogId, WireStored};
 use super::{Entry, LogId, Membership, Raft, SnapshotMeta, StoredMembership};
 use crate::store::kept::KeptRecords;
 use crate::store::records::{KeysRecord, MemberRecord};
+use crate::store::syncs::Syncs;
 use crate::store::tables::{self, Snapshot, Write};
 use crate::store::{Command, Event, Level, Outcome, StoreError, apply, database, keys, level};
 use futures_util::{Stream, StreamExt as _};
@@ -33,6 +34,8 @@ const EVENTS: usize = 4096;
 /// What all handles share.
 pub(super) struct State {
     database: Database,
+    /// How long it takes to become durable.
+    syncs: Arc<Syncs>,
     kept: Arc<KeptRecords>,
     /// Where snapshots are kept.
     directory: PathBuf,
@@ -63,23 +66,26 @@ impl Machine {
     /// # Errors
     /// The database or the directory cannot be opened; the collective is of a newer level.
     pub(super) fn open(path: &Path, directory: PathBuf, known: Level) -> Result<Self, StoreError> {
-        Self::over(database::open(path, database::TABLES)?, directory, known)
+        Self::over(database::open(path, database::TABLES)?, path, directory, known)
     }
 
-    /// The same over a database that is open.
+    /// The same over a database that is open: the one in `file`.
     ///
     /// # Errors
     /// The directory cannot be opened; the collective is of a newer level.
-    pub(super) fn over(database: Database, directory: PathBuf, known: Level) -> Result<Self, StoreError> {
+    pub(super) fn over(database: Database, file: &Path, directory: PathBuf, known: Level) -> Result<Self, StoreError> {
+        // Elections do not wait for it: the log is what is durable.
+        let syncs = Arc::new(Syncs::new(file.to_owned(), "changes"));
         let transaction = database.begin_write()?;
         tables::create(&transaction)?;
-        transaction.commit()?;
+        syncs.time(|| transaction.commit())?;
         let kept = Arc::<KeptRecords>::default();
         level::check(Snapshot::new(&database, kept.clone())?.level()?, known)?;
         snapshot::clear(&directory).map_err(|error| StoreError::Snapshot(error.to_string()))?;
         let (events, _) = broadcast::channel(EVENTS);
         Ok(Self(Arc::new(State {
             database,
+            syncs,
             kept,
             directory,
             known,
@@ -94,6 +100,11 @@ impl Machine {
 impl State {
     pub(super) fn view(&self) -> Result<Snapshot, StoreError> {
         Snapshot::new(&self.database, self.kept.clone())
+    }
+
+    /// How long the tables take to become durable.
+    pub(super) fn syncs(&self) -> Arc<Syncs> {
+        self.syncs.clone()
     }
 
     /// The newest level that this release knows.
@@ -144,8 +155,8 @@ impl State {
     /// Makes all that was applied durable.
     pub(super) fn sync(&self) -> Result<(), StoreError> {
         self.unsynced.store(0, Ordering::Relaxed);
-        self.database.begin_write()?.commit()?;
-        Ok(())
+        let transaction = self.database.begin_write()?;
+        Ok(self.syncs.time(|| transaction.commit())?)
     }
 
     /// Whether what is applied is to be synced with so many more entries.
@@ -195,7 +206,11 @@ impl State {
         // Only now it is known whether the level has risen: who was to raise it may have been refused. Nothing is committed if it has.
         level::check(level::of(&write)?, self.known)?;
         let events = write.into_events();
-        transaction.commit()?;
+        if is_to_sync {
+            self.syncs.time(|| transaction.commit())?;
+        } else {
+            transaction.commit()?;
+        }
         for (responder, outcome) in answers {
             responder.send(outcome);
         }
@@ -264,7 +279,7 @@ impl State {
         }
         level::check(level::of(&write)?, self.known)?;
         drop(write);
-        transaction.commit()?;
+        self.syncs.time(|| transaction.commit())?;
         self.unsynced.store(0, Ordering::Relaxed);
         Ok((number, term))
     }
@@ -311,7 +326,7 @@ impl State {
         write.put(tables::RAFT, "applied", &meta.last_log_id.map(WireLogId::from))?;
         write.put(tables::RAFT, "membership", &WireStored::from(&meta.last_membership))?;
         drop(write);
-        transaction.commit()?;
+        self.syncs.time(|| transaction.commit())?;
         self.unsynced.store(0, Ordering::Relaxed);
         self.keep(meta.clone(), &path);
         crate::heap::give_back();

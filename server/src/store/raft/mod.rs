@@ -12,7 +12,9 @@ mod machine;
 mod membership;
 mod network;
 mod own;
+mod pool;
 mod propose;
+mod ready;
 mod rounds;
 mod snapshot;
 mod standing;
@@ -30,6 +32,7 @@ pub use standing::Standing;
 pub(crate) use stream::{PATH as STREAM, PROTOCOL, follow};
 
 use super::records::MemberRecord;
+use super::syncs::{self, Figures, Syncs};
 use super::{Command, Level, Outcome, StoreError, database};
 use crate::aside::Aside;
 use log::Log;
@@ -133,6 +136,8 @@ pub struct Replicated {
     /// When the leader was heard last.
     heard: Mutex<Option<Instant>>,
     rounds: Rounds,
+    /// How long the journal, the log and the tables take to become durable.
+    syncs: [Arc<Syncs>; 3],
     /// Where Raft's tasks are.
     thread: Aside,
 }
@@ -191,15 +196,25 @@ impl Replicated {
         config: Config,
     ) -> Result<Self, StoreError> {
         let config = Arc::new(config.validate().map_err(consensus)?);
-        let network = network::Network(calls.clone());
+        let network = network::Network::new(calls.clone());
         let thread = own::thread()?;
+        let [journaled, logged] = log.syncs();
+        let syncs = [journaled, logged, machine.syncs()];
+        thread.handle().spawn(syncs::watch(syncs.clone()));
         // What it begins stays where it is begun.
-        let raft = openraft::Raft::new(number, config, network, log, machine.clone());
+        let raft = openraft::Raft::new(number, config, network.clone(), log, machine.clone());
         let raft = thread.handle().spawn(raft).await.map_err(consensus)?;
         let raft = raft.map_err(|error| machine.why(consensus(error)))?;
-        let store = Self { raft, machine, calls, number, heard: Mutex::default(), rounds: Rounds::default(), thread };
+        thread.handle().spawn(ready::keep(raft.clone(), network, number));
+        let (heard, rounds) = (Mutex::default(), Rounds::default());
+        let store = Self { raft, machine, calls, number, heard, rounds, syncs, thread };
         store.recover().await.map_err(|error| store.machine.why(error))?;
         Ok(store)
+    }
+
+    /// How long the files of the store took to become durable.
+    pub(crate) fn syncs(&self) -> impl Iterator<Item = Figures> {
+        self.syncs.iter().map(|syncs| syncs.figures())
     }
 
     /// Begins a task where those of Raft are. It must not keep that thread busy.

@@ -1,6 +1,10 @@
 //! Calls between members: `/member/v1`, each a POST over TLS on which both sides show a member's certificate.
 
-use super::stream::{Sending, Session};
+#[cfg(test)]
+mod tests;
+
+use super::pool::Pool;
+use super::stream::{Coming, Sending, Session, without_holes};
 use super::wire::{self, WireAppend, WireAppended, WireInstalled, WireVote, WireVoteRequest, WireVoted};
 use super::{Command, Level, Machine, Outcome, Peer, Raft, RaftSnapshot, SnapshotFile, StoreError, Vote, consensus};
 use bytes::Bytes;
@@ -20,11 +24,10 @@ use openraft::raft::{
 use rustls::ClientConfig;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex as StdMutex, PoisonError, RwLock as StdRwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
-use tokio::sync::Mutex;
 use tokio_stream::StreamExt as _;
 use tokio_util::io::ReaderStream;
 
@@ -73,26 +76,24 @@ pub(crate) struct Proposed {
     pub(crate) outcome: Option<(Outcome, u64)>,
 }
 
-/// How other members are reached: idle connections by member.
+/// How other members are reached.
 pub struct Calls {
     collective: CollectiveId,
-    tls: StdRwLock<Arc<ClientConfig>>,
+    tls: RwLock<Arc<ClientConfig>>,
     /// The body of the call that begins each connection: who this member is, for those that have not heard of it.
     introduction: Option<Bytes>,
-    idle: Mutex<HashMap<MemberId, Vec<MemberConnection>>>,
+    /// For all calls but those of Raft.
+    pool: Pool,
     /// Members that were not reached when they were last called.
-    lost: StdMutex<HashSet<MemberId>>,
+    lost: Mutex<HashSet<MemberId>>,
 }
-
-/// Connections to one member that wait for a call.
-const IDLE: usize = 16;
 
 impl Calls {
     /// `tls` shows this member's certificate; `introduction` is what it begins each connection with, where it has to.
     #[must_use]
     pub fn new(collective: CollectiveId, tls: Arc<ClientConfig>, introduction: Option<Bytes>) -> Self {
-        let (tls, idle, lost) = (StdRwLock::new(tls), Mutex::default(), StdMutex::default());
-        Self { collective, tls, introduction, idle, lost }
+        let (tls, pool, lost) = (RwLock::new(tls), Pool::default(), Mutex::default());
+        Self { collective, tls, introduction, pool, lost }
     }
 
     /// New connections are made with this from now on. Those that stand were good when they were made, and stay.
@@ -172,24 +173,6 @@ impl Calls {
         Err(last)
     }
 
-    /// A connection that was used before, if one still stands, or a new one.
-    async fn take(&self, peer: &Peer) -> Result<MemberConnection, ClientError> {
-        while let Some(connection) = self.idle.lock().await.get_mut(&peer.id).and_then(Vec::pop) {
-            if !connection.is_closed() {
-                return Ok(connection);
-            }
-        }
-        self.connect(peer).await
-    }
-
-    async fn put_back(&self, connection: MemberConnection) {
-        let mut idle = self.idle.lock().await;
-        let idle = idle.entry(connection.member()).or_default();
-        if idle.len() < IDLE && !connection.is_closed() {
-            idle.push(connection);
-        }
-    }
-
     /// A POST with a JSON body, answered within `limit`.
     ///
     /// # Errors
@@ -201,8 +184,23 @@ impl Calls {
         body: Vec<u8>,
         limit: Duration,
     ) -> Result<A, ClientError> {
+        self.post_by(&self.pool, peer, path, body, limit).await
+    }
+
+    /// The same over a connection of this pool, or over a new one that comes into it.
+    async fn post_by<A: DeserializeOwned>(
+        &self,
+        pool: &Pool,
+        peer: &Peer,
+        path: &str,
+        body: Vec<u8>,
+        limit: Duration,
+    ) -> Result<A, ClientError> {
         let call = async {
-            let mut connection = self.take(peer).await?;
+            let mut connection = match pool.take(peer.id) {
+                Some(connection) => connection,
+                None => self.connect(peer).await?,
+            };
             connection.patience(limit);
             connection.set_request_id(crate::observe::request_id().as_deref());
             let answer = connection.post(path, body.into(), MAX_ANSWER).await;
@@ -215,7 +213,7 @@ impl Calls {
             if is_good {
                 // Also over a connection that stood all the while: one that could not be made, when much was to be done, says little.
                 self.reached(peer);
-                self.put_back(connection).await;
+                pool.put_back(connection);
             }
             answer
         };
@@ -244,25 +242,50 @@ impl Calls {
     }
 }
 
-/// Connections for openraft.
-pub(super) struct Network(pub(super) Arc<Calls>);
+/// Connections for openraft. Its tasks make them, so that [its thread](super::own) drives them, and nobody else takes one: no sign of life and no vote
+/// waits for what other threads are busy with here.
+#[derive(Clone)]
+pub(super) struct Network {
+    calls: Arc<Calls>,
+    pool: Arc<Pool>,
+}
+
+impl Network {
+    pub(super) fn new(calls: Arc<Calls>) -> Self {
+        Self { calls, pool: Arc::default() }
+    }
+
+    pub(super) fn link(&self, peer: Peer, is_for_signs: bool) -> Link {
+        let (calls, pool) = (self.calls.clone(), self.pool.clone());
+        Link { calls, pool, peer, sending: Mutex::default(), alone_until: None, is_for_signs, coming: None }
+    }
+}
 
 impl RaftNetworkFactory<Raft> for Network {
     type Network = Link;
 
     async fn new_client(&mut self, _: u64, node: &Peer) -> Link {
-        Link { calls: self.0.clone(), peer: node.clone(), sending: StdMutex::default(), alone_until: None }
+        self.link(node.clone(), false)
+    }
+
+    async fn new_heartbeat_client(&mut self, _: u64, node: &Peer) -> Link {
+        self.link(node.clone(), true)
     }
 }
 
 /// Calls to one member.
 pub(super) struct Link {
     pub(super) calls: Arc<Calls>,
+    pool: Arc<Pool>,
     pub(super) peer: Peer,
     /// The connection for entries, as long as there is one. The lock is never waited for: it makes a link one that may be shared.
-    sending: StdMutex<Option<Box<Sending>>>,
+    sending: Mutex<Option<Box<Sending>>>,
     /// Until then the follower, which takes no streams, is not asked whether it does.
     pub(super) alone_until: Option<Instant>,
+    /// Whether only signs of life go by it.
+    pub(super) is_for_signs: bool,
+    /// For those, the connection that is being made.
+    pub(super) coming: Option<Coming>,
 }
 
 pub(super) fn failure(error: &ClientError) -> RPCError<Raft> {
@@ -302,7 +325,8 @@ impl Link {
     ) -> Result<A, RPCError<Raft>> {
         let body = serde_json::to_vec(request).map_err(|error| RPCError::Network(NetworkError::new(&error)))?;
         let limit = limit + on_the_way(body.len());
-        self.calls.post(&self.peer, &call.path(), body, limit).await.map_err(|error| failure(&error))
+        let answer = self.calls.post_by(&self.pool, &self.peer, &call.path(), body, limit).await;
+        answer.map_err(|error| failure(&error))
     }
 }
 
@@ -404,6 +428,7 @@ pub(super) async fn answer(
             let request = wire::append_from(body, known)?;
             speaks(request.vote.leader_id.voted_for)?;
             within_reach(raft, &request.vote)?;
+            without_holes(&request)?;
             answered(&WireAppended::from(raft.append_entries(request).await.map_err(consensus)?))
         }
         Call::Vote | Call::PreVote => {

@@ -6,12 +6,13 @@
 //! `POST /member/v1/append`; each is answered with a [`Streamed`], in order. After one that is no success the follower ends the connection, and
 //! the leader begins a new one. What is still on its way on an old connection may be taken after something newer: Raft bears that.
 //!
-//! A call without entries begins no connection, but goes by itself (`POST`): a sign of life has to be there in time, and connecting takes longer.
-//! A member of an earlier release has no such route, and gets all calls so.
+//! A call without entries waits for no connection, but goes by itself (`POST`): a sign of life has to be there in time, and connecting takes longer.
+//! For signs of life one is made meanwhile, apart from that for entries, which a large one may fill: on both sides they are Raft's alone from then
+//! on, while a `POST` is answered where nodes are. A member of an earlier release has no such route, and gets all calls so.
 
-use super::network::{Link, failure, on_the_way, within_reach};
+use super::network::{Calls, Link, failure, on_the_way, within_reach};
 use super::wire::{self, Streamed, WireAppend};
-use super::{Raft, Replicated, StoreError};
+use super::{Peer, Raft, Replicated, StoreError};
 use bytes::Bytes;
 use futures_util::{SinkExt as _, Stream, StreamExt as _};
 use moor_api::client::ClientError;
@@ -26,7 +27,7 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::oneshot;
+use tokio::sync::oneshot::{self, error::TryRecvError};
 use tokio::time::Instant;
 use tokio_io_timeout::TimeoutStream;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
@@ -50,6 +51,8 @@ const SILENCE: Duration = Duration::from_mins(1);
 const TAKES_NOTHING: Duration = Duration::from_secs(10);
 /// So long a follower of an earlier release is not asked again whether it takes streams.
 const AGAIN: Duration = Duration::from_mins(1);
+/// And one that was not reached for signs of life, which go on by themselves.
+const SOON: Duration = Duration::from_secs(1);
 /// Who may append is looked at again this often.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -63,27 +66,70 @@ pub(super) struct Sending {
     frames: Framed<moor_api::client::member::Switched, LengthDelimitedCodec>,
 }
 
+/// Makes one; none: the follower takes no streams.
+async fn begin(calls: &Calls, peer: &Peer) -> Result<Option<Sending>, ClientError> {
+    match calls.connect(peer).await?.switch(PATH, PROTOCOL).await {
+        Ok(stream) => Ok(Some(Sending { frames: framed(stream) })),
+        Err(ClientError::Problem(problem)) if problem.status == 404 => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// One that is being made.
+pub(super) type Coming = oneshot::Receiver<Result<Option<Sending>, ClientError>>;
+
 impl Link {
+    /// Keeps to calls by themselves for so long.
+    fn alone_for(&mut self, time: Duration) {
+        self.alone_until = Some(std::time::Instant::now() + time);
+    }
+
+    fn is_alone(&self) -> bool {
+        self.alone_until.is_some_and(|then| std::time::Instant::now() < then)
+    }
+
+    /// Takes the connection for signs of life once it is made, and begins one where there is none.
+    fn prepare(&mut self) {
+        if !self.is_for_signs || self.sending().is_some() {
+            return;
+        }
+        match self.coming.as_mut().map(Coming::try_recv) {
+            Some(Err(TryRecvError::Empty)) => return,
+            Some(Ok(Ok(Some(sending)))) => {
+                self.coming = None;
+                *self.sending() = Some(Box::new(sending));
+                return;
+            }
+            Some(Ok(Ok(None))) => self.alone_for(AGAIN),
+            Some(Ok(Err(_)) | Err(TryRecvError::Closed)) => self.alone_for(SOON),
+            None => {}
+        }
+        self.coming = None;
+        if !self.is_alone() {
+            let (calls, peer) = (self.calls.clone(), self.peer.clone());
+            let (tell, coming) = oneshot::channel();
+            tokio::spawn(async move {
+                // Who leads no more does not want it.
+                let _ = tell.send(begin(&calls, &peer).await);
+            });
+            self.coming = Some(coming);
+        }
+    }
+
     /// Makes sure that there is a connection; `false`: the follower takes none.
     async fn ready(&mut self) -> Result<bool, RPCError<Raft>> {
         if self.sending().is_some() {
             return Ok(true);
         }
-        if self.alone_until.is_some_and(|then| std::time::Instant::now() < then) {
+        if self.is_alone() {
             return Ok(false);
         }
-        let connection = self.calls.connect(&self.peer).await.map_err(|error| failure(&error))?;
-        match connection.switch(PATH, PROTOCOL).await {
-            Ok(stream) => {
-                *self.sending() = Some(Box::new(Sending { frames: framed(stream) }));
-                Ok(true)
-            }
-            Err(ClientError::Problem(problem)) if problem.status == 404 => {
-                self.alone_until = Some(std::time::Instant::now() + AGAIN);
-                Ok(false)
-            }
-            Err(error) => Err(failure(&error)),
+        let begun = begin(&self.calls, &self.peer).await.map_err(|error| failure(&error))?;
+        if begun.is_none() {
+            self.alone_for(AGAIN);
         }
+        *self.sending() = begun.map(Box::new);
+        Ok(self.sending().is_some())
     }
 
     /// One call by itself.
@@ -193,6 +239,7 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> 
                 Next::Quiet => self.send(Bytes::new(), PING).await?,
                 Next::Call(None) => self.is_over = true,
                 Next::Call(Some(call)) => {
+                    self.link.prepare();
                     let goes_alone = call.entries.is_empty() && self.link.sending().is_none();
                     if goes_alone || !self.link.ready().await? {
                         return self.link.post(call, self.option.clone()).await.map(Some);
@@ -237,6 +284,22 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> 
         };
         Err(RPCError::Network(NetworkError::from_string(format!("the stream broke: {cause}"))))
     }
+}
+
+/// Refuses entries that do not follow each other, and the one that is said to be before them. openraft would take them, and acknowledge those that are
+/// missing as well.
+pub(super) fn without_holes(request: &AppendEntriesRequest<Raft>) -> Result<(), StoreError> {
+    let mut before = request.prev_log_id;
+    for id in request.entries.iter().map(|entry| entry.log_id) {
+        let next = before.map_or(Some(0), |before| before.index().checked_add(1));
+        let term = before.map_or(0, |before| **before.committed_leader_id());
+        if Some(id.index()) != next || **id.committed_leader_id() < term {
+            let before = before.map_or_else(|| "nothing".into(), |before| format!("entry {before}"));
+            return Err(StoreError::Message(format!("entry {id} does not follow {before}")));
+        }
+        before = Some(id);
+    }
+    Ok(())
 }
 
 /// What a follower reads, until it is told to end or a frame is not what it has to be; that is left in `failed`.
@@ -287,6 +350,7 @@ where
         let call = call.map_err(|error| store.machine.why(error))?;
         store.speaks(call.vote.leader_id.voted_for, self.by)?;
         within_reach(&store.raft, &call.vote)?;
+        without_holes(&call)?;
         Ok(call)
     }
 }

@@ -39,7 +39,8 @@ async fn open(disk: &Disk, directory: &Path) -> Result<Replicated, StoreError> {
     let database = |file| Database::builder().create_with_backend(disk.file(file));
     let journal = |_| Ok::<Box<dyn redb::StorageBackend>, _>(Box::new(disk.file(JOURNAL)));
     let log = Log::over(database(LOG)?, journal, JOURNAL_SIZE, directory.to_owned(), Level::NEWEST)?;
-    let machine = Machine::over(database(TABLES)?, directory.join("snapshots"), Level::NEWEST)?;
+    let machine =
+        Machine::over(database(TABLES)?, &directory.join("member.redb"), directory.join("snapshots"), Level::NEWEST)?;
     let config = Config {
         snapshot_policy: openraft::SnapshotPolicy::LogsSinceLast(40),
         max_in_snapshot_log_to_keep: 10,

@@ -24,7 +24,7 @@ const FORMAT: u64 = 2;
 pub(super) const JOURNAL: &str = "journal";
 
 /// Its file, beside that of the log.
-const FILE: &str = "log.journal";
+pub(super) const FILE: &str = "log.journal";
 
 /// Which journal the log has, and up to which generation of it all is in redb.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

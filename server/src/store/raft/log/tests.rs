@@ -108,11 +108,21 @@ async fn a_journal_that_was_taken_is_not_taken_again() {
     assert!(!beside.exists(), "an empty one was put in its place");
 }
 
-/// A journal whose disk fails from the write or the sync of this number on.
+#[tokio::test]
+async fn who_asks_for_entries_that_are_gone_gets_none_of_those_behind_them() {
+    let mut log = over_failing(Path::new("/"), usize::MAX, std::time::Duration::ZERO).unwrap();
+    log.blocking_append(entries(0..=9, "a")).await.unwrap();
+    log.purge(LogId::new(1_u64.into(), 4)).await.unwrap();
+    assert_eq!(log.limited_get_log_entries(5, 8).await.unwrap().len(), 3);
+    assert!(log.limited_get_log_entries(4, 8).await.unwrap().is_empty(), "the first of them is missing");
+}
+
+/// A journal whose disk fails from the write or the sync of this number on, and takes its time for each sync before.
 #[derive(Debug)]
 struct Failing {
     storage: redb::backends::InMemoryBackend,
     left: std::sync::atomic::AtomicUsize,
+    pause: std::time::Duration,
 }
 
 impl Failing {
@@ -134,6 +144,7 @@ impl StorageBackend for Failing {
         self.storage.set_len(length)
     }
     fn sync_data(&self) -> io::Result<()> {
+        std::thread::sleep(self.pause);
         self.step()
     }
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -142,16 +153,35 @@ impl StorageBackend for Failing {
     }
 }
 
+/// A new log with such a journal, in memory.
+fn over_failing(disk: &Path, left: usize, pause: std::time::Duration) -> Result<Log, StoreError> {
+    let backend = redb::backends::InMemoryBackend::new();
+    let database = Database::builder().create_with_backend(backend).unwrap();
+    let storage = Failing { storage: redb::backends::InMemoryBackend::new(), left: left.into(), pause };
+    Log::over(database, |_| Ok(Box::new(storage)), 1 << 15, disk.to_owned(), Level::NEWEST)
+}
+
+#[tokio::test]
+async fn a_sync_that_takes_long_is_counted_as_the_journal_s() {
+    let (dir, pause) = (tempfile::tempdir().unwrap(), std::time::Duration::from_millis(300));
+    let mut log = over_failing(dir.path(), usize::MAX, pause).unwrap();
+    log.blocking_append(entries(0..=2, "a")).await.unwrap();
+    log.save_vote(&Vote::new(7, 2)).await.unwrap();
+    let [journaled, stored] = log.syncs().map(|syncs| syncs.figures());
+    assert_eq!((journaled.file.as_str(), journaled.count), ("log.journal", 2), "{journaled:?}");
+    assert!(journaled.longest >= 0.3 && journaled.within.contains(&("0.25", 0)), "{journaled:?}");
+    // As it was made.
+    assert_eq!((stored.file.as_str(), stored.count), ("log.redb", 1), "{stored:?}");
+    // What is removed goes there, and the journal begins anew.
+    log.purge(LogId::new(1_u64.into(), 0)).await.unwrap();
+    let counts = log.syncs().map(|syncs| syncs.figures().count);
+    assert_eq!(counts, [3, 2]);
+}
+
 #[tokio::test]
 async fn a_journal_that_fails_is_named() {
     let dir = tempfile::tempdir().unwrap();
-    let size = 1 << 15;
-    let log = |left| {
-        let backend = redb::backends::InMemoryBackend::new();
-        let database = Database::builder().create_with_backend(backend).unwrap();
-        let storage = Failing { storage: redb::backends::InMemoryBackend::new(), left: usize::into(left) };
-        Log::over(database, |_| Ok(Box::new(storage)), size, dir.path().to_owned(), Level::NEWEST)
-    };
+    let log = |left| over_failing(dir.path(), left, std::time::Duration::ZERO);
     let name = dir.path().join("log.journal").display().to_string();
     // While it is made: zeros, its header and a sync.
     for left in 0..3 {

@@ -156,7 +156,8 @@ impl Writer {
         if changes.iter().all(Change::is_journaled) {
             let record = record_of(&changes);
             if self.journal.has_room(record.len()) {
-                self.journal.append(&record).map_err(|error| unwritten(error, &self.disk))?;
+                let appended = self.shared.journaled.time(|| self.journal.append(&record));
+                appended.map_err(|error| unwritten(error, &self.disk))?;
                 self.waiting.extend(changes);
                 return Ok(());
             }
@@ -180,8 +181,9 @@ impl Writer {
         let taken = Taken { generation: self.journal.generation(), log: self.journal.log() };
         Change::Mark(JOURNAL.to_owned(), json(&taken)?).make(&transaction)?;
         let stored = redb::ReadableTable::last(&transaction.open_table(ENTRIES)?)?.map(|(index, _)| index.value());
-        transaction.commit()?;
-        self.journal.begin_anew().map_err(|error| unwritten(error, &self.disk))?;
+        self.shared.stored.time(|| transaction.commit())?;
+        let begun = self.shared.journaled.time(|| self.journal.begin_anew());
+        begun.map_err(|error| unwritten(error, &self.disk))?;
         self.waiting.clear();
         let mut memory = self.shared.memory();
         memory.stored = stored;
