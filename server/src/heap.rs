@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 /// What was freed is given back this often. The allocator does so when it is asked for memory next, which on an idle member may be never.
-const OFTEN: Duration = Duration::from_secs(5);
+const OFTEN: Duration = Duration::from_secs(1);
 
 // So that it is linked also where it is not the allocator: in tests of this library.
 use mimalloc as _;

@@ -178,14 +178,23 @@ async fn receive(file: std::fs::File, body: Body) -> anyhow::Result<std::fs::Fil
     Ok(file)
 }
 
-async fn propose(State(member): State<Arc<Member>>, body: Bytes) -> Result<Response, Failure> {
+async fn propose(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+    body: Bytes,
+) -> Result<Response, Failure> {
+    member.calls.asks(shown(&connection)?.id);
     let command: Command = parse(&body)?;
     tracing::debug!("another member proposes: {}", command.kind());
     let outcome = member.store.propose_here(command).await?;
     json(crate::store::raft::proposed(outcome)?)
 }
 
-async fn read_index(State(member): State<Arc<Member>>) -> Result<Json<u64>, Failure> {
+async fn read_index(
+    State(member): State<Arc<Member>>,
+    Extension(connection): Extension<Connection>,
+) -> Result<Json<u64>, Failure> {
+    member.calls.asks(shown(&connection)?.id);
     Ok(Json(member.store.read_index().await?))
 }
 

@@ -7,7 +7,7 @@ use super::records::{
     MAX_STRANGERS, NodeRecord, Order, Plan, ProfileRecord, Refusals,
 };
 use super::tables::{self, Write};
-use super::{Event, StoreError, authorities, index, keys, late, level, members};
+use super::{Event, StoreError, audit, authorities, index, keys, late, level, members};
 use moor_api::admin::{LogEvent, Refusal, StatusEvent};
 use moor_api::ids::{BootId, ImageDigest, NodeId, NodeName};
 use moor_api::problem::{Code, Problem};
@@ -117,9 +117,9 @@ fn done(write: &Write<'_>, command: Command) -> Result<Outcome, StoreError> {
         }
         Command::Late { member, number, what } => late::apply(write, member, number, what),
         Command::NextCertificate => Ok(Outcome::Number(next(write, "ssh-certificate")?)),
-        Command::Audit { entry } => audit(write, &entry),
+        Command::Audit { entry } => audit::append(write, &entry),
         Command::Audited { entry, change } => {
-            audit(write, &entry)?;
+            audit::append(write, &entry)?;
             done(write, *change)
         }
     }
@@ -456,32 +456,6 @@ fn put_image(write: &Write<'_>, image: &ImageRecord) -> Result<Outcome, StoreErr
     }
     write.put(tables::IMAGES, &image.digest.to_string(), image)?;
     Ok(Outcome::Done)
-}
-
-/// Appends to this member's audit chain: each line carries the hash of the one before, so that none can be cut out unseen.
-pub(super) fn audit(write: &Write<'_>, entry: &serde_json::Value) -> Result<Outcome, StoreError> {
-    let number = next(write, "audit")?;
-    let before: Option<String> = if number > 1 {
-        write
-            .get::<serde_json::Value>(tables::AUDIT, &ordered_key(number - 1))?
-            .and_then(|line| line["hash"].as_str().map(str::to_owned))
-    } else {
-        None
-    };
-    let before = before.unwrap_or_default();
-    let text = entry.to_string();
-    let mut context = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
-    context.update(b"moor/v1 audit\0");
-    context.update(before.as_bytes());
-    context.update(&number.to_le_bytes());
-    context.update(text.as_bytes());
-    let hash = hex::encode(context.finish());
-    write.put(
-        tables::AUDIT,
-        &ordered_key(number),
-        &serde_json::json!({ "entry": entry, "previous": before, "hash": hash }),
-    )?;
-    Ok(Outcome::Number(number))
 }
 
 /// Zero-padded, so that the order of keys is the order of lines.

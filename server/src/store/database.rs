@@ -11,7 +11,7 @@ use std::path::Path;
 /// For the log. Its newest entries are in memory anyway, and it is written in bulk.
 pub(crate) const LOG: usize = 4 << 20;
 /// For the tables: what ten thousand nodes take, with room. Beyond it the kernel keeps what was read.
-pub(crate) const TABLES: usize = 64 << 20;
+pub(crate) const TABLES: usize = 32 << 20;
 /// For what waits for a majority. All of it is in memory anyway.
 pub(crate) const LATE: usize = 1 << 20;
 

@@ -2,7 +2,8 @@
 //! and in a way that takes nothing back of what others agreed meanwhile.
 
 use super::StoreError;
-use super::apply::{audit, boot_record, log, node, put_node, refused, tell};
+use super::apply::{boot_record, log, node, put_node, refused, tell};
+use super::audit;
 use super::command::{Command, Outcome};
 use super::records::{BOOTED, BootRecord, Evidence, ImageRecord, NodeRecord, Plan};
 use super::tables::{self, Snapshot, Write};
@@ -150,7 +151,7 @@ pub(super) fn apply(write: &Write<'_>, member: u64, number: u64, late: Late) -> 
     write.put(tables::COUNTERS, &counter, &number)?;
     let gone = || refused(Code::NotFound, "the node was removed meanwhile");
     match late {
-        Late::Audit { entry } => audit(write, &entry),
+        Late::Audit { entry } => audit::append(write, &entry),
         Late::Log { id, event } => log(write, id, event),
         Late::Status { id, sequence, event } => status(write, id, sequence, event),
         Late::Pin { digest, .. } if write.get::<ImageRecord>(tables::IMAGES, &digest.to_string())?.is_none() => {

@@ -3,6 +3,7 @@
 //! [`Store`] is the interface, [`Replicated`] what stands behind it, also for a member that is alone.
 
 mod apply;
+mod audit;
 pub mod authorities;
 pub mod command;
 pub(crate) mod database;

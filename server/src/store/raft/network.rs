@@ -24,7 +24,7 @@ use openraft::raft::{
 use rustls::ClientConfig;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -86,14 +86,30 @@ pub struct Calls {
     pool: Pool,
     /// Members that were not reached when they were last called.
     lost: Mutex<HashSet<MemberId>>,
+    /// When each member asked this one for something last, as the leader.
+    asked: Mutex<HashMap<MemberId, Instant>>,
 }
+
+/// A member that has asked the leader for something waits, for so long, to be told of it.
+const WAITS: Duration = Duration::from_secs(1);
 
 impl Calls {
     /// `tls` shows this member's certificate; `introduction` is what it begins each connection with, where it has to.
     #[must_use]
     pub fn new(collective: CollectiveId, tls: Arc<ClientConfig>, introduction: Option<Bytes>) -> Self {
         let (tls, pool, lost) = (RwLock::new(tls), Pool::default(), Mutex::default());
-        Self { collective, tls, introduction, pool, lost }
+        Self { collective, tls, introduction, pool, lost, asked: Mutex::default() }
+    }
+
+    /// A member asks this one, as the leader, for a change, or for what is newest.
+    pub(crate) fn asks(&self, member: MemberId) {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).insert(member, Instant::now());
+    }
+
+    /// Whether it did lately.
+    pub(super) fn has_asked(&self, member: MemberId) -> bool {
+        let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        asked.get(&member).is_some_and(|then| then.elapsed() < WAITS)
     }
 
     /// New connections are made with this from now on. Those that stand were good when they were made, and stay.

@@ -9,10 +9,13 @@
 //! A call without entries waits for no connection, but goes by itself (`POST`): a sign of life has to be there in time, and connecting takes longer.
 //! For signs of life one is made meanwhile, apart from that for entries, which a large one may fill: on both sides they are Raft's alone from then
 //! on, while a `POST` is answered where nodes are. A member of an earlier release has no such route, and gets all calls so.
+//!
+//! What is committed is told once in a while, [not with each change](TELL): a follower applies several changes at a time, which costs it hardly more than
+//! one. Raft bears that a call says less than the leader knows, and takes the answer to a later call for one to all before it.
 
 use super::network::{Calls, Link, failure, on_the_way, within_reach};
 use super::wire::{self, Streamed, WireAppend};
-use super::{Peer, Raft, Replicated, StoreError};
+use super::{LogId, Peer, Raft, Replicated, StoreError};
 use bytes::Bytes;
 use futures_util::{SinkExt as _, Stream, StreamExt as _};
 use moor_api::client::ClientError;
@@ -53,6 +56,8 @@ const TAKES_NOTHING: Duration = Duration::from_secs(10);
 const AGAIN: Duration = Duration::from_mins(1);
 /// And one that was not reached for signs of life, which go on by themselves.
 const SOON: Duration = Duration::from_secs(1);
+/// A follower is told so often what is committed; one that has changes of its own on their way at once, because he waits for it.
+const TELL: Duration = Duration::from_millis(3);
 /// Who may append is looked at again this often.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -164,6 +169,10 @@ pub(super) struct Session<'s, S> {
     is_over: bool,
     /// By when each call that is on its way has to be answered, and its bytes.
     waiting: VecDeque<(Instant, usize)>,
+    /// What the follower was told is committed, and when.
+    told: Option<(Option<LogId>, Instant)>,
+    /// A call that tells him more, and when it goes, unless another one says as much before.
+    held: Option<(AppendEntriesRequest<Raft>, Instant)>,
 }
 
 impl<S> Drop for Session<'_, S> {
@@ -179,13 +188,14 @@ impl<S> Drop for Session<'_, S> {
 enum Next {
     Frame(Option<std::io::Result<bytes::BytesMut>>),
     Call(Option<AppendEntriesRequest<Raft>>),
+    Held,
     Late,
     Quiet,
 }
 
 impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> Session<'s, S> {
     pub(super) fn new(link: &'s mut Link, calls: S, option: RPCOption) -> Self {
-        Self { link, calls, option, is_over: false, waiting: VecDeque::new() }
+        Self { link, calls, option, is_over: false, waiting: VecDeque::new(), told: None, held: None }
     }
 
     /// The answers, until the calls are at their end or one is no success.
@@ -212,10 +222,10 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> 
     /// The next answer; none: the calls are at their end, and all were answered.
     async fn answer(&mut self) -> Result<Option<StreamAppendResult<Raft>>, RPCError<Raft>> {
         loop {
-            if self.is_over && self.waiting.is_empty() {
+            if self.is_over && self.waiting.is_empty() && self.held.is_none() {
                 return Ok(None);
             }
-            match self.next().await {
+            let call = match self.next().await {
                 Next::Frame(Some(Ok(frame))) => {
                     if self.waiting.pop_front().is_none() {
                         return Err(broken("an answer came to nothing"));
@@ -232,28 +242,71 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> 
                     };
                 }
                 // Nothing is lost by it as long as nothing was on its way: the next call makes a new one.
-                Next::Frame(_) if self.waiting.is_empty() => *self.link.sending() = None,
+                Next::Frame(_) if self.waiting.is_empty() => {
+                    *self.link.sending() = None;
+                    continue;
+                }
                 Next::Frame(Some(Err(error))) => return Err(broken(format!("the stream broke: {error}"))),
                 Next::Frame(None) => return Err(broken("the follower ended the stream")),
                 Next::Late => return Err(broken("no answer in time")),
-                Next::Quiet => self.send(Bytes::new(), PING).await?,
-                Next::Call(None) => self.is_over = true,
+                Next::Quiet => {
+                    self.send(Bytes::new(), PING).await?;
+                    continue;
+                }
+                Next::Call(None) => {
+                    self.is_over = true;
+                    continue;
+                }
                 Next::Call(Some(call)) => {
                     self.link.prepare();
-                    let goes_alone = call.entries.is_empty() && self.link.sending().is_none();
-                    if goes_alone || !self.link.ready().await? {
-                        return self.link.post(call, self.option.clone()).await.map(Some);
+                    match self.sooner_or_later(call) {
+                        Some(call) => call,
+                        None => continue,
                     }
-                    let frame = Bytes::from(serde_json::to_vec(&WireAppend::from(&call)).map_err(broken)?);
-                    let limit = Link::limit(&call, &self.option) + on_the_way(frame.len());
-                    // Answers come in order: it waits for those before it, their way and their disk.
-                    let begun =
-                        self.waiting.back().map_or_else(Instant::now, |(until, _)| (*until).max(Instant::now()));
-                    self.waiting.push_back((begun + limit, frame.len()));
-                    self.send(frame, limit).await?;
                 }
+                Next::Held => match self.held.take() {
+                    Some((call, _)) => call,
+                    None => continue,
+                },
+            };
+            let goes_alone = call.entries.is_empty() && self.link.sending().is_none();
+            if goes_alone || !self.link.ready().await? {
+                return self.link.post(call, self.option.clone()).await.map(Some);
             }
+            if self.told.is_none_or(|(told, _)| call.leader_commit > told) {
+                self.told = Some((call.leader_commit, Instant::now()));
+            }
+            let frame = Bytes::from(serde_json::to_vec(&WireAppend::from(&call)).map_err(broken)?);
+            let limit = Link::limit(&call, &self.option) + on_the_way(frame.len());
+            // Answers come in order: it waits for those before it, their way and their disk.
+            let begun = self.waiting.back().map_or_else(Instant::now, |(until, _)| (*until).max(Instant::now()));
+            self.waiting.push_back((begun + limit, frame.len()));
+            self.send(frame, limit).await?;
         }
+    }
+
+    /// What of a call goes now. What it tells of commits may go later.
+    fn sooner_or_later(&mut self, mut call: AppendEntriesRequest<Raft>) -> Option<AppendEntriesRequest<Raft>> {
+        // This one tells as much. The first of several says when: they are not put off for ever.
+        let then = self.held.take().map(|(_, then)| then);
+        let may_wait =
+            !self.link.is_for_signs && self.link.sending().is_some() && !self.link.calls.has_asked(self.link.peer.id);
+        let Some((told, at)) = self.told.filter(|(told, _)| may_wait && call.leader_commit > *told) else {
+            return Some(call);
+        };
+        let now = Instant::now();
+        let Some(last) = call.entries.last().map(|entry| entry.log_id) else {
+            self.held = Some((call, then.unwrap_or(now + TELL)));
+            return None;
+        };
+        if now >= at + TELL {
+            return Some(call);
+        }
+        let leader_commit = std::mem::replace(&mut call.leader_commit, told);
+        let more =
+            AppendEntriesRequest { vote: call.vote, prev_log_id: Some(last), entries: Vec::new(), leader_commit };
+        self.held = Some((more, then.unwrap_or(at + TELL)));
+        Some(call)
     }
 
     async fn next(&mut self) -> Next {
@@ -261,14 +314,19 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> 
         let is_waiting = late.is_some();
         let bytes: usize = self.waiting.iter().map(|(_, bytes)| bytes).sum();
         let takes_calls = !self.is_over && self.waiting.len() < AT_A_TIME && bytes < BYTES;
+        let held = self.held.as_ref().map(|(_, until)| *until);
         let calls = &mut self.calls;
-        let Some(sending) = self.link.sending() else {
-            return Next::Call(calls.next().await);
+        let sending = match self.link.sending() {
+            // Nothing comes to take its place, or the connection is gone on which it was to be.
+            sending if held.is_some() && (self.is_over || sending.is_none()) => return Next::Held,
+            Some(sending) => sending,
+            None => return Next::Call(calls.next().await),
         };
         tokio::select! {
             biased;
             frame = sending.frames.next() => Next::Frame(frame),
             call = calls.next(), if takes_calls => Next::Call(call),
+            () = tokio::time::sleep_until(held.unwrap_or_else(Instant::now)), if held.is_some() => Next::Held,
             () = tokio::time::sleep_until(late.unwrap_or_else(|| Instant::now() + PING)) => {
                 if is_waiting { Next::Late } else { Next::Quiet }
             }
@@ -310,6 +368,8 @@ struct Reading<S, H, G> {
     by: MemberId,
     may: G,
     looked: Instant,
+    /// Whom it was found to speak for since.
+    speaks_for: Option<u64>,
     failed: Arc<Mutex<Option<StoreError>>>,
 }
 
@@ -339,18 +399,22 @@ where
     fn look(&mut self) -> Result<(), StoreError> {
         if self.looked.elapsed() >= LOOK {
             (self.may)()?;
-            self.looked = Instant::now();
+            (self.looked, self.speaks_for) = (Instant::now(), None);
         }
         Ok(())
     }
 
-    fn call(&self, frame: &[u8]) -> Result<AppendEntriesRequest<Raft>, StoreError> {
+    fn call(&mut self, frame: &[u8]) -> Result<AppendEntriesRequest<Raft>, StoreError> {
         let store = &self.store;
         let call = store.machine.note(wire::append_from(frame, store.machine.known()).map_err(StoreError::from));
         let call = call.map_err(|error| store.machine.why(error))?;
-        store.speaks(call.vote.leader_id.voted_for, self.by)?;
+        let number = call.vote.leader_id.voted_for;
+        if self.speaks_for != Some(number) {
+            store.speaks(number, self.by)?;
+        }
         within_reach(&store.raft, &call.vote)?;
         without_holes(&call)?;
+        self.speaks_for = Some(number);
         Ok(call)
     }
 }
@@ -368,8 +432,16 @@ where
     let (mut answers, frames) = framed(Box::pin(stream)).split();
     let (_stop, end) = oneshot::channel();
     let failed = Arc::<Mutex<Option<StoreError>>>::default();
-    let reading =
-        Reading { frames, end, store: store.clone(), by, may, looked: Instant::now(), failed: failed.clone() };
+    let reading = Reading {
+        frames,
+        end,
+        store: store.clone(),
+        by,
+        may,
+        looked: Instant::now(),
+        speaks_for: None,
+        failed: failed.clone(),
+    };
     let calls = futures_util::stream::unfold(reading, |mut reading| async move {
         let call = reading.next().await?;
         Some((call, reading))

@@ -4,7 +4,7 @@
 //! A change of ours is what an administrator's call makes: an attribute set over HTTPS, with the token checked and the call in the audit log. etcd's
 //! is a key set through its JSON gateway, over HTTPS as well. Clients of both talk to the leader, which is the quickest way for both.
 //!
-//! `MOOR_PARTS=changes,reads,deaths,nodes` makes some of it.
+//! `MOOR_PARTS=changes,reads,deaths,nodes` makes some of it, `MOOR_WRITERS=1,16,128` changes by so many clients.
 
 use super::etcd::{self, Etcd};
 use super::load::{Client, Rate, drive, failures, request};
@@ -70,7 +70,12 @@ pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
 
 /// Whether a part of the table is to be made.
 fn is_wanted(part: &str) -> bool {
-    std::env::var("MOOR_PARTS").map_or(true, |parts| parts.split(',').any(|wanted| wanted.trim() == part))
+    is_in("MOOR_PARTS", part)
+}
+
+/// Whether a variable lists it, or is not set.
+fn is_in(variable: &str, what: &str) -> bool {
+    std::env::var(variable).map_or(true, |list| list.split(',').any(|wanted| wanted.trim() == what))
 }
 
 fn beside_etcd(lab: &Lab<'_>, runtime: &Runtime, table: &mut Table) -> anyhow::Result<()> {
@@ -90,7 +95,9 @@ fn beside_etcd(lab: &Lab<'_>, runtime: &Runtime, table: &mut Table) -> anyhow::R
     let (_collective, site, token, port) = runtime.block_on(three(lab))?;
     let tls = Arc::new(member_tls_config(&site, None)?);
     let ours = |requests, expected| Client { tls: tls.clone(), port, requests, expected, pause: Duration::ZERO };
-    for writers in WRITERS.into_iter().filter(|_| is_wanted("changes")) {
+    for writers in
+        WRITERS.into_iter().filter(|writers| is_wanted("changes") && is_in("MOOR_WRITERS", &writers.to_string()))
+    {
         lab.say(&format!("store: {writers} clients write"));
         let both = pairs(
             PAIRS,
