@@ -11,7 +11,7 @@ use crate::reader::{ReadError, Reader};
 use crate::root::mounted;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rustix::fs::{FlockOperation, SeekFrom, flock, seek};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
@@ -68,25 +68,42 @@ pub fn is_place(dir: &Path) -> io::Result<bool> {
     Ok(mounted(dir)?.is_some_and(|(kind, source)| kind == KIND && source == Path::new(SOURCE)))
 }
 
-/// A place in memory for an image. Dropped before [`Self::keep`], it is gone with all that is in it.
-pub struct Ram {
+/// The right to look for a place on a directory, and to make one there. One process has it at a time, for a place itself can be locked only once it
+/// is there: two that came at once would both find none, and one would mount over the other.
+pub struct Claim {
     dir: PathBuf,
-    file: Arc<File>,
-    is_kept: bool,
+    /// The directory above, locked: the same one, whatever is mounted on `dir`.
+    _above: File,
 }
 
-impl Ram {
-    /// Mounts a place for `size` bytes on `dir`.
+impl Claim {
+    /// On `dir`. Whoever has it already is waited for, which takes a moment: nothing is fetched meanwhile.
     ///
     /// # Errors
-    /// No such directory; the kernel refuses.
-    pub fn new(dir: &Path, size: u64) -> Result<Self, RamError> {
+    /// No such directory, or the root directory.
+    pub fn new(dir: &Path) -> Result<Self, RamError> {
         let failed = |source| RamError::Place { dir: dir.to_owned(), source };
         let dir = dir.canonicalize().map_err(failed)?;
+        let above = dir.parent().ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
+        let above = File::open(above).map_err(failed)?;
+        retry_on_intr(|| flock(&above, FlockOperation::LockExclusive)).map_err(|error| failed(error.into()))?;
+        Ok(Self { dir, _above: above })
+    }
+
+    fn failed(&self, source: impl Into<io::Error>) -> RamError {
+        RamError::Place { dir: self.dir.clone(), source: source.into() }
+    }
+
+    /// Mounts a place for `size` bytes.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn make(&self, size: u64) -> Result<Ram, RamError> {
+        let dir = &self.dir;
         // A page for the directory, and the file in whole ones.
         let options = format!("mode=0700,nr_inodes=16,size={}", size.next_multiple_of(4096) + 65_536);
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_NOATIME;
-        mount(Some(SOURCE), &dir, Some(KIND), flags, Some(options.as_str())).map_err(|error| failed(error.into()))?;
+        mount(Some(SOURCE), dir, Some(KIND), flags, Some(options.as_str())).map_err(|error| self.failed(error))?;
         // From here on it goes again unless all is well.
         let make = || -> io::Result<File> {
             let mut options = OpenOptions::new();
@@ -96,44 +113,60 @@ impl Ram {
             Ok(file)
         };
         match make() {
-            Ok(file) => Ok(Self { dir, file: Arc::new(file), is_kept: false }),
+            Ok(file) => Ok(Ram { dir: dir.clone(), file: Arc::new(file), is_kept: false }),
             Err(error) => {
                 // The first error is the one to tell.
-                let _ = umount2(&dir, MntFlags::MNT_DETACH);
-                Err(failed(error))
+                let _ = umount2(dir, MntFlags::MNT_DETACH);
+                Err(self.failed(error))
             }
         }
     }
 
-    /// The place on `dir` that a process has left which was killed before it was done; `None` where there is none for an image of `size` bytes.
-    /// One for another is taken out of memory.
+    /// The place that a process has left which was killed before it was done; `None` where there is none for an image of `size` bytes. One for
+    /// another is taken out of memory.
     ///
     /// # Errors
-    /// No such directory; that process still runs; the kernel refuses.
-    pub fn left(dir: &Path, size: u64) -> Result<Option<Self>, RamError> {
-        let failed = |source| RamError::Place { dir: dir.to_owned(), source };
-        let dir = dir.canonicalize().map_err(failed)?;
-        if !is_place(&dir).map_err(failed)? {
+    /// That process still runs; the kernel refuses.
+    pub fn left(&self, size: u64) -> Result<Option<Ram>, RamError> {
+        let dir = &self.dir;
+        if !is_place(dir).map_err(|error| self.failed(error))? {
             return Ok(None);
         }
-        match OpenOptions::new().read(true).write(true).open(dir.join(FILE_NAME)) {
+        let path = dir.join(FILE_NAME);
+        match OpenOptions::new().read(true).write(true).open(&path) {
             Ok(file) => {
                 flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
                     Errno::WOULDBLOCK => RamError::Busy(dir.clone()),
-                    other => failed(other.into()),
+                    other => self.failed(other),
                 })?;
-                if file.metadata().map_err(failed)?.len() == size {
-                    return Ok(Some(Self { dir, file: Arc::new(file), is_kept: false }));
+                // Whoever had the lock until now may have taken the place away, and then this is the file of nowhere.
+                if !is_at(&file, &path).map_err(|error| self.failed(error))? {
+                    return Ok(None);
+                }
+                if file.metadata().map_err(|error| self.failed(error))?.len() == size {
+                    return Ok(Some(Ram { dir: dir.clone(), file: Arc::new(file), is_kept: false }));
                 }
             }
-            // It came no further than that.
+            // It came no further than that, or has just been taken away.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(failed(error)),
+            Err(error) => return Err(self.failed(error)),
         }
-        umount2(&dir, MntFlags::MNT_DETACH).map_err(|error| failed(error.into()))?;
-        Ok(None)
+        match umount2(dir, MntFlags::MNT_DETACH) {
+            // Nothing is mounted there any more.
+            Ok(()) | Err(nix::errno::Errno::EINVAL) => Ok(None),
+            Err(error) => Err(self.failed(error)),
+        }
     }
+}
 
+/// A place in memory for an image. Dropped before [`Self::keep`], it is gone with all that is in it.
+pub struct Ram {
+    dir: PathBuf,
+    file: Arc<File>,
+    is_kept: bool,
+}
+
+impl Ram {
     /// Bytes of memory that it takes already.
     ///
     /// # Errors
@@ -184,12 +217,24 @@ impl Ram {
 
 impl Drop for Ram {
     fn drop(&mut self) {
+        // The file, and its lock, go after that: whoever gets the lock then sees that the place is gone.
         if !self.is_kept
             && let Err(error) = umount2(&self.dir, MntFlags::MNT_DETACH)
         {
             tracing::warn!("cannot take '{}' out of memory: {error}", self.dir.display());
         }
     }
+}
+
+/// Whether a file is the one that is at `path`.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let there = match path.metadata() {
+        Ok(there) => there,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    let file = file.metadata()?;
+    Ok((file.dev(), file.ino()) == (there.dev(), there.ino()))
 }
 
 fn length(part: &Range<u64>) -> u64 {

@@ -10,12 +10,14 @@ use common::place::{
 };
 use common::{noise, seal};
 use moor_tether::disk::DiskStatus;
+use moor_tether::ram::{Claim, Ram, RamError};
 use moor_tether::state::{Mode, State};
 use nix::sys::stat::{Mode as Bits, SFlag, makedev, mknod};
 use std::fs;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Barrier;
 use std::time::{Duration, SystemTime};
 
 /// A program that is killed on drop.
@@ -139,6 +141,35 @@ fn a_fetch_that_was_killed_goes_on_with_what_had_arrived_and_believes_none_of_it
         }
         ok(&place.tether().args(["unmount", "mnt"]).output().unwrap());
         assert_eq!(mounts_under(place.dir.path()), Vec::<String>::new());
+    });
+}
+
+/// It can be locked only once it is there: two that found none at one time mounted over each other.
+#[test]
+fn of_those_that_come_at_one_time_one_has_the_place() {
+    const AT_ONCE: usize = 4;
+    in_namespace("of_those_that_come_at_one_time_one_has_the_place", || {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("place");
+        fs::create_dir(&place).unwrap();
+        for round in 0..200 {
+            let begin = Barrier::new(AT_ONCE);
+            let take = || -> Result<Ram, RamError> {
+                begin.wait();
+                let claim = Claim::new(&place)?;
+                if let Some(left) = claim.left(1 << 20)? { Ok(left) } else { claim.make(1 << 20) }
+            };
+            let taken: Vec<_> = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(take)).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert_eq!(mounts_under(&place).len(), 1, "round {round}");
+            let refused: Vec<_> = taken.iter().filter_map(|taken| taken.as_ref().err()).collect();
+            assert_eq!(refused.len(), AT_ONCE - 1, "round {round}: {refused:?}");
+            assert!(refused.iter().all(|error| matches!(error, RamError::Busy(_))), "round {round}: {refused:?}");
+            drop(taken);
+            assert_eq!(mounts_under(&place), Vec::<String>::new(), "round {round}");
+        }
     });
 }
 

@@ -4,7 +4,7 @@ use super::source::Source;
 use anyhow::{Context as _, Result};
 use moor_tether::kmsg::{self, Kmsg};
 use moor_tether::progress::Progress;
-use moor_tether::ram::{self, Ram};
+use moor_tether::ram::{self, Claim, Ram};
 use moor_tether::reader::{Https, Reader, Real, Settings};
 use moor_tether::root;
 use moor_tether::state::{DEFAULT_PATH, Mode, State, StateFile};
@@ -51,7 +51,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     ))?;
     drop(options);
     let size = reader.size();
-    let left = Ram::left(&args.dir, size)?;
+    let claim = Claim::new(&args.dir)?;
+    let left = claim.left(size)?;
     let held = left.as_ref().map_or(Ok(0), Ram::held)?;
     root::check_memory_for_image(size, held, args.overlay_percent)?;
     let state = StateFile::new(&args.state).with_context(|| format!("cannot write to '{}'", args.state.display()))?;
@@ -60,8 +61,10 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         tracing::info!("goes on with an image that an earlier try has left: {} of {mib} MiB", held >> 20);
         left
     } else {
-        Ram::new(&args.dir, size)?
+        claim.make(size)?
     };
+    // From here on the place has a lock of its own.
+    drop(claim);
     tracing::info!("brings the whole image into memory: {mib} MiB, from {} servers", reader.figures().members.len());
     let progress = Arc::new(Progress::new(size));
     let now = || State { arrived: Some(progress.arrived(Instant::now())), ..State::of(&reader, Mode::Untethered) };

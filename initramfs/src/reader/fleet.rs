@@ -6,7 +6,7 @@ use super::pace::STALE;
 use super::world::{World, within};
 use crate::kmsg::ASIDE;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::Notify;
 
@@ -34,6 +34,8 @@ pub(super) struct Fleet {
     current: AtomicUsize,
     /// How many members can be asked.
     usable: AtomicUsize,
+    /// Held while that is counted: an older count must not take the place of a newer one.
+    counting: Mutex<()>,
     changed: Notify,
     /// Whether the machine shuts down.
     is_ending: AtomicBool,
@@ -49,6 +51,7 @@ impl Fleet {
             world,
             current: AtomicUsize::new(first),
             usable,
+            counting: Mutex::default(),
             changed: Notify::new(),
             is_ending: AtomicBool::new(false),
         }
@@ -84,7 +87,10 @@ impl Fleet {
     /// Counts the usable members again, after one of them changed, and tells those who wait for one.
     pub(super) fn recount(&self) {
         let is_usable = |member: &&Arc<Member>| matches!(member.standing(), Standing::Good | Standing::Slow);
-        self.usable.store(self.members().iter().filter(is_usable).count(), Ordering::Relaxed);
+        {
+            let _alone = self.counting.lock().unwrap_or_else(PoisonError::into_inner);
+            self.usable.store(self.members().iter().filter(is_usable).count(), Ordering::Relaxed);
+        }
         self.changed.notify_waiters();
     }
 
@@ -247,8 +253,8 @@ impl Fleet {
 
     /// Notes a fault; returns whether the member was good until now, and somebody has to bring it back.
     pub(super) fn failed(&self, member: &Member, fault: &Fault, is_trial: bool) -> bool {
-        let before = member.standing();
-        let now = member.failed(fault, is_trial);
+        // Both at once: where it came back in between, nobody would bring it back any more.
+        let (before, now) = member.failed(fault, is_trial);
         if member.is_retired() {
             return false;
         }
@@ -282,4 +288,60 @@ fn loaded(member: &Member, time: Duration) -> Duration {
 
 fn index(random: u64, length: usize) -> usize {
     usize::try_from(random % (length.max(1) as u64)).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::member::tests::{Chance, member};
+    use super::*;
+    use std::sync::Barrier;
+
+    fn fleet(count: usize) -> (Fleet, Vec<Arc<Member>>) {
+        let members: Vec<_> = (0..count).map(|_| Arc::new(member())).collect();
+        (Fleet::new(members.clone(), Arc::new(Chance)), members)
+    }
+
+    fn fault() -> Fault {
+        Fault::Connect("refused".into())
+    }
+
+    /// A request that was running fails while the member comes back: somebody has to bring it back once more.
+    #[test]
+    fn each_rest_of_a_member_is_told_to_one_who_ends_it() {
+        const TIMES: usize = 300_000;
+        let (fleet, members) = fleet(1);
+        let (told, ended) = std::thread::scope(|scope| {
+            let failing = scope.spawn(|| (0..TIMES).filter(|_| fleet.failed(&members[0], &fault(), false)).count());
+            let passing = scope.spawn(|| (0..TIMES).filter(|_| members[0].passed()).count());
+            (failing.join().unwrap(), passing.join().unwrap())
+        });
+        let rests = usize::from(members[0].standing() != Standing::Good);
+        assert_eq!(told, ended + rests, "of {told} rests");
+        assert!(ended > 0);
+    }
+
+    #[test]
+    fn members_are_counted_right_whoever_counts_beside() {
+        const ROUNDS: usize = 50_000;
+        let (fleet, members) = fleet(2);
+        let (turn, wrong) = (Barrier::new(2), AtomicUsize::new(0));
+        let flap = |own: usize| {
+            for round in 0..ROUNDS {
+                turn.wait();
+                if round % 2 == own {
+                    fleet.failed(&members[own], &fault(), true);
+                } else {
+                    fleet.passed(&members[own]);
+                }
+                turn.wait();
+                // One of them fails in each round, and the other comes back.
+                wrong.fetch_add(usize::from(fleet.usable.load(Ordering::Relaxed) != 1), Ordering::Relaxed);
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| flap(0));
+            scope.spawn(|| flap(1));
+        });
+        assert_eq!(wrong.into_inner(), 0);
+    }
 }

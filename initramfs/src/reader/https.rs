@@ -6,13 +6,20 @@ use super::secure::Secure;
 use super::world::{Boxed, Head, Path, Wire};
 use bytes::Bytes;
 use rustls::ClientConfig;
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
 use tokio::net::TcpStream;
 
 /// Longest head of an answer.
 const HEAD: usize = 16 << 10;
 /// Header fields of an answer.
 const FIELDS: usize = 64;
+/// An address that has not answered after so long is not waited for alone.
+const NEXT_AFTER: Duration = Duration::from_millis(200);
 
 /// The way to the image on one HTTPS server.
 pub struct Https {
@@ -48,18 +55,43 @@ impl Path for Https {
 
     fn connect(&self) -> Boxed<'_, Result<Box<dyn Wire>, Fault>> {
         Box::pin(async {
-            let mut last = Fault::Connect("it has no address".into());
-            for socket in self.shared.address.sockets() {
-                match TcpStream::connect(socket).await {
-                    Ok(tcp) => {
-                        tcp.set_nodelay(true).map_err(|error| Fault::Connect(error.to_string()))?;
-                        return Ok(Box::new(Connection { shared: self.shared.clone(), step: Step::Tcp(tcp) }) as _);
-                    }
-                    Err(error) => last = Fault::Connect(error.to_string()),
+            let tcp = connect(self.shared.address.sockets()).await?;
+            tcp.set_nodelay(true).map_err(|error| Fault::Connect(error.to_string()))?;
+            Ok(Box::new(Connection { shared: self.shared.clone(), step: Step::Tcp(tcp) }) as _)
+        })
+    }
+}
+
+/// A connection to one of these addresses: to the next one, too, when one fails or takes long. A name may have an address that nobody answers at (IPv6
+/// where there is none), and it must not cost the time that there is for all.
+async fn connect(sockets: &[SocketAddr]) -> Result<TcpStream, Fault> {
+    let mut rest = sockets.iter();
+    let mut tried: Vec<Boxed<'_, io::Result<TcpStream>>> = Vec::new();
+    let mut last = Fault::Connect("it has no address".into());
+    loop {
+        match rest.next() {
+            Some(socket) => tried.push(Box::pin(TcpStream::connect(*socket))),
+            None if tried.is_empty() => return Err(last),
+            None => {}
+        }
+        let mut due = (rest.len() > 0).then(|| Box::pin(tokio::time::sleep(NEXT_AFTER)));
+        let ended = poll_fn(|context| {
+            for at in 0..tried.len() {
+                if let Poll::Ready(ended) = tried[at].as_mut().poll(context) {
+                    drop(tried.swap_remove(at));
+                    return Poll::Ready(Some(ended));
                 }
             }
-            Err(last)
-        })
+            match &mut due {
+                Some(due) => due.as_mut().poll(context).map(|()| None),
+                None => Poll::Pending,
+            }
+        });
+        match ended.await {
+            Some(Ok(tcp)) => return Ok(tcp),
+            Some(Err(error)) => last = Fault::Connect(error.to_string()),
+            None => {}
+        }
     }
 }
 
@@ -196,6 +228,42 @@ fn parse(text: &[u8]) -> Result<Option<(Head, Left, usize)>, Fault> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::socket::{Backlog, listen};
+    use std::net::TcpListener;
+    use std::time::Instant;
+    use tokio::time::timeout;
+
+    /// Where connections are taken, and where none is: those that are waiting already fill it.
+    fn listeners() -> [(TcpListener, SocketAddr); 2] {
+        let [good, full] = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        listen(&full, Backlog::new(0).unwrap()).unwrap();
+        [good, full].map(|listener| {
+            let address = listener.local_addr().unwrap();
+            (listener, address)
+        })
+    }
+
+    #[tokio::test]
+    async fn an_address_that_nobody_answers_at_does_not_hide_the_next_one() {
+        let [(good, here), (full, nowhere)] = listeners();
+        let mut filling = Vec::new();
+        while let Ok(waiting) = std::net::TcpStream::connect_timeout(&nowhere, Duration::from_millis(200)) {
+            filling.push(waiting);
+        }
+        // Nobody listens there any more.
+        let refused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        for addresses in [&[nowhere, here][..], &[here, nowhere], &[refused, here], &[nowhere, refused, here]] {
+            let begun = Instant::now();
+            let tcp = timeout(Duration::from_secs(20), connect(addresses)).await.unwrap().unwrap();
+            assert_eq!(tcp.peer_addr().unwrap(), here);
+            // The time limit of all is a second.
+            assert!(begun.elapsed() < Duration::from_millis(800), "{addresses:?}: {:?}", begun.elapsed());
+        }
+        for addresses in [&[refused][..0], &[refused]] {
+            assert!(matches!(connect(addresses).await, Err(Fault::Connect(_))));
+        }
+        drop((good, full, filling));
+    }
 
     const GOOD: &str =
         "HTTP/1.1 206 Partial Content\r\nContent-Length: 10\r\nETag: \"x\"\r\ncontent-range: bytes 0-9/20\r\n\r\n";

@@ -243,20 +243,21 @@ impl Member {
         was != Standing::Good
     }
 
-    /// Something failed. Returns how the member stands now. Requests that were running when the member was found out (`is_trial`
-    /// false, and it rests already) count as faults, but say nothing new about it.
-    pub(super) fn failed(&self, fault: &Fault, is_trial: bool) -> Standing {
+    /// Something failed. Returns how the member stood until now, and how it stands. Requests that were running when the member was found out
+    /// (`is_trial` false, and it rests already) count as faults, but say nothing new about it.
+    pub(super) fn failed(&self, fault: &Fault, is_trial: bool) -> (Standing, Standing) {
         self.link.forget_connections();
         self.faults.fetch_add(1, Ordering::Relaxed);
         let mut health = lock(&self.health);
-        let is_known = match health.standing {
+        let before = health.standing;
+        let is_known = match before {
             Standing::Good => false,
             // That it is slow is known; anything else is news.
             Standing::Slow => matches!(fault, Fault::Slow(_)),
             Standing::BackingOff | Standing::Excluded => true,
         };
         if is_known && !is_trial {
-            return health.standing;
+            return (before, before);
         }
         if fault.is_timeout() {
             // It may be slow for a reason (a storm, an emulated machine): more time at each try.
@@ -273,7 +274,7 @@ impl Member {
             Fault::Slow(_) => Standing::Slow,
             _ => Standing::BackingOff,
         };
-        health.standing
+        (before, health.standing)
     }
 
     /// How long to rest before the next try.
@@ -307,12 +308,12 @@ fn jitter(duration: Duration, random: u64) -> Duration {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::reader::world::{Boxed, Wire};
 
     /// Chance as it is, and nothing else.
-    struct Chance;
+    pub(in crate::reader) struct Chance;
 
     impl World for Chance {
         fn now(&self) -> Duration {
@@ -340,7 +341,7 @@ mod tests {
         }
     }
 
-    fn member() -> Member {
+    pub(in crate::reader) fn member() -> Member {
         Member::new(Box::new(Nowhere), Arc::new(Chance))
     }
 
@@ -349,7 +350,7 @@ mod tests {
         let member = member();
         let mut longest = Duration::ZERO;
         for row in 0..12 {
-            assert_eq!(member.failed(&Fault::Connect("refused".into()), true), Standing::BackingOff);
+            assert_eq!(member.failed(&Fault::Connect("refused".into()), true).1, Standing::BackingOff);
             let rest = member.rest(false);
             assert!(rest >= REST_MIN && rest <= REST_MAX.mul_f64(1.26), "{row}: {rest:?}");
             assert!(member.rest(true) <= REST_MAX_ALONE.mul_f64(1.26));
@@ -365,12 +366,12 @@ mod tests {
     fn wrong_bytes_twice_exclude_and_other_faults_never_do() {
         let member = member();
         let wrong = || Fault::Wrong(moor_image::ImageError::Argument("x"));
-        assert_eq!(member.failed(&wrong(), false), Standing::BackingOff);
-        assert_eq!(member.failed(&wrong(), false), Standing::BackingOff, "it ran before the member was found out");
+        assert_eq!(member.failed(&wrong(), false).1, Standing::BackingOff);
+        assert_eq!(member.failed(&wrong(), false).1, Standing::BackingOff, "it ran before the member was found out");
         member.passed();
-        assert_eq!(member.failed(&Fault::NoRanges, false), Standing::BackingOff);
-        assert_eq!(member.failed(&wrong(), true), Standing::Excluded);
-        assert_eq!(member.failed(&Fault::NoRanges, true), Standing::Excluded);
+        assert_eq!(member.failed(&Fault::NoRanges, false).1, Standing::BackingOff);
+        assert_eq!(member.failed(&wrong(), true).1, Standing::Excluded);
+        assert_eq!(member.failed(&Fault::NoRanges, true).1, Standing::Excluded);
         assert!(member.passed());
         assert_eq!(member.standing(), Standing::Good);
     }
@@ -379,10 +380,10 @@ mod tests {
     fn slow_is_not_dead_but_what_a_slow_member_does_wrong_counts() {
         let member = member();
         let slow = || Fault::Slow(Duration::from_millis(400));
-        assert_eq!(member.failed(&slow(), false), Standing::Slow);
-        assert_eq!(member.failed(&slow(), false), Standing::Slow);
-        assert_eq!(member.failed(&Fault::Broken("x".into()), false), Standing::BackingOff);
-        assert_eq!(member.failed(&slow(), true), Standing::Slow);
+        assert_eq!(member.failed(&slow(), false), (Standing::Good, Standing::Slow));
+        assert_eq!(member.failed(&slow(), false), (Standing::Slow, Standing::Slow));
+        assert_eq!(member.failed(&Fault::Broken("x".into()), false), (Standing::Slow, Standing::BackingOff));
+        assert_eq!(member.failed(&slow(), true), (Standing::BackingOff, Standing::Slow));
         assert!(member.passed());
     }
 

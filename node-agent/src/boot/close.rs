@@ -125,6 +125,7 @@ impl Boot {
             // Nothing else keeps a shell from opening a boot session with it.
             let _ = std::fs::remove_file(self.options.run.soft_key());
         }
+        self.drop_whole_image().await;
         (end, reason)
     }
 }

@@ -213,7 +213,8 @@ impl Boot {
             }
         }
         let reason = reasons.join("; ");
-        // A hardware clock in the future makes every certificate look expired: the build time is one at which they were good.
+        // A hardware clock in the future makes every certificate look expired: the build time is one at which they were good. Nobody but a member can say
+        // so, or who has the key of one.
         if has_expired && !self.clock_was_reset {
             self.clock_was_reset = true;
             let built = self.bundle.as_ref().map_or(0, |bundle| bundle.built);

@@ -3,29 +3,21 @@
 use super::engine::Fault;
 use super::states::{Class, State};
 use super::{Boot, call_fault, missing};
-use crate::child::{self, ChildError};
-use crate::handover::Arrived;
+use crate::child;
 use moor_api::deploy::{DeployDocument, OnFailure, RootMode};
 use moor_api::node::{EnvelopeKind, ImageOffer, KeyEnvelope, KeyRequest, Stage};
 use moor_image::Dek;
-use std::collections::BTreeMap;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
-use std::pin::pin;
 use std::time::Duration;
 use tokio::process::Command;
 use zeroize::{Zeroize as _, Zeroizing};
 
 /// Limits of the two calls of the tether; the states have longer ones.
-const MOUNT_LIMIT: Duration = Duration::from_secs(150);
+pub(super) const MOUNT_LIMIT: Duration = Duration::from_secs(150);
 const ROOT_LIMIT: Duration = Duration::from_secs(150);
 /// The same where a whole image is fetched or unpacked. A slow network takes its time, and the tether waits out an outage.
-const WHOLE_LIMIT: Duration = Duration::from_secs(3500);
-/// How long after its begin a fetch of a whole image is told of for the first time. The pause doubles each time: each report is a change that a
-/// majority of the members writes.
-const PROGRESS: Duration = Duration::from_secs(2);
-/// The longest of these pauses.
-const PROGRESS_MAX: Duration = Duration::from_secs(30);
+pub(super) const WHOLE_LIMIT: Duration = Duration::from_secs(3500);
 /// The partition that keeps chunks, by its name in the partition table: whoever gave it that name meant it. The kernel command line may name another
 /// device.
 const CACHE: &str = "/dev/disk/by-partlabel/mooring-cache";
@@ -104,10 +96,8 @@ impl Boot {
             .map_err(|error| Fault::fatal(format!("cannot make '{}': {error}", directory.display())))?;
         let mode = self.root_mode(offer);
         // Left by a try that got no further. With what there is of a whole image the next one goes on.
-        let mut unmount = Command::new(&self.options.tether);
-        unmount.arg("unmount").arg(&directory);
-        if mode != RootMode::Untethered && std::fs::symlink_metadata(directory.join("image")).is_ok() {
-            let _ = child::run(unmount, b"", MOUNT_LIMIT).await;
+        if mode != RootMode::Untethered {
+            let _ = self.unmount_image().await;
         }
         let mut mount = mount_command(&self.options.tether, offer, mode);
         if let Some(document) = &self.document
@@ -159,30 +149,6 @@ impl Boot {
         Ok(State::Root)
     }
 
-    /// Brings a whole image into memory, and says meanwhile how far that is: on the console, and to a member.
-    async fn fetch(&mut self, fetch: Command, key: &[u8]) -> Result<String, ChildError> {
-        self.options.run.forget_tether();
-        let mut ended = pin!(child::run(fetch, key, WHOLE_LIMIT));
-        let (mut pause, mut told) = (PROGRESS, None);
-        loop {
-            if let Ok(result) = tokio::time::timeout(pause, ended.as_mut()).await {
-                return result;
-            }
-            let arrived = self.options.run.tether().and_then(|tether| tether.arrived);
-            // Where nothing has changed there is nothing to say: of an outage the tether tells.
-            if let Some(arrived) = arrived.filter(|arrived| told != Some(arrived.bytes)) {
-                told = Some(arrived.bytes);
-                pause = pause.saturating_mul(2).min(PROGRESS_MAX);
-                let (sentence, figures) = described(arrived);
-                crate::console::say(State::Tether.rule().word, &sentence);
-                self.reporter.progress(State::Tether.rule().word, &sentence, figures);
-                // A slow fetch outlasts a token. Without a new one it is not heard now, and the image comes all the same.
-                let _ = Box::pin(self.ensure_token()).await;
-                self.flush().await;
-            }
-        }
-    }
-
     pub(super) async fn root(&mut self) -> Result<State, Fault> {
         // The tether has it; nobody else needs it any more.
         self.key = None;
@@ -210,20 +176,9 @@ impl Boot {
     }
 
     /// What the kernel command line says, or else the profile.
-    fn root_mode(&self, offer: &ImageOffer) -> RootMode {
+    pub(super) fn root_mode(&self, offer: &ImageOffer) -> RootMode {
         self.arguments.root.unwrap_or(offer.root)
     }
-}
-
-/// How far an image is on its way into memory: for people, and as figures.
-fn described(arrived: Arrived) -> (String, BTreeMap<String, u64>) {
-    let Arrived { bytes, of, seconds_left } = arrived;
-    let rest = seconds_left.map(|seconds| format!(", about {seconds} s left")).unwrap_or_default();
-    let sentence = format!("{} of {} MiB of the image are in memory{rest}", bytes >> 20, of.div_ceil(1 << 20));
-    let figures =
-        [("image.bytes_arrived", Some(bytes)), ("image.bytes_total", Some(of)), ("image.seconds_left", seconds_left)];
-    let known = figures.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?)));
-    (sentence, known.collect())
 }
 
 /// An image that may not be used until somebody has mended that. The node waits for it, and goes on by itself then; where the profile wants a
@@ -279,7 +234,7 @@ fn mount_command(program: &Path, offer: &ImageOffer, mode: RootMode) -> Command 
 mod tests {
     use super::*;
     use crate::boot::Options;
-    use crate::boot::states::Class;
+    use crate::boot::states::{Class, EndAction};
     use crate::handover::RunDir;
     use crate::members::Members;
     use moor_api::client::session::SessionKey;
@@ -411,6 +366,32 @@ mod tests {
             std::fs::write(dir.path().join("tether/image"), "a part").unwrap();
             boot(dir.path(), &program, mode).tether().await.unwrap_err();
             assert_eq!(std::fs::read_to_string(dir.path().join("calls")).unwrap(), calls);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_boot_that_gives_up_leaves_nothing_of_a_whole_image_in_memory() {
+        // What a tethered root is read from is in no memory, and somebody may want to look at it.
+        for (mode, calls) in
+            [(RootMode::Untethered, "fetch\nunmount\nunmount\n"), (RootMode::Tethered, "unmount\nmount\n")]
+        {
+            let dir = tempfile::tempdir().unwrap();
+            let image = dir.path().join("tether/image");
+            // A fetch that was killed just now has it open still, and then not any more.
+            let text = format!(
+                "echo $1 >> '{0}/calls'\n[ $1 = unmount ] || exit 1\n[ -e '{0}/tried' ] && rm '{1}' || ! touch '{0}/tried'\n",
+                dir.path().display(),
+                image.display()
+            );
+            let program = script(dir.path(), &text);
+            std::fs::create_dir(dir.path().join("tether")).unwrap();
+            std::fs::write(&image, "a part").unwrap();
+            let mut boot = boot(dir.path(), &program, mode);
+            boot.tether().await.unwrap_err();
+            assert!(image.exists(), "a try has taken away what the next one goes on with");
+            boot.give_up(EndAction::Hold, "all tries are used up").await;
+            assert_eq!(std::fs::read_to_string(dir.path().join("calls")).unwrap(), calls);
+            assert_eq!(image.exists(), mode == RootMode::Tethered);
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! [`states`] is the table of states, [`engine`] runs it, and [`Boot`] is the machine it runs on: [`find`] looks for the way to a
 //! member, [`identify`] says who the node is, [`settings`] fetches and renders what it is made from, [`image`] brings its root,
-//! [`close`] ends the stage. Whatever happens, the stage is closed before anything else gets control.
+//! all of it at once with [`whole`], [`close`] ends the stage. Whatever happens, the stage is closed before anything else gets control.
 
 mod close;
 mod engine;
@@ -13,6 +13,7 @@ pub mod kernel_arguments;
 pub mod reporter;
 mod settings;
 pub mod states;
+mod whole;
 
 use crate::handover::RunDir;
 use crate::identity::Identity;
@@ -33,6 +34,7 @@ use reporter::Reporter;
 use states::{Decision, EndAction, State};
 use std::path::PathBuf;
 use std::time::Duration;
+use whole::Schedule;
 
 /// Where things are. Tests use other places.
 #[derive(Debug, Clone)]
@@ -74,6 +76,8 @@ pub struct Boot {
     trust: SshTrust,
     offer: Option<ImageOffer>,
     key: Option<Dek>,
+    /// Of the reports about a whole image, since the first try to fetch one.
+    schedule: Option<Schedule>,
     clock_was_reset: bool,
     /// It has gone to the member that it is to talk to, or tried.
     has_moved: bool,
@@ -126,6 +130,7 @@ impl Boot {
             trust: SshTrust::default(),
             offer: None,
             key: None,
+            schedule: None,
             clock_was_reset: false,
             has_moved: false,
             is_closed: false,

@@ -19,6 +19,7 @@ use moor_api::deploy::PhaseName;
 use moor_api::node::{Heartbeat, MAX_TRACE, Stage, TraceReport};
 use moor_api::problem::{Code, Problem};
 use moor_api::trust::SiteBundle;
+use renew::Renewal;
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
@@ -82,6 +83,7 @@ struct Duty {
     expires: u64,
     /// Why the root did not take up what changed among the members, as it was last said.
     complaint: Option<String>,
+    renewal: Renewal,
     /// Before then the SSH authorities are not tried to be taken up again.
     ssh_again: Option<Instant>,
     /// Servers of the root that serve wrong bytes, as far as the member was told.
@@ -97,8 +99,20 @@ impl Duty {
         let mut members = Members::new(&bundle, &session, record.members.clone())?;
         members.set_boot(record.boot);
         let reporter = Reporter::new(record.boot, record.sequence);
-        let (expires, complaint, ssh_again, excluded) = (0, None, None, BTreeSet::new());
-        Ok(Self { run, record, bundle, identity, session, members, reporter, expires, complaint, ssh_again, excluded })
+        Ok(Self {
+            run,
+            record,
+            bundle,
+            identity,
+            session,
+            members,
+            reporter,
+            expires: 0,
+            complaint: None,
+            renewal: Renewal::default(),
+            ssh_again: None,
+            excluded: BTreeSet::new(),
+        })
     }
 
     async fn serve(&mut self) -> Infallible {
@@ -196,7 +210,7 @@ impl Duty {
                 self.remember();
             }
             // Taking up SSH authorities, with a heartbeat, has them renewed as well.
-            if self.record.renew_after != 0 && clock::now() >= self.record.renew_after {
+            if self.renewal.is_due(self.record.renew_after, clock::now(), Instant::now()) {
                 self.renew().await;
             }
             // The clock may be set meanwhile, so the renewal is looked at with each heartbeat, and at least once a minute.

@@ -83,7 +83,9 @@ impl AdminClient {
         };
         let connect = async {
             let tcp = TcpStream::connect((host.as_str(), port)).await.map_err(|error| failed(error.to_string()))?;
-            TlsConnector::from(config).connect(name, tcp).await.map_err(|error| handshake_failure(url, &error))
+            let connected = TlsConnector::from(config).connect(name, tcp).await;
+            // An administrator's clock is set by nobody, and so a member need not prove that its certificate has expired.
+            connected.map_err(|error| handshake_failure(url, &error, false))
         };
         let tls = tokio::time::timeout(Duration::from_secs(10), connect)
             .await

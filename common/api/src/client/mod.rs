@@ -45,7 +45,8 @@ pub enum ClientError {
         to: String,
         /// Why, in one line.
         cause: String,
-        /// Whether the certificate of the other side, or of one of several, has expired by the clock of this machine.
+        /// Whether the other side, or one of several, is a member whose certificate has expired by the clock of this machine: it has shown that it
+        /// holds the key, and nothing else is wrong with the certificate.
         has_expired: bool,
     },
     /// The connection broke, or the answer took too long.
@@ -82,7 +83,8 @@ impl ClientError {
         Self::Connect { to: to.to_owned(), cause, has_expired: false }
     }
 
-    /// Whether there is no connection because the other side's certificate has expired by the clock of this machine: one of the two clocks is wrong.
+    /// Whether there is no connection because the certificate of the member at the other side has expired by the clock of this machine: one of the
+    /// two clocks is wrong. Nobody but a member, or whoever has the key of one, makes this true.
     #[must_use]
     pub fn has_expired(&self) -> bool {
         matches!(self, Self::Connect { has_expired: true, .. })

@@ -1,7 +1,7 @@
 //! A TLS connection to a member, with what it proves: which member it is, and the exporter that proofs are bound to.
 
 use super::node::parse_https;
-use super::tls::{handshake_failure, key_of, member_of, shown_incarnation};
+use super::tls::{Expiry, handshake_failure, key_of, member_of, shown_incarnation};
 use super::{ClientError, Http};
 use crate::ids::{CollectiveId, MemberId};
 use crate::proof::{EXPORTER_LABEL, EXPORTER_LENGTH};
@@ -43,11 +43,15 @@ impl Secured {
             let tcp = TcpStream::connect((host.as_str(), port)).await.map_err(|error| failed(error.to_string()))?;
             tcp.set_nodelay(true).map_err(|error| failed(error.to_string()))?;
             let local = tcp.local_addr().map_err(|error| failed(error.to_string()))?;
-            let tls = TlsConnector::from(config)
-                .connect(server_name, tcp)
-                .await
-                .map_err(|error| handshake_failure(url, &error))?;
-            Ok::<_, ClientError>((tls, local))
+            let error = match TlsConnector::from(config.clone()).connect(server_name.clone(), tcp).await {
+                Ok(tls) => return Ok::<_, ClientError>((tls, local)),
+                Err(error) => error,
+            };
+            let has_expired = match Expiry::of(&error) {
+                Some(expiry) => Box::pin(holds_its_key(expiry, (host.as_str(), port), &config, server_name)).await,
+                None => false,
+            };
+            Err(handshake_failure(url, &error, has_expired))
         };
         let (tls, local) = tokio::time::timeout(timeout, connect)
             .await
@@ -67,4 +71,21 @@ impl Secured {
         let http = Http::start(tls, url, &authority, timeout).await?;
         Ok(Self { http, member, incarnation, key, exporter, local })
     }
+}
+
+/// Whether the other side has the key of a member's certificate that has expired, by another handshake, at a time when it was good. Members show
+/// their certificates to everybody, and so whoever shows one that has expired since need not be one: the handshake ended before it came to the key.
+async fn holds_its_key(
+    expiry: Expiry,
+    address: (&str, u16),
+    config: &ClientConfig,
+    server_name: ServerName<'static>,
+) -> bool {
+    let Ok(tcp) = TcpStream::connect(address).await else { return false };
+    let Ok(tls) = TlsConnector::from(Arc::new(expiry.config(config))).connect(server_name, tcp).await else {
+        return false;
+    };
+    // Another one may stand behind the same address, or be connected through.
+    let shown = tls.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    shown.is_some_and(|certificate| expiry.is_of(certificate))
 }

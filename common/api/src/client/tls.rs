@@ -117,8 +117,6 @@ fn wrong_clock(error: &CertificateError) -> Option<String> {
         CertificateError::NotValidYetContext { time, not_before } => {
             format!("is not good for another {}", span(not_before.as_secs().saturating_sub(time.as_secs())))
         }
-        CertificateError::Expired => "has expired".into(),
-        CertificateError::NotValidYet => "is not good yet".into(),
         _ => return None,
     };
     Some(format!(
@@ -137,10 +135,15 @@ pub fn disbelief(error: &Error) -> String {
     }
 }
 
-/// A handshake with what should be a member failed. That its certificate is of another authority says what to do.
-pub(super) fn handshake_failure(url: &str, error: &std::io::Error) -> ClientError {
-    let shown = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
-    let cause = match shown {
+/// What TLS itself has against the other side, when that is why a connection failed.
+fn refusal(error: &std::io::Error) -> Option<&Error> {
+    error.get_ref()?.downcast_ref()
+}
+
+/// A handshake with what should be a member failed. That its certificate is of another authority says what to do. `has_expired` as in
+/// [`ClientError::Connect`].
+pub(super) fn handshake_failure(url: &str, error: &std::io::Error, has_expired: bool) -> ClientError {
+    let cause = match refusal(error) {
         Some(Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature)) => {
             "its certificate is of another authority than the site bundle's: it is no member of this collective, or the bundle is an older \
              one (`moor site --bundle` on a member prints it, `moor profile boot-files` makes boot files with it)"
@@ -149,11 +152,80 @@ pub(super) fn handshake_failure(url: &str, error: &std::io::Error) -> ClientErro
         Some(error @ (Error::InvalidCertificate(_) | Error::General(_))) => disbelief(error),
         _ => chain(error),
     };
-    let has_expired = matches!(
-        shown,
-        Some(Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. }))
-    );
     ClientError::Connect { to: url.to_owned(), cause, has_expired }
+}
+
+/// A member's certificate has expired, as the clock of this machine has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Expiry {
+    /// What the clock shows.
+    now: UnixTime,
+    /// The last moment at which it was good.
+    last: UnixTime,
+}
+
+impl Expiry {
+    /// When a handshake failed because of that.
+    pub(super) fn of(error: &std::io::Error) -> Option<Self> {
+        match refusal(error)? {
+            Error::InvalidCertificate(CertificateError::ExpiredContext { time, not_after }) => {
+                Some(Self { now: *time, last: *not_after })
+            }
+            _ => None,
+        }
+    }
+
+    /// For a handshake at that last moment.
+    pub(super) fn config(self, config: &ClientConfig) -> ClientConfig {
+        let mut config = config.clone();
+        config.time_provider = Arc::new(self);
+        config
+    }
+
+    /// Whether this certificate, which was good then, has expired as well.
+    pub(super) fn is_of(self, certificate: &CertificateDer<'_>) -> bool {
+        let Some(certificate) = parsed(certificate) else { return false };
+        u64::try_from(certificate.validity().not_after.timestamp()).is_ok_and(|end| end < self.now.as_secs())
+    }
+}
+
+impl TimeProvider for Expiry {
+    fn current_time(&self) -> Option<UnixTime> {
+        Some(self.last)
+    }
+}
+
+/// A moment at which a certificate that is out of its time was not.
+fn in_time(error: &Error) -> Option<UnixTime> {
+    match error {
+        Error::InvalidCertificate(CertificateError::ExpiredContext { not_after, .. }) => Some(*not_after),
+        Error::InvalidCertificate(CertificateError::NotValidYetContext { not_before, .. }) => Some(*not_before),
+        _ => None,
+    }
+}
+
+/// What `judge` says of a chain at `now`. webpki looks at times before it looks at signatures, and so anybody can make a certificate that has expired:
+/// that is said only of a chain that `judge` finds good at a time of its own. Of any other it is said what else is wrong with it. Where its
+/// certificates have no time in common (a member's, which it issued by a wrong clock), `is_signed` decides.
+fn judge_at<T>(
+    now: UnixTime,
+    judge: impl Fn(UnixTime) -> Result<T, Error>,
+    is_signed: impl FnOnce() -> bool,
+) -> Result<T, Error> {
+    let judged = judge(now);
+    let Some(mut then) = judged.as_ref().err().and_then(in_time) else { return judged };
+    // By the leaf's time, and once more where its issuer is out of its own then.
+    for _ in 0..2 {
+        match judge(then) {
+            Ok(_) => return judged,
+            Err(error) => then = in_time(&error).ok_or(error)?,
+        }
+    }
+    if is_signed() { judged } else { Err(CertificateError::UnknownIssuer.into()) }
+}
+
+fn parsed<'a>(certificate: &'a CertificateDer<'_>) -> Option<X509Certificate<'a>> {
+    X509Certificate::from_der(certificate).ok().map(|(_, certificate)| certificate)
 }
 
 /// The incarnation of `collective` that a member's certificate is of.
@@ -207,6 +279,8 @@ pub struct MemberVerifier {
     /// Whether a server may be of a later incarnation: whoever is no member may not have heard of that yet.
     is_member: bool,
     roots: RootCertStore,
+    /// The same, as they are.
+    certificates: Vec<CertificateDer<'static>>,
     provider: Arc<CryptoProvider>,
 }
 
@@ -216,11 +290,12 @@ impl MemberVerifier {
     /// # Errors
     /// A root that is not a certificate; no root at all.
     pub fn new(bundle: &SiteBundle, provider: Arc<CryptoProvider>) -> Result<Self, ClientError> {
-        let mut roots = RootCertStore::empty();
+        let (mut roots, mut certificates) = (RootCertStore::empty(), Vec::new());
         for pem in &bundle.roots {
             let root = CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|error| {
                 ClientError::Config(format!("a root in the site bundle is not a PEM certificate: {error}"))
             })?;
+            certificates.push(root.clone());
             roots
                 .add(root)
                 .map_err(|error| ClientError::Config(format!("a root in the site bundle is not usable: {error}")))?;
@@ -231,7 +306,7 @@ impl MemberVerifier {
             ));
         }
         let SiteBundle { collective, incarnation, .. } = *bundle;
-        Ok(Self { collective, incarnation, is_member: false, roots, provider })
+        Ok(Self { collective, incarnation, is_member: false, roots, certificates, provider })
     }
 
     /// For a member, which believes no server of another incarnation than its own.
@@ -260,8 +335,19 @@ impl MemberVerifier {
     /// incarnation.
     ///
     /// # Errors
-    /// It is nobody's, or is not valid at `now`.
+    /// It is nobody's, or is not valid at `now`. The latter is said of a member's certificate only.
     pub fn member(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<Named, Error> {
+        let judge = |at| self.named(end_entity, intermediates, at);
+        judge_at(now, judge, || self.is_signed(end_entity, intermediates))
+    }
+
+    /// As [`Self::member`], but that a time may be what is seen first to be wrong with a certificate that is nobody's.
+    fn named(
         &self,
         end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
@@ -289,6 +375,16 @@ impl MemberVerifier {
             .ok_or_else(|| Error::General("it names no member of this collective".into()))?;
         Ok(Named { member, incarnation: incarnation_of(self.collective, &leaf) })
     }
+
+    /// Whether a root has signed the issuer, and that one the leaf, at whatever time.
+    fn is_signed(&self, end_entity: &CertificateDer<'_>, intermediates: &[CertificateDer<'_>]) -> bool {
+        let (Some(leaf), Some(issuer)) = (parsed(end_entity), intermediates.first().and_then(parsed)) else {
+            return false;
+        };
+        let mut roots = self.certificates.iter().filter_map(parsed);
+        leaf.verify_signature(Some(issuer.public_key())).is_ok()
+            && roots.any(|root| issuer.verify_signature(Some(root.public_key())).is_ok())
+    }
 }
 
 impl ServerCertVerifier for MemberVerifier {
@@ -300,7 +396,8 @@ impl ServerCertVerifier for MemberVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        self.check(self.member(end_entity, intermediates, now)?.incarnation)?;
+        let judge = |at| self.check(self.named(end_entity, intermediates, at)?.incarnation);
+        judge_at(now, judge, || self.is_signed(end_entity, intermediates))?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -333,22 +430,69 @@ mod tests {
     use std::io::ErrorKind;
     use std::time::Duration;
 
+    fn at(seconds: u64) -> UnixTime {
+        UnixTime::since_unix_epoch(Duration::from_secs(seconds))
+    }
+
+    fn expired(not_after: u64) -> Error {
+        CertificateError::ExpiredContext { time: at(99), not_after: at(not_after) }.into()
+    }
+
+    fn early(not_before: u64) -> Error {
+        CertificateError::NotValidYetContext { time: at(1), not_before: at(not_before) }.into()
+    }
+
     #[test]
-    fn that_a_certificate_has_expired_is_known_whatever_the_words() {
-        let at = |seconds| UnixTime::since_unix_epoch(Duration::from_secs(seconds));
+    fn that_a_certificate_has_expired_is_known_by_what_it_is_and_not_by_words() {
         let cases = [
-            (CertificateError::Expired, true),
-            (CertificateError::ExpiredContext { time: at(9), not_after: at(5) }, true),
-            (CertificateError::NotValidYet, false),
-            (CertificateError::NotValidYetContext { time: at(5), not_before: at(9) }, false),
-            (CertificateError::UnknownIssuer, false),
+            (expired(5), true),
+            (early(9), false),
+            // Its end is before its begin (webpki): no clock is at fault.
+            (CertificateError::Expired.into(), false),
+            (CertificateError::UnknownIssuer.into(), false),
         ];
-        for (error, expired) in cases {
-            let said = std::io::Error::new(ErrorKind::InvalidData, Error::InvalidCertificate(error.clone()));
-            assert_eq!(handshake_failure("https://a", &said).has_expired(), expired, "{error:?}");
+        for (error, has_expired) in cases {
+            let said = std::io::Error::new(ErrorKind::InvalidData, error.clone());
+            assert_eq!(Expiry::of(&said).is_some(), has_expired, "{error:?}");
         }
         // Words prove nothing: a server may have a name like that.
-        let words = std::io::Error::other("the certificate expired");
-        assert!(!handshake_failure("https://a", &words).has_expired());
+        assert_eq!(Expiry::of(&std::io::Error::other("the certificate expired")), None);
+    }
+
+    #[test]
+    fn a_time_is_wrong_only_where_nothing_else_is() {
+        type Judge = fn(u64) -> Result<(), Error>;
+        let cases: [(&str, Judge, Result<(), Error>); 7] = [
+            ("good", |_| Ok(()), Ok(())),
+            ("expired", |now| if now > 50 { Err(expired(50)) } else { Ok(()) }, Err(expired(50))),
+            ("not good yet", |now| if now < 200 { Err(early(200)) } else { Ok(()) }, Err(early(200))),
+            (
+                "expired, after its issuer",
+                |now| match now {
+                    51.. => Err(expired(50)),
+                    41..=50 => Err(expired(40)),
+                    _ => Ok(()),
+                },
+                Err(expired(50)),
+            ),
+            (
+                "expired, and bad",
+                |now| if now > 50 { Err(expired(50)) } else { Err(CertificateError::BadSignature.into()) },
+                Err(CertificateError::BadSignature.into()),
+            ),
+            (
+                "expired, of an issuer that began later",
+                |now| if now > 50 { Err(expired(50)) } else { Err(early(60)) },
+                Err(expired(50)),
+            ),
+            ("never good", |now| if now > 50 { Err(expired(50)) } else { Err(expired(now - 1)) }, Err(expired(50))),
+        ];
+        for (name, judge, expected) in cases {
+            let judge_at = |is_signed| judge_at(at(99), |now| judge(now.as_secs()), || is_signed);
+            assert_eq!(judge_at(true), expected, "{name}");
+            let is_at_odds = name == "never good" || name.ends_with("later");
+            let expected = if is_at_odds { Err(CertificateError::UnknownIssuer.into()) } else { expected };
+            assert_eq!(judge_at(false), expected, "{name}, and nobody has signed it");
+        }
     }
 }
