@@ -58,6 +58,8 @@ const AGAIN: Duration = Duration::from_mins(1);
 const SOON: Duration = Duration::from_secs(1);
 /// A follower is told so often what is committed; one that has changes of its own on their way at once, because he waits for it.
 const TELL: Duration = Duration::from_millis(3);
+/// So long after a call was sent, its answer is believed to be of now: less than a follower listens to a leader after he was heard.
+const OLD: Duration = Duration::from_millis(500);
 /// Who may append is looked at again this often.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -160,6 +162,25 @@ fn broken(cause: impl std::fmt::Display) -> RPCError<Raft> {
     RPCError::Network(NetworkError::from_string(cause))
 }
 
+/// A call that is on its way.
+struct Sent {
+    /// By when it has to be answered.
+    until: Instant,
+    bytes: usize,
+    at: Instant,
+    /// Whether another one came after it that ends with the same entry. openraft takes the answer to this one for one to that as well, and with it that
+    /// the follower listened to this leader when that one was made.
+    is_repeated: bool,
+}
+
+impl Sent {
+    /// Whether its answer would be taken for a newer one at a time when the follower may listen to another leader by now: then a read would be taken for
+    /// the newest that is not. The answer to a later call says as much of entries.
+    fn says_too_much(&self, now: Instant) -> bool {
+        self.is_repeated && now.saturating_duration_since(self.at) >= OLD
+    }
+}
+
 /// Calls that are sent, and their answers as they come.
 pub(super) struct Session<'s, S> {
     link: &'s mut Link,
@@ -167,8 +188,7 @@ pub(super) struct Session<'s, S> {
     option: RPCOption,
     /// Nothing more is to be sent.
     is_over: bool,
-    /// By when each call that is on its way has to be answered, and its bytes.
-    waiting: VecDeque<(Instant, usize)>,
+    waiting: VecDeque<Sent>,
     /// What the follower was told is committed, and when.
     told: Option<(Option<LogId>, Instant)>,
     /// A call that tells him more, and when it goes, unless another one says as much before.
@@ -227,19 +247,24 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> 
             }
             let call = match self.next().await {
                 Next::Frame(Some(Ok(frame))) => {
-                    if self.waiting.pop_front().is_none() {
+                    let Some(sent) = self.waiting.pop_front() else {
                         return Err(broken("an answer came to nothing"));
-                    }
+                    };
                     if frame.len() > MAX_ANSWER {
                         return Err(broken("the answer is too long"));
                     }
-                    return match serde_json::from_slice::<Streamed>(&frame) {
-                        Ok(streamed) => streamed
-                            .into_result()
-                            .map(Some)
-                            .map_err(|refusal| RPCError::Unreachable(Unreachable::from_string(refusal))),
-                        Err(error) => Err(broken(format!("the answer is not understood: {error}"))),
-                    };
+                    let streamed = serde_json::from_slice::<Streamed>(&frame)
+                        .map_err(|error| broken(format!("the answer is not understood: {error}")))?;
+                    let answer = streamed
+                        .into_result()
+                        .map_err(|refusal| RPCError::Unreachable(Unreachable::from_string(refusal)))?;
+                    if answer.is_err() || !sent.says_too_much(Instant::now()) {
+                        return Ok(Some(answer));
+                    }
+                    if self.waiting.is_empty() && self.held.is_none() {
+                        return Err(broken("the last answer came late"));
+                    }
+                    continue;
                 }
                 // Nothing is lost by it as long as nothing was on its way: the next call makes a new one.
                 Next::Frame(_) if self.waiting.is_empty() => {
@@ -258,6 +283,9 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> 
                     continue;
                 }
                 Next::Call(Some(call)) => {
+                    if let Some(before) = self.waiting.back_mut().filter(|_| call.entries.is_empty()) {
+                        before.is_repeated = true;
+                    }
                     self.link.prepare();
                     match self.sooner_or_later(call) {
                         Some(call) => call,
@@ -279,8 +307,9 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> 
             let frame = Bytes::from(serde_json::to_vec(&WireAppend::from(&call)).map_err(broken)?);
             let limit = Link::limit(&call, &self.option) + on_the_way(frame.len());
             // Answers come in order: it waits for those before it, their way and their disk.
-            let begun = self.waiting.back().map_or_else(Instant::now, |(until, _)| (*until).max(Instant::now()));
-            self.waiting.push_back((begun + limit, frame.len()));
+            let at = Instant::now();
+            let begun = self.waiting.back().map_or(at, |before| before.until.max(at));
+            self.waiting.push_back(Sent { until: begun + limit, bytes: frame.len(), at, is_repeated: false });
             self.send(frame, limit).await?;
         }
     }
@@ -310,9 +339,9 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> 
     }
 
     async fn next(&mut self) -> Next {
-        let late = self.waiting.front().map(|(until, _)| *until);
+        let late = self.waiting.front().map(|sent| sent.until);
         let is_waiting = late.is_some();
-        let bytes: usize = self.waiting.iter().map(|(_, bytes)| bytes).sum();
+        let bytes: usize = self.waiting.iter().map(|sent| sent.bytes).sum();
         let takes_calls = !self.is_over && self.waiting.len() < AT_A_TIME && bytes < BYTES;
         let held = self.held.as_ref().map(|(_, until)| *until);
         let calls = &mut self.calls;
