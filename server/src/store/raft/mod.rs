@@ -6,6 +6,7 @@
 mod anew;
 #[cfg(test)]
 mod cuts;
+mod follow;
 mod journal;
 mod log;
 mod machine;
@@ -24,12 +25,13 @@ mod tests;
 mod wire;
 
 pub use anew::{Survivor, members_in};
+pub(crate) use follow::follow;
 pub use network::{Call, Calls, Leading};
 pub(crate) use network::{INTRODUCE, proposed};
 pub(crate) use propose::in_term;
 pub use snapshot::SnapshotFile;
 pub use standing::Standing;
-pub(crate) use stream::{PATH as STREAM, PROTOCOL, follow};
+pub(crate) use stream::{PATH as STREAM, PROTOCOL};
 
 use super::records::MemberRecord;
 use super::syncs::{self, Figures, Syncs};

@@ -1,10 +1,11 @@
 //! Calls between members: `/member/v1`, each a POST over TLS on which both sides show a member's certificate.
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
+use super::follow::without_holes;
 use super::pool::Pool;
-use super::stream::{Coming, Sending, Session, without_holes};
+use super::stream::{Coming, Sending, Session};
 use super::wire::{self, WireAppend, WireAppended, WireInstalled, WireVote, WireVoteRequest, WireVoted};
 use super::{Command, Level, Machine, Outcome, Peer, Raft, RaftSnapshot, SnapshotFile, StoreError, Vote, consensus};
 use bytes::Bytes;

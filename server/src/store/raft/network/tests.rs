@@ -4,7 +4,7 @@ use super::*;
 use crate::authority::{self, Addresses, MemberIssuer, create_member_key};
 use crate::certificate::Certificate;
 use crate::state::now;
-use crate::store::raft::{Entry, LogId, own};
+use crate::store::raft::{Entry, LogId, own, stream};
 use crate::store::records::SiteRecord;
 use crate::trust::{Trust, peer_calls};
 use axum::{Json, Router};
@@ -18,8 +18,8 @@ use tokio_rustls::TlsAcceptor;
 /// Long enough for a handshake on a machine that has much else to do.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Somebody who answers all calls by granting a vote, and how he is called by one who shows the same certificate.
-async fn voter(keys: &std::path::Path) -> (Peer, Arc<Calls>) {
+/// A member that somebody else plays, where he takes connections, and how he is called by one who shows the same certificate.
+async fn played(keys: &std::path::Path) -> (Peer, Arc<Calls>, TcpListener, TlsAcceptor) {
     let (collective, incarnation, id) = (CollectiveId::random(), Incarnation::FIRST, MemberId::random());
     let site = SiteRecord { collective, name: "x".into(), bundle_version: 1, created: now(), incarnation };
     authority::create(keys, collective, "x", site.created).unwrap();
@@ -38,6 +38,13 @@ async fn voter(keys: &std::path::Path) -> (Peer, Arc<Calls>) {
     let acceptor = TlsAcceptor::from(Arc::new(config));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let urls = vec![format!("https://{}", listener.local_addr().unwrap())];
+    let peer = Peer { id, key, name: "m2".into(), urls };
+    (peer, Arc::new(Calls::new(collective, tls, None)), listener, acceptor)
+}
+
+/// One who answers all calls by granting a vote.
+async fn voter(keys: &std::path::Path) -> (Peer, Arc<Calls>) {
+    let (peer, calls, listener, acceptor) = played(keys).await;
     tokio::spawn(async move {
         let granted = VoteResponse::<Raft>::new(Vote::new(3, 1), None, true);
         let answer = serde_json::to_value(WireVoted::from(granted)).unwrap();
@@ -49,7 +56,68 @@ async fn voter(keys: &std::path::Path) -> (Peer, Arc<Calls>) {
             tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(tls), service));
         }
     });
-    (Peer { id, key, name: "m2".into(), urls }, Arc::new(Calls::new(collective, tls, None)))
+    (peer, calls)
+}
+
+pub(in crate::store::raft) fn id(index: u64) -> LogId {
+    LogId::new(1.into(), index)
+}
+
+/// Of each call the last entry that it ends with, and what it told of commits.
+type Seen = Vec<(u64, Option<u64>)>;
+
+/// A follower that takes all that is streamed.
+pub(in crate::store::raft) struct Follower {
+    pub(in crate::store::raft) peer: Peer,
+    seen: Arc<Mutex<Seen>>,
+}
+
+impl Follower {
+    /// What was sent to him.
+    pub(in crate::store::raft) fn seen(&self) -> Seen {
+        self.seen.lock().unwrap().clone()
+    }
+}
+
+impl Network {
+    pub(in crate::store::raft) fn calls(&self) -> &Calls {
+        &self.calls
+    }
+}
+
+/// One whose answer to the first call takes as long as the first of `delays`, and so on; to those after them none.
+pub(in crate::store::raft) async fn scripted(keys: &std::path::Path, delays: Vec<Duration>) -> (Follower, Network) {
+    use futures_util::SinkExt as _;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let (peer, calls, listener, acceptor) = played(keys).await;
+    let seen = Arc::<Mutex<Seen>>::default();
+    let follower = Follower { peer, seen: seen.clone() };
+    tokio::spawn(async move {
+        let (tcp, _) = listener.accept().await.unwrap();
+        let mut tls = acceptor.accept(tcp).await.unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(tls.read_u8().await.unwrap());
+        }
+        let switched =
+            format!("HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: {}\r\n\r\n", stream::PROTOCOL);
+        tls.write_all(switched.as_bytes()).await.unwrap();
+        let mut frames = stream::framed(tls);
+        let mut delays = delays.into_iter();
+        while let Some(Ok(frame)) = frames.next().await {
+            if frame.is_empty() {
+                continue;
+            }
+            let call = wire::append_from(&frame, Level::NEWEST).unwrap();
+            let last = call.entries.last().map(|entry| entry.log_id).or(call.prev_log_id);
+            seen.lock().unwrap().push((last.map_or(0, |last| last.index()), call.leader_commit.map(|id| id.index())));
+            tokio::time::sleep(delays.next().unwrap_or_default()).await;
+            let answer: StreamAppendResult<Raft> = Ok(last);
+            let answer = serde_json::to_vec(&wire::Streamed::from(&answer)).unwrap();
+            frames.send(Bytes::from(answer)).await.unwrap();
+        }
+    });
+    (follower, Network::new(calls))
 }
 
 #[test]
