@@ -451,3 +451,27 @@ impl Member {
         self.propose(Command::Audit { entry: audit_entry(what, &fields) }).await.map(drop)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::records::{BootRecord, Evidence, NodeRecord};
+    use moor_api::ids::BootId;
+
+    /// Blobs that are not found are collected.
+    #[test]
+    fn the_part_of_a_node_that_names_blobs_has_them_all() {
+        let id = "00000000-0000-0000-0000-000000000001";
+        let mut node: NodeRecord =
+            serde_json::from_value(serde_json::json!({ "id": id, "name": "n1", "attributes": {} })).unwrap();
+        let log = Sha256Digest([3; 32]);
+        let evidence = Evidence { pcrs: Vec::new(), event_log: Some(log), reset_count: 1, firmware_version: 2 };
+        let mut boot = BootRecord::new(BootId::from_bytes([2; 16]), false);
+        node.boots.push(boot.clone());
+        boot.evidence = Some(evidence);
+        node.boots.push(boot);
+        let part: WithLogs = serde_json::from_slice(&serde_json::to_vec(&node).unwrap()).unwrap();
+        let logs: Vec<_> = part.boots.iter().map(|boot| boot.evidence.as_ref().and_then(|it| it.event_log)).collect();
+        assert_eq!((part.name, logs), (node.name, vec![None, Some(log)]));
+    }
+}

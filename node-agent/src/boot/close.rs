@@ -125,7 +125,9 @@ impl Boot {
             // Nothing else keeps a shell from opening a boot session with it.
             let _ = std::fs::remove_file(self.options.run.soft_key());
         }
-        self.drop_whole_image().await;
+        if end == EndAction::Hold {
+            self.drop_whole_image().await;
+        }
         (end, reason)
     }
 }

@@ -172,6 +172,8 @@ impl Boot {
         };
         root.arg(&self.options.root);
         child::run(root, b"", limit).await.map_err(Fault::fatal)?;
+        // From now on the image is in use.
+        self.schedule = None;
         Ok(State::Render)
     }
 

@@ -79,7 +79,9 @@ impl Boot {
     /// What there is of a whole image when no try is to come that goes on with it. A machine that is held would lack its memory until somebody switches
     /// it off.
     pub(super) async fn drop_whole_image(&self) {
-        if self.offer.as_ref().map(|offer| self.root_mode(offer)) != Some(RootMode::Untethered) {
+        let is_whole = self.offer.as_ref().map(|offer| self.root_mode(offer)) == Some(RootMode::Untethered);
+        // What a root was made of is in use, and stays.
+        if !is_whole || self.schedule.is_none() {
             return;
         }
         let begun = Instant::now();

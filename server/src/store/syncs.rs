@@ -80,9 +80,10 @@ impl Syncs {
 
     /// Does what makes something durable in the file, one at a time, and says so if that takes long.
     pub(super) fn time<T>(&self, sync: impl FnOnce() -> T) -> T {
-        self.begin(Instant::now());
+        let began = Instant::now();
+        self.begin(began);
         let done = sync();
-        if let Some(line) = self.end(Instant::now()) {
+        if let Some(line) = self.end(began, Instant::now()) {
             tracing::warn!("{line}");
         }
         done
@@ -93,10 +94,13 @@ impl Syncs {
         (said.began, said.is_told) = (Some(now), false);
     }
 
-    /// Counts the one that has ended `now`; returns what there is to say of it.
-    fn end(&self, now: Instant) -> Option<String> {
+    /// Counts the one from `began` to `now`; returns what there is to say of it.
+    fn end(&self, began: Instant, now: Instant) -> Option<String> {
         let mut said = self.said();
-        let took = now.saturating_duration_since(said.began.take()?);
+        // The next one may have begun since this one let go of the file.
+        let is_told = said.began == Some(began) && said.is_told;
+        said.began = said.began.filter(|other| *other != began);
+        let took = now.saturating_duration_since(began);
         let at = BOUNDS.iter().position(|(bound, _)| took <= Duration::from_millis(*bound)).unwrap_or(BOUNDS.len());
         let microseconds = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         self.counts[at].fetch_add(1, Ordering::Relaxed);
@@ -106,7 +110,7 @@ impl Syncs {
             return None;
         }
         if said.is_quiet(now) {
-            said.more += u64::from(!said.is_told);
+            said.more += u64::from(!is_told);
             return None;
         }
         Some(self.line(&mut said, &format!("took {:.1} s", took.as_secs_f64()), now))
@@ -192,8 +196,9 @@ mod tests {
             (1500, 69),
         ] {
             let now = begin + Duration::from_secs(60 + at);
-            syncs.begin(now.checked_sub(Duration::from_millis(milliseconds)).unwrap());
-            said.extend(syncs.end(now));
+            let began = now.checked_sub(Duration::from_millis(milliseconds)).unwrap();
+            syncs.begin(began);
+            said.extend(syncs.end(began, now));
         }
         let end = ": its disk is slow or has much else to do, and changes and elections wait for it";
         assert_eq!(
@@ -233,9 +238,9 @@ mod tests {
         let expected = [2, 12, 22].map(|seconds| format!("syncing 'log.redb' takes {seconds}.0 s {end}"));
         assert_eq!(said, expected);
         // Of that one was said what there is to say.
-        assert_eq!(syncs.end(at(26)), None);
+        assert_eq!(syncs.end(at(0), at(26)), None);
         syncs.begin(at(26));
-        assert_eq!(syncs.end(at(28)), None, "within ten seconds");
+        assert_eq!(syncs.end(at(26), at(28)), None, "within ten seconds");
         syncs.begin(at(30));
         let line = syncs.lasts(at(32)).unwrap();
         assert!(
@@ -243,6 +248,19 @@ mod tests {
             "{line}"
         );
         assert_eq!(syncs.figures().count, 2, "this one is not at its end");
+    }
+
+    #[test]
+    fn one_that_begins_before_the_last_is_counted_takes_nothing_from_it() {
+        let syncs = Syncs::new("member.redb".into(), "changes");
+        let begin = Instant::now();
+        let at = |seconds: u64| begin + Duration::from_secs(seconds);
+        syncs.begin(at(0));
+        syncs.begin(at(4));
+        assert!(syncs.end(at(0), at(4)).is_some_and(|line| line.contains("took 4.0 s")));
+        assert_eq!(syncs.end(at(4), at(5)), None);
+        let figures = syncs.figures();
+        assert_eq!((figures.count, figures.longest), (2, 4.0));
     }
 
     #[test]

@@ -52,7 +52,8 @@ const AGAIN: Duration = Duration::from_mins(1);
 const SOON: Duration = Duration::from_secs(1);
 /// A follower is told so often what is committed; one that has changes of its own on their way at once, because he waits for it.
 const TELL: Duration = Duration::from_millis(3);
-/// So long after a call was sent, its answer is believed to be of now: less than a follower listens to a leader after he was heard.
+/// So long after a call was sent, its answer is believed to be of now: less than a follower listens to a leader after he was heard. One that was started
+/// anew listens to nobody yet; that he does, and another leader is elected, within this time and before the answer is there, is not looked after.
 const OLD: Duration = Duration::from_millis(500);
 pub(super) fn framed<S: AsyncRead + AsyncWrite>(stream: S) -> Framed<S, LengthDelimitedCodec> {
     // One bound for what is read and what is written.
@@ -284,7 +285,13 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> 
                     }
                 }
                 Next::Held => match self.held.take() {
-                    Some((call, _)) => call,
+                    Some((call, _)) => {
+                        // It ends with the same entry as the last one, and openraft may go on to make another that does.
+                        if let Some(before) = self.waiting.back_mut() {
+                            before.is_repeated = true;
+                        }
+                        call
+                    }
                     None => continue,
                 },
             };
