@@ -1,6 +1,6 @@
 //! A follower's end of a [stream](super::stream): it takes what the leader sends, and answers in order.
 
-use super::network::within_reach;
+use super::answer::within_reach;
 use super::stream::framed;
 use super::wire::{self, Streamed};
 use super::{Raft, Replicated, StoreError};

@@ -4,6 +4,7 @@
 //! the leader, and then wait until they have applied them too: who proposes, reads his own writes.
 
 mod anew;
+mod answer;
 #[cfg(test)]
 mod cuts;
 mod follow;
@@ -25,9 +26,11 @@ mod tests;
 mod wire;
 
 pub use anew::{Survivor, members_in};
+pub use answer::Leading;
+pub(crate) use answer::proposed;
 pub(crate) use follow::follow;
-pub use network::{Call, Calls, Leading};
-pub(crate) use network::{INTRODUCE, proposed};
+pub(crate) use network::INTRODUCE;
+pub use network::{Call, Calls};
 pub(crate) use propose::in_term;
 pub use snapshot::SnapshotFile;
 pub use standing::Standing;
@@ -421,7 +424,7 @@ impl Replicated {
     /// It does not parse, or is in another member's name; the store failed.
     pub async fn answer(&self, call: Call, body: &[u8], by: MemberId) -> Result<Vec<u8>, StoreError> {
         let speaks = |number| self.speaks(number, by);
-        let answer = network::answer(&self.raft, call, body, self.machine.known(), speaks).await;
+        let answer = answer::answer(&self.raft, call, body, self.machine.known(), speaks).await;
         let answer = self.machine.note(answer).map_err(|error| self.machine.why(error))?;
         if call == Call::Append {
             self.hear();
@@ -447,7 +450,7 @@ impl Replicated {
     /// # Errors
     /// It is damaged; the store failed.
     pub async fn install(&self, leading: Leading, file: SnapshotFile) -> Result<Vec<u8>, StoreError> {
-        self.machine.note(network::install(&self.raft, leading, file, self.machine.known()).await)
+        self.machine.note(answer::install(&self.raft, leading, file, self.machine.known()).await)
     }
 
     /// A new file that a snapshot is received into.

@@ -4,7 +4,9 @@ use super::*;
 use crate::authority::{self, Addresses, MemberIssuer, create_member_key};
 use crate::certificate::Certificate;
 use crate::state::now;
-use crate::store::raft::{Entry, LogId, own, stream};
+use crate::store::Level;
+use crate::store::raft::follow::without_holes;
+use crate::store::raft::{Entry, LogId, own, stream, wire};
 use crate::store::records::SiteRecord;
 use crate::trust::{Trust, peer_calls};
 use axum::{Json, Router};
@@ -67,6 +69,7 @@ pub(in crate::store::raft) fn id(index: u64) -> LogId {
 type Seen = Vec<(u64, Option<u64>)>;
 
 /// A follower that takes all that is streamed.
+#[derive(Clone)]
 pub(in crate::store::raft) struct Follower {
     pub(in crate::store::raft) peer: Peer,
     seen: Arc<Mutex<Seen>>,
@@ -102,19 +105,26 @@ pub(in crate::store::raft) async fn scripted(keys: &std::path::Path, delays: Vec
         let switched =
             format!("HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: {}\r\n\r\n", stream::PROTOCOL);
         tls.write_all(switched.as_bytes()).await.unwrap();
-        let mut frames = stream::framed(tls);
+        let frames = stream::framed(tls);
         let mut delays = delays.into_iter();
-        while let Some(Ok(frame)) = frames.next().await {
+        let (mut answers, mut frames) = futures_util::StreamExt::split(frames);
+        let (note, mut noted) = tokio::sync::mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Some((last, delay)) = noted.recv().await {
+                tokio::time::sleep(delay).await;
+                let answer: StreamAppendResult<Raft> = Ok(last);
+                let answer = serde_json::to_vec(&wire::Streamed::from(&answer)).unwrap();
+                answers.send(Bytes::from(answer)).await.unwrap();
+            }
+        });
+        while let Some(Ok(frame)) = futures_util::StreamExt::next(&mut frames).await {
             if frame.is_empty() {
                 continue;
             }
             let call = wire::append_from(&frame, Level::NEWEST).unwrap();
             let last = call.entries.last().map(|entry| entry.log_id).or(call.prev_log_id);
             seen.lock().unwrap().push((last.map_or(0, |last| last.index()), call.leader_commit.map(|id| id.index())));
-            tokio::time::sleep(delays.next().unwrap_or_default()).await;
-            let answer: StreamAppendResult<Raft> = Ok(last);
-            let answer = serde_json::to_vec(&wire::Streamed::from(&answer)).unwrap();
-            frames.send(Bytes::from(answer)).await.unwrap();
+            note.send((last, delays.next().unwrap_or_default())).unwrap();
         }
     });
     (follower, Network::new(calls))
