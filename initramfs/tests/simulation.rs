@@ -9,6 +9,8 @@ mod common;
 mod gather;
 #[path = "simulation/guesses.rs"]
 mod guesses;
+#[path = "simulation/moves.rs"]
+mod moves;
 #[path = "simulation/outages.rs"]
 mod outages;
 #[path = "../../tests/seed.rs"]
@@ -148,11 +150,11 @@ async fn open(sim: &Sim, servers: &[Arc<Server>; 2], prefetch: Vec<u64>) -> Read
     open_with(sim, servers, Settings { cache: 600_000, prefetch, ..Settings::default() }).await
 }
 
-async fn open_with(sim: &Sim, servers: &[Arc<Server>; 2], settings: Settings) -> Reader {
+async fn open_with(sim: &Sim, servers: &[Arc<Server>], settings: Settings) -> Reader {
     open_sample(sim, servers, &FILES.sample, settings).await
 }
 
-async fn open_sample(sim: &Sim, servers: &[Arc<Server>; 2], sample: &Sample, settings: Settings) -> Reader {
+async fn open_sample(sim: &Sim, servers: &[Arc<Server>], sample: &Sample, settings: Settings) -> Reader {
     let paths = servers.iter().map(|server| Box::new(Way(server.clone())) as Box<dyn Path>).collect();
     let options = OpenOptions { key: Some(sample.key.clone()), ..OpenOptions::default() };
     Reader::open(paths, Arc::new(sim.clone()), &options, settings).await.unwrap()

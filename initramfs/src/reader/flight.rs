@@ -20,6 +20,9 @@ const HEDGE_AFTER: Duration = Duration::from_millis(10);
 const HEDGE_UNKNOWN_AFTER: Duration = Duration::from_millis(100);
 /// A request that somebody waits for moves to another member after so long, if that one is clearly quicker.
 const MOVE_AFTER: Duration = Duration::from_millis(400);
+/// One that was moved already has lost that time, and the next may fail as well: it moves on after half of it, and so on down to this, also to one
+/// that is not as much quicker.
+const MOVE_ON_AFTER: Duration = Duration::from_millis(100);
 /// After so long also to one that counts as slow, keeps others waiting, or is not as much quicker: a move is no request more, and a slow
 /// server is better than one that is about to be found dead.
 const MOVE_ANYWAY_AFTER: Duration = Duration::from_millis(600);
@@ -30,6 +33,7 @@ const QUICKER: u32 = 4;
 const QUICKER_ANYWAY: u32 = 2;
 /// How often a request that is overdue is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_millis(25);
+
 /// An attempt at the next item. Dropped, it gives its request up.
 struct Runner {
     member: Arc<Member>,
@@ -48,6 +52,8 @@ pub(super) struct Flight {
     ticket: Arc<Ticket>,
     lead: Option<Runner>,
     second: Option<Runner>,
+    /// How often its present item was moved away from a member that was too slow for it, while somebody waited.
+    moves: u32,
 }
 
 enum Event {
@@ -62,7 +68,7 @@ impl Flight {
         if ticket.is_wanted() {
             inner.hedges.earn();
         }
-        Self { inner, ticket, lead: None, second: None }
+        Self { inner, ticket, lead: None, second: None, moves: 0 }
     }
 
     /// The next item of `need`: its page, or its first chunk. Waits as long as no member serves it.
@@ -109,6 +115,7 @@ impl Flight {
     /// One of the two has an item: the other is given up, and it goes on with what is left.
     fn won(&mut self, is_second: bool, attempt: Attempt, took: Duration) {
         let now = self.inner.world.now();
+        self.moves = 0;
         let (winner, loser) =
             if is_second { (self.second.take(), self.lead.take()) } else { (self.lead.take(), self.second.take()) };
         if let Some(loser) = loser {
@@ -164,13 +171,20 @@ impl Flight {
         let Some(lead) = &self.lead else { return LOOK_AGAIN };
         let waited = self.inner.world.since(lead.last.get());
         // A member that was given up now and then has a percentile of a second: no reason to leave others out for so long.
-        let limit = if self.ticket.is_wanted() { usual(&lead.member).min(MOVE_AFTER) } else { MOVE_UNWANTED_AFTER };
+        let limit =
+            if self.ticket.is_wanted() { usual(&lead.member).min(self.move_after()) } else { MOVE_UNWANTED_AFTER };
         limit.checked_sub(waited).filter(|left| !left.is_zero()).unwrap_or(LOOK_AGAIN)
+    }
+
+    /// When an item that somebody waits for moves on.
+    fn move_after(&self) -> Duration {
+        (MOVE_AFTER / (1 << self.moves.min(8))).max(MOVE_ON_AFTER)
     }
 
     /// The lead takes longer than usual: somebody else may do it better.
     fn overdue(&mut self, need: &Need) {
         let is_wanted = self.ticket.is_wanted();
+        let limit = if is_wanted { self.move_after() } else { MOVE_UNWANTED_AFTER };
         let Some(lead) = &mut self.lead else { return };
         let now = self.inner.world.now();
         let waited = now.saturating_sub(lead.last.get());
@@ -195,8 +209,7 @@ impl Flight {
             _ => best.or_else(|| fleet.any_other(&lead.member)),
         };
         let Some(other) = other else { return };
-        let limit = if is_wanted { MOVE_AFTER } else { MOVE_UNWANTED_AFTER };
-        let quicker = if anyway { QUICKER_ANYWAY } else { QUICKER };
+        let quicker = if anyway || self.moves > 0 { QUICKER_ANYWAY } else { QUICKER };
         let is_resting = lead.member.standing() != Standing::Good;
         let expected = other.pace().expected_lately(now).unwrap_or_default();
         if is_resting || (waited >= limit && waited > expected * quicker) {
@@ -207,6 +220,7 @@ impl Flight {
                 None => Some(self.begin(other, need)),
             };
             if !is_resting {
+                self.moves += u32::from(is_wanted);
                 self.inner.failed(&member, &Fault::Slow(waited));
             }
         } else if is_late && self.second.is_none() && !anyway && expected <= waited && self.inner.hedges.spend() {

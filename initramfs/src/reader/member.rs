@@ -266,6 +266,8 @@ impl Member {
         }
         health.last = Some(fault.to_string());
         health.row += 1;
+        // What it serves after its rest is judged by its bytes: a file that was laid anew meanwhile is no reason to rest again.
+        health.etag = None;
         if matches!(fault, Fault::Wrong(_)) {
             health.wrong += 1;
         }
