@@ -151,12 +151,12 @@ impl Answer {
         self.send(-(errno as i32), &[[0_u8; 0]]);
     }
 
-    fn send(&mut self, error: i32, parts: &[impl AsRef<[u8]>]) {
+    fn send(&mut self, code: i32, parts: &[impl AsRef<[u8]>]) {
         self.is_open = false;
         let length = Self::HEADER + parts.iter().map(|part| part.as_ref().len()).sum::<usize>();
         let mut header = Vec::with_capacity(Self::HEADER);
         header.extend_from_slice(&u32::try_from(length).unwrap_or(u32::MAX).to_ne_bytes());
-        header.extend_from_slice(&error.to_ne_bytes());
+        header.extend_from_slice(&code.to_ne_bytes());
         header.extend_from_slice(&self.unique.to_ne_bytes());
         let slices: Vec<_> = std::iter::once(IoSlice::new(&header))
             .chain(parts.iter().map(|part| IoSlice::new(part.as_ref())).filter(|part| !part.is_empty()))
@@ -164,7 +164,13 @@ impl Answer {
         match rustix::io::writev(&*self.device, &slices) {
             // Who asked was interrupted meanwhile, or the mount is gone.
             Ok(_) | Err(rustix::io::Errno::NOENT | rustix::io::Errno::NODEV) => {}
-            Err(error) => tracing::warn!("the kernel does not take an answer: {error}"),
+            Err(error) => {
+                tracing::warn!("the kernel does not take an answer: {error}");
+                // Whoever asked must not wait for ever. Where the kernel has ended it by itself, this one finds nobody.
+                if code == 0 {
+                    self.send(-(Errno::EIO as i32), &[[0_u8; 0]]);
+                }
+            }
         }
     }
 }

@@ -202,7 +202,7 @@ impl Attempt {
         let mut answer = self.answer.take().ok_or_else(missing)?;
         let (member, buffer) = (self.member.clone(), self.inner.buffers.get(size));
         Ok(Box::pin(async move {
-            let bytes = member.take_into(&mut answer, size, buffer).await;
+            let bytes = member.take_into(&mut answer, buffer).await;
             (answer, bytes)
         }))
     }

@@ -10,7 +10,7 @@ const KEPT: usize = 32;
 /// The same while memory is short: what a single reader in a row uses in turn.
 const KEPT_WHEN_SHORT: usize = 4;
 
-/// The buffers that nobody uses.
+/// The buffers that nobody uses. Each keeps its bytes and its length: whoever gets it writes over all of it, and to clear it first would cost.
 #[derive(Clone)]
 pub(super) struct Buffers(Arc<Shared>);
 
@@ -43,13 +43,12 @@ impl Shared {
         self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn give(&self, mut buffer: Vec<u8>) {
+    fn give(&self, buffer: Vec<u8>) {
         if buffer.capacity() != self.size {
             return;
         }
         let mut spare = self.spare();
         if spare.len() < self.kept.load(Ordering::Relaxed) {
-            buffer.clear();
             spare.push(buffer);
         }
     }
@@ -61,13 +60,15 @@ impl Buffers {
         Self(Arc::new(Shared { size, kept: KEPT.into(), spare: Mutex::new(Vec::with_capacity(KEPT)) }))
     }
 
-    /// An empty one with room for `length` bytes.
+    /// One of `length` bytes, which may be anything.
     pub(super) fn get(&self, length: usize) -> Vec<u8> {
         if length > self.0.size {
-            return Vec::with_capacity(length);
+            return vec![0; length];
         }
         let spare = self.0.spare().pop();
-        spare.unwrap_or_else(|| Vec::with_capacity(self.0.size))
+        let mut buffer = spare.unwrap_or_else(|| vec![0; self.0.size]);
+        buffer.resize(length, 0);
+        buffer
     }
 
     /// Its bytes, which many may share.
@@ -88,10 +89,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_buffer_comes_back_with_its_last_user_and_empty() {
+    fn a_buffer_comes_back_with_its_last_user_and_has_the_length_that_is_wanted() {
         let buffers = Buffers::new(100);
         let mut first = buffers.get(100);
-        first.extend_from_slice(b"secret");
+        first[..6].copy_from_slice(b"secret");
         let at = first.as_ptr();
         let bytes = buffers.share(first);
         let part = bytes.slice(1..3);
@@ -101,8 +102,11 @@ mod tests {
         assert_eq!(&part[..], b"ec");
         drop(part);
         let again = buffers.get(50);
-        assert_eq!((again.as_ptr(), again.len()), (at, 0));
-        assert!(buffers.get(200).capacity() >= 200);
+        assert_eq!((again.as_ptr(), again.len()), (at, 50));
+        drop(buffers.share(again));
+        let whole = buffers.get(100);
+        assert_eq!((whole.as_ptr(), whole.len()), (at, 100));
+        assert_eq!(buffers.get(200).len(), 200);
     }
 
     #[test]

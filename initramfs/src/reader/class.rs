@@ -1,5 +1,6 @@
 //! How urgent a fetch is, and what waits its turn: guesses yield to what somebody wants.
 
+use super::link::CONNECTIONS;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,6 +18,8 @@ const AHEAD_BYTES: u64 = 4 << 20;
 const AHEAD_WAITING: usize = 32;
 /// Prefetches side by side.
 const PREFETCHES: u64 = 4;
+/// Guesses side by side, of both kinds: one server has so many connections and two more, for what is wanted.
+const GUESSES: u64 = CONNECTIONS as u64 - 2;
 
 /// From the most urgent down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -82,6 +85,7 @@ pub(super) struct Lines {
     chunk_size: u64,
     ahead: VecDeque<Range<u64>>,
     demands: u64,
+    aheads: u64,
     ahead_bytes: u64,
     prefetches: u64,
     prefetch_bytes: u64,
@@ -89,7 +93,8 @@ pub(super) struct Lines {
 
 impl Lines {
     pub(super) fn new(chunk_size: u64) -> Self {
-        Self { chunk_size, ahead: VecDeque::new(), demands: 0, ahead_bytes: 0, prefetches: 0, prefetch_bytes: 0 }
+        let ahead = VecDeque::new();
+        Self { chunk_size, ahead, demands: 0, aheads: 0, ahead_bytes: 0, prefetches: 0, prefetch_bytes: 0 }
     }
 
     /// A reader goes to these chunks.
@@ -102,6 +107,13 @@ impl Lines {
         }
     }
 
+    /// These chunks are the next ones to fetch ahead: what [`Lines::ahead`] gave had gaps.
+    pub(super) fn put_back(&mut self, chunks: Range<u64>) {
+        if !chunks.is_empty() {
+            self.ahead.push_front(chunks);
+        }
+    }
+
     /// Nothing waits to be fetched ahead any more.
     pub(super) fn clear(&mut self) {
         self.ahead.clear();
@@ -109,7 +121,7 @@ impl Lines {
 
     /// The next chunks to fetch ahead, if there is room for it.
     pub(super) fn ahead(&mut self) -> Option<Range<u64>> {
-        if self.ahead_bytes >= AHEAD_BYTES {
+        if self.ahead_bytes >= AHEAD_BYTES || self.are_enough() {
             return None;
         }
         let mut chunks = self.ahead.pop_front()?;
@@ -121,11 +133,15 @@ impl Lines {
         Some(chunks)
     }
 
+    fn are_enough(&self) -> bool {
+        self.aheads + self.prefetches >= GUESSES
+    }
+
     /// How many chunks a prefetch may have now; 0: none now.
     pub(super) fn prefetch(&self) -> u64 {
         let yields = self.demands > 0 || self.ahead_bytes > 0;
         let most = if yields { YIELDING_BYTES } else { PREFETCH_BYTES };
-        if self.prefetches >= PREFETCHES || self.prefetch_bytes >= most {
+        if self.prefetches >= PREFETCHES || self.prefetch_bytes >= most || self.are_enough() {
             return 0;
         }
         ((most - self.prefetch_bytes).min(DEMAND_RANGE) / self.chunk_size).max(1)
@@ -134,7 +150,10 @@ impl Lines {
     pub(super) fn begins(&mut self, class: Class, chunks: u64) {
         match class {
             Class::Demand => self.demands += 1,
-            Class::Ahead => self.ahead_bytes += chunks * self.chunk_size,
+            Class::Ahead => {
+                self.aheads += 1;
+                self.ahead_bytes += chunks * self.chunk_size;
+            }
             Class::Prefetch => {
                 self.prefetches += 1;
                 self.prefetch_bytes += chunks * self.chunk_size;
@@ -145,7 +164,10 @@ impl Lines {
     pub(super) fn ends(&mut self, class: Class, chunks: u64) {
         match class {
             Class::Demand => self.demands -= 1,
-            Class::Ahead => self.ahead_bytes -= chunks * self.chunk_size,
+            Class::Ahead => {
+                self.aheads -= 1;
+                self.ahead_bytes -= chunks * self.chunk_size;
+            }
             Class::Prefetch => {
                 self.prefetches -= 1;
                 self.prefetch_bytes -= chunks * self.chunk_size;
@@ -173,6 +195,9 @@ mod tests {
         lines.begins(Class::Prefetch, 16);
         lines.begins(Class::Prefetch, 16);
         assert_eq!(lines.prefetch(), 0, "four are enough");
+        for chunks in [1, 3, 16, 16] {
+            lines.ends(Class::Prefetch, chunks);
+        }
         lines.push(0..100);
         for part in [0..16, 16..32, 32..48, 48..64] {
             assert_eq!(lines.ahead(), Some(part));
@@ -181,6 +206,24 @@ mod tests {
         assert_eq!(lines.ahead(), None);
         lines.ends(Class::Ahead, 16);
         assert_eq!(lines.ahead(), Some(64..80));
+    }
+
+    #[test]
+    fn short_guesses_leave_connections_for_what_is_wanted() {
+        let mut lines = Lines::new(64 << 10);
+        for index in 0..10 {
+            lines.push(index * 100..index * 100 + 1);
+        }
+        lines.begins(Class::Prefetch, 1);
+        let begun = std::iter::from_fn(|| {
+            lines.ahead()?;
+            lines.begins(Class::Ahead, 1);
+            Some(())
+        });
+        assert_eq!(begun.count() as u64, GUESSES - 1);
+        assert_eq!(lines.prefetch(), 0);
+        lines.ends(Class::Prefetch, 1);
+        assert!(lines.prefetch() > 0 && lines.ahead().is_some());
     }
 
     #[test]

@@ -23,6 +23,8 @@ const MOVE_AFTER: Duration = Duration::from_millis(400);
 /// One that was moved already has lost that time, and the next may fail as well: it moves on after half of it, and so on down to this, also to one
 /// that is not as much quicker.
 const MOVE_ON_AFTER: Duration = Duration::from_millis(100);
+/// So many times as long as usual takes an answer on a new connection: TCP, TLS, the request.
+const NEW_CONNECTION: u32 = 3;
 /// After so long also to one that counts as slow, keeps others waiting, or is not as much quicker: a move is no request more, and a slow
 /// server is better than one that is about to be found dead.
 const MOVE_ANYWAY_AFTER: Duration = Duration::from_millis(600);
@@ -52,7 +54,7 @@ pub(super) struct Flight {
     ticket: Arc<Ticket>,
     lead: Option<Runner>,
     second: Option<Runner>,
-    /// How often its present item was moved away from a member that was too slow for it, while somebody waited.
+    /// How many members its present item was with in vain, while somebody waited.
     moves: u32,
 }
 
@@ -85,7 +87,9 @@ impl Flight {
                 }
                 Event::Fault(is_second, attempt, fault) => {
                     let lost = if is_second { self.second.take() } else { self.lead.take() };
-                    drop(lost);
+                    if let Some(lost) = lost {
+                        self.moved(self.inner.world.since(lost.last.get()));
+                    }
                     if !is_second {
                         self.lead = self.second.take();
                     }
@@ -171,20 +175,34 @@ impl Flight {
         let Some(lead) = &self.lead else { return LOOK_AGAIN };
         let waited = self.inner.world.since(lead.last.get());
         // A member that was given up now and then has a percentile of a second: no reason to leave others out for so long.
-        let limit =
-            if self.ticket.is_wanted() { usual(&lead.member).min(self.move_after()) } else { MOVE_UNWANTED_AFTER };
+        let limit = if self.ticket.is_wanted() {
+            usual(&lead.member).min(self.move_after(&lead.member))
+        } else {
+            MOVE_UNWANTED_AFTER
+        };
         limit.checked_sub(waited).filter(|left| !left.is_zero()).unwrap_or(LOOK_AGAIN)
     }
 
-    /// When an item that somebody waits for moves on.
-    fn move_after(&self) -> Duration {
-        (MOVE_AFTER / (1 << self.moves.min(8))).max(MOVE_ON_AFTER)
+    /// When an item that somebody waits for moves on from this member. Each member is tried once in less time than usual, a far one as long as an answer
+    /// on a new connection takes; if none of them was quick, all are slow, and need their time.
+    fn move_after(&self, lead: &Member) -> Duration {
+        if self.moves == 0 || self.moves as usize >= self.inner.fleet.members().len() - 1 {
+            return MOVE_AFTER;
+        }
+        let usual = lead.pace().expected_lately(self.inner.world.now()).unwrap_or(MOVE_AFTER / 2 / NEW_CONNECTION);
+        (MOVE_AFTER / (1 << self.moves.min(8))).max(MOVE_ON_AFTER).max(usual * NEW_CONNECTION).min(MOVE_AFTER)
+    }
+
+    /// An item that somebody waited for was with a member in vain for so long.
+    fn moved(&mut self, waited: Duration) {
+        self.moves += u32::from(waited >= MOVE_ON_AFTER && self.ticket.is_wanted());
     }
 
     /// The lead takes longer than usual: somebody else may do it better.
     fn overdue(&mut self, need: &Need) {
         let is_wanted = self.ticket.is_wanted();
-        let limit = if is_wanted { self.move_after() } else { MOVE_UNWANTED_AFTER };
+        let Some(lead) = &self.lead else { return };
+        let limit = if is_wanted { self.move_after(&lead.member) } else { MOVE_UNWANTED_AFTER };
         let Some(lead) = &mut self.lead else { return };
         let now = self.inner.world.now();
         let waited = now.saturating_sub(lead.last.get());
@@ -220,7 +238,7 @@ impl Flight {
                 None => Some(self.begin(other, need)),
             };
             if !is_resting {
-                self.moves += u32::from(is_wanted);
+                self.moved(waited);
                 self.inner.failed(&member, &Fault::Slow(waited));
             }
         } else if is_late && self.second.is_none() && !anyway && expected <= waited && self.inner.hedges.spend() {

@@ -5,6 +5,7 @@ use super::fault::Fault;
 use super::secure::Secure;
 use super::world::{Boxed, Head, Path, Wire};
 use bytes::Bytes;
+use nix::sys::socket::{setsockopt, sockopt};
 use rustls::ClientConfig;
 use std::future::poll_fn;
 use std::io;
@@ -20,6 +21,10 @@ const HEAD: usize = 16 << 10;
 const FIELDS: usize = 64;
 /// An address that has not answered after so long is not waited for alone.
 const NEXT_AFTER: Duration = Duration::from_millis(200);
+/// A connection that has rested for so long is asked whether it lives, in seconds; again after so long; and so often in vain before it is closed.
+const RESTS: u32 = 15;
+const ASKS_EVERY: u32 = 5;
+const ASKS: u32 = 3;
 
 /// The way to the image on one HTTPS server.
 pub struct Https {
@@ -56,10 +61,21 @@ impl Path for Https {
     fn connect(&self) -> Boxed<'_, Result<Box<dyn Wire>, Fault>> {
         Box::pin(async {
             let tcp = connect(self.shared.address.sockets()).await?;
-            tcp.set_nodelay(true).map_err(|error| Fault::Connect(error.to_string()))?;
+            prepare(&tcp).map_err(|error| Fault::Connect(error.to_string()))?;
             Ok(Box::new(Connection { shared: self.shared.clone(), step: Step::Tcp(tcp) }) as _)
         })
     }
+}
+
+/// Requests go out at once. And a connection that rests says now and then that it lives: what stands between may forget one that does not, and the
+/// next request on it would be lost without a word.
+fn prepare(tcp: &TcpStream) -> io::Result<()> {
+    tcp.set_nodelay(true)?;
+    setsockopt(tcp, sockopt::KeepAlive, &true)?;
+    setsockopt(tcp, sockopt::TcpKeepIdle, &RESTS)?;
+    setsockopt(tcp, sockopt::TcpKeepInterval, &ASKS_EVERY)?;
+    setsockopt(tcp, sockopt::TcpKeepCount, &ASKS)?;
+    Ok(())
 }
 
 /// A connection to one of these addresses: to the next one, too, when one fails or takes long. A name may have an address that nobody answers at (IPv6
@@ -134,30 +150,32 @@ impl Connection {
             start + length - 1
         );
         tls.send(request.as_bytes()).await?;
-        let mut text = Vec::with_capacity(1024);
+        let (mut text, mut length) = (vec![0; HEAD], 0);
         loop {
-            let room = HEAD - text.len();
-            if tls.receive(&mut text, room).await? == 0 {
+            // What is behind the head goes elsewhere, and most often begins a record.
+            let more = tls.receive_one(&mut text[length..]).await?;
+            if more == 0 {
                 return Err(Fault::Broken("the server closed it before it answered".into()));
             }
-            if let Some((head, left, end)) = parse(&text)? {
-                tls.unreceive(&text[end..]);
+            length += more;
+            if let Some((head, left, end)) = parse(&text[..length])? {
+                tls.unreceive(&text[end..length]);
                 *answer = left;
                 return Ok(head);
             }
-            if text.len() == HEAD {
+            if length == HEAD {
                 return Err(Fault::Broken(format!("the head of its answer is longer than {HEAD} bytes")));
             }
         }
     }
 
-    async fn data(&mut self, out: &mut Vec<u8>, most: usize) -> Result<usize, Fault> {
+    async fn data(&mut self, out: &mut [u8]) -> Result<usize, Fault> {
         let Step::Open { tls, answer } = &mut self.step else { return Err(out_of_order()) };
-        let most = usize::try_from(answer.bytes).map_or(most, |left| left.min(most));
+        let most = usize::try_from(answer.bytes).map_or(out.len(), |left| left.min(out.len()));
         if most == 0 {
             return Ok(0);
         }
-        let length = tls.receive(out, most).await?;
+        let length = tls.receive(&mut out[..most]).await?;
         answer.bytes -= length as u64;
         Ok(length)
     }
@@ -172,8 +190,8 @@ impl Wire for Connection {
         Box::pin(self.request(start, length))
     }
 
-    fn next<'a>(&'a mut self, out: &'a mut Vec<u8>, most: usize) -> Boxed<'a, Result<usize, Fault>> {
-        Box::pin(self.data(out, most))
+    fn next<'a>(&'a mut self, out: &'a mut [u8]) -> Boxed<'a, Result<usize, Fault>> {
+        Box::pin(self.data(out))
     }
 
     fn is_usable(&self) -> bool {

@@ -156,24 +156,21 @@ impl Answer {
         self.slowness
     }
 
-    /// The next `length` bytes of the body, in `out`, which is empty. `count` is told how many bytes came, also when they are not enough.
-    pub(super) async fn take(
-        &mut self,
-        length: usize,
-        mut out: Vec<u8>,
-        mut count: impl FnMut(u64),
-    ) -> Result<Vec<u8>, Fault> {
-        while out.len() < length {
-            let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(length - out.len());
+    /// The next bytes of the body, as many as `out` has room for, in `out`. `count` is told how many bytes came, also when they are not enough.
+    pub(super) async fn take(&mut self, mut out: Vec<u8>, mut count: impl FnMut(u64)) -> Result<Vec<u8>, Fault> {
+        let mut filled = 0;
+        while filled < out.len() {
+            let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(out.len() - filled);
             let (begun, limit) = (self.world.now(), SILENCE * self.patience);
-            let got = within(&*self.world, limit, self.wire.next(&mut out, most)).await;
-            let got = got.unwrap_or(Err(Fault::Silent(limit)))? as u64;
+            let got = within(&*self.world, limit, self.wire.next(&mut out[filled..filled + most])).await;
+            let got = got.unwrap_or(Err(Fault::Silent(limit)))?.min(most);
             self.slowness.note(self.world.since(begun), SILENCE);
             if got == 0 {
                 return Err(Fault::Broken("the answer ended early".into()));
             }
-            count(got);
-            self.left = self.left.saturating_sub(got);
+            count(got as u64);
+            filled += got;
+            self.left = self.left.saturating_sub(got as u64);
         }
         Ok(out)
     }

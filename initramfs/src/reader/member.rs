@@ -206,24 +206,23 @@ impl Member {
 
     /// The next bytes of an answer, counted.
     pub(super) async fn take(&self, answer: &mut Answer, length: usize) -> Result<Vec<u8>, Fault> {
-        self.take_into(answer, length, Vec::with_capacity(length)).await
+        self.take_into(answer, vec![0; length]).await
     }
 
-    /// The same in a buffer that is there.
-    pub(super) async fn take_into(
-        &self,
-        answer: &mut Answer,
-        length: usize,
-        buffer: Vec<u8>,
-    ) -> Result<Vec<u8>, Fault> {
-        answer.take(length, buffer, |count| _ = self.bytes.fetch_add(count, Ordering::Relaxed)).await
+    /// As many as fill this buffer.
+    pub(super) async fn take_into(&self, answer: &mut Answer, buffer: Vec<u8>) -> Result<Vec<u8>, Fault> {
+        answer.take(buffer, |count| _ = self.bytes.fetch_add(count, Ordering::Relaxed)).await
     }
 
     /// Takes a finished answer back. Everything in it was verified.
     pub(super) fn keep(&self, answer: Answer) {
         self.adapt(answer.slowness());
         if let Some(etag) = &answer.etag {
-            lock(&self.health).etag = Some(etag.clone());
+            let mut health = lock(&self.health);
+            // One that was asked before the fault may be of the file of before.
+            if matches!(health.standing, Standing::Good | Standing::Slow) {
+                health.etag = Some(etag.clone());
+            }
         }
         self.link.keep(answer);
     }

@@ -97,11 +97,17 @@ impl Inner {
                     },
                 }
             };
-            let runs = {
+            let (runs, rest) = {
                 let mut cache = lock(&self.cache);
-                let missing: Vec<_> = chunks.filter(|chunk| cache.is_missing(*chunk)).collect();
-                self.take(&mut cache, class, &missing)
+                let end = chunks.end;
+                let mut chunks = chunks.skip_while(|chunk| !cache.is_missing(*chunk)).peekable();
+                // One run: each takes a connection, and only one is known to be free.
+                let missing: Vec<_> = chunks.by_ref().take_while(|chunk| cache.is_missing(*chunk)).collect();
+                let rest = missing.last().map_or(end, |last| last + 1)..end;
+                drop(chunks);
+                (self.take(&mut cache, class, &missing), rest)
             };
+            lock(&self.lines).put_back(rest);
             for (run, ticket) in runs {
                 self.launch(class, run, ticket);
             }

@@ -1,6 +1,6 @@
-//! TLS over a TCP connection, made for long answers: what comes from the kernel in one large piece is decrypted in place and copied once,
-//! to where it is wanted. (rustls' own buffers take 4 KiB from the kernel at a time, and an HTTP library behind them copies twice more.) The
-//! handshake is rustls'; what comes after it is in [`super::record`].
+//! TLS over a TCP connection, made for long answers: what comes from the kernel in one large piece is decrypted to where it is wanted. (rustls'
+//! own buffers take 4 KiB from the kernel at a time, and an HTTP library behind them copies twice more.) The handshake is rustls'; what comes
+//! after it is in [`super::record`].
 
 use super::fault::Fault;
 use super::record::{Content, Records};
@@ -76,50 +76,68 @@ impl Secure {
         self.stream.flush().await
     }
 
-    /// Appends up to `most` bytes to `out`, and returns how many; 0 at the end.
-    pub(super) async fn receive(&mut self, out: &mut Vec<u8>, most: usize) -> Result<usize, Fault> {
+    /// Fills `out` with what there is, and returns how many bytes; 0 at the end. Those behind them may be anything.
+    pub(super) async fn receive(&mut self, out: &mut [u8]) -> Result<usize, Fault> {
+        self.receive_records(out, usize::MAX).await
+    }
+
+    /// The same from one record at most: what does not go where `out` goes is better not copied there.
+    pub(super) async fn receive_one(&mut self, out: &mut [u8]) -> Result<usize, Fault> {
+        self.receive_records(out, 1).await
+    }
+
+    async fn receive_records(&mut self, out: &mut [u8], most: usize) -> Result<usize, Fault> {
         if self.spare_at < self.spare.len() {
             let part = &self.spare[self.spare_at..];
-            let part = &part[..part.len().min(most)];
-            out.extend_from_slice(part);
-            self.spare_at += part.len();
-            return Ok(part.len());
+            let length = part.len().min(out.len());
+            out[..length].copy_from_slice(&part[..length]);
+            self.spare_at += length;
+            return Ok(length);
         }
-        let end = out.len() + most;
-        let before = out.len();
         loop {
-            let is_closed = self.take_records(out, end)?;
+            let (length, is_closed) = self.take_records(out, most)?;
             if !self.stream.outgoing.is_empty() {
                 self.stream.flush().await?;
             }
-            if out.len() > before || is_closed {
-                return Ok(out.len() - before);
+            if length > 0 || is_closed {
+                return Ok(length);
             }
             self.stream.fill().await?;
         }
     }
 
-    /// Goes through the records that are there, until `out` has `end` bytes; what is too much is kept. Whether the peer has ended the connection.
-    fn take_records(&mut self, out: &mut Vec<u8>, end: usize) -> Result<bool, Fault> {
+    /// Goes through the records that are there, until `out` is full or so many have had data; what is too much is kept. How many bytes of it are
+    /// filled, and whether the peer has ended the connection.
+    fn take_records(&mut self, out: &mut [u8], most: usize) -> Result<(usize, bool), Fault> {
         let stream = &mut self.stream;
-        while out.len() < end
+        let (mut filled, mut records) = (0, 0);
+        while filled < out.len()
+            && records < most
             && let Some(length) = Records::length(&stream.incoming[stream.start..stream.end])?
         {
             let record = &mut stream.incoming[stream.start..stream.start + length];
             stream.start += length;
-            match self.records.open(record, &mut stream.outgoing)? {
+            let room = &mut out[filled..];
+            let length = room.len();
+            match self.records.open(record, room, &mut stream.outgoing)? {
+                Content::Placed(length) => {
+                    filled += length;
+                    records += usize::from(length > 0);
+                }
                 Content::Data(data) => {
-                    let (wanted, more) = data.split_at(data.len().min(end - out.len()));
-                    out.extend_from_slice(wanted);
+                    let (wanted, more) = data.split_at(data.len().min(length));
                     self.spare.clear();
                     self.spare.extend_from_slice(more);
                     self.spare_at = 0;
+                    out[filled..filled + wanted.len()].copy_from_slice(wanted);
+                    filled += wanted.len();
+                    records += usize::from(!wanted.is_empty());
                 }
                 Content::Other => {}
-                Content::Closed => return Ok(true),
+                Content::Closed => return Ok((filled, true)),
             }
         }
-        Ok(false)
+        Ok((filled, false))
     }
 
     /// Gives back what was received beyond the end of what it was received for.

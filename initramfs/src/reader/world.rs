@@ -41,8 +41,8 @@ pub trait Wire: Send {
     fn secure(&mut self) -> Boxed<'_, Result<(), Fault>>;
     /// Asks for `length` bytes of the image from `start`.
     fn ask(&mut self, start: u64, length: u64) -> Boxed<'_, Result<Head, Fault>>;
-    /// Appends more bytes of the answer's body to `out`, up to `most`, and returns how many; 0 at its end.
-    fn next<'a>(&'a mut self, out: &'a mut Vec<u8>, most: usize) -> Boxed<'a, Result<usize, Fault>>;
+    /// Puts more bytes of the answer's body into `out`, and returns how many; 0 at its end. What is behind them in `out` may be anything.
+    fn next<'a>(&'a mut self, out: &'a mut [u8]) -> Boxed<'a, Result<usize, Fault>>;
     /// Whether the connection can take another request, after the body of the last one.
     fn is_usable(&self) -> bool;
 }

@@ -228,7 +228,7 @@ impl Line {
         Ok(Head { status, content_range, etag: Some(etag.into_bytes().into()) })
     }
 
-    async fn more(&mut self, out: &mut Vec<u8>, most: usize) -> Result<usize, Fault> {
+    async fn more(&mut self, out: &mut [u8]) -> Result<usize, Fault> {
         self.server.settle(|conduct| conduct != Conduct::Blackholed).await;
         self.alive()?;
         let Some(body) = &mut self.body else { return Ok(0) };
@@ -251,8 +251,8 @@ impl Line {
                 return Err(Fault::Broken("reset".into()));
             }
         }
-        let part = body.arrived.split_to(body.arrived.len().min(most));
-        out.extend_from_slice(&part);
+        let part = body.arrived.split_to(body.arrived.len().min(out.len()));
+        out[..part.len()].copy_from_slice(&part);
         Ok(part.len())
     }
 }
@@ -266,8 +266,8 @@ impl Wire for Line {
         Box::pin(self.request(start, length))
     }
 
-    fn next<'a>(&'a mut self, out: &'a mut Vec<u8>, most: usize) -> Boxed<'a, Result<usize, Fault>> {
-        Box::pin(self.more(out, most))
+    fn next<'a>(&'a mut self, out: &'a mut [u8]) -> Boxed<'a, Result<usize, Fault>> {
+        Box::pin(self.more(out))
     }
 
     fn is_usable(&self) -> bool {

@@ -2,6 +2,8 @@
 //! ours sealed, theirs plain; the same HTTPS server; the same loop device and squashfs above it. What is served lies in memory, so that
 //! caches can be dropped and no disk is measured; each cold figure begins with new processes and a new mount.
 
+mod whole;
+
 use super::mounts::{Kind, Remote, Source, Tree, drop_caches};
 use super::web::{Authority, Conduct, Web};
 use super::{Bar, Lab, PAIRS, Paired, Row, Table, pairs, reads};
@@ -29,9 +31,7 @@ const LINKS: [(&str, Duration); 3] =
 const READERS: [usize; 3] = [1, 8, 32];
 /// Seconds of one measurement of random reads.
 const SECONDS: u64 = 2;
-/// Seconds after which a peer need not read more files.
-const ENOUGH: u64 = 15;
-/// Pairs where no bar is.
+/// Pairs where no bar is, and within one of a bar.
 const FEW: usize = 3;
 /// A link that costs more than this share of a core distorts what is measured over it.
 const CARRIER_LIMIT: f64 = 0.5;
@@ -40,6 +40,8 @@ const MEMORY: f64 = 40e6 + 8.4e6;
 /// Bytes of the large file that are read in a row through squashfs, beside each peer.
 const PART: u64 = 512 << 20;
 const PEERS: [Kind; 4] = [Kind::Rclone, Kind::RcloneCache, Kind::RcloneSmall, Kind::Httpdirfs];
+/// One download of curl has one connection, so that one process is enough for it; several of ours share it.
+const ONE_PROCESS: &str = "in a row, nginx being one process";
 /// Makes the links that are named in it, by commas; else all.
 const CHOICE: &str = "MOOR_LINKS";
 
@@ -57,6 +59,8 @@ pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
         text(tied(program).arg("--version")).unwrap_or_default().lines().next().unwrap_or_default().to_owned()
     };
     table.facts.push(format!("peers: {}, httpdirfs of the distribution, both from the plain file", version("rclone")));
+    let nginx = "nginx: two processes that share connections by their ports (SO_REUSEPORT), a worker per core; `ssl_buffer_size 64k`";
+    table.facts.push(nginx.into());
     table
         .facts
         .push("cold: new processes, new mounts, caches dropped; random reads are of 4 KiB, through squashfs".into());
@@ -168,7 +172,8 @@ struct Link<'a> {
     near: Namespace,
     _far: Namespace,
     delay: Option<RefCell<Delay>>,
-    server: Web,
+    /// A worker per core.
+    servers: [Web; 2],
     one_way: Duration,
     /// Largest memory of a tether so far, in bytes.
     memory: Cell<f64>,
@@ -188,10 +193,13 @@ impl<'a> Link<'a> {
         let is_far = !one_way.is_zero();
         let delay = if is_far { Some(RefCell::new(Delay::between(&near, &far, one_way)?)) } else { None };
         let (place, address) = if is_far { (&far, FAR) } else { (&near, "127.0.0.1") };
-        let home = format!("web-{}", one_way.as_micros());
-        let server = Web::start((lab.dir, &home), (address, 8471), Some(place), Conduct::Good(&input.dir))?;
+        let start = |worker| {
+            let home = format!("web-{}-{worker}", one_way.as_micros());
+            Web::start((lab.dir, &home), (address, 8471), Some(place), Conduct::Crowd(&input.dir))
+        };
+        let servers = [start(1)?, start(2)?];
         let memory = Cell::new(0.0);
-        Ok(Self { lab, input, authority, name, near, _far: far, delay, server, one_way, memory, seed: Cell::new(1) })
+        Ok(Self { lab, input, authority, name, near, _far: far, delay, servers, one_way, memory, seed: Cell::new(1) })
     }
 
     fn row(&self, what: &str) -> String {
@@ -216,7 +224,12 @@ impl<'a> Link<'a> {
                 ping.lines().last().unwrap_or_default().trim()
             ));
         }
-        self.sequential(table)?;
+        self.sequential(table, &self.servers[0], "in a row")?;
+        if !self.is_far() {
+            let at = ("127.0.0.1", 8472);
+            let one = Web::start((self.lab.dir, "web-one"), at, Some(&self.near), Conduct::Good(&self.input.dir))?;
+            self.sequential(table, &one, ONE_PROCESS)?;
+        }
         self.beside(table)?;
         for readers in READERS {
             self.random(table, readers)?;
@@ -237,9 +250,13 @@ impl<'a> Link<'a> {
     }
 
     fn remote(&self, kind: Kind, dir: &str) -> anyhow::Result<Remote> {
+        self.remote_from(&self.servers[0], kind, dir)
+    }
+
+    fn remote_from(&self, server: &Web, kind: Kind, dir: &str) -> anyhow::Result<Remote> {
         let key = self.input.cache.join(dir).join("key");
         let source = Source { lab: self.lab, authority: self.authority, namespace: Some(&self.near), key: &key };
-        source.mount(kind, &[self.server.url(&format!("{dir}/"))])
+        source.mount(kind, &[server.url(&format!("{dir}/"))])
     }
 
     /// The tree, served anew; `None`: the local file.
@@ -259,11 +276,11 @@ impl<'a> Link<'a> {
     }
 
     /// One reader of the whole file, beside one download of the same bytes.
-    fn sequential(&self, table: &mut Table) -> anyhow::Result<()> {
+    fn sequential(&self, table: &mut Table, server: &Web, what: &str) -> anyhow::Result<()> {
         let size = self.input.size("large/image.moor")?;
         let (seconds, carried) = (Cell::new(0.0), Cell::new(Vec::new()));
         let ours = || -> anyhow::Result<f64> {
-            let remote = self.remote(Kind::Ours, "large")?;
+            let remote = self.remote_from(server, Kind::Ours, "large")?;
             let before = cpu(remote.pid()?)?;
             let mut command = tied("dd");
             command.arg(format!("if={}", remote.file().display())).args(["of=/dev/null", "bs=1M", "status=none"]);
@@ -279,7 +296,7 @@ impl<'a> Link<'a> {
             let mut command = tied("curl");
             command.args(["-sS", "-o", "/dev/null", "--cacert"]).arg(self.authority.file());
             let begun = Instant::now();
-            run(&mut self.near.enter(command.arg(self.server.url("large/image.moor"))))?;
+            run(&mut self.near.enter(command.arg(server.url("large/image.moor"))))?;
             let took = begun.elapsed().as_secs_f64();
             let mut shares = carried.take();
             shares.push((self.carried()? - before) / took);
@@ -287,16 +304,21 @@ impl<'a> Link<'a> {
             Ok(size / 1e6 / took)
         };
         let both = pairs(PAIRS, ours, curl)?;
-        let bar = if self.is_far() { Bar::None } else { Bar::AtLeast(0.7) };
+        let bar = if self.is_far() || what == ONE_PROCESS { Bar::None } else { Bar::AtLeast(0.7) };
         table.rows.push(Row::paired(
-            &self.row("in a row"),
+            &self.row(what),
             "MB/s",
             "curl, one connection",
             &Paired::of(&both, |rate| *rate),
             bar,
         ));
         let per_gigabyte = seconds.get() * 1e9 / size;
-        table.rows.push(Row::alone(&self.row("CPU of the tether per GB, in a row"), "s", per_gigabyte, Bar::None));
+        table.rows.push(Row::alone(
+            &self.row(&format!("CPU of the tether per GB, {what}")),
+            "s",
+            per_gigabyte,
+            Bar::None,
+        ));
         if self.is_far() {
             let share = super::pairs::median(&carried.take());
             let row = self.row("the delayer's share of a core while curl downloads");
@@ -354,7 +376,7 @@ impl<'a> Link<'a> {
     fn locked(&self) -> anyhow::Result<f64> {
         let key = self.input.cache.join("large/key");
         let source = Source { lab: self.lab, authority: self.authority, namespace: Some(&self.near), key: &key };
-        source.locked_memory(&self.server.url("large/"), PART)
+        source.locked_memory(&self.servers[0].url("large/"), PART)
     }
 
     /// Seconds of processor time of the delayer so far.
@@ -419,53 +441,6 @@ impl<'a> Link<'a> {
             let both = pairs(FEW, || self.rate(Some(Kind::Ours), readers), || self.rate(None, readers))?;
             table.rows.push(Row::paired(&row, "1/s", "the local file", &Paired::of(&both, |rate| *rate), Bar::None));
         }
-        Ok(())
-    }
-
-    /// Seconds for all files, from what was read in the time that there is.
-    fn seconds(mounted: &Mounted) -> anyhow::Result<(f64, String)> {
-        let found = reads::all((mounted.tree.path(), mounted.remote.as_ref()), ENOUGH)?;
-        anyhow::ensure!(found.errors == 0, "{} of {} files were in error", found.errors, found.errors + found.files);
-        anyhow::ensure!(found.files > 0, "no file was read");
-        let note = if found.files < FILES {
-            format!("from {} files in {:.0} s", found.files, found.seconds)
-        } else {
-            String::new()
-        };
-        Ok((found.seconds * f64::from(FILES) / f64::from(found.files), note))
-    }
-
-    /// `find | xargs cat` of everything: cold beside the peers, warm beside the local file.
-    fn all_files(&self, table: &mut Table) -> anyhow::Result<()> {
-        let row = self.row(&format!("find | xargs cat of {FILES} files"));
-        for kind in PEERS {
-            let ours = Self::seconds(&self.fresh(Some(Kind::Ours), "files")?)?.0;
-            match self.fresh(Some(kind), "files").and_then(|mounted| Self::seconds(&mounted)) {
-                Ok((peer, note)) => {
-                    let figures = Paired { ours: vec![ours], peer: vec![peer] };
-                    table.rows.push(Row::paired(&row, "s", kind.name(), &figures, Bar::None).noted(&note));
-                }
-                Err(error) => {
-                    let why = format!("{error:#}");
-                    table.rows.push(Row::without_peer(&row, "s", kind.name(), Some(ours), Bar::None, &why));
-                }
-            }
-        }
-        let (tree, local) = (self.fresh(Some(Kind::Ours), "files")?, self.fresh(None, "files")?);
-        for mounted in [&tree, &local] {
-            Self::seconds(mounted)?;
-        }
-        let both = pairs(PAIRS, || Ok(1.0 / Self::seconds(&tree)?.0), || Ok(1.0 / Self::seconds(&local)?.0))?;
-        if let Some(remote) = &tree.remote {
-            self.note_memory(remote)?;
-        }
-        table.rows.push(Row::paired(
-            &self.row("the same once more, in memory: how often in a second"),
-            "1/s",
-            "the local file",
-            &Paired::of(&both, |rate| *rate),
-            Bar::AtLeast(0.9),
-        ));
         Ok(())
     }
 }

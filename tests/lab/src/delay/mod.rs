@@ -93,6 +93,12 @@ pub fn carry(arguments: &[OsString]) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What fills the beginning of a buffer, whose length stays as it is: to clear the rest for the next packet would cost as much as to carry this one.
+struct Packet {
+    buffer: Vec<u8>,
+    length: usize,
+}
+
 /// Packets under way in one direction, and when each arrives.
 #[derive(Default)]
 struct Line {
@@ -102,7 +108,7 @@ struct Line {
 
 #[derive(Default)]
 struct UnderWay {
-    packets: VecDeque<(Instant, Vec<u8>)>,
+    packets: VecDeque<(Instant, Packet)>,
     bytes: usize,
     /// Buffers that large packets have left: a copy of each would cost as much as one of the two system calls.
     free: Vec<Vec<u8>>,
@@ -116,12 +122,10 @@ impl Line {
             if state.bytes + length <= UNDER_WAY {
                 state.bytes += length;
                 let packet = if length < SMALL {
-                    buffer[..length].to_vec()
+                    Packet { buffer: buffer[..length].to_vec(), length }
                 } else {
                     let next = state.free.pop().unwrap_or_else(|| vec![0; LARGEST]);
-                    let mut packet = std::mem::replace(&mut buffer, next);
-                    packet.truncate(length);
-                    packet
+                    Packet { buffer: std::mem::replace(&mut buffer, next), length }
                 };
                 state.packets.push_back((Instant::now() + delay, packet));
                 if state.packets.len() == 1 {
@@ -134,17 +138,16 @@ impl Line {
     fn drain(&self, mut to: &File) {
         // The kernel wakes a thread up to 50 us late unless it is told not to: as much as the whole way on a quick link.
         let _ = nix::sys::prctl::set_timerslack(1);
-        let mut written: Option<Vec<u8>> = None;
+        let mut written: Option<Packet> = None;
         loop {
             let (due, packet) = {
                 let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Some(mut buffer) = written.take().filter(|buffer| buffer.capacity() >= LARGEST) {
-                    buffer.resize(LARGEST, 0);
+                if let Some(Packet { buffer, .. }) = written.take().filter(|packet| packet.buffer.len() == LARGEST) {
                     state.free.push(buffer);
                 }
                 loop {
                     if let Some((due, packet)) = state.packets.pop_front() {
-                        state.bytes -= packet.len();
+                        state.bytes -= packet.length;
                         break (due, packet);
                     }
                     state = self.filled.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -152,7 +155,7 @@ impl Line {
             };
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
             // A device that is down drops packets.
-            let _ = to.write(&packet);
+            let _ = to.write(&packet.buffer[..packet.length]);
             written = Some(packet);
         }
     }
