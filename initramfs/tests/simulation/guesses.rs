@@ -162,3 +162,31 @@ fn a_recorded_boot_fetches_less_with_its_list_than_without() {
     println!("{with} chunks with a list, {without} without, of {} that are read", list.len());
     assert!(with < without && with <= list.len() as u64 * 11 / 10, "{with} with, {without} without");
 }
+
+#[test]
+fn guesses_over_gaps_leave_connections_for_what_is_wanted() {
+    let sim = Sim::new(12);
+    let world = sim.clone();
+    let most = sim.run(HOUR, async move {
+        let reader = open_with(&world, &two(&world), Settings { cache: 1_400_000, ..Settings::default() }).await;
+        // Every other chunk of a part is there, so that what is fetched ahead there comes in pieces.
+        for index in 0..17 {
+            reader.read((56 + index * 7 % 17 * 2) << 14, 100).await.unwrap();
+        }
+        let requests = |reader: &Reader| reader.figures().members.iter().map(|member| member.requests).sum::<u64>();
+        let mut most = 0;
+        for chunk in 0..80_u64 {
+            let (before, begun) = (requests(&reader), world.now());
+            reader.read(chunk << 14, 100).await.unwrap();
+            if world.since(begun).is_zero() {
+                // It was there: what it made begin has begun in this instant, and nothing has ended.
+                world.sleep(Duration::from_micros(1)).await;
+                most = most.max(requests(&reader) - before);
+            }
+            world.sleep(Duration::from_millis(50)).await;
+        }
+        most
+    });
+    // Of the eight connections to a server two are left.
+    assert!((2..=6).contains(&most.unwrap()), "{most:?} at one time");
+}
