@@ -175,22 +175,23 @@ impl Flight {
         let Some(lead) = &self.lead else { return LOOK_AGAIN };
         let waited = self.inner.world.since(lead.last.get());
         // A member that was given up now and then has a percentile of a second: no reason to leave others out for so long.
-        let limit = if self.ticket.is_wanted() {
-            usual(&lead.member).min(self.move_after(&lead.member))
-        } else {
-            MOVE_UNWANTED_AFTER
-        };
+        let limit = self.move_after(&lead.member);
+        let limit = if self.ticket.is_wanted() { usual(&lead.member).min(limit) } else { limit };
         limit.checked_sub(waited).filter(|left| !left.is_zero()).unwrap_or(LOOK_AGAIN)
     }
 
-    /// When an item that somebody waits for moves on from this member. Each member is tried once in less time than usual, a far one as long as an answer
-    /// on a new connection takes; if none of them was quick, all are slow, and need their time.
+    /// When an item moves on from this member. If somebody waits, each member is tried once in less time than usual, a far one as long as an answer on
+    /// a new connection takes; if none of them was quick, all are slow, and need their time.
     fn move_after(&self, lead: &Member) -> Duration {
-        if self.moves == 0 || self.moves as usize >= self.inner.fleet.members().len() - 1 {
+        if !self.ticket.is_wanted() {
+            return MOVE_UNWANTED_AFTER;
+        }
+        if self.moves == 0 || self.moves as usize + 1 >= self.inner.fleet.members().len() {
             return MOVE_AFTER;
         }
-        let usual = lead.pace().expected_lately(self.inner.world.now()).unwrap_or(MOVE_AFTER / 2 / NEW_CONNECTION);
-        (MOVE_AFTER / (1 << self.moves.min(8))).max(MOVE_ON_AFTER).max(usual * NEW_CONNECTION).min(MOVE_AFTER)
+        let usual = lead.pace().expected_lately(self.inner.world.now());
+        let on_a_new_connection = usual.map_or(MOVE_AFTER / 2, |usual| usual * NEW_CONNECTION);
+        (MOVE_AFTER / (1 << self.moves.min(8))).max(MOVE_ON_AFTER).max(on_a_new_connection).min(MOVE_AFTER)
     }
 
     /// An item that somebody waited for was with a member in vain for so long.
@@ -201,8 +202,7 @@ impl Flight {
     /// The lead takes longer than usual: somebody else may do it better.
     fn overdue(&mut self, need: &Need) {
         let is_wanted = self.ticket.is_wanted();
-        let Some(lead) = &self.lead else { return };
-        let limit = if is_wanted { self.move_after(&lead.member) } else { MOVE_UNWANTED_AFTER };
+        let Some(limit) = self.lead.as_ref().map(|lead| self.move_after(&lead.member)) else { return };
         let Some(lead) = &mut self.lead else { return };
         let now = self.inner.world.now();
         let waited = now.saturating_sub(lead.last.get());

@@ -100,11 +100,10 @@ impl Inner {
             let (runs, rest) = {
                 let mut cache = lock(&self.cache);
                 let end = chunks.end;
-                let mut chunks = chunks.skip_while(|chunk| !cache.is_missing(*chunk)).peekable();
+                let is_missing = |chunk: &u64| cache.is_missing(*chunk);
                 // One run: each takes a connection, and only one is known to be free.
-                let missing: Vec<_> = chunks.by_ref().take_while(|chunk| cache.is_missing(*chunk)).collect();
+                let missing: Vec<_> = chunks.skip_while(|chunk| !is_missing(chunk)).take_while(is_missing).collect();
                 let rest = missing.last().map_or(end, |last| last + 1)..end;
-                drop(chunks);
                 (self.take(&mut cache, class, &missing), rest)
             };
             lock(&self.lines).put_back(rest);

@@ -40,8 +40,6 @@ const MEMORY: f64 = 40e6 + 8.4e6;
 /// Bytes of the large file that are read in a row through squashfs, beside each peer.
 const PART: u64 = 512 << 20;
 const PEERS: [Kind; 4] = [Kind::Rclone, Kind::RcloneCache, Kind::RcloneSmall, Kind::Httpdirfs];
-/// One download of curl has one connection, so that one process is enough for it; several of ours share it.
-const ONE_PROCESS: &str = "in a row, nginx being one process";
 /// Makes the links that are named in it, by commas; else all.
 const CHOICE: &str = "MOOR_LINKS";
 
@@ -224,11 +222,13 @@ impl<'a> Link<'a> {
                 ping.lines().last().unwrap_or_default().trim()
             ));
         }
-        self.sequential(table, &self.servers[0], "in a row")?;
+        let bar = if self.is_far() { Bar::None } else { Bar::AtLeast(0.7) };
+        self.sequential(table, &self.servers[0], "in a row", bar)?;
         if !self.is_far() {
             let at = ("127.0.0.1", 8472);
             let one = Web::start((self.lab.dir, "web-one"), at, Some(&self.near), Conduct::Good(&self.input.dir))?;
-            self.sequential(table, &one, ONE_PROCESS)?;
+            // One download of curl has one connection, so that one process is enough for it; several of ours share it.
+            self.sequential(table, &one, "in a row, nginx being one process", Bar::None)?;
         }
         self.beside(table)?;
         for readers in READERS {
@@ -276,7 +276,7 @@ impl<'a> Link<'a> {
     }
 
     /// One reader of the whole file, beside one download of the same bytes.
-    fn sequential(&self, table: &mut Table, server: &Web, what: &str) -> anyhow::Result<()> {
+    fn sequential(&self, table: &mut Table, server: &Web, what: &str, bar: Bar) -> anyhow::Result<()> {
         let size = self.input.size("large/image.moor")?;
         let (seconds, carried) = (Cell::new(0.0), Cell::new(Vec::new()));
         let ours = || -> anyhow::Result<f64> {
@@ -304,7 +304,6 @@ impl<'a> Link<'a> {
             Ok(size / 1e6 / took)
         };
         let both = pairs(PAIRS, ours, curl)?;
-        let bar = if self.is_far() || what == ONE_PROCESS { Bar::None } else { Bar::AtLeast(0.7) };
         table.rows.push(Row::paired(
             &self.row(what),
             "MB/s",
