@@ -154,6 +154,10 @@ fn without_nameless_files_a_signal_leaves_nothing_and_a_kill_what_the_next_run_r
     assert!(ended_at(&on_nfs, "flock", 4, (Signal::SIGKILL, "KILL"), &args));
     let left = names(&output);
     assert!(left.len() == 2 && left.iter().all(|name| name.starts_with(".image.")), "{left:?}");
+    // Only a run that comes as far as the image itself removes what is left of one, and a signal may end it before.
+    for name in left {
+        fs::remove_file(output.join(name)).unwrap();
+    }
 
     for name in ["TERM", "INT", "HUP"] {
         let signal: Signal = format!("SIG{name}").parse().unwrap();
@@ -162,7 +166,8 @@ fn without_nameless_files_a_signal_leaves_nothing_and_a_kill_what_the_next_run_r
             assert_eq!(names(&output), Vec::<String>::new(), "{name} at {call}");
         }
     }
-    assert!(ended_at(&on_nfs, "fsync", 1, (Signal::SIGKILL, "KILL"), &args));
+    assert!(ended_at(&on_nfs, "flock", 4, (Signal::SIGKILL, "KILL"), &args));
+    assert_eq!(names(&output).len(), 2);
     tool(Command::new(on_nfs[0]).args(&on_nfs[1..]).arg(env!("CARGO_BIN_EXE_imgutil")).args(args));
     assert_eq!(names(&output), ["image.key", "image.moor"]);
 
