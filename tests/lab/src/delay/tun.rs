@@ -5,6 +5,7 @@ use anyhow::Context as _;
 use nix::libc;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 /// `linux/if_tun.h`.
@@ -27,7 +28,7 @@ struct Request {
 nix::ioctl_write_ptr_bad!(set_interface, TUNSETIFF, Request);
 nix::ioctl_write_int_bad!(set_offload, TUNSETOFFLOAD);
 
-/// Makes the device `name` in the network namespace at `namespace`. It is gone when the file is closed.
+/// Makes the device `name` in the network namespace at `namespace`. It is gone when the file is closed, which does not wait for packets.
 pub(super) fn open(namespace: &Path, name: &str) -> anyhow::Result<File> {
     // A thread of its own: the namespace is the thread's, and the device that of whoever opens it.
     std::thread::scope(|scope| {
@@ -38,7 +39,9 @@ pub(super) fn open(namespace: &Path, name: &str) -> anyhow::Result<File> {
 fn make(namespace: &Path, name: &str) -> anyhow::Result<File> {
     let place = File::open(namespace).with_context(|| format!("opening '{}'", namespace.display()))?;
     nix::sched::setns(place, nix::sched::CloneFlags::CLONE_NEWNET).context("entering the network namespace")?;
-    let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun").context("opening /dev/net/tun")?;
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
+    let file = options.open("/dev/net/tun").context("opening /dev/net/tun")?;
     let mut request = Request { name: [0; 16], flags: IFF_TUN | IFF_NO_PI | IFF_VNET_HDR, rest: [0; 22] };
     request.name[..name.len()].copy_from_slice(name.as_bytes());
     // SAFETY: the descriptor is open, and `request` is a whole `struct ifreq` that outlives the call.
