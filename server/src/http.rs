@@ -12,8 +12,12 @@ use moor_api::problem::{CONTENT_TYPE, Code, Problem};
 use moor_api::proof::EXPORTER_LENGTH;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, OnceLock};
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
+
+/// Files on their way over one connection. One of HTTP/2 has many requests at a time, and whose client takes nothing of it holds a buffer and an
+/// open file for each.
+const FILES: usize = 2;
 
 /// The connection a request came over.
 #[derive(Debug, Clone)]
@@ -24,6 +28,7 @@ pub struct Connection {
     pub token: Arc<Known>,
     /// The vouchers that a member has shown over it.
     pub vouchers: Arc<OnceLock<Vec<Voucher>>>,
+    files: Arc<Semaphore>,
     /// What it takes of the limits. Whoever switches it to another protocol keeps that for as long as it lives.
     pub(crate) room: Option<Arc<Room>>,
     /// The member stops: what goes on for ever over it has to end.
@@ -42,7 +47,16 @@ impl Connection {
     #[must_use]
     pub fn new(peer: Peer) -> Self {
         let stop = CancellationToken::new();
-        Self { peer, token: Arc::default(), vouchers: Arc::default(), room: None, stop }
+        let files = Arc::new(Semaphore::new(FILES));
+        Self { peer, token: Arc::default(), vouchers: Arc::default(), files, room: None, stop }
+    }
+
+    /// The right to send a file. It is to be had before the first byte of one is read, and kept until the last is taken.
+    ///
+    /// # Errors
+    /// None: nobody closes it.
+    pub(crate) async fn file(&self) -> anyhow::Result<OwnedSemaphorePermit> {
+        Ok(self.files.clone().acquire_owned().await?)
     }
 
     /// The same, with its room, of a member that stops with `stop`.

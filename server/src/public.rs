@@ -25,6 +25,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
+use tokio::sync::OwnedSemaphorePermit;
 
 /// Bytes per write: rustls is fastest at 64 KiB. Of what is read at once no more is in memory than this.
 const PIECE: usize = 64 << 10;
@@ -32,6 +33,20 @@ const PIECE: usize = 64 << 10;
 /// The routes.
 pub fn router() -> Router<Arc<Member>> {
     Router::new().route("/public/images/{digest}", get(image)).route("/public/boot/{profile}/{file}", get(boot))
+}
+
+/// Leave to send a file: a place on the connection, and the client's turn.
+pub(crate) struct Leave {
+    file: OwnedSemaphorePermit,
+    turn: Turn,
+}
+
+impl Leave {
+    /// Waits for both. First for the place: a turn is for who can use it.
+    pub(crate) async fn of(connection: &Connection, member: &Member, client: Client) -> anyhow::Result<Self> {
+        let file = connection.file().await?;
+        Ok(Self { file, turn: member.shares.turn(client).await })
+    }
 }
 
 fn not_found(what: impl Into<String>) -> Failure {
@@ -46,10 +61,10 @@ async fn image(
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
     let digest: Sha256Digest = digest.parse().map_err(|_| not_found("an image is named by 64 hexadecimal digits"))?;
-    let turn = member.shares.turn(Client::of(&connection.peer)).await;
+    let leave = Leave::of(&connection, &member, Client::of(&connection.peer)).await?;
     let image = member.view()?.image(&digest.to_string())?.filter(|image| image.encrypted);
     let image = image.ok_or_else(|| not_found(format!("no public image {digest} here")))?;
-    image_response(&member, &image, turn, &method, &headers)
+    image_response(&member, &image, leave, &method, &headers)
 }
 
 /// Why content that a record names cannot be read. Nodes hear of all members, and content comes after the record: what is not here yet,
@@ -62,18 +77,18 @@ pub(crate) fn unreadable(what: &str, path: &Path, error: &io::Error) -> Failure 
     anyhow::anyhow!("reading '{}': {error}", path.display()).into()
 }
 
-/// An image's bytes, whole or by one range, to the client whose turn it is.
-pub fn image_response(
+/// An image's bytes, whole or by one range, to the client that has leave.
+pub(crate) fn image_response(
     member: &Member,
     image: &ImageRecord,
-    turn: Turn,
+    leave: Leave,
     method: &Method,
     headers: &HeaderMap,
 ) -> Result<Response, Failure> {
     let path = content::path_of(&member.config.blobs(), image.blob);
     let what = format!("image {}", image.digest);
     let file = File::open(&path).map_err(|error| unreadable(&what, &path, &error))?;
-    Ok(ranges((file, image.size), &format!("\"{}\"", image.digest), turn, method, headers))
+    Ok(ranges((file, image.size), &format!("\"{}\"", image.digest), leave, method, headers))
 }
 
 /// The range that a request asks for (RFC 9110 §14): `None` the whole, `Err` outside of the object. Several ranges are answered by
@@ -94,11 +109,11 @@ fn wanted(headers: &HeaderMap, size: u64, etag: &str) -> Result<Option<Range<u64
     if range.start >= range.end { Err(()) } else { Ok(Some(range)) }
 }
 
-/// An object of this size, or the range of it that is asked for, to the client whose turn it is.
+/// An object of this size, or the range of it that is asked for, to the client that has leave.
 pub(crate) fn ranges(
     (file, size): (File, u64),
     etag: &str,
-    turn: Turn,
+    leave: Leave,
     method: &Method,
     headers: &HeaderMap,
 ) -> Response {
@@ -119,7 +134,7 @@ pub(crate) fn ranges(
         ),
     };
     let builder = builder.header(header::CONTENT_LENGTH, range.end - range.start);
-    let body = if *method == Method::HEAD || range.is_empty() { Body::empty() } else { stream(file, range, turn) };
+    let body = if *method == Method::HEAD || range.is_empty() { Body::empty() } else { stream(file, range, leave) };
     builder.body(body).unwrap_or_else(|_| Response::new(Body::empty()))
 }
 
@@ -130,6 +145,7 @@ struct Rest {
     turn: Arc<Turn>,
     /// Bytes that may be sent yet in this turn.
     room: usize,
+    _place: OwnedSemaphorePermit,
 }
 
 /// Bytes that keep a turn until the connection has taken them.
@@ -174,8 +190,8 @@ impl Rest {
     }
 }
 
-fn stream(file: File, range: Range<u64>, turn: Turn) -> Body {
-    let rest = Rest { file: Arc::new(file), range, turn: Arc::new(turn), room: BLOCK };
+fn stream(file: File, range: Range<u64>, Leave { turn, file: place }: Leave) -> Body {
+    let rest = Rest { file: Arc::new(file), range, turn: Arc::new(turn), room: BLOCK, _place: place };
     let reads = stream::try_unfold(rest, Rest::read);
     Body::from_stream(reads.map_ok(|bytes| stream::iter(pieces(bytes).map(Ok::<_, io::Error>))).try_flatten())
 }
@@ -208,7 +224,7 @@ async fn boot(
         let bytes = site_archive(&member)?;
         return Response::builder().body(Body::from(bytes)).map_err(|error| anyhow::Error::from(error).into());
     }
-    let turn = member.shares.turn(Client::of(&connection.peer)).await;
+    let leave = Leave::of(&connection, &member, Client::of(&connection.peer)).await?;
     let view = member.view()?;
     let record = view.profile(&profile)?.ok_or_else(|| not_found(format!("no published profile '{profile}'")))?;
     let image = view
@@ -227,7 +243,7 @@ async fn boot(
     let file =
         File::open(&path).map_err(|error| unreadable(&format!("'{name}' of profile '{profile}'"), &path, &error))?;
     let size = file.metadata().map_err(|error| anyhow::anyhow!("reading '{}': {error}", path.display()))?.len();
-    Ok(ranges((file, size), &format!("\"{blob}\""), turn, &method, &headers))
+    Ok(ranges((file, size), &format!("\"{blob}\""), leave, &method, &headers))
 }
 
 /// What stands behind the image's initramfs: the site bundle.

@@ -5,8 +5,8 @@ use super::behind::Behind;
 use super::pace::Pace;
 use super::pieces::{PIECE, Pieces};
 use crate::content::{self, Incoming};
-use crate::http::Failure;
-use crate::public;
+use crate::http::{Connection, Failure};
+use crate::public::{self, Leave};
 use crate::shares::Client;
 use crate::state::{self, Member};
 use crate::store::raft::{Calls, Peer};
@@ -43,13 +43,13 @@ const LOOK: Duration = Duration::from_secs(1);
 /// A blob, or the rest of one, for another member, which comes after the nodes.
 pub(super) async fn send(
     member: &Arc<Member>,
-    client: Client,
+    connection: &Connection,
     digest: &str,
     headers: &HeaderMap,
 ) -> Result<Response, Failure> {
     let blob: Sha256Digest =
         digest.parse().map_err(|error: moor_api::ids::InvalidId| Problem::new(Code::BadRequest, error.to_string()))?;
-    let turn = member.shares.turn(client).await;
+    let leave = Leave::of(connection, member, Client::of(&connection.peer)).await?;
     let path = content::path_of(&member.config.blobs(), blob);
     let opened = tokio::task::spawn_blocking(move || {
         let file = std::fs::File::open(path)?;
@@ -57,7 +57,7 @@ pub(super) async fn send(
         Ok::<_, std::io::Error>((file, size))
     });
     match opened.await.map_err(anyhow::Error::from)? {
-        Ok(opened) => Ok(public::ranges(opened, &format!("\"{blob}\""), turn, &Method::GET, headers)),
+        Ok(opened) => Ok(public::ranges(opened, &format!("\"{blob}\""), leave, &Method::GET, headers)),
         Err(_) => Err(Problem::new(Code::NotFound, format!("this member does not have the blob {blob} either")).into()),
     }
 }

@@ -12,7 +12,6 @@ use crate::http::{Connection, Failure, Peer, parse};
 use crate::listener::take_over;
 use crate::node::enroll::p256_point;
 use crate::secrets::Place;
-use crate::shares::Client;
 use crate::state::{Member, now};
 use crate::store::raft::{Call, INTRODUCE, PROTOCOL, Replicated, STREAM, SnapshotFile, follow};
 use crate::store::{Command, Outcome, StoreError};
@@ -204,7 +203,7 @@ async fn blob(
     Path(digest): Path<String>,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
-    super::blobs::send(&member, Client::of(&connection.peer), &digest, &headers).await
+    super::blobs::send(&member, &connection, &digest, &headers).await
 }
 
 /// Which of these blobs this member does not have.

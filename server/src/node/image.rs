@@ -1,8 +1,8 @@
 //! `image` and `image/key`: which root a node boots, and the key that opens it.
 
 use super::Caller;
-use crate::http::{Failure, parse};
-use crate::public::image_response;
+use crate::http::{Connection, Failure, parse};
+use crate::public::{Leave, image_response};
 use crate::secrets::Place;
 use crate::shares::Client;
 use crate::state::Member;
@@ -132,16 +132,17 @@ pub(super) async fn key(
 pub(super) async fn plain(
     State(member): State<Arc<Member>>,
     Extension(caller): Extension<Caller>,
+    Extension(connection): Extension<Connection>,
     Path(digest): Path<String>,
     method: Method,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
-    let turn = member.shares.turn(Client::Node(caller.node.id)).await;
+    let leave = Leave::of(&connection, &member, Client::Node(caller.node.id)).await?;
     let view = member.view()?;
     let profile = caller.generation(&view)?;
     let image = image_of(&view, &profile)?;
     if image.digest.to_string() != digest {
         return Err(Problem::new(Code::NotFound, format!("{} does not boot image {digest}", caller.node.name)).into());
     }
-    image_response(&member, &image, turn, &method, &headers)
+    image_response(&member, &image, leave, &method, &headers)
 }

@@ -3,6 +3,9 @@
 use crate::machine::Machine;
 use crate::support::Member;
 use anyhow::{Context as _, ensure};
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Empty};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use moor_api::client::node::NodeConnection;
 use moor_api::client::tls::{ClockFloor, member_tls_config, member_tls_config_at};
 use moor_api::ids::{CollectiveId, MemberId};
@@ -19,17 +22,20 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 /// An ordinary client, as firmware or curl: the site's root, the address in the certificate.
-async fn get(member: &Member, version: &'static SupportedProtocolVersion, request: &str) -> anyhow::Result<Vec<u8>> {
+async fn anybody(member: &Member, version: &'static SupportedProtocolVersion) -> anyhow::Result<ClientConfig> {
     let mut roots = RootCertStore::empty();
     for root in member.site().await?.bundle.roots {
         roots.add(CertificateDer::from_pem_slice(root.as_bytes())?)?;
     }
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
+    Ok(ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[version])?
         .with_root_certificates(roots)
-        .with_no_client_auth();
-    ask(member, config, request).await
+        .with_no_client_auth())
+}
+
+async fn get(member: &Member, version: &'static SupportedProtocolVersion, request: &str) -> anyhow::Result<Vec<u8>> {
+    ask(member, anybody(member, version).await?, request).await
 }
 
 /// The same as text.
@@ -133,6 +139,47 @@ async fn images_come_over_http_2_as_well() -> anyhow::Result<()> {
     let more = [url.as_str(), "-o", second.to_str().context("a path")?, "-Z"];
     assert_eq!(curl(&more)?, "2 2002 200");
     assert!(std::fs::read(&got)? == whole && std::fs::read(&second)? == whole);
+    Ok(())
+}
+
+/// A client that takes nothing of many answers would have a buffer and a file kept for each.
+#[tokio::test]
+async fn of_many_files_over_one_connection_two_are_on_their_way() -> anyhow::Result<()> {
+    let member = Member::start()?;
+    let (image, _) = member.publish().await?;
+    let whole = member.admin().await?.image(image.digest, 1 << 20).await?;
+    let mut config = anybody(&member, &rustls::version::TLS13).await?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let tcp = TcpStream::connect(("127.0.0.1", member.port)).await?;
+    let tls = TlsConnector::from(Arc::new(config)).connect(ServerName::try_from("127.0.0.1")?, tcp).await?;
+    let mut builder = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
+    let (sender, connection) = builder.initial_stream_window_size(1024).handshake(TokioIo::new(tls)).await?;
+    let ends = tokio::spawn(connection);
+    let mut asked = tokio::task::JoinSet::new();
+    let url = format!("{}/public/images/{}", member.url(), image.digest);
+    for _ in 0..16 {
+        let (mut sender, url) = (sender.clone(), url.clone());
+        asked.spawn(async move {
+            let request = http::Request::get(url).body(Empty::<Bytes>::new())?;
+            anyhow::Ok(sender.send_request(request).await?)
+        });
+    }
+    let mut next = async |limit: u64| tokio::time::timeout(Duration::from_millis(limit), asked.join_next()).await;
+    let mut answers = Vec::new();
+    for _ in 0..2 {
+        answers.push(next(10_000).await?.context("none is left")???);
+    }
+    ensure!(next(500).await.is_err(), "a third is on its way");
+    // What is taken makes place for the next, one after the other.
+    for _ in 2..16 {
+        let taken = answers.remove(0).into_body().collect().await?.to_bytes();
+        ensure!(taken == whole, "other bytes");
+        answers.push(next(10_000).await?.context("none is left")???);
+    }
+    ensure!(next(500).await?.is_none(), "more answers than requests");
+    // As well as what is given up.
+    drop((answers, sender));
+    tokio::time::timeout(Duration::from_secs(10), ends).await??.context("the connection")?;
     Ok(())
 }
 
