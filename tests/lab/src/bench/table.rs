@@ -99,7 +99,7 @@ impl Row {
         }
     }
 
-    /// A peer that could not be measured: never ok.
+    /// A peer that could not be measured: not ok where a bar holds against it.
     #[must_use]
     pub fn without_peer(row: &str, unit: &str, peer_name: &str, ours: Option<f64>, bar: Bar, why: &str) -> Self {
         Self {
@@ -111,7 +111,7 @@ impl Row {
             ratio: None,
             spread: None,
             bar: bar.text(),
-            ok: false,
+            ok: matches!(bar, Bar::None),
             note: format!("{peer_name} could not be measured: {why}"),
         }
     }
@@ -233,8 +233,10 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_did_not_run_is_not_ok_and_says_why() {
-        let row = Row::without_peer("x", "s", "rclone", Some(1.0), Bar::None, "it crashed");
+    fn a_peer_that_did_not_run_says_why_and_is_not_ok_where_there_is_a_bar() {
+        let row = |bar| Row::without_peer("x", "s", "rclone", Some(1.0), bar, "it crashed");
+        assert!(row(Bar::None).ok);
+        let row = row(Bar::AtLeast(1.0));
         assert!(!row.ok);
         let table = Table { name: "t".into(), facts: vec![], rows: vec![row] };
         assert!(!table.is_ok());
