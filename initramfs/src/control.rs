@@ -45,26 +45,26 @@ impl Servers {
     /// # Errors
     /// Why not, in a sentence.
     pub async fn change(&self, request: Request) -> Result<(), String> {
+        // Waits for nobody: who asks has little time.
+        if request == Request::End {
+            self.reader.end();
+            return Ok(());
+        }
         let mut now = self.now.lock().await;
         let (addresses, trust) = &mut *now;
         match request {
             Request::Members(servers) => {
-                let wanted = resolved(servers)?;
+                let wanted = resolved(servers, addresses)?;
                 // The agent asks with every heartbeat while a server does not answer.
                 if is_same(&wanted, addresses) {
                     return Ok(());
                 }
                 let paths = Https::all(wanted.clone(), trust.config());
                 // A server that is elsewhere now is another one, also under its old name.
-                let moved = |address: &Address| {
-                    addresses.iter().any(|old| old.url() == address.url() && !address.is_where(old))
+                let stayed = |url: &str| {
+                    wanted.iter().any(|new| new.url() == url && addresses.iter().any(|old| new.is_where(old)))
                 };
-                let changed = if wanted.iter().any(moved) {
-                    self.reader.renew_members(paths).await
-                } else {
-                    self.reader.set_members(paths).await
-                };
-                changed.map_err(|error| error.to_string())?;
+                self.reader.set_members(paths, stayed).await.map_err(|error| error.to_string())?;
                 *addresses = wanted;
                 let names: Vec<_> = addresses.iter().map(Address::url).collect();
                 tracing::info!("the image is on these servers from now on: {}", names.join(", "));
@@ -76,6 +76,7 @@ impl Servers {
                 *trust = successor;
                 tracing::info!("servers are trusted by another bundle from now on");
             }
+            Request::End => {}
         }
         Ok(())
     }
@@ -87,11 +88,15 @@ fn is_same(wanted: &[Address], now: &[Address]) -> bool {
     wanted.len() == now.len() && are_in(wanted, now) && are_in(now, wanted)
 }
 
-fn resolved(servers: Vec<Server>) -> Result<Vec<Address>, String> {
+/// What is asked for without an address is where it is `now`.
+fn resolved(servers: Vec<Server>, now: &[Address]) -> Result<Vec<Address>, String> {
     if servers.len() > MAX_SERVERS {
         return Err(format!("the list has {} servers, and at most {MAX_SERVERS} are taken", servers.len()));
     }
-    let resolve = |server: Server| Address::resolved(&server.url, server.addresses).map_err(|error| error.to_string());
+    let resolve = |server: Server| match now.iter().find(|old| server.addresses.is_empty() && old.url() == server.url) {
+        Some(old) => Ok(old.clone()),
+        None => Address::resolved(&server.url, server.addresses).map_err(|error| error.to_string()),
+    };
     servers.into_iter().map(resolve).collect()
 }
 

@@ -18,7 +18,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek as _, SeekFrom};
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -36,6 +36,10 @@ const WAITING: usize = 32;
 const REST: Duration = Duration::from_secs(5);
 /// The longest of these rests.
 const REST_MAX: Duration = Duration::from_mins(10);
+/// It is set up in this time, or done without.
+const SET_UP: Duration = Duration::from_secs(15);
+/// Reads in a row that fail; after them it is used no more.
+const FAILURES: u32 = 4;
 /// A partition that has anything in its first bytes, or its last, belongs to somebody else.
 const LOOKED_AT: u64 = 128 << 10;
 
@@ -121,8 +125,7 @@ impl DiskCache {
         FindStore(Arc::new(move |header| {
             // Once: what was opened is taken once.
             if let Some(opened) = lock(&cache.opened).take() {
-                let set_up = |opened| Disk::new(opened, &cache.path, cache.size, header, runtime.clone()).map(Arc::new);
-                let disk = opened.and_then(set_up).map_err(|error| {
+                let disk = opened.and_then(|opened| cache.set_up(opened, header, &runtime)).map_err(|error| {
                     tracing::warn!("goes on without the disk cache: {error}");
                     DiskStatus::unusable(&cache.path, &error)
                 });
@@ -131,6 +134,21 @@ impl DiskCache {
             let disk = cache.found.get()?.as_ref().ok()?;
             Some(disk.clone() as Arc<dyn Store>)
         }))
+    }
+
+    /// On a thread of its own: a disk that answers late must not keep anybody from a root that servers have.
+    fn set_up(&self, opened: Opened, header: &Header, runtime: &Handle) -> Result<Arc<Disk>, DiskError> {
+        let (path, size, header, runtime) = (self.path.clone(), self.size, header.clone(), runtime.clone());
+        let (tell, told) = sync_channel(1);
+        let run = move || {
+            // Better with them than not at all.
+            let _ = crate::survive::drop_capabilities();
+            let _ = tell.send(Disk::new(opened, &path, size, &header, runtime));
+        };
+        let failed = |source| DiskError::Step { doing: "set up", path: self.path.clone(), source };
+        std::thread::Builder::new().name("disk set-up".into()).spawn(run).map_err(failed)?;
+        let late = |_| Err(failed(io::Error::new(io::ErrorKind::TimedOut, "it does not answer in time")));
+        told.recv_timeout(SET_UP).unwrap_or_else(late).map(Arc::new)
     }
 
     /// How it stands; `None` before the image is open.
@@ -219,9 +237,11 @@ pub struct Disk {
     runtime: Handle,
     /// Chunks that were read, the bad ones too.
     hits: AtomicU64,
-    bad: AtomicU64,
+    bad: Arc<AtomicU64>,
     late: AtomicU64,
     rest: Arc<Mutex<Rest>>,
+    /// Reads in a row that failed.
+    failures: Arc<AtomicU32>,
     is_off: Arc<AtomicBool>,
 }
 
@@ -263,8 +283,9 @@ impl Disk {
         };
         std::thread::Builder::new().name("disk".into()).spawn(run).map_err(failed("write"))?;
         let path = path.to_owned();
-        let (hits, bad, late) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
-        Ok(Self { path, file, layout, index, writes, runtime, hits, bad, late, rest: Arc::default(), is_off })
+        let (hits, bad, late) = (AtomicU64::new(0), Arc::default(), AtomicU64::new(0));
+        let (rest, failures) = (Arc::default(), Arc::default());
+        Ok(Self { path, file, layout, index, writes, runtime, hits, bad, late, rest, failures, is_off })
     }
 
     fn slot(&self, chunk: u64) -> usize {
@@ -314,13 +335,16 @@ fn is_blank(file: &File, there: u64) -> io::Result<bool> {
 
 /// Takes out what was there, and begins anew. The first page comes last: what was cut off before begins anew once more.
 fn clear(file: &File, is_device: bool, layout: Layout, page: &[u8]) -> io::Result<()> {
-    file.write_all_at(&vec![0; page.len()], 0)?;
+    // Ours, and of no image: after a cut nobody takes what is behind it for somebody else's.
+    let mut begun = MAGIC.to_vec();
+    begun.resize(page.len(), 0);
+    file.write_all_at(&begun, 0)?;
     file.sync_data()?;
     if is_device {
         // Gives the blocks back where the disk can; what stays is sealed, and its key is gone.
-        let _ = fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, layout.end());
+        let _ = fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, PAGE, layout.end() - PAGE);
         let zeros = vec![0; 1 << 20];
-        let mut at = 0;
+        let mut at = PAGE;
         while at < layout.data() {
             let length = (layout.data() - at).min(1 << 20);
             file.write_all_at(&zeros[..usize::try_from(length).map_err(io::Error::other)?], at)?;
@@ -346,6 +370,8 @@ impl Store for Disk {
     fn read(&self, chunk: u64, length: usize) -> Boxed<'static, Option<Vec<u8>>> {
         let offset = self.layout.data() + self.slot(chunk) as u64 * self.layout.length;
         let (file, is_off, rest) = (self.file.clone(), self.is_off.clone(), self.rest.clone());
+        let (failures, bad, index, slot) =
+            (self.failures.clone(), self.bad.clone(), self.index.clone(), self.slot(chunk));
         self.hits.fetch_add(1, Ordering::Relaxed);
         let read = self.runtime.spawn_blocking(move || {
             let mut bytes = vec![0; length];
@@ -355,10 +381,18 @@ impl Store for Disk {
             match read.await {
                 Ok(Ok(bytes)) => {
                     lock(&rest).was_in_time(Instant::now());
+                    failures.store(0, Ordering::Relaxed);
                     Some(bytes)
                 }
                 Ok(Err(error)) => {
-                    off(&is_off, &error.to_string());
+                    // A bad place or two are no bad disk; one that is written to again may be good again.
+                    bad.fetch_add(1, Ordering::Relaxed);
+                    if let Some(entry) = lock(&index).get_mut(slot) {
+                        *entry = 0;
+                    }
+                    if failures.fetch_add(1, Ordering::Relaxed) + 1 >= FAILURES {
+                        off(&is_off, &error.to_string());
+                    }
                     None
                 }
                 // The runtime ends.

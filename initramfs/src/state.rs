@@ -8,12 +8,12 @@ use serde::{Deserialize, Serialize};
 use std::convert::Infallible;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Where it is unless told otherwise.
 pub const DEFAULT_PATH: &str = "/run/mooring/tether.json";
@@ -21,6 +21,10 @@ pub const DEFAULT_PATH: &str = "/run/mooring/tether.json";
 const EVERY: Duration = Duration::from_secs(1);
 /// The same of the trace.
 const TRACE_EVERY: u32 = 10;
+/// How long a tether that ends just now may take to be gone.
+const GONE: Duration = Duration::from_secs(5);
+/// How often it is looked whether it is.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// How the image is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -178,6 +182,24 @@ impl fmt::Display for State {
     }
 }
 
+/// The lock stays where it is when its holder ends: who waited for one that is removed would hold what nobody else finds.
+fn lock(dir: &OwnedFd, name: &Path) -> io::Result<File> {
+    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let file = File::from(openat(dir, name, flags, Bits::from_raw_mode(0o600))?);
+    let begun = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::Error(error)) => return Err(error),
+            Err(TryLockError::WouldBlock) if begun.elapsed() < GONE => std::thread::sleep(LOOK),
+            Err(TryLockError::WouldBlock) => {
+                let why = "a tether that runs has it already; give another one with --state";
+                return Err(io::Error::new(io::ErrorKind::ResourceBusy, why));
+            }
+        }
+    }
+}
+
 fn temporary(name: &OsStr) -> OsString {
     let mut temporary = name.to_owned();
     temporary.push(".new");
@@ -190,13 +212,15 @@ pub struct StateFile {
     state: OsString,
     trace: OsString,
     socket: OsString,
+    /// Held for as long as this process lives: the files are of one tether.
+    _lock: File,
 }
 
 impl StateFile {
-    /// Prepares to write `path`; makes its directory (0700) where it is missing.
+    /// Prepares to write `path`; makes its directory (0700) where it is missing. Waits 5 s at most for another tether to be gone that has it.
     ///
     /// # Errors
-    /// The directory cannot be made or opened; `path` has no file name.
+    /// The directory cannot be made or opened; `path` has no file name; another tether goes on writing to it.
     pub fn new(path: &Path) -> io::Result<Self> {
         let dir = match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
@@ -208,7 +232,8 @@ impl StateFile {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
         let dir = open(&dir, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Bits::empty())?;
         let socket = Path::new(&state).with_extension("sock").into_os_string();
-        Ok(Self { dir, state, trace, socket })
+        let lock = lock(&dir, &Path::new(&state).with_extension("lock"))?;
+        Ok(Self { dir, state, trace, socket, _lock: lock })
     }
 
     /// Replaces the file.

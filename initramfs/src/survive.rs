@@ -3,7 +3,6 @@
 
 use nix::sys::mman::{MlockAllFlags, mlockall};
 use nix::sys::signal::{SigEvent, SigSet, SigevNotify, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
 use nix::time::ClockId;
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
@@ -37,6 +36,8 @@ pub fn prepare() -> Vec<String> {
         "ignoring SIGTERM and SIGHUP",
         SHRUGGED_OFF.into_iter().collect::<SigSet>().thread_block().map_err(io::Error::from),
     );
+    // A core dump would have the image's key in it, and who writes it may be read from the root that has just lost its server.
+    note("its memory being nobody else's", nix::sys::prctl::set_dumpable(false).map_err(io::Error::from));
     note("its name", nix::sys::prctl::set_name(c"moor-tether").map_err(io::Error::from));
     note("exemption from the out-of-memory killer", std::fs::write("/proc/self/oom_score_adj", "-1000"));
     // Allocations of a process that I/O depends on must not wait for that I/O (PR_SET_IO_FLUSHER).
@@ -49,26 +50,12 @@ pub fn prepare() -> Vec<String> {
     refused
 }
 
-/// The way to see that the machine shuts down.
-pub struct Shutdown(SignalFd);
-
-impl Shutdown {
-    /// SIGTERM has to be blocked in every thread.
-    ///
-    /// # Errors
-    /// The kernel does not tell of signals.
-    pub fn watch() -> io::Result<Self> {
-        Ok(Self(SignalFd::with_flags(&SigSet::from(Signal::SIGTERM), SfdFlags::SFD_CLOEXEC)?))
-    }
-
-    /// Waits until process 1 asks this one to end: systemd-shutdown asks all processes, and those of others do not count.
-    ///
-    /// # Errors
-    /// The kernel does not tell of signals.
-    pub fn wait(&self) -> io::Result<()> {
-        while self.0.read_signal()?.is_none_or(|signal| signal.ssi_pid != 1) {}
-        Ok(())
-    }
+/// Whether the death of the process that has started this one ends this one too (`PR_SET_PDEATHSIG`).
+///
+/// # Errors
+/// The kernel refuses.
+pub fn end_with_parent(ends: bool) -> io::Result<()> {
+    Ok(nix::sys::prctl::set_pdeathsig(ends.then_some(Signal::SIGKILL))?)
 }
 
 /// Drops the calling thread's capabilities, and with them those of threads that it starts later: of all that root may, a tether that

@@ -327,3 +327,29 @@ fn what_is_no_list_of_servers_changes_nothing() {
         good(&place.tether(&["unmount", "mnt"]));
     });
 }
+
+#[test]
+fn a_second_tether_takes_nothing_away_from_the_first() {
+    in_namespace("a_second_tether_takes_nothing_away_from_the_first", || {
+        let (place, _authority, server, program) = one_server();
+        fs::create_dir(place.path("other")).unwrap();
+        let url = server.url();
+        let mount = |more: &[&str]| {
+            let arguments = ["mount", "--key-file", "key", "--state", "run/tether.json", "--ca", "ca.pem"];
+            place.tether(&[&arguments, more].concat())
+        };
+        refused(&mount(&["--url", &url, "other"]), "a tether that runs has it already; give another one with --state");
+        assert_eq!(place.urls(), [url.as_str()]);
+        assert_eq!(place.raw(b"\"end\"\n"), "{}\n");
+        program.goes_on();
+        program.end();
+        // One that ends leaves its place to the next. That one does without a server whose name has no address.
+        good(&place.tether(&["unmount", "mnt"]));
+        let nowhere = "https://[fe80::1%nosuch0]/image.moor";
+        good(&mount(&["--url", nowhere, "--url", &url, "mnt"]));
+        assert_eq!(place.urls(), [url.as_str()]);
+        assert!(fs::read(place.path("mnt/image")).unwrap() == place.sample.plaintext);
+        good(&place.tether(&["unmount", "mnt"]));
+        refused(&mount(&["--url", nowhere, "mnt"]), "has no address");
+    });
+}

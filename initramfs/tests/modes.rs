@@ -285,7 +285,33 @@ fn an_unpacked_root_is_the_tree_and_needs_nothing_of_the_image() {
     }));
 }
 
+/// The kernel takes what is written, and finds out later that there is no place for it: then the pages would be read as zeros.
+#[test]
+fn an_unpacked_root_that_outgrows_its_limit_is_refused() {
+    passed(apart_with_disks("an_unpacked_root_that_outgrows_its_limit_is_refused", || {
+        let place = Place::new();
+        let devices_before = devices();
+        let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
+        let total: u64 = meminfo.split_whitespace().nth(1).unwrap().parse().unwrap();
+        // A quarter more than the limit of one per cent, where files are thought to take half.
+        let length = total * 1024 / 100 * 5 / 4;
+        let make = format!(
+            "mkdir noise && head -c {length} /dev/urandom >noise/file && mksquashfs noise noise.squashfs -quiet -no-progress -noD -noF"
+        );
+        ok(&Command::new("sh").current_dir(place.dir.path()).args(["-ec", &make]).output().unwrap());
+        let mut root = place.tether();
+        root.args(["root", "--image", "noise.squashfs", "--work", "work", "--unpack", "--overlay-percent", "1"]);
+        let output = root.args(["--overlay-limit-percent", "1", "root"]).output().unwrap();
+        fails(&output, "cannot write the unpacked files to the memory disk: ");
+        fails(&output, "raise 'limit_percent'");
+        assert_eq!(mounts_under(place.dir.path()), Vec::<String>::new());
+        none_but(&devices_before);
+    }));
+}
+
 fn same_tree_but_devices(place: &Place) {
+    // What was written is read back.
+    drop_caches();
     let sums = |dir: &str| {
         let mut sums = Command::new("sh");
         sums.current_dir(place.path(dir)).args(["-c", "find . -type f -print0 | sort -z | xargs -0 sha256sum"]);

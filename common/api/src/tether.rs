@@ -29,6 +29,8 @@ pub enum Request {
     Members(Vec<Server>),
     /// Servers have to be vouched for by this from now on, and by nothing else.
     Trust(Trust),
+    /// The machine shuts down: from now on an outage of all servers ends reads after a while.
+    End,
 }
 
 /// A server of the image.
@@ -37,7 +39,8 @@ pub enum Request {
 pub struct Server {
     /// `https://HOST[:PORT]/PATH` of the image.
     pub url: String,
-    /// What HOST resolves to: the tether itself has no resolver any more. May be empty where HOST is an address.
+    /// What HOST resolves to: the tether itself has no resolver any more. May be empty where HOST is an address,
+    /// or where the tether reads from this URL already: it stays where it is.
     #[serde(default)]
     pub addresses: Vec<SocketAddr>,
 }

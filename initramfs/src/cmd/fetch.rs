@@ -38,7 +38,11 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     } else {
         kmsg::log_to_kernel(Kmsg::open());
     }
-    let (addresses, trust, options) = (args.source.addresses()?, args.source.authority()?, args.source.options()?);
+    let (addresses, unknown) = args.source.addresses()?;
+    for why in unknown {
+        tracing::warn!("goes on without {why}");
+    }
+    let (trust, options) = (args.source.authority()?, args.source.options()?);
     let mut threads = tokio::runtime::Builder::new_multi_thread();
     let runtime = threads.worker_threads(2).enable_all().build().context("cannot start the reader's threads")?;
     let world = Arc::new(Real::new(runtime.handle().clone()));

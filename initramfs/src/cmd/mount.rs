@@ -10,7 +10,6 @@ use moor_tether::mount::{ImageFile, Mount};
 use moor_tether::pressure::Pressure;
 use moor_tether::reader::{Https, Reader, Real, Settings};
 use moor_tether::state::{DEFAULT_PATH, Mode, State, StateFile};
-use moor_tether::survive::Shutdown;
 use moor_tether::{daemon, seccomp, survive};
 use nix::mount::{MntFlags, umount2};
 use std::convert::Infallible;
@@ -50,8 +49,14 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         return daemon::start().context("cannot start the background process");
     }
     let mut refused = if args.foreground { Vec::new() } else { survive::prepare() };
+    if !args.foreground {
+        // Until it serves, it ends with whoever waits for that: the next try begins in the same place.
+        survive::end_with_parent(true).context("cannot follow the process that waits")?;
+    }
     // All that is needed by path: later there is none.
-    let (addresses, trust, options) = (args.source.addresses()?, args.source.authority()?, args.source.options()?);
+    let (addresses, unknown) = args.source.addresses()?;
+    refused.extend(unknown.iter().map(ToString::to_string));
+    let (trust, options) = (args.source.authority()?, args.source.options()?);
     let prefetch = prefetch(args)?;
     let state = StateFile::new(&args.state).with_context(|| format!("cannot write to '{}'", args.state.display()))?;
     let cache = args.disk_cache.as_ref().map(|path| DiskCache::new(path, args.disk_cache_size));
@@ -100,17 +105,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         // Whoever waits for the mount may look at this process at once.
         mount.settle();
         kmsg::log_to_kernel(kernel_log);
-        let (ending, shutdown) = (reader.clone(), Shutdown::watch().context("cannot watch for a shutdown")?);
-        let watch = move || {
-            confine();
-            match shutdown.wait() {
-                Ok(()) => ending.end(),
-                Err(error) => tracing::warn!("cannot see a shutdown: {error}"),
-            }
-        };
-        std::thread::Builder::new().name("shutdown".into()).spawn(watch).context("cannot watch for a shutdown")?;
         confine();
         let null = null.context("cannot open /dev/null")?;
+        survive::end_with_parent(false).context("cannot go on alone")?;
         daemon::say_ready().context("cannot tell that the mount is there")?;
         survive::let_go(&null).context("cannot let go of the standard streams")?;
         refused.extend(seccomp::confine().err().map(|error| error.to_string()));

@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result, bail};
 use moor_image::{Dek, OpenOptions, PublicKey};
-use moor_tether::reader::{Address, OpenError};
+use moor_tether::reader::{Address, AddressError, OpenError};
 use moor_tether::tls::Trust;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -46,13 +46,13 @@ pub(super) struct Source {
 }
 
 impl Source {
-    /// The servers, resolved.
-    pub(super) fn addresses(&self) -> Result<Vec<Address>> {
+    /// The servers, resolved; and what is wrong with those that are done without.
+    pub(super) fn addresses(&self) -> Result<(Vec<Address>, Vec<AddressError>)> {
         // Not left to the parser: whoever calls in a boot shows the first line that it gets, and a usage text has many.
         if self.urls.is_empty() {
             return Err(OpenError::NoMember.into());
         }
-        self.urls.iter().map(|url| Ok(Address::resolve(url)?)).collect()
+        Ok(Address::resolve_all(&self.urls)?)
     }
 
     /// Who vouches for them.

@@ -22,6 +22,8 @@ const ROOT: u64 = 1;
 const FILE: u64 = 2;
 /// Nothing ever changes.
 const TTL: Duration = Duration::from_hours(24);
+/// How long to wait where the kernel has no memory for a request.
+const SHORT_OF: Duration = Duration::from_millis(10);
 /// Longest read in one request.
 const LONGEST_READ: u32 = 1 << 20;
 /// Pages of it, at the smallest page size.
@@ -229,6 +231,8 @@ impl<F: ReadOnlyFile> OneFile<F> {
                     // Who asked was interrupted before this one took it.
                     Errno::ENOENT | Errno::EINTR | Errno::EAGAIN => {}
                     Errno::ENODEV => return Ok(None),
+                    // Without this thread the root would end; memory comes back.
+                    Errno::ENOMEM => std::thread::sleep(SHORT_OF),
                     _ => return Err(error),
                 },
             }

@@ -45,6 +45,29 @@ impl Address {
         Self::parse(url, |host, port| Ok((host, port).to_socket_addrs()?.collect()))
     }
 
+    /// All of these that can be reached: one name that does not resolve is no reason to do without the others. Beside them, what is wrong with
+    /// the rest.
+    ///
+    /// # Errors
+    /// Another form of any; no host has an address.
+    pub fn resolve_all(urls: &[String]) -> Result<(Vec<Self>, Vec<AddressError>), AddressError> {
+        let (mut found, mut unknown) = (Vec::new(), Vec::new());
+        for url in urls {
+            match Self::resolve(url) {
+                Ok(address) => found.push(address),
+                Err(error @ AddressError::Resolve { .. }) => unknown.push(error),
+                Err(error) => return Err(error),
+            }
+        }
+        match unknown.pop() {
+            Some(error) if found.is_empty() => Err(error),
+            last => {
+                unknown.extend(last);
+                Ok((found, unknown))
+            }
+        }
+    }
+
     /// The same where somebody else has resolved the host. Without `sockets` the host has to be an address.
     ///
     /// # Errors
@@ -191,6 +214,19 @@ mod tests {
         ] {
             assert!(!other.is_where(&before), "{other:?}");
         }
+    }
+
+    #[test]
+    fn a_name_without_an_address_does_not_take_the_others_away() {
+        let urls = |some: &[&str]| some.iter().map(|url| (*url).to_owned()).collect::<Vec<_>>();
+        let all = |some: &[&str]| Address::resolve_all(&urls(some));
+        let (good, bad) = ("https://127.0.0.1:1/x", "https://[fe80::1%nosuch0]/x");
+        let (found, unknown) = all(&[bad, good, bad]).unwrap();
+        assert_eq!(found.iter().map(Address::url).collect::<Vec<_>>(), [good]);
+        assert!(unknown.len() == 2 && unknown[0].to_string().contains("nosuch0"), "{unknown:?}");
+        assert!(matches!(all(&[bad, bad]), Err(AddressError::Resolve { .. })));
+        assert!(matches!(all(&[good, "http://127.0.0.1/x"]), Err(AddressError::Form(_))));
+        assert!(all(&[]).unwrap().0.is_empty());
     }
 
     #[test]

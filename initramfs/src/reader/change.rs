@@ -41,15 +41,19 @@ impl fmt::Display for Reasons<'_> {
 
 impl Reader {
     /// From now on the image is read from these. What is known of a server that was in the list before stays known, and so do its
-    /// connections.
+    /// connections, where `stayed` says so of its URL.
     ///
     /// # Errors
     /// The list is empty, names a server twice, or has nobody who serves the image; then nothing has changed.
-    pub async fn set_members(&self, paths: Vec<Box<dyn Path>>) -> Result<(), ChangeError> {
+    pub async fn set_members(
+        &self,
+        paths: Vec<Box<dyn Path>>,
+        stayed: impl Fn(&str) -> bool,
+    ) -> Result<(), ChangeError> {
         let known = self.0.fleet.members();
         let keep = |path: Box<dyn Path>| match known.iter().find(|member| member.url() == path.url()) {
-            Some(member) => member.clone(),
-            None => self.0.newcomer(path),
+            Some(member) if stayed(member.url()) => member.clone(),
+            _ => self.0.newcomer(path),
         };
         self.0.take_up(paths, keep).await
     }

@@ -100,7 +100,8 @@ impl Lines {
     /// A reader goes to these chunks.
     pub(super) fn push(&mut self, chunks: Range<u64>) {
         if !chunks.is_empty() {
-            if self.ahead.len() == AHEAD_WAITING {
+            // What was put back may be one more.
+            while self.ahead.len() >= AHEAD_WAITING {
                 self.ahead.pop_front();
             }
             self.ahead.push_back(chunks);
@@ -233,5 +234,12 @@ mod tests {
             lines.push(index * 100..index * 100 + 1);
         }
         assert_eq!(lines.ahead(), Some(6800..6801));
+        // Also where the rest of one, and what had gaps, were put back.
+        lines.push(0..100);
+        for index in 0..100 {
+            lines.put_back(index..index + 1);
+            lines.push(index * 100..index * 100 + 1);
+            assert_eq!(lines.ahead.len(), AHEAD_WAITING);
+        }
     }
 }

@@ -67,6 +67,16 @@ impl Fault {
         matches!(self, Self::Unreachable(_) | Self::Silent(_) | Self::Slow(_))
     }
 
+    /// Whether it shows that other bytes are there than the image's. A file that is too short may be on its way there.
+    #[must_use]
+    pub fn is_of_another_image(&self) -> bool {
+        match self {
+            Self::Wrong(_) => true,
+            Self::Length { expected, actual } => actual > expected,
+            _ => false,
+        }
+    }
+
     /// Whether the next attempt may well succeed without anybody's doing.
     #[must_use]
     pub fn is_passing(&self) -> bool {

@@ -101,6 +101,7 @@ impl Link {
             let asked = self.world.now();
             let head = within(&*self.world, limit, wire.ask(start, length)).await.unwrap_or(Err(Fault::Silent(limit)));
             match head {
+                Ok(head) if is_rested && head.status == 408 => {}
                 Ok(head) => {
                     slowness.note(self.world.since(asked), SILENCE);
                     let total = check_head(&head, start, length)?;
@@ -115,8 +116,8 @@ impl Link {
                         _slot: slot,
                     });
                 }
-                // The server may close a connection that rests at any time: that is not its fault.
-                Err(Fault::Broken(_)) if is_rested => {}
+                // The server may close a connection that rests at any time: that is not its fault, however it says so (RFC 9110 §15.5.9).
+                Err(Fault::Broken(_) | Fault::Tls(_)) if is_rested => {}
                 Err(fault) => return Err(fault),
             }
         }
@@ -133,6 +134,11 @@ impl Link {
         Ok(wire)
     }
 
+    /// Gives up what was kept for more requests at a time than there are any more.
+    pub(super) fn trim(&self) {
+        trim(&mut self.idle(), self.world.now(), KEPT);
+    }
+
     /// Takes an answer back whose body was read to its end, so that its connection serves the next request.
     pub(super) fn keep(&self, answer: Answer) {
         if answer.left > 0 || !answer.wire.is_usable() {
@@ -140,14 +146,19 @@ impl Link {
         }
         let now = self.world.now();
         let mut idle = self.idle();
-        // The oldest stand first.
-        while idle.len() >= KEPT
-            && let Some(oldest) = idle.first()
-            && now.saturating_sub(oldest.since) > RESTED_LONG
-        {
-            idle.remove(0);
-        }
+        trim(&mut idle, now, KEPT - 1);
         idle.push(Rested { wire: answer.wire, since: now });
+    }
+}
+
+/// Gives up connections that have rested long, but for so many.
+fn trim(idle: &mut Vec<Rested>, now: Duration, most: usize) {
+    // The oldest stand first.
+    while idle.len() > most
+        && let Some(oldest) = idle.first()
+        && now.saturating_sub(oldest.since) > RESTED_LONG
+    {
+        idle.remove(0);
     }
 }
 

@@ -234,11 +234,20 @@ impl Member {
         self.patience.store(next, Ordering::Relaxed);
     }
 
+    /// Gives up connections that were kept for a rush which is over.
+    pub(super) fn trim(&self) {
+        self.link.trim();
+    }
+
     /// A read whose purpose it was has shown that the member is good. Returns whether it was not before.
     pub(super) fn passed(&self) -> bool {
         let mut health = lock(&self.health);
         health.row = 0;
         let was = std::mem::replace(&mut health.standing, Standing::Good);
+        if was == Standing::Excluded {
+            // Somebody has mended it. The next wrong bytes count at once, and no other fault does.
+            health.wrong = WRONG_LIMIT - 1;
+        }
         was != Standing::Good
     }
 
@@ -267,7 +276,7 @@ impl Member {
         health.row += 1;
         // What it serves after its rest is judged by its bytes: a file that was laid anew meanwhile is no reason to rest again.
         health.etag = None;
-        if matches!(fault, Fault::Wrong(_)) {
+        if fault.is_of_another_image() {
             health.wrong += 1;
         }
         health.standing = match fault {
@@ -375,6 +384,21 @@ pub(super) mod tests {
         assert_eq!(member.failed(&Fault::NoRanges, true).1, Standing::Excluded);
         assert!(member.passed());
         assert_eq!(member.standing(), Standing::Good);
+        // It was mended. That it is started again is not its old fault, and one more of those is enough.
+        assert_eq!(member.failed(&Fault::Connect("refused".into()), false).1, Standing::BackingOff);
+        assert!(member.passed());
+        assert_eq!(member.failed(&wrong(), false).1, Standing::Excluded);
+    }
+
+    #[test]
+    fn what_is_longer_than_the_image_is_another_file_and_what_is_shorter_may_be_on_its_way() {
+        let of = |actual| Fault::Length { expected: 10, actual };
+        let member = member();
+        for _ in 0..4 {
+            assert_eq!(member.failed(&of(9), true).1, Standing::BackingOff);
+        }
+        member.failed(&of(11), true);
+        assert_eq!(member.failed(&of(11), true).1, Standing::Excluded);
     }
 
     #[test]

@@ -315,6 +315,7 @@ impl Reader {
     /// Gives memory back when nothing was read for [`AT_REST_AFTER`]; the next read takes it again. What was read lies in the kernel's page cache, too.
     pub fn rest(&self) {
         let inner = &self.0;
+        inner.fleet.members().iter().for_each(|member| member.trim());
         let since = millis(inner.world.now()).saturating_sub(inner.read_at.load(Ordering::Relaxed));
         // What was fetched for the boot is there to be read, however long that takes.
         let is_booting = inner.is_booting();

@@ -3,6 +3,7 @@
 use super::fault::Fault;
 use super::link::Answer;
 use super::member::{Member, Standing};
+use super::world::World;
 use super::{Inner, lock};
 use moor_image::ImageError;
 use std::sync::atomic::Ordering;
@@ -13,6 +14,8 @@ use std::time::Duration;
 const QUICK: Duration = Duration::from_millis(100);
 /// A member may take so many times as long as the best of the others.
 const SLOWER: u32 = 4;
+/// How often a member that rests is thought of.
+const LOOK: Duration = Duration::from_secs(1);
 /// When members that nobody has asked yet are tried: a fault is better found before they are needed.
 const FIRST_LOOK: Duration = Duration::from_secs(1);
 
@@ -28,11 +31,7 @@ impl Inner {
         let (reader, member, world): (Weak<Self>, _, _) = (Arc::downgrade(self), member.clone(), self.world.clone());
         self.world.spawn(Box::pin(async move {
             loop {
-                let Some(inner) = reader.upgrade() else { return };
-                let rest = member.rest(inner.fleet.is_down());
-                drop(inner);
-                world.sleep(rest).await;
-                let Some(inner) = reader.upgrade() else { return };
+                let Some(inner) = rested(&reader, &member, &*world).await else { return };
                 match member.standing() {
                     _ if member.is_retired() => return,
                     Standing::Good => return,
@@ -111,6 +110,22 @@ impl Inner {
         let bytes = member.take(&mut answer, size).await?;
         Ok((bytes, answer))
     }
+}
+
+/// Lets a member rest. One that rests long since it is not needed is needed when no other is left. `None` once the reader is gone.
+async fn rested(reader: &Weak<Inner>, member: &Member, world: &dyn World) -> Option<Arc<Inner>> {
+    let mut is_alone = reader.upgrade()?.fleet.is_down();
+    let mut left = member.rest(is_alone);
+    while !left.is_zero() {
+        let step = left.min(LOOK);
+        world.sleep(step).await;
+        left -= step;
+        if !is_alone && reader.upgrade()?.fleet.is_down() {
+            is_alone = true;
+            left = left.min(member.rest(true));
+        }
+    }
+    reader.upgrade()
 }
 
 fn out_of_reach() -> Fault {

@@ -138,6 +138,9 @@ impl Undo {
     }
 }
 
+/// What helps where a memory disk is full.
+const UNPACKED: &str = "; its files do not compress as far as the limit of the memory disk needs: raise 'limit_percent' of the profile's overlay, or boot it tethered";
+
 /// Refuses an image of `size` bytes that does not fit into memory beside a writable layer of `percent` of it. `held` bytes of memory are the
 /// image's already.
 ///
@@ -240,7 +243,14 @@ fn unpacked(options: &RootOptions, memory: Memory, undo: &mut Undo) -> Result<()
     // mke2fs makes it; the image has none, or its own.
     let lost = options.new_root.join("lost+found");
     std::fs::remove_dir(&lost).map_err(step(format!("remove '{}'", lost.display())))?;
+    // Opened before: what failed to be written since then is told to who asks by this descriptor (syncfs(2)).
+    let whole = std::fs::File::open(&options.new_root).map_err(step("open the new root"))?;
     unpack::copy(&lower, &options.new_root)?;
+    // A memory disk that is full says so when the kernel writes to it, long after the copy has read its last byte.
+    rustix::fs::syncfs(&whole).map_err(|error| {
+        let doing = "write the unpacked files to the memory disk".into();
+        RootError::Step { doing, source: error.into(), advice: UNPACKED }
+    })?;
     umount2(&lower, MntFlags::UMOUNT_NOFOLLOW)
         .map_err(|error| step(format!("unmount '{}'", lower.display()))(error.into()))?;
     undo.0.retain(|made| !matches!(made, Made::Mount(path) if *path == lower));

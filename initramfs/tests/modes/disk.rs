@@ -120,7 +120,12 @@ fn chunks_on_a_disk_are_not_fetched_again_and_not_believed() {
         assert_eq!(cached.disk().bad, 0, "{:?}", cached.disk());
         cached.unmount();
 
-        // The power went while it was set up.
+        // The power went while it was set up: before what was there is gone, and after.
+        let begun = [b"MOORCHE1".as_slice(), &[0; 4088]].concat();
+        fs::File::options().write(true).open(&cache).unwrap().write_all_at(&begun, 0).unwrap();
+        cached.mount(&[]);
+        cached.fill();
+        cached.unmount();
         fs::File::options().write(true).open(&cache).unwrap().set_len(5000).unwrap();
         cached.mount(&[]);
         cached.fill();

@@ -1,9 +1,9 @@
 //! Servers that fail one after the other, or all but one at once.
 
-use super::sim::network::{Conduct, Server};
+use super::sim::network::{Conduct, Server, Way};
 use super::sim::world::Sim;
 use super::{FILES, HOUR, apart, open_with};
-use moor_tether::reader::world::World as _;
+use moor_tether::reader::world::{Path, World as _};
 use moor_tether::reader::{Reader, Settings, Standing};
 use std::sync::Arc;
 use std::time::Duration;
@@ -98,4 +98,26 @@ fn a_server_whose_file_was_laid_anew_is_back_after_one_rest() {
         reader.figures().members[0].state
     });
     assert_eq!(standing, Some(Standing::Good));
+}
+
+#[test]
+fn one_server_that_has_moved_makes_no_stranger_of_the_other() {
+    let sim = Sim::new(3);
+    let world = sim.clone();
+    let figures = sim.run(HOUR, async move {
+        let servers = servers(&world, 2, Duration::from_millis(5));
+        let reader = open_with(&world, &servers, Settings { cache: 600_000, ..Settings::default() }).await;
+        for index in 0..60 {
+            reader.read(apart(index), 100).await.unwrap();
+        }
+        let before = reader.figures().members;
+        let paths = servers.iter().map(|server| Box::new(Way(server.clone())) as Box<dyn Path>).collect();
+        let stays = before[1].url.clone();
+        reader.set_members(paths, |url| url == stays).await.unwrap();
+        (before, reader.figures().members)
+    });
+    let (before, after) = figures.unwrap();
+    assert!(before.iter().all(|member| member.requests > 0), "{before:?}");
+    assert_eq!(after[1].requests, before[1].requests);
+    assert!(after[0].requests < before[0].requests, "{after:?}");
 }

@@ -3,8 +3,8 @@
 use super::sim::network::Conduct;
 use super::sim::world::Sim;
 use super::{FILES, HOUR, pair};
-use moor_tether::reader::ReadError;
 use moor_tether::reader::world::World as _;
+use moor_tether::reader::{ReadError, Standing};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -33,6 +33,36 @@ fn an_outage_lasts_as_long_as_it_lasts_unless_the_machine_shuts_down() {
         waited
     });
     assert_eq!(waited, Some(Duration::from_secs(30)));
+}
+
+/// A server that was away for long rests long. It is back when the other one goes: reads must not wait for the end of that rest.
+#[test]
+fn who_rests_long_is_asked_soon_when_nobody_else_is_left() {
+    let mut rested = 0;
+    for seed in 0..12 {
+        let sim = Sim::new(seed);
+        let world = sim.clone();
+        let (took, was_at_rest) = sim
+            .run(HOUR, async move {
+                let (servers, reader) = pair(&world, Vec::new()).await;
+                servers[1].behave(Conduct::Refused);
+                for index in 0..600 {
+                    reader.read(super::apart(index % 80), 100).await.unwrap();
+                    world.sleep(Duration::from_secs(1)).await;
+                }
+                servers[1].behave(Conduct::Good);
+                world.sleep(Duration::from_secs(1)).await;
+                let was_at_rest = reader.figures().members[1].state == Standing::BackingOff;
+                servers[0].behave(Conduct::Refused);
+                let begun = world.now();
+                reader.read(super::apart(81), 100).await.unwrap();
+                (world.since(begun), was_at_rest)
+            })
+            .unwrap();
+        assert!(took < Duration::from_millis(7500), "{seed}: {took:?}");
+        rested += usize::from(was_at_rest);
+    }
+    assert!(rested > 6, "the server rested in {rested} of 12 runs");
 }
 
 /// What is logged, as the kernel's log gets it: a letter for the level, and the text.

@@ -3,7 +3,7 @@
 use super::engine::Fault;
 use super::states::{Class, State};
 use super::{Boot, call_fault, missing};
-use crate::child;
+use crate::child::{self, ChildError};
 use moor_api::deploy::{DeployDocument, OnFailure, RootMode};
 use moor_api::node::{EnvelopeKind, ImageOffer, KeyEnvelope, KeyRequest, Stage};
 use moor_image::Dek;
@@ -13,9 +13,10 @@ use std::time::Duration;
 use tokio::process::Command;
 use zeroize::{Zeroize as _, Zeroizing};
 
-/// Limits of the two calls of the tether; the states have longer ones.
+/// Limit of a call of the tether; the states have longer ones.
 pub(super) const MOUNT_LIMIT: Duration = Duration::from_secs(150);
-const ROOT_LIMIT: Duration = Duration::from_secs(150);
+/// Making a root may take twice as long while a member is there. It reads the image, and with no member there it waits.
+const ROOT_LOOK: Duration = Duration::from_secs(75);
 /// The same where a whole image is fetched or unpacked. A slow network takes its time, and the tether waits out an outage.
 pub(super) const WHOLE_LIMIT: Duration = Duration::from_secs(3500);
 /// The partition that keeps chunks, by its name in the partition table: whoever gave it that name meant it. The kernel command line may name another
@@ -164,17 +165,44 @@ impl Boot {
         if let Some(limit) = overlay.limit_percent {
             root.arg("--overlay-limit-percent").arg(limit.to_string());
         }
-        let limit = if mode == RootMode::Ram {
+        if mode == RootMode::Ram {
             root.arg("--unpack");
-            WHOLE_LIMIT
-        } else {
-            ROOT_LIMIT
-        };
+        }
         root.arg(&self.options.root);
-        child::run(root, b"", limit).await.map_err(Fault::fatal)?;
+        let made = Box::pin(child::run(root, b"", WHOLE_LIMIT));
+        if mode == RootMode::Ram {
+            made.await.map_err(Fault::fatal)?;
+        } else {
+            self.wait_for_root(made, ROOT_LOOK).await?;
+        }
         // From now on the image is in use.
         self.schedule = None;
         Ok(State::Render)
+    }
+
+    /// Waits for a root that is being made: for as long as no member is there, and otherwise until it was looked for one twice in a row.
+    async fn wait_for_root(
+        &mut self,
+        mut made: impl Future<Output = Result<String, ChildError>> + Unpin,
+        look: Duration,
+    ) -> Result<(), Fault> {
+        let mut was_there = false;
+        loop {
+            if let Ok(ended) = tokio::time::timeout(look, &mut made).await {
+                return ended.map(drop).map_err(Fault::fatal);
+            }
+            let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
+            members.disconnect();
+            let is_there = members.connection().await.is_ok();
+            if is_there && was_there {
+                let seconds = 2 * look.as_secs();
+                return Err(Fault::fatal(format!("the root was not made within {seconds} s, with a member there")));
+            }
+            if !is_there {
+                crate::console::say("root", "no member answers: the root is made once there is one");
+            }
+            was_there = is_there;
+        }
     }
 
     /// What the kernel command line says, or else the profile.
@@ -316,6 +344,20 @@ mod tests {
         let fault = boot(dir.path(), "/bin/false", RootMode::Tethered).tether().await.unwrap_err();
         assert_eq!(fault.class, Class::Restart);
         assert!(fault.reason.contains("/bin/false"), "{}", fault.reason);
+    }
+
+    #[tokio::test]
+    async fn a_root_is_waited_for_while_no_member_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut boot = boot(dir.path(), "/bin/false", RootMode::Tethered);
+        let look = Duration::from_millis(20);
+        let mut slow = Command::new("sleep");
+        slow.arg("0.5");
+        let slow = Box::pin(child::run(slow, b"", WHOLE_LIMIT));
+        boot.wait_for_root(slow, look).await.unwrap();
+        let fault =
+            boot.wait_for_root(Box::pin(child::run(Command::new("false"), b"", WHOLE_LIMIT)), look).await.unwrap_err();
+        assert_eq!(fault.class, Class::Fatal);
     }
 
     /// What the tether's statuses mean for the boot; what it says reaches the console and the member as it is.

@@ -64,9 +64,12 @@ pub enum OnbootError {
 /// It cannot begin.
 pub async fn run(run: RunDir) -> Result<(), OnbootError> {
     let mut terminate = signal(SignalKind::terminate())?;
-    let mut duty = Duty::new(run)?;
+    let mut duty = Duty::new(run.clone())?;
     tokio::select! {
-        _ = terminate.recv() => Ok(()),
+        _ = terminate.recv() => {
+            tether::tell_of_shutdown(&run).await;
+            Ok(())
+        }
         never = duty.serve() => match never {},
     }
 }

@@ -14,6 +14,9 @@ const POLL: Duration = Duration::from_secs(1);
 /// How long one question may take.
 const ANSWER: Duration = Duration::from_secs(30);
 
+/// How long it may take while this service has to end: half of what its unit gives it.
+const STOPPING: Duration = Duration::from_secs(5);
+
 /// How the start of the system ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Outcome {
@@ -63,6 +66,12 @@ async fn output(program: &str, arguments: &[&str]) -> String {
         Ok(Ok(output)) => String::from_utf8_lossy(&output.stdout).into_owned(),
         _ => String::new(),
     }
+}
+
+/// Whether the machine shuts down. Without an answer within the time that a service has to stop it does not.
+pub(super) async fn is_stopping() -> bool {
+    let asked = tokio::time::timeout(STOPPING, ask(&["is-system-running"])).await;
+    asked.is_ok_and(|word| word.trim() == "stopping")
 }
 
 fn failed_units(listing: &str) -> Vec<String> {

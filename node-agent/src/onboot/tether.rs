@@ -1,6 +1,6 @@
 //! What a heartbeat says of the members reaches the process that serves the root: it has no way of its own to learn of it.
 
-use super::Duty;
+use super::{Duty, system};
 use crate::handover::{RunDir, TetherMember};
 use crate::members::Members;
 use moor_api::client::node::parse_https;
@@ -66,6 +66,17 @@ impl Duty {
     }
 }
 
+/// Where the machine shuts down, an outage of all servers may end reads of the root after a while. The tether learns of it here alone: process 1
+/// asks all processes to end but those that it spares (systemd: killall.c).
+pub(super) async fn tell_of_shutdown(run: &RunDir) {
+    if run.tether().is_some()
+        && system::is_stopping().await
+        && let Err(error) = ask(run, &Request::End)
+    {
+        crate::console::say("onboot", &format!("the tether does not know of the shutdown: {error}"));
+    }
+}
+
 /// First the tether: what it refuses must not be what an agent that is started again begins with.
 fn hand_on_bundle(run: &RunDir, bundle: &SiteBundle) -> Result<(), String> {
     if run.tether().is_some() {
@@ -95,18 +106,25 @@ fn tell_members(run: &RunDir, members: &[MemberEndpoint]) -> Result<bool, String
     let bases = members.iter().flat_map(|member| &member.urls);
     let wanted: BTreeSet<String> = bases.map(|base| image_url(base, tether.digest)).collect();
     let is_good = tether.members.iter().all(TetherMember::is_good);
-    let is_other = wanted != tether.members.into_iter().map(|member| member.url).collect();
+    let known: BTreeSet<String> = tether.members.into_iter().map(|member| member.url).collect();
     // One that does not serve may have moved and kept its name: only here somebody can look that up.
-    if is_good && !is_other {
+    if is_good && wanted == known {
         return Ok(false);
     }
-    let resolve = |url: String| {
+    let (mut servers, mut unknown) = (Vec::new(), None);
+    for url in wanted {
         let (host, port) = parse_https(&url).map_err(|error| error.to_string())?;
-        let addresses = tokio::task::block_in_place(|| (host.as_str(), port).to_socket_addrs());
-        let addresses = addresses.map_err(|error| format!("'{host}': {error}"))?;
-        Ok(Server { addresses: addresses.collect(), url })
-    };
-    let servers = wanted.into_iter().map(resolve).collect::<Result<_, String>>()?;
+        match tokio::task::block_in_place(|| (host.as_str(), port).to_socket_addrs()) {
+            Ok(addresses) => servers.push(Server { addresses: addresses.collect(), url }),
+            // The tether knows where it was. One that it never knew is no reason not to tell it of the others.
+            Err(_) if known.contains(&url) => servers.push(Server { addresses: Vec::new(), url }),
+            Err(error) => unknown = Some(format!("'{host}': {error}")),
+        }
+    }
+    let is_other = servers.iter().map(|server| &server.url).ne(&known);
+    if let Some(unknown) = unknown.filter(|_| servers.is_empty() || is_good && !is_other) {
+        return Err(unknown);
+    }
     ask(run, &Request::Members(servers)).map_err(|error| error.to_string())?;
     Ok(is_other)
 }
@@ -209,6 +227,36 @@ mod tests {
         assert_eq!(servers[0].url, format!("https://localhost:2/public/images/{}", digest()));
         let addresses = &servers[0].addresses;
         assert!(!addresses.is_empty() && addresses.iter().all(|address| address.ip().is_loopback()), "{addresses:?}");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn one_name_that_does_not_resolve_keeps_nobody_from_moving() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        let (gone, there) = ("https://nosuch.invalid:2", "https://127.0.0.1:3");
+        let told = |tether: JoinHandle<[(Request, Option<u64>); 1]>| {
+            let [(request, _)] = tether.join().unwrap();
+            let Request::Members(servers) = request else { panic!("{request:?}") };
+            servers.into_iter().map(|server| (server.url, server.addresses.len())).collect::<Vec<_>>()
+        };
+        let url = |base: &str| format!("{base}/public/images/{}", digest());
+        // One that the tether has stays where it was; the tether knows that.
+        has(&run, gone, false, "backing-off");
+        let asked = tether(&run, [GRANTED]);
+        assert_eq!(tell_members(&run, &members(&[gone, there])), Ok(true));
+        assert_eq!(told(asked), [(url(there), 1), (url(gone), 0)]);
+        std::fs::remove_file(run.path(SOCKET)).unwrap();
+        // One that it never had is left out.
+        has(&run, "https://127.0.0.1:1", false, "good");
+        let asked = tether(&run, [GRANTED]);
+        assert_eq!(tell_members(&run, &members(&[gone, there])), Ok(true));
+        assert_eq!(told(asked), [(url(there), 1)]);
+        // That is said, and nobody is asked for nothing, for nobody listens.
+        has(&run, there, false, "good");
+        for list in [&[gone, there][..], &[gone]] {
+            let said = tell_members(&run, &members(list)).unwrap_err();
+            assert!(said.starts_with("'nosuch.invalid': "), "{said}");
+        }
     }
 
     #[test]

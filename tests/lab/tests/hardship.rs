@@ -93,3 +93,21 @@ fn a_node_short_of_memory_gets_the_cache_back_and_a_minute_without_its_server_is
     assert_eq!(scenario.on_node(&vm, "systemctl is-system-running")?.trim(), "running");
     scenario.power_off_in_order(&mut vm)
 }
+
+/// Nothing that the node has to read for its end may be waited for without end.
+#[test]
+#[ignore = "minutes of emulation: make test-full"]
+fn a_node_whose_only_server_is_gone_can_be_powered_off() -> anyhow::Result<()> {
+    let dir = tempfile::Builder::new().prefix("moor-alone-").tempdir()?;
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711))?;
+    let mut scenario = Scenario::prepare(dir.path(), &mut |what| println!("{what}"))?;
+    let tpm = Swtpm::start(&dir.path().join("tpm"))?;
+    scenario.member.moor_ok(&["arm", NODE])?;
+    let mut vm = scenario.power_on("vm", &tpm, 2272)?;
+    scenario.wait_booted(&mut vm, &BTreeSet::new())?;
+    scenario.member.kill();
+    let begun = Instant::now();
+    scenario.power_off_in_order(&mut vm)?;
+    println!("powered off {} s after it was asked to\n{}", begun.elapsed().as_secs(), vm.console_tail(40));
+    Ok(())
+}
