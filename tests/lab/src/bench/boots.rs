@@ -59,7 +59,7 @@ pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
         lab.say(&format!("prefetch: {name}"));
         let (near, far) = (Namespace::new()?, Namespace::new()?);
         let _delay = Delay::between(&near, &far, one_way)?;
-        let home = format!("web-{name}");
+        let home = format!("web-{}", one_way.as_micros());
         let server = Web::start((lab.dir, &home), (FAR, 8472), Some(&far), Conduct::Good(input.dir()))?;
         let boot = |pace: u32, with_list: bool| -> anyhow::Result<Boot> {
             let mut command = tied(std::env::current_exe().context("finding this program")?);
