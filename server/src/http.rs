@@ -51,12 +51,9 @@ impl Connection {
         Self { peer, token: Arc::default(), vouchers: Arc::default(), files, room: None, stop }
     }
 
-    /// The right to send a file. It is to be had before the first byte of one is read, and kept until the last is taken.
-    ///
-    /// # Errors
-    /// None: nobody closes it.
-    pub(crate) async fn file(&self) -> anyhow::Result<OwnedSemaphorePermit> {
-        Ok(self.files.clone().acquire_owned().await?)
+    /// Whose permits are the right to send a file. One is to be had before the first byte is read, and kept until the last is taken.
+    pub(crate) fn files(&self) -> Arc<Semaphore> {
+        self.files.clone()
     }
 
     /// The same, with its room, of a member that stops with `stop`.

@@ -42,8 +42,8 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 const HEAD: Duration = Duration::from_secs(150);
 /// A client that takes nothing of an answer for so long is gone, or means harm: what is on its way to it costs memory and a connection.
 const TAKES_NOTHING: Duration = Duration::from_mins(1);
-/// Requests of one HTTP/2 connection at a time, and bytes of their heads.
-const STREAMS: u32 = 64;
+/// Requests of one HTTP/2 connection at a time (each may have a file open), and bytes of their heads.
+const STREAMS: u32 = 16;
 const HEADS: u32 = 16 << 10;
 /// An HTTP/2 connection is asked so often whether somebody is there, and ends without an answer in the time of a handshake.
 const PING: Duration = Duration::from_secs(30);

@@ -25,7 +25,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Bytes per write: rustls is fastest at 64 KiB. Of what is read at once no more is in memory than this.
 const PIECE: usize = 64 << 10;
@@ -35,17 +35,16 @@ pub fn router() -> Router<Arc<Member>> {
     Router::new().route("/public/images/{digest}", get(image)).route("/public/boot/{profile}/{file}", get(boot))
 }
 
-/// Leave to send a file: a place on the connection, and the client's turn.
+/// What it takes to send a file: a place among those of the connection, and the client's turn.
 pub(crate) struct Leave {
-    file: OwnedSemaphorePermit,
+    files: Arc<Semaphore>,
     turn: Turn,
 }
 
 impl Leave {
-    /// Waits for both. First for the place: a turn is for who can use it.
-    pub(crate) async fn of(connection: &Connection, member: &Member, client: Client) -> anyhow::Result<Self> {
-        let file = connection.file().await?;
-        Ok(Self { file, turn: member.shares.turn(client).await })
+    /// Waits for the turn. Heads of answers wait for no place: what comes of one is the client's to take.
+    pub(crate) async fn of(connection: &Connection, member: &Member, client: Client) -> Self {
+        Self { files: connection.files(), turn: member.shares.turn(client).await }
     }
 }
 
@@ -61,7 +60,7 @@ async fn image(
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
     let digest: Sha256Digest = digest.parse().map_err(|_| not_found("an image is named by 64 hexadecimal digits"))?;
-    let leave = Leave::of(&connection, &member, Client::of(&connection.peer)).await?;
+    let leave = Leave::of(&connection, &member, Client::of(&connection.peer)).await;
     let image = member.view()?.image(&digest.to_string())?.filter(|image| image.encrypted);
     let image = image.ok_or_else(|| not_found(format!("no public image {digest} here")))?;
     image_response(&member, &image, leave, &method, &headers)
@@ -145,13 +144,16 @@ struct Rest {
     turn: Arc<Turn>,
     /// Bytes that may be sent yet in this turn.
     room: usize,
-    _place: OwnedSemaphorePermit,
+    files: Arc<Semaphore>,
+    /// From the first read on.
+    place: Option<Arc<OwnedSemaphorePermit>>,
 }
 
-/// Bytes that keep a turn until the connection has taken them.
+/// Bytes that keep a turn, and a place, until the connection has taken them.
 struct Sending {
     bytes: Vec<u8>,
     _turn: Arc<Turn>,
+    _place: Arc<OwnedSemaphorePermit>,
 }
 
 impl AsRef<[u8]> for Sending {
@@ -169,6 +171,11 @@ impl Rest {
         if left == 0 {
             return Ok(None);
         }
+        let place = match self.place.take() {
+            Some(place) => place,
+            None => Arc::new(self.files.clone().acquire_owned().await.map_err(io::Error::other)?),
+        };
+        self.place = Some(place.clone());
         if self.room == 0 {
             self.turn = Arc::new(self.turn.next().await);
             self.room = BLOCK;
@@ -186,12 +193,12 @@ impl Rest {
         };
         self.range.start += bytes.len() as u64;
         self.room -= bytes.len();
-        Ok(Some((Bytes::from_owner(Sending { bytes, _turn: self.turn.clone() }), self)))
+        Ok(Some((Bytes::from_owner(Sending { bytes, _turn: self.turn.clone(), _place: place }), self)))
     }
 }
 
-fn stream(file: File, range: Range<u64>, Leave { turn, file: place }: Leave) -> Body {
-    let rest = Rest { file: Arc::new(file), range, turn: Arc::new(turn), room: BLOCK, _place: place };
+fn stream(file: File, range: Range<u64>, Leave { turn, files }: Leave) -> Body {
+    let rest = Rest { file: Arc::new(file), range, turn: Arc::new(turn), room: BLOCK, files, place: None };
     let reads = stream::try_unfold(rest, Rest::read);
     Body::from_stream(reads.map_ok(|bytes| stream::iter(pieces(bytes).map(Ok::<_, io::Error>))).try_flatten())
 }
@@ -224,7 +231,7 @@ async fn boot(
         let bytes = site_archive(&member)?;
         return Response::builder().body(Body::from(bytes)).map_err(|error| anyhow::Error::from(error).into());
     }
-    let leave = Leave::of(&connection, &member, Client::of(&connection.peer)).await?;
+    let leave = Leave::of(&connection, &member, Client::of(&connection.peer)).await;
     let view = member.view()?;
     let record = view.profile(&profile)?.ok_or_else(|| not_found(format!("no published profile '{profile}'")))?;
     let image = view

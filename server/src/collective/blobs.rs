@@ -49,7 +49,7 @@ pub(super) async fn send(
 ) -> Result<Response, Failure> {
     let blob: Sha256Digest =
         digest.parse().map_err(|error: moor_api::ids::InvalidId| Problem::new(Code::BadRequest, error.to_string()))?;
-    let leave = Leave::of(connection, member, Client::of(&connection.peer)).await?;
+    let leave = Leave::of(connection, member, Client::of(&connection.peer)).await;
     let path = content::path_of(&member.config.blobs(), blob);
     let opened = tokio::task::spawn_blocking(move || {
         let file = std::fs::File::open(path)?;

@@ -137,7 +137,7 @@ pub(super) async fn plain(
     method: Method,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
-    let leave = Leave::of(&connection, &member, Client::Node(caller.node.id)).await?;
+    let leave = Leave::of(&connection, &member, Client::Node(caller.node.id)).await;
     let view = member.view()?;
     let profile = caller.generation(&view)?;
     let image = image_of(&view, &profile)?;

@@ -145,6 +145,8 @@ async fn images_come_over_http_2_as_well() -> anyhow::Result<()> {
 /// A client that takes nothing of many answers would have a buffer and a file kept for each.
 #[tokio::test]
 async fn of_many_files_over_one_connection_two_are_on_their_way() -> anyhow::Result<()> {
+    const LIMIT: Duration = Duration::from_secs(20);
+    const SHORT: Duration = Duration::from_millis(500);
     let member = Member::start()?;
     let (image, _) = member.publish().await?;
     let whole = member.admin().await?.image(image.digest, 1 << 20).await?;
@@ -155,31 +157,53 @@ async fn of_many_files_over_one_connection_two_are_on_their_way() -> anyhow::Res
     let mut builder = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
     let (sender, connection) = builder.initial_stream_window_size(1024).handshake(TokioIo::new(tls)).await?;
     let ends = tokio::spawn(connection);
-    let mut asked = tokio::task::JoinSet::new();
     let url = format!("{}/public/images/{}", member.url(), image.digest);
-    for _ in 0..16 {
-        let (mut sender, url) = (sender.clone(), url.clone());
-        asked.spawn(async move {
-            let request = http::Request::get(url).body(Empty::<Bytes>::new())?;
-            anyhow::Ok(sender.send_request(request).await?)
-        });
+    // Small ones too: what was handed to the connection as a whole, and is not taken, is kept as well.
+    for (range, expected) in [("bytes=0-", &whole[..]), ("bytes=5-4999", &whole[5..5000])] {
+        let mut bodies = Vec::new();
+        for _ in 0..12 {
+            let request = http::Request::get(&url).header("range", range).body(Empty::<Bytes>::new())?;
+            // Heads wait for nobody.
+            let answer = tokio::time::timeout(LIMIT, sender.clone().send_request(request)).await??;
+            ensure!(answer.status() == 206, "{answer:?}");
+            bodies.push(answer.into_body());
+        }
+        let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+        let (mut takers, mut tasks) = (Vec::new(), tokio::task::JoinSet::new());
+        for mut body in bodies {
+            let (go, gone) = tokio::sync::oneshot::channel::<()>();
+            let (tell, index) = (tell.clone(), takers.len());
+            tasks.spawn(async move {
+                // There is room for a small part.
+                let first = body.frame().await.context("no body")??.into_data().ok().context("no data")?;
+                tell.send(index)?;
+                gone.await?;
+                let rest = body.collect().await?.to_bytes();
+                anyhow::Ok([first, rest].concat())
+            });
+            takers.push(Some(go));
+        }
+        let mut taken = 0;
+        let mut begun = Vec::new();
+        for _ in 0..2 {
+            begun.push(tokio::time::timeout(LIMIT, told.recv()).await?.context("nobody")?);
+        }
+        ensure!(tokio::time::timeout(SHORT, told.recv()).await.is_err(), "{range}: a third is on its way");
+        // What is taken makes place for the next.
+        while let Some(index) = begun.pop() {
+            let go = takers[index].take().context("it began twice")?;
+            ensure!(go.send(()).is_ok(), "{range}: it has ended");
+            taken += 1;
+            if taken + begun.len() < 12 {
+                begun.push(tokio::time::timeout(LIMIT, told.recv()).await?.context("nobody")?);
+            }
+        }
+        for got in tokio::time::timeout(LIMIT, tasks.join_all()).await? {
+            ensure!(got? == expected, "{range}: other bytes");
+        }
     }
-    let mut next = async |limit: u64| tokio::time::timeout(Duration::from_millis(limit), asked.join_next()).await;
-    let mut answers = Vec::new();
-    for _ in 0..2 {
-        answers.push(next(10_000).await?.context("none is left")???);
-    }
-    ensure!(next(500).await.is_err(), "a third is on its way");
-    // What is taken makes place for the next, one after the other.
-    for _ in 2..16 {
-        let taken = answers.remove(0).into_body().collect().await?.to_bytes();
-        ensure!(taken == whole, "other bytes");
-        answers.push(next(10_000).await?.context("none is left")???);
-    }
-    ensure!(next(500).await?.is_none(), "more answers than requests");
-    // As well as what is given up.
-    drop((answers, sender));
-    tokio::time::timeout(Duration::from_secs(10), ends).await??.context("the connection")?;
+    drop(sender);
+    tokio::time::timeout(LIMIT, ends).await??.context("the connection")?;
     Ok(())
 }
 
