@@ -46,8 +46,8 @@ impl Servers {
     /// Why not, in a sentence.
     pub async fn change(&self, request: Request) -> Result<(), String> {
         // Waits for nobody: who asks has little time.
-        if request == Request::End {
-            self.reader.end();
+        if let Request::Ends(ends) = request {
+            self.reader.end(ends);
             return Ok(());
         }
         let mut now = self.now.lock().await;
@@ -76,7 +76,7 @@ impl Servers {
                 *trust = successor;
                 tracing::info!("servers are trusted by another bundle from now on");
             }
-            Request::End => {}
+            Request::Ends(_) => {}
         }
         Ok(())
     }

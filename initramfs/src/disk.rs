@@ -36,7 +36,7 @@ const WAITING: usize = 32;
 const REST: Duration = Duration::from_secs(5);
 /// The longest of these rests.
 const REST_MAX: Duration = Duration::from_mins(10);
-/// It is set up in this time, or done without.
+/// It is opened, and then set up, in this time each, or done without.
 const SET_UP: Duration = Duration::from_secs(15);
 /// Reads in a row that fail; after them it is used no more.
 const FAILURES: u32 = 4;
@@ -114,7 +114,9 @@ impl DiskCache {
     #[must_use]
     pub fn new(path: &Path, mib: Option<u64>) -> Arc<Self> {
         let size = mib.map(|mib| mib.saturating_mul(1 << 20));
-        let opened = Mutex::new(Some(Opened::new(path, size)));
+        let at = path.to_owned();
+        let opened = in_time(path, "open", move || Opened::new(&at, size));
+        let opened = Mutex::new(Some(opened));
         Arc::new(Self { path: path.to_owned(), size, opened, found: OnceLock::new() })
     }
 
@@ -136,19 +138,14 @@ impl DiskCache {
         }))
     }
 
-    /// On a thread of its own: a disk that answers late must not keep anybody from a root that servers have.
     fn set_up(&self, opened: Opened, header: &Header, runtime: &Handle) -> Result<Arc<Disk>, DiskError> {
         let (path, size, header, runtime) = (self.path.clone(), self.size, header.clone(), runtime.clone());
-        let (tell, told) = sync_channel(1);
-        let run = move || {
+        let set_up = move || {
             // Better with them than not at all.
             let _ = crate::survive::drop_capabilities();
-            let _ = tell.send(Disk::new(opened, &path, size, &header, runtime));
+            Disk::new(opened, &path, size, &header, runtime).map(Arc::new)
         };
-        let failed = |source| DiskError::Step { doing: "set up", path: self.path.clone(), source };
-        std::thread::Builder::new().name("disk set-up".into()).spawn(run).map_err(failed)?;
-        let late = |_| Err(failed(io::Error::new(io::ErrorKind::TimedOut, "it does not answer in time")));
-        told.recv_timeout(SET_UP).unwrap_or_else(late).map(Arc::new)
+        in_time(&self.path, "set up", set_up)
     }
 
     /// How it stands; `None` before the image is open.
@@ -159,6 +156,23 @@ impl DiskCache {
             Err(unusable) => unusable.clone(),
         })
     }
+}
+
+/// Does something with a disk on a thread of its own: one that answers late must not keep anybody from a root that servers have.
+fn in_time<T: Send + 'static>(
+    path: &Path,
+    doing: &'static str,
+    work: impl FnOnce() -> Result<T, DiskError> + Send + 'static,
+) -> Result<T, DiskError> {
+    let (tell, told) = sync_channel(1);
+    let failed = |source| DiskError::Step { doing, path: path.to_owned(), source };
+    let run = move || {
+        // Nobody may wait any more.
+        let _ = tell.send(work());
+    };
+    std::thread::Builder::new().name("disk set-up".into()).spawn(run).map_err(failed)?;
+    let late = |_| Err(failed(io::Error::new(io::ErrorKind::TimedOut, "it does not answer in time")));
+    told.recv_timeout(SET_UP).unwrap_or_else(late)
 }
 
 /// A partition or file that nobody else uses.

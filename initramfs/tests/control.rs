@@ -340,7 +340,7 @@ fn a_second_tether_takes_nothing_away_from_the_first() {
         };
         refused(&mount(&["--url", &url, "other"]), "a tether that runs has it already; give another one with --state");
         assert_eq!(place.urls(), [url.as_str()]);
-        assert_eq!(place.raw(b"\"end\"\n"), "{}\n");
+        assert_eq!(place.raw(b"{\"ends\":true}\n"), "{}\n");
         program.goes_on();
         program.end();
         // One that ends leaves its place to the next. That one does without a server whose name has no address.

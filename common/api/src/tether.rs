@@ -29,8 +29,8 @@ pub enum Request {
     Members(Vec<Server>),
     /// Servers have to be vouched for by this from now on, and by nothing else.
     Trust(Trust),
-    /// The machine shuts down: from now on an outage of all servers ends reads after a while.
-    End,
+    /// Whether the machine shuts down: then an outage of all servers ends reads after a while.
+    Ends(bool),
 }
 
 /// A server of the image.

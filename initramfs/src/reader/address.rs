@@ -52,8 +52,14 @@ impl Address {
     /// Another form of any; no host has an address.
     pub fn resolve_all(urls: &[String]) -> Result<(Vec<Self>, Vec<AddressError>), AddressError> {
         let (mut found, mut unknown) = (Vec::new(), Vec::new());
-        for url in urls {
-            match Self::resolve(url) {
+        // Side by side: each name without an answer takes as long as the resolver has patience.
+        let resolved: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = urls.iter().map(|url| (url, scope.spawn(|| Self::resolve(url)))).collect();
+            let lost = |url: &String| Err(AddressError::Form(url.clone()));
+            threads.into_iter().map(|(url, thread)| thread.join().unwrap_or_else(|_| lost(url))).collect()
+        });
+        for result in resolved {
+            match result {
                 Ok(address) => found.push(address),
                 Err(error @ AddressError::Resolve { .. }) => unknown.push(error),
                 Err(error) => return Err(error),

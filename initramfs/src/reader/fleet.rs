@@ -213,18 +213,18 @@ impl Fleet {
         }
     }
 
-    /// The machine shuts down.
-    pub(super) fn end(&self) {
-        self.is_ending.store(true, Ordering::Relaxed);
+    /// Whether the machine shuts down.
+    pub(super) fn end(&self, ends: bool) {
+        self.is_ending.store(ends, Ordering::Relaxed);
         self.changed.notify_waiters();
     }
 
     /// Returns when the machine shuts down and no member has answered for so long that none will.
     pub(super) async fn given_up(&self) {
-        self.until(|fleet| fleet.is_ending.load(Ordering::Relaxed)).await;
+        let is_hopeless = |fleet: &Self| fleet.is_ending.load(Ordering::Relaxed) && fleet.is_down();
         loop {
-            self.until(Self::is_down).await;
-            if within(&*self.world, GIVES_UP, self.until(|fleet| !fleet.is_down())).await.is_none() {
+            self.until(is_hopeless).await;
+            if within(&*self.world, GIVES_UP, self.until(|fleet| !is_hopeless(fleet))).await.is_none() {
                 return;
             }
         }

@@ -329,10 +329,10 @@ impl Reader {
         }
     }
 
-    /// From now on an outage of all members ends reads with an error after half a minute: the machine shuts down, and what waits for a
+    /// Whether an outage of all members ends reads with an error after half a minute from now on: the machine shuts down, and what waits for a
     /// server that may never come back keeps it from that.
-    pub fn end(&self) {
-        self.0.fleet.end();
+    pub fn end(&self, ends: bool) {
+        self.0.fleet.end(ends);
     }
 }
 

@@ -21,7 +21,12 @@ fn an_outage_lasts_as_long_as_it_lasts_unless_the_machine_shuts_down() {
         let read = reader.clone();
         world.spawn(Box::pin(async move { _ = sender.send(read.read(700_000, 4096).await) }));
         world.sleep(Duration::from_mins(20)).await;
-        reader.end();
+        // Taken back in time, it is as if nobody had said it.
+        reader.end(true);
+        world.sleep(Duration::from_secs(20)).await;
+        reader.end(false);
+        world.sleep(Duration::from_mins(20)).await;
+        reader.end(true);
         let ended = world.now();
         let result = receiver.await.unwrap();
         assert!(matches!(result, Err(ReadError::GaveUp)), "{result:?}");

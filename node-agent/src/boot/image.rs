@@ -90,16 +90,16 @@ impl Boot {
         let bundle = self.bundle.as_ref().ok_or_else(|| missing("site bundle"))?;
         let site = run.write_site(bundle).map_err(Fault::fatal)?;
         let directory = run.path("tether");
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&directory)
-            .map_err(|error| Fault::fatal(format!("cannot make '{}': {error}", directory.display())))?;
         let mode = self.root_mode(offer);
         // Left by a try that got no further. With what there is of a whole image the next one goes on.
         if mode != RootMode::Untethered {
             let _ = self.unmount_image().await;
         }
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&directory)
+            .map_err(|error| Fault::fatal(format!("cannot make '{}': {error}", directory.display())))?;
         let mut mount = mount_command(&self.options.tether, offer, mode);
         if let Some(document) = &self.document
             && mode == RootMode::Untethered

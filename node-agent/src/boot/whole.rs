@@ -10,6 +10,7 @@ use crate::child::{self, ChildError};
 use crate::handover::Arrived;
 use moor_api::deploy::RootMode;
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::pin::pin;
 use std::time::{Duration, Instant};
 use tokio::process::Command;
@@ -68,7 +69,8 @@ impl Boot {
     /// Takes the image away again, where one is.
     pub(super) async fn unmount_image(&self) -> Result<(), ChildError> {
         let directory = self.options.run.path("tether");
-        if std::fs::symlink_metadata(directory.join("image")).is_err() {
+        // Where a tether has died, nothing can be said of it (ENOTCONN), and it is there.
+        if std::fs::symlink_metadata(directory.join("image")).is_err_and(|error| error.kind() == ErrorKind::NotFound) {
             return Ok(());
         }
         let mut unmount = Command::new(&self.options.tether);

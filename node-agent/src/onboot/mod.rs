@@ -65,11 +65,14 @@ pub enum OnbootError {
 pub async fn run(run: RunDir) -> Result<(), OnbootError> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut duty = Duty::new(run.clone())?;
+    tether::tell_that_it_goes_on(&run);
+    // In a task of its own: the duty may wait for something else just then, and there is little time.
+    let ended = tokio::spawn(async move {
+        terminate.recv().await;
+        tether::tell_of_shutdown(&run);
+    });
     tokio::select! {
-        _ = terminate.recv() => {
-            tether::tell_of_shutdown(&run).await;
-            Ok(())
-        }
+        _ = ended => Ok(()),
         never = duty.serve() => match never {},
     }
 }

@@ -68,10 +68,14 @@ async fn output(program: &str, arguments: &[&str]) -> String {
     }
 }
 
-/// Whether the machine shuts down. Without an answer within the time that a service has to stop it does not.
-pub(super) async fn is_stopping() -> bool {
-    let asked = tokio::time::timeout(STOPPING, ask(&["is-system-running"])).await;
-    asked.is_ok_and(|word| word.trim() == "stopping")
+/// Whether the machine shuts down; `None` without an answer in time. On a thread: where the root stands still, to start a program never ends.
+pub(super) fn is_stopping() -> Option<bool> {
+    let (tell, told) = std::sync::mpsc::sync_channel(1);
+    std::thread::spawn(move || {
+        let asked = std::process::Command::new("systemctl").arg("is-system-running").stdin(Stdio::null()).output();
+        let _ = tell.send(asked.is_ok_and(|output| output.stdout.trim_ascii() == b"stopping"));
+    });
+    told.recv_timeout(STOPPING).ok()
 }
 
 fn failed_units(listing: &str) -> Vec<String> {

@@ -8,7 +8,8 @@ use moor_api::node::{HeartbeatReply, MemberEndpoint, image_url};
 use moor_api::tether::{self, Request, Server, TetherError, Trust};
 use moor_api::trust::SiteBundle;
 use std::collections::BTreeSet;
-use std::net::ToSocketAddrs as _;
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs as _};
 
 /// The tether's control socket in `/run/mooring`.
 const SOCKET: &str = "tether.sock";
@@ -67,13 +68,21 @@ impl Duty {
 }
 
 /// Where the machine shuts down, an outage of all servers may end reads of the root after a while. The tether learns of it here alone: process 1
-/// asks all processes to end but those that it spares (systemd: killall.c).
-pub(super) async fn tell_of_shutdown(run: &RunDir) {
+/// asks all processes to end but those that it spares (systemd: killall.c). Where systemd does not answer, the root stands still already.
+pub(super) fn tell_of_shutdown(run: &RunDir) {
     if run.tether().is_some()
-        && system::is_stopping().await
-        && let Err(error) = ask(run, &Request::End)
+        && system::is_stopping() != Some(false)
+        && let Err(error) = ask(run, &Request::Ends(true))
     {
         crate::console::say("onboot", &format!("the tether does not know of the shutdown: {error}"));
+    }
+}
+
+/// An agent that ended before this one may have said otherwise.
+pub(super) fn tell_that_it_goes_on(run: &RunDir) {
+    if run.tether().is_some() {
+        // One that does not answer has heard nothing before either.
+        let _ = ask(run, &Request::Ends(false));
     }
 }
 
@@ -112,10 +121,9 @@ fn tell_members(run: &RunDir, members: &[MemberEndpoint]) -> Result<bool, String
         return Ok(false);
     }
     let (mut servers, mut unknown) = (Vec::new(), None);
-    for url in wanted {
-        let (host, port) = parse_https(&url).map_err(|error| error.to_string())?;
-        match tokio::task::block_in_place(|| (host.as_str(), port).to_socket_addrs()) {
-            Ok(addresses) => servers.push(Server { addresses: addresses.collect(), url }),
+    for (url, host, addresses) in tokio::task::block_in_place(|| look_up(wanted))? {
+        match addresses {
+            Ok(addresses) => servers.push(Server { addresses, url }),
             // The tether knows where it was. One that it never knew is no reason not to tell it of the others.
             Err(_) if known.contains(&url) => servers.push(Server { addresses: Vec::new(), url }),
             Err(error) => unknown = Some(format!("'{host}': {error}")),
@@ -127,6 +135,25 @@ fn tell_members(run: &RunDir, members: &[MemberEndpoint]) -> Result<bool, String
     }
     ask(run, &Request::Members(servers)).map_err(|error| error.to_string())?;
     Ok(is_other)
+}
+
+/// A server's URL, its host, and what that resolves to.
+type LookedUp = (String, String, io::Result<Vec<SocketAddr>>);
+
+/// Side by side: each name without an answer takes as long as the resolver has patience.
+fn look_up(urls: BTreeSet<String>) -> Result<Vec<LookedUp>, String> {
+    let parts =
+        |url: String| parse_https(&url).map(|(host, port)| (url, host, port)).map_err(|error| error.to_string());
+    let urls = urls.into_iter().map(parts).collect::<Result<Vec<_>, _>>()?;
+    let one = |(url, host, port): (String, String, u16)| {
+        let addresses = (host.as_str(), port).to_socket_addrs().map(Iterator::collect);
+        (url, host, addresses)
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = urls.into_iter().map(|parts| scope.spawn(move || one(parts))).collect();
+        let panicked = |_| "looking up a server's name panicked".to_owned();
+        threads.into_iter().map(|thread| thread.join().map_err(panicked)).collect()
+    })
 }
 
 /// The tether tries new servers before it answers: that may take a while.

@@ -345,6 +345,6 @@ async fn read(site: &SiteBundle, offer: &ImageOffer, key: Dek, reads: u64) -> an
         let chunk = fastrand::u64(0..chunks);
         reader.read(chunk * size, 4096).await.context("reading the image")?;
     }
-    reader.end();
+    reader.end(true);
     Ok(())
 }

@@ -94,7 +94,11 @@ fn a_node_short_of_memory_gets_the_cache_back_and_a_minute_without_its_server_is
     scenario.power_off_in_order(&mut vm)
 }
 
-/// Nothing that the node has to read for its end may be waited for without end.
+/// What a shutdown executes is in memory after this: where it is not, process 1 itself ends with what it cannot read, and nobody is left to power off.
+const WARM: &str = "systemctl is-system-running; tar --version >/dev/null; shutdown=/usr/lib/systemd/systemd-shutdown; \
+                    cat $shutdown $(ldd $shutdown | awk '$3 ~ /^\\// {print $3}') >/dev/null; sync; \
+                    systemd-run --quiet --unit=reads sh -c 'sleep 5; exec tar -cf - /usr | cat >/dev/null'";
+
 #[test]
 #[ignore = "minutes of emulation: make test-full"]
 fn a_node_whose_only_server_is_gone_can_be_powered_off() -> anyhow::Result<()> {
@@ -105,9 +109,14 @@ fn a_node_whose_only_server_is_gone_can_be_powered_off() -> anyhow::Result<()> {
     scenario.member.moor_ok(&["arm", NODE])?;
     let mut vm = scenario.power_on("vm", &tpm, 2272)?;
     scenario.wait_booted(&mut vm, &BTreeSet::new())?;
+    scenario.on_node(&vm, WARM)?;
     scenario.member.kill();
     let begun = Instant::now();
-    scenario.power_off_in_order(&mut vm)?;
-    println!("powered off {} s after it was asked to\n{}", begun.elapsed().as_secs(), vm.console_tail(40));
+    // Somebody waits for a file then.
+    std::thread::sleep(Duration::from_secs(10));
+    let powered_off = scenario.power_off_in_order(&mut vm);
+    println!("{} s after the server had gone:\n{}", begun.elapsed().as_secs(), vm.console_tail(60));
+    powered_off?;
+    assert!(vm.console().contains("I/O error"), "nobody waited for the server");
     Ok(())
 }
