@@ -38,7 +38,7 @@ const REST: Duration = Duration::from_secs(5);
 const REST_MAX: Duration = Duration::from_mins(10);
 /// It is opened, and then set up, in this time each, or done without.
 const SET_UP: Duration = Duration::from_secs(15);
-/// Reads in a row that fail; after them it is used no more.
+/// Reads, or writes, in a row that fail; after them it is used no more.
 const FAILURES: u32 = 4;
 /// A partition that has anything in its first bytes, or its last, belongs to somebody else.
 const LOOKED_AT: u64 = 128 << 10;
@@ -488,10 +488,18 @@ struct Writer {
 
 impl Writer {
     fn run(self, waiting: &Receiver<(u64, Vec<u8>)>) {
+        let mut failures = 0;
         while let Ok((chunk, sealed)) = waiting.recv() {
-            if let Err(error) = self.write(chunk, &sealed) {
-                off(&self.is_off, &error.to_string());
-                return;
+            match self.write(chunk, &sealed) {
+                Ok(()) => failures = 0,
+                // A block that cannot be read cannot be written in part either.
+                Err(error) => {
+                    failures += 1;
+                    if failures >= FAILURES {
+                        off(&self.is_off, &error.to_string());
+                        return;
+                    }
+                }
             }
         }
     }
