@@ -245,12 +245,13 @@ fn unpacked(options: &RootOptions, memory: Memory, undo: &mut Undo) -> Result<()
     std::fs::remove_dir(&lost).map_err(step(format!("remove '{}'", lost.display())))?;
     // Opened before: what failed to be written since then is told to who asks by this descriptor (syncfs(2)).
     let whole = std::fs::File::open(&options.new_root).map_err(step("open the new root"))?;
-    unpack::copy(&lower, &options.new_root)?;
-    // A memory disk that is full says so when the kernel writes to it, long after the copy has read its last byte.
+    let copied = unpack::copy(&lower, &options.new_root);
+    // A memory disk that is full says so when the kernel writes to it: to the copy as a file system that is damaged, or after its last byte.
     rustix::fs::syncfs(&whole).map_err(|error| {
         let doing = "write the unpacked files to the memory disk".into();
         RootError::Step { doing, source: error.into(), advice: UNPACKED }
     })?;
+    copied?;
     umount2(&lower, MntFlags::UMOUNT_NOFOLLOW)
         .map_err(|error| step(format!("unmount '{}'", lower.display()))(error.into()))?;
     undo.0.retain(|made| !matches!(made, Made::Mount(path) if *path == lower));

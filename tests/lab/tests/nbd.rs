@@ -36,8 +36,8 @@ measure() {
     echo 0 >events/raw_syscalls/sys_enter/enable
     echo "$1 $(grep -c 'NR ' trace) $((after - before))"
 }
-export PATH=$PATH:/run/nbd/usr/bin:/run/nbd/usr/sbin:/run/nbd/sbin:/run/nbd/bin
-export LD_LIBRARY_PATH=/run/nbd/usr/lib/x86_64-linux-gnu:/run/nbd/lib/x86_64-linux-gnu
+export PATH=$PATH:/opt/nbd/usr/bin:/opt/nbd/usr/sbin:/opt/nbd/sbin:/opt/nbd/bin
+export LD_LIBRARY_PATH=/opt/nbd/usr/lib/x86_64-linux-gnu:/opt/nbd/lib/x86_64-linux-gnu
 modprobe nbd
 head -c 4194304 /dev/urandom >/run/payload
 nbd-server -C /dev/null 127.0.0.1:10809 /run/payload -r >/dev/null 2>&1
@@ -66,7 +66,7 @@ impl Cost {
     }
 }
 
-/// Lays NBD's programs into the node's memory.
+/// Lays NBD's programs into the node's writable layer: of /run nothing may be executed.
 fn bring(scenario: &Scenario, vm: &Vm, dir: &Path) -> anyhow::Result<()> {
     let (packages, files) = (dir.join("packages"), dir.join("nbd"));
     std::fs::create_dir_all(&packages)?;
@@ -79,7 +79,7 @@ fn bring(scenario: &Scenario, vm: &Vm, dir: &Path) -> anyhow::Result<()> {
     }
     let mut tar = tied("tar").arg("-C").arg(&files).args(["-cf", "-", "."]).stdout(Stdio::piped()).spawn()?;
     let archive = tar.stdout.take().context("tar without an output")?;
-    let mut unpack = scenario.shell_on_node(vm, "mkdir /run/nbd && tar -C /run/nbd -xf -");
+    let mut unpack = scenario.shell_on_node(vm, "mkdir /opt/nbd && tar -C /opt/nbd -xf -");
     ensure!(unpack.stdin(archive).status()?.success() && tar.wait()?.success(), "the node has not unpacked it");
     Ok(())
 }
