@@ -1,22 +1,23 @@
 //! Sealed chunks on a disk of the node, over restarts: a partition or a file of bounded size.
 //!
-//! ```text
-//! 0     4096  magic 4D 4F 4F 52 43 48 45 31 ("MOORCHE1"), digest of the image (32), chunks (8), length of a sealed chunk (8), slots (8)
-//! 4096        index: for each slot the number of its chunk + 1, 0: empty (8 bytes each, little-endian), then zeros to a whole page
-//!             slots: chunk i is in slot i mod slots
-//! ```
+//! How it lies there is in [`form`].
+//!
 //! Nothing in it is believed: each chunk is compared with the image's signed hashes when it comes back, so a write that was cut off, an
 //! index that is older or newer than its slots, and a disk that lies cost a fetch each, and nothing is ever synced for its sake. Chunks
 //! stay sealed: the disk alone opens nothing. For another image all of it is cleared.
 
+mod form;
+mod rest;
+
 use crate::reader::world::Boxed;
 use crate::reader::{FindStore, Store};
+use form::{ENTRY, Layout, MAGIC, Opened, PAGE, clear, is_blank, read_at_most};
 use moor_image::Header;
-use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
+use rest::Rest;
 use serde::{Deserialize, Serialize};
-use std::fs::{File, OpenOptions};
-use std::io::{self, Seek as _, SeekFrom};
-use std::os::unix::fs::{FileExt as _, FileTypeExt as _, OpenOptionsExt as _};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -24,24 +25,14 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
-const MAGIC: &[u8; 8] = b"MOORCHE1";
-const PAGE: u64 = 4096;
-/// Bytes of a slot's entry in the index.
-const ENTRY: u64 = 8;
 /// Fewer slots are not worth a disk.
 const FEWEST: u64 = 16;
 /// Chunks that wait to be written; more are not kept.
 const WAITING: usize = 32;
-/// A disk that kept somebody waiting is left alone for so long, and for twice as long each time it does so again.
-const REST: Duration = Duration::from_secs(5);
-/// The longest of these rests.
-const REST_MAX: Duration = Duration::from_mins(10);
 /// It is opened, and then set up, in this time each, or done without.
 const SET_UP: Duration = Duration::from_secs(15);
 /// Reads, or writes, in a row that fail; after them it is used no more.
 const FAILURES: u32 = 4;
-/// A partition that has anything in its first bytes, or its last, belongs to somebody else.
-const LOOKED_AT: u64 = 128 << 10;
 
 /// There is no disk cache.
 #[derive(Debug, thiserror::Error)]
@@ -175,71 +166,6 @@ fn in_time<T: Send + 'static>(
     told.recv_timeout(SET_UP).unwrap_or_else(late)
 }
 
-/// A partition or file that nobody else uses.
-struct Opened {
-    file: File,
-    is_device: bool,
-    /// Its size as it was found.
-    there: u64,
-}
-
-impl Opened {
-    fn new(path: &Path, size: Option<u64>) -> Result<Self, DiskError> {
-        let failed = |doing| move |source: io::Error| DiskError::Step { doing, path: path.to_owned(), source };
-        let is_device = path.metadata().is_ok_and(|meta| meta.file_type().is_block_device());
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).mode(0o600);
-        if is_device {
-            // Fails where it is mounted, or a part of something.
-            options.custom_flags(nix::libc::O_EXCL);
-        } else {
-            // A partition that is missing must not become a file in the memory behind /dev.
-            options.create(size.is_some()).truncate(false);
-        }
-        let mut file = options.open(path).map_err(failed("open"))?;
-        flock(&file, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|error| failed("have for itself")(error.into()))?;
-        let there = file.seek(SeekFrom::End(0)).map_err(failed("look at"))?;
-        Ok(Self { file, is_device, there })
-    }
-}
-
-/// Where things are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Layout {
-    slots: u64,
-    /// Length of a sealed chunk.
-    length: u64,
-}
-
-impl Layout {
-    /// What fits into `capacity` bytes of an image.
-    fn new(header: &Header, capacity: u64) -> Self {
-        let length = header.chunk_size() + header.tag_length();
-        let room = capacity.saturating_sub(2 * PAGE);
-        Self { slots: (room / (length + ENTRY)).min(header.chunks), length }
-    }
-
-    fn data(self) -> u64 {
-        PAGE + (self.slots * ENTRY).next_multiple_of(PAGE)
-    }
-
-    fn end(self) -> u64 {
-        self.data() + self.slots * self.length
-    }
-
-    /// The first page.
-    fn page(self, header: &Header) -> Vec<u8> {
-        let mut page = MAGIC.to_vec();
-        page.extend_from_slice(&header.digest());
-        for number in [header.chunks, self.length, self.slots] {
-            page.extend_from_slice(&number.to_le_bytes());
-        }
-        page.resize(4096, 0);
-        page
-    }
-}
-
 /// The cache.
 pub struct Disk {
     path: PathBuf,
@@ -327,53 +253,6 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// As much as there is of `length` bytes.
-fn read_at_most(file: &File, offset: u64, length: u64) -> io::Result<Vec<u8>> {
-    let mut bytes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
-    let mut have = 0;
-    while have < bytes.len() {
-        match file.read_at(&mut bytes[have..], offset + have as u64)? {
-            0 => break,
-            more => have += more,
-        }
-    }
-    bytes.truncate(have);
-    Ok(bytes)
-}
-
-fn is_blank(file: &File, there: u64) -> io::Result<bool> {
-    let is_zero = |bytes: Vec<u8>| bytes.iter().all(|byte| *byte == 0);
-    Ok(is_zero(read_at_most(file, 0, LOOKED_AT.min(there))?)
-        && is_zero(read_at_most(file, there.saturating_sub(LOOKED_AT), LOOKED_AT.min(there))?))
-}
-
-/// Takes out what was there, and begins anew. The first page comes last: what was cut off before begins anew once more.
-fn clear(file: &File, is_device: bool, layout: Layout, page: &[u8]) -> io::Result<()> {
-    // Ours, and of no image: after a cut nobody takes what is behind it for somebody else's.
-    let mut begun = MAGIC.to_vec();
-    begun.resize(page.len(), 0);
-    file.write_all_at(&begun, 0)?;
-    file.sync_data()?;
-    if is_device {
-        // Gives the blocks back where the disk can; what stays is sealed, and its key is gone.
-        let _ = fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, PAGE, layout.end() - PAGE);
-        let zeros = vec![0; 1 << 20];
-        let mut at = PAGE;
-        while at < layout.data() {
-            let length = (layout.data() - at).min(1 << 20);
-            file.write_all_at(&zeros[..usize::try_from(length).map_err(io::Error::other)?], at)?;
-            at += length;
-        }
-    } else {
-        file.set_len(0)?;
-        file.set_len(layout.end())?;
-    }
-    // A chunk that is there already must not be found by an index of before.
-    file.sync_data()?;
-    file.write_all_at(page, 0)?;
-    file.sync_data()
-}
-
 impl Store for Disk {
     fn has(&self, chunk: u64) -> bool {
         !self.is_off.load(Ordering::Relaxed)
@@ -401,9 +280,7 @@ impl Store for Disk {
                 Ok(Err(error)) => {
                     // A bad place or two are no bad disk; one that is written to again may be good again.
                     bad.fetch_add(1, Ordering::Relaxed);
-                    if let Some(entry) = lock(&index).get_mut(slot) {
-                        *entry = 0;
-                    }
+                    note(&index, slot, 0);
                     if failures.fetch_add(1, Ordering::Relaxed) + 1 >= FAILURES {
                         off(&is_off, &error.to_string());
                     }
@@ -417,10 +294,7 @@ impl Store for Disk {
 
     fn was_bad(&self, chunk: u64) {
         self.bad.fetch_add(1, Ordering::Relaxed);
-        let slot = self.slot(chunk);
-        if let Some(entry) = lock(&self.index).get_mut(slot) {
-            *entry = 0;
-        }
+        note(&self.index, self.slot(chunk), 0);
     }
 
     fn was_late(&self) {
@@ -439,42 +313,16 @@ impl Store for Disk {
     }
 }
 
+/// What is in a slot from now on: a chunk + 1, or nothing (0).
+fn note(index: &Mutex<Vec<u64>>, slot: usize, value: u64) {
+    if let Some(entry) = lock(index).get_mut(slot) {
+        *entry = value;
+    }
+}
+
 fn off(is_off: &AtomicBool, why: &str) {
     if !is_off.swap(true, Ordering::Relaxed) {
         tracing::warn!("the disk cache is not used any more: {why}");
-    }
-}
-
-/// Whether the disk is left alone for a while, because it kept somebody waiting: it may be busy with something else, and what it answers
-/// late is not wrong.
-#[derive(Debug, Default)]
-struct Rest {
-    until: Option<Instant>,
-    /// Rests in a row.
-    row: u32,
-}
-
-impl Rest {
-    fn is_on(&self, now: Instant) -> bool {
-        self.until.is_some_and(|until| now < until)
-    }
-
-    /// A read was given up. Returns for how long the disk rests now; `None`: it does so already.
-    fn was_late(&mut self, now: Instant) -> Option<Duration> {
-        if self.is_on(now) {
-            return None;
-        }
-        let rest = REST.saturating_mul(1 << self.row.min(10)).min(REST_MAX);
-        self.row += 1;
-        self.until = Some(now + rest);
-        Some(rest)
-    }
-
-    /// A read came back that somebody still waited for. One that was begun before the rest says nothing of what comes after it.
-    fn was_in_time(&mut self, now: Instant) {
-        if !self.is_on(now) {
-            self.row = 0;
-        }
     }
 }
 
@@ -507,38 +355,10 @@ impl Writer {
     fn write(&self, chunk: u64, sealed: &[u8]) -> io::Result<()> {
         let slot = chunk % self.layout.slots;
         let at = usize::try_from(slot).map_err(io::Error::other)?;
-        let set = |value: u64| {
-            if let Some(entry) = lock(&self.index).get_mut(at) {
-                *entry = value;
-            }
-        };
-        set(0);
+        note(&self.index, at, 0);
         self.file.write_all_at(sealed, self.layout.data() + slot * self.layout.length)?;
         self.file.write_all_at(&(chunk + 1).to_le_bytes(), PAGE + slot * ENTRY)?;
-        set(chunk + 1);
+        note(&self.index, at, chunk + 1);
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_late_disk_rests_longer_each_time_until_it_is_in_time_again() {
-        let mut rest = Rest::default();
-        let mut now = Instant::now();
-        for expected in [5, 10, 20, 40, 80, 160, 320, 600, 600] {
-            assert_eq!(rest.was_late(now), Some(Duration::from_secs(expected)));
-            // Those that waited beside it.
-            assert_eq!(rest.was_late(now), None);
-            rest.was_in_time(now);
-            let end = now + Duration::from_secs(expected);
-            assert!(rest.is_on(now + Duration::from_secs(expected - 1)));
-            assert!(!rest.is_on(end));
-            now = end;
-        }
-        rest.was_in_time(now);
-        assert_eq!(rest.was_late(now), Some(REST));
     }
 }

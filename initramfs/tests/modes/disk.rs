@@ -66,7 +66,7 @@ impl Cached {
         });
     }
 
-    /// Where the slots begin, as the head of `disk.rs` says.
+    /// Where the slots begin, as the head of `disk/form.rs` says.
     fn data(&self) -> u64 {
         4096 + (self.disk().slots * 8).next_multiple_of(4096)
     }
