@@ -8,7 +8,7 @@ mod oci_image;
 mod rpm_repo;
 
 use build_tree::{
-    error, exec, imgutil, minimal_tree, mounts, names, processes, rpm_tree, scratch, shell, text, tied, wait_until,
+    error, exec, imgutil, mounts, names, processes, rpm_tree, scratch, shell, text, tied, untouched_tree, wait_until,
 };
 use deb_archive::{archive, signing_key};
 use nix::sys::signal::{Signal, kill};
@@ -25,7 +25,7 @@ type Case<'a> = (&'a Layout, &'a [&'a str], &'a [&'a str]);
 
 /// An image of the minimal Debian tree and a layer upon it.
 fn debian_image(upper: &[Entry]) -> Layout {
-    image_of(&minimal_tree(), upper)
+    image_of(&untouched_tree(), upper)
 }
 
 fn image_of(tree: &Path, upper: &[Entry]) -> Layout {

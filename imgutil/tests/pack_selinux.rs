@@ -167,7 +167,7 @@ fn labels_are_those_of_libselinux() {
     write(&tree.join("etc/selinux/config"), "SELINUX=permissive\nSELINUXTYPE=default\n");
 
     // The names of a Debian tree, empty; and some that packages of other kinds would have.
-    let debian = build_tree::minimal_tree();
+    let debian = build_tree::untouched_tree();
     let listed = tool(Command::new("find").arg(&debian).args(["-printf", "%y %P\n"]));
     for (index, line) in listed.lines().enumerate() {
         let (kind, path) = line.split_once(' ').unwrap();

@@ -59,7 +59,7 @@ fn the_validator_would_see_a_mistake() {
 #[test]
 fn a_debian_image_has_all_its_packages() {
     let work = build_tree::scratch();
-    let tree = build_tree::minimal_tree();
+    let tree = build_tree::untouched_tree();
     let files = pack(&tree, work.path(), "debian", &[]);
     let (image, key) = (files.image.to_str().unwrap(), files.key.to_str().unwrap());
     let path = work.path().join("debian.spdx.json");

@@ -43,15 +43,22 @@ pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// A minimal Debian 12 tree that no test may change.
+/// A minimal Debian 12 tree that no test may change. `exec` may run in it, which shows files of its own there meanwhile and makes a place
+/// for each that the tree has not.
 pub fn minimal_tree() -> PathBuf {
-    cached("minimal", |tree| {
+    cached("minimal", |tree| copy(&untouched_tree(), tree))
+}
+
+/// What [`minimal_tree`] is a copy of. Nothing runs in it, so that a copy finds everything that it saw in a folder.
+pub fn untouched_tree() -> PathBuf {
+    cached("untouched", |tree| {
         let output = imgutil().args(["build", "--no-cache", "--minimal"]).arg(tree).output().unwrap();
         assert!(output.status.success(), "{}", text(&output.stderr));
     })
 }
 
-/// A Debian tree with RPM, dnf and zypper, as a stand-in for images of the distributions that have them. No test may change it.
+/// A Debian tree with RPM, dnf and zypper, as a stand-in for images of the distributions that have them. No test may change it, or run
+/// anything in it.
 pub fn rpm_tree() -> PathBuf {
     cached("rpm", |tree| {
         let packages = "rpm,dnf,zypper";
@@ -127,7 +134,7 @@ pub fn own_tree() -> (tempfile::TempDir, PathBuf) {
 
 /// A copy of the minimal tree, in which packages can be installed.
 pub fn own_debian() -> (tempfile::TempDir, PathBuf) {
-    copy_of(&minimal_tree())
+    copy_of(&untouched_tree())
 }
 
 /// A copy of the tree with RPM, dnf and zypper, to be changed.
@@ -138,9 +145,13 @@ pub fn own_rpm() -> (tempfile::TempDir, PathBuf) {
 fn copy_of(source: &Path) -> (tempfile::TempDir, PathBuf) {
     let scratch = scratch();
     let tree = scratch.path().join("image");
-    let copied = Command::new("cp").args(["-a", "--reflink=auto"]).arg(source).arg(&tree).status().unwrap();
-    assert!(copied.success());
+    copy(source, &tree);
     (scratch, tree)
+}
+
+fn copy(source: &Path, tree: &Path) {
+    let copied = Command::new("cp").args(["-a", "--reflink=auto"]).arg(source).arg(tree).status().unwrap();
+    assert!(copied.success());
 }
 
 /// A directory on the file system of the target directory: /tmp may be small or nodev.
