@@ -173,6 +173,9 @@ pub enum Collective {
     Demote {
         /// Its name or number.
         member: String,
+        /// Also where no majority of those that vote then answers.
+        #[arg(long)]
+        force: bool,
     },
     /// Rotate the keys of the collective: new ones for those who are members, and all secrets are sealed anew in the background. Done by itself
     /// when a member is removed.
@@ -184,6 +187,9 @@ pub enum Collective {
         /// Somebody else may have what is on it: rotate the authority of certificates as well (`moor authority rotate`).
         #[arg(long)]
         compromised: bool,
+        /// Also where no majority of those that vote then answers.
+        #[arg(long)]
+        force: bool,
         /// Do not ask.
         #[arg(short)]
         yes: bool,

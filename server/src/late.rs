@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 /// What waits, by number.
 const WAITING: TableDefinition<'static, u64, &'static [u8]> = TableDefinition::new("waiting");
-/// `number`: the last that was given; `confirmed`: when a majority answered, Unix seconds.
+/// `number`: the last that was given; `confirmed`: when a majority answered, Unix seconds; `removed`: this member is none any more, and has heard of it.
 const MARKS: TableDefinition<'static, &'static str, u64> = TableDefinition::new("marks");
 
 /// Whether a majority answers is looked at this often.
@@ -40,6 +40,7 @@ struct Memory {
     bytes: usize,
     confirmed: u64,
     written: u64,
+    is_removed: bool,
 }
 
 /// The file, and what is in it.
@@ -77,6 +78,7 @@ impl Waiting {
             }
             memory.confirmed = reading.open_table(MARKS)?.get("confirmed")?.map_or(0, |at| at.value());
             memory.written = memory.confirmed;
+            memory.is_removed = reading.open_table(MARKS)?.get("removed")?.is_some();
         }
         let disk = path.parent().unwrap_or(path).to_owned();
         Ok(Self { database, disk, memory: Mutex::new(memory), started: Instant::now() })
@@ -100,6 +102,20 @@ impl Waiting {
     /// Seconds since then.
     fn age(&self) -> Option<u64> {
         self.confirmed().map(|confirmed| now().saturating_sub(confirmed))
+    }
+
+    /// Whether this member had heard that it was removed, when it ran before or now.
+    pub(crate) fn is_removed(&self) -> bool {
+        self.memory().is_removed
+    }
+
+    /// It has: a member that is started anew, and reaches nobody, must not go on as one.
+    fn set_removed(&self) -> Result<(), StoreError> {
+        let transaction = self.database.begin_write()?;
+        transaction.open_table(MARKS)?.insert("removed", 1)?;
+        transaction.commit()?;
+        self.memory().is_removed = true;
+        Ok(())
     }
 
     /// A majority answers now.
@@ -190,6 +206,15 @@ impl Member {
         !standing.has_majority() && unheard > PATIENCE
     }
 
+    /// Whether a change failed because no majority answers, as far as this member can tell; or the leader, who sees that first.
+    fn lacks_majority(&self, error: &StoreError) -> bool {
+        match error {
+            StoreError::NoLeader(_) | StoreError::Unknown => !self.store.standing().has_majority(),
+            StoreError::Leader(problem) => problem.code == Code::NoMajority,
+            _ => false,
+        }
+    }
+
     /// Refuses what this member may not do any more without a majority.
     pub(crate) fn fresh(&self, bound: Bound) -> Result<(), Problem> {
         let limit = self.limit(bound);
@@ -237,7 +262,7 @@ impl Member {
             match self.store.propose(command.clone()).await {
                 Ok(Outcome::Refused(problem)) => return Err(problem),
                 Ok(_) => return Ok(()),
-                Err(StoreError::NoLeader(_) | StoreError::Unknown) if !self.store.standing().has_majority() => {}
+                Err(error) if self.lacks_majority(&error) => {}
                 Err(error) => return Err(error.into()),
             }
         }
@@ -284,7 +309,7 @@ impl Member {
                 Ok(Outcome::Number(serial)) => return Ok(serial),
                 Ok(Outcome::Refused(problem)) => return Err(problem),
                 Ok(Outcome::Done) => return Err(Problem::new(Code::Internal, "a certificate got no serial number")),
-                Err(StoreError::NoLeader(_) | StoreError::Unknown) if !self.store.standing().has_majority() => {}
+                Err(error) if self.lacks_majority(&error) => {}
                 Err(error) => return Err(error.into()),
             }
         }
@@ -292,6 +317,17 @@ impl Member {
         let mut bytes = [0; 8];
         aws_lc_rs::rand::fill(&mut bytes).map_err(|_| Problem::new(Code::Internal, "no randomness"))?;
         Ok(u64::from_le_bytes(bytes) | 1 << 63)
+    }
+}
+
+/// Writes down that this member is none any more, once it has heard of it.
+pub(crate) async fn note_removal(member: &Arc<Member>) {
+    member.calls.hears_of_removal().await;
+    while !member.waiting.is_removed() {
+        if let Err(error) = blocking(member, Waiting::set_removed).await {
+            tracing::warn!("writing down that this member was removed: {error}");
+            tokio::time::sleep(LOOK).await;
+        }
     }
 }
 

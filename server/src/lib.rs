@@ -41,8 +41,11 @@ use std::sync::Arc;
 /// All that a member answers.
 pub fn router(member: &Arc<Member>) -> Router {
     Router::new()
-        .merge(public::router())
-        .merge(node::router(member))
+        .merge(
+            public::router()
+                .merge(node::router(member))
+                .route_layer(from_fn_with_state(member.clone(), collective::refuse_removed)),
+        )
         .merge(admin::router(member))
         .merge(collective::router(member))
         .route("/healthz", get(observe::health))

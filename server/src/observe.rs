@@ -95,6 +95,9 @@ pub(crate) async fn health(State(member): State<Arc<Member>>) -> Response {
     if !is_read.await.unwrap_or(false) {
         return (StatusCode::SERVICE_UNAVAILABLE, "the store does not answer\n").into_response();
     }
+    if let Some(why) = member.calls.removed() {
+        return (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")).into_response();
+    }
     let standing = member.store.standing();
     let text = if standing.has_majority() {
         "ok\n"

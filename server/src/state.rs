@@ -2,6 +2,7 @@
 
 use crate::authority::{self, Addresses, MemberIssuer};
 use crate::certificate::Certificate;
+use crate::collective::REMOVED;
 use crate::collective::alive::Heartbeats;
 use crate::collective::busy::Busy;
 use crate::collective::identity::{self, Identity};
@@ -356,6 +357,9 @@ impl Member {
             waiting,
             traces,
         };
+        if member.waiting.is_removed() {
+            member.calls.set_removed("it was told so before", REMOVED);
+        }
         // What cannot be taken up now is tried again: until then the member is as it was.
         if let Err(error) = member.take_up() {
             tracing::error!("the authorities: {error:#}");

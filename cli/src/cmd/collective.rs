@@ -15,7 +15,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 pub(crate) async fn run(client: &mut AdminClient, command: Collective, json: bool) -> anyhow::Result<ExitCode> {
-    let (action, member, compromised, yes) = match command {
+    let (action, member, force, compromised, yes) = match command {
         // They are run by another program.
         Collective::Join(_) | Collective::Recover(_) => return Ok(ExitCode::SUCCESS),
         Collective::Show => {
@@ -42,14 +42,14 @@ pub(crate) async fn run(client: &mut AdminClient, command: Collective, json: boo
             }
             return Ok(ExitCode::SUCCESS);
         }
-        Collective::Promote { member } => ("promote", member, false, true),
-        Collective::Demote { member } => ("demote", member, false, true),
-        Collective::Remove { member, compromised, yes } => ("remove", member, compromised, yes),
+        Collective::Promote { member } => ("promote", member, false, false, true),
+        Collective::Demote { member, force } => ("demote", member, force, false, true),
+        Collective::Remove { member, compromised, force, yes } => ("remove", member, force, compromised, yes),
     };
     if !yes && !output::confirm(&format!("remove member '{member}' from the collective for good?"))? {
         anyhow::bail!("nothing was removed: `-y` answers the question");
     }
-    client.change_member(action, &MemberRequest { member: member.clone() }).await?;
+    client.change_member(action, &MemberRequest { member: member.clone(), force }).await?;
     output::line(format_args!("{member}: {action}d"))?;
     if action == "remove" {
         eprintln!(

@@ -47,6 +47,8 @@ pub enum Code {
     NoProfile,
     /// The caller may not do this.
     Forbidden,
+    /// Whoever asks, or is asked, is a member of the collective no more.
+    Removed,
     /// Too many requests; try again later.
     RateLimited,
     /// No majority of the members answers: known nodes boot for a while, changes wait.
@@ -70,7 +72,8 @@ impl Problem {
             | Code::IdentityMismatch
             | Code::ProofInvalid
             | Code::StageClosed
-            | Code::Forbidden => 403,
+            | Code::Forbidden
+            | Code::Removed => 403,
             Code::NotFound => 404,
             Code::Ambiguous | Code::Conflict | Code::NoProfile => 409,
             Code::RateLimited => 429,

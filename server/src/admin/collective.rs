@@ -2,7 +2,7 @@
 
 use crate::collective::identity::check_name;
 use crate::collective::invite::Invitation;
-use crate::collective::{invite_place, rotation};
+use crate::collective::{holders, invite_place, rotation};
 use crate::http::{Connection, Failure, Peer, parse};
 use crate::state::{Member, now};
 use crate::store::records::{InviteRecord, MemberRecord};
@@ -112,24 +112,68 @@ fn find(view: &Snapshot, wanted: &str) -> Result<(u64, MemberRecord), Failure> {
     })
 }
 
-async fn change(member: &Member, body: &Bytes, command: impl FnOnce(u64) -> Command) -> Result<StatusCode, Failure> {
+/// Refuses to take a member's vote where no majority of those that vote then answers: nothing could be agreed any more, not even to take it back,
+/// although as many are there as before.
+async fn check_rest(member: &Member, view: &Snapshot, number: u64, record: &MemberRecord) -> Result<(), Failure> {
+    if !record.voter {
+        return Ok(());
+    }
+    let is_left = |(other, record): &(u64, MemberRecord)| *other != number && record.voter && !record.removed;
+    let rest: Vec<_> = view.members()?.into_iter().filter(is_left).collect();
+    let others = rest.iter().filter(|(other, _)| *other != member.identity.number);
+    let peers: Vec<_> = others.map(|(_, record)| record.peer()).collect();
+    let silent: Vec<_> = holders::silent(member, &peers).await.into_iter().map(|peer| peer.name.as_str()).collect();
+    let is_silent = |record: &MemberRecord| silent.contains(&record.name.as_str());
+    let has_majority = |answer: usize, all: usize| all == 0 || answer * 2 > all;
+    let answer = |of: &dyn Fn(u64) -> bool| {
+        let of: Vec<_> = rest.iter().filter(|(other, _)| of(*other)).collect();
+        has_majority(of.iter().filter(|(_, record)| !is_silent(record)).count(), of.len())
+    };
+    // Some of them are to vote, and do not yet: it takes a majority of the others until they do. Of the last one that votes the store says what there is
+    // to do.
+    let standing = member.store.standing();
+    let votes = |other: u64| standing.members.get(&other).is_some_and(|(_, votes)| *votes);
+    if answer(&|_| true) && answer(&votes) {
+        return Ok(());
+    }
+    let detail = format!(
+        "of the {} members that would vote then, {} do not answer ({}): no majority would be left, and nothing could be changed any more. Bring them back or \
+         remove them first, or say `--force`",
+        rest.len(),
+        silent.len(),
+        silent.join(", ")
+    );
+    Err(Problem::new(Code::Conflict, detail).into())
+}
+
+/// `takes_vote`: the member votes no more then.
+async fn change(
+    member: &Member,
+    body: &Bytes,
+    takes_vote: bool,
+    command: impl FnOnce(u64) -> Command,
+) -> Result<StatusCode, Failure> {
     let request: MemberRequest = parse(body)?;
     member.store.linearize().await?;
-    let (number, _) = find(&member.view()?, &request.member)?;
+    let view = member.view()?;
+    let (number, record) = find(&view, &request.member)?;
+    if takes_vote && !request.force {
+        check_rest(member, &view, number, &record).await?;
+    }
     member.propose(command(number)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 pub(super) async fn promote(State(member): State<Arc<Member>>, body: Bytes) -> Result<StatusCode, Failure> {
-    change(&member, &body, |number| Command::SetVoter { number, voter: true }).await
+    change(&member, &body, false, |number| Command::SetVoter { number, voter: true }).await
 }
 
 pub(super) async fn demote(State(member): State<Arc<Member>>, body: Bytes) -> Result<StatusCode, Failure> {
-    change(&member, &body, |number| Command::SetVoter { number, voter: false }).await
+    change(&member, &body, true, |number| Command::SetVoter { number, voter: false }).await
 }
 
 pub(super) async fn remove(State(member): State<Arc<Member>>, body: Bytes) -> Result<StatusCode, Failure> {
-    change(&member, &body, |number| Command::RemoveMember { number }).await
+    change(&member, &body, true, |number| Command::RemoveMember { number }).await
 }
 
 pub(super) async fn rotate_key(State(member): State<Arc<Member>>) -> Result<Json<KeysRotated>, Failure> {

@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// To a member that is none any more.
-pub(super) const REMOVED: &str = "this member was removed from the collective: `moor collective join --set-aside` with a new invitation lets it in anew";
+pub(crate) const REMOVED: &str = "this member was removed from the collective: `moor collective join --set-aside` with a new invitation lets it in anew";
 /// To one that stands in no record here, and that nobody who does has vouched for.
 const UNKNOWN: &str =
     "the member that was asked has not heard of this one: if it is a member, that one is behind; try again";
@@ -58,6 +58,11 @@ fn refused(detail: &str) -> Failure {
     Problem::new(Code::Forbidden, detail).into()
 }
 
+/// To one that is no member any more: it ends its service to nodes by this.
+fn removed(detail: &str) -> Failure {
+    Problem::new(Code::Removed, detail).into()
+}
+
 /// Who is being removed may answer, and lead, for a moment still. It makes no keys and no authority for the others: it would know them.
 ///
 /// # Errors
@@ -65,7 +70,7 @@ fn refused(detail: &str) -> Failure {
 pub(super) fn check_present(member: &Member) -> Result<(), Problem> {
     let records = member.view()?.members()?;
     let is_present = records.get(&member.identity.number).is_some_and(|own| !own.removed);
-    if is_present { Ok(()) } else { Err(Problem::new(Code::Forbidden, REMOVED)) }
+    if is_present { Ok(()) } else { Err(Problem::new(Code::Removed, REMOVED)) }
 }
 
 /// The member that the certificate names, with the key that the handshake has proven; and the incarnation of the collective that it is of.
@@ -90,7 +95,7 @@ pub(super) fn shown(connection: &Connection) -> Result<Acquaintance, Failure> {
 fn check_incarnation(own: Incarnation, shown: Incarnation) -> Result<(), Failure> {
     match shown.cmp(&own) {
         Ordering::Equal => Ok(()),
-        Ordering::Less => Err(refused(&format!(
+        Ordering::Less => Err(removed(&format!(
             "this member is of incarnation {shown} of the collective, which was recovered or restored since and is at {own}: stop it; `moor \
              collective join --set-aside` with a new invitation lets it in anew"
         ))),
@@ -115,7 +120,7 @@ fn caller(member: &Member, connection: &Connection) -> Result<Caller, Failure> {
             match key {
                 Some(key) if *key != caller.key => Err(refused(ANOTHER)),
                 Some(_) if is_named() => Ok(Caller::Leaving),
-                _ => Err(refused(REMOVED)),
+                _ => Err(removed(REMOVED)),
             }
         }
         Known::Not => {
@@ -145,7 +150,7 @@ pub(super) enum Gate {
 pub(super) fn check(member: &Member, connection: &Connection, gate: Gate) -> Result<(), Failure> {
     match (caller(member, connection)?, gate) {
         (Caller::Member, _) | (_, Gate::Replication) => Ok(()),
-        (Caller::Leaving, Gate::Members) => Err(refused(REMOVED)),
+        (Caller::Leaving, Gate::Members) => Err(removed(REMOVED)),
         (Caller::Introduced, Gate::Members) => Err(refused(UNKNOWN)),
     }
 }
@@ -159,5 +164,14 @@ pub(super) async fn guard(
     match check(&member, &connection, gate) {
         Ok(()) => next.run(request).await,
         Err(failure) => failure.into_response(),
+    }
+}
+
+/// Answers no node, with the reason, once this member knows that it was removed: it hears of no change any more, and nobody would take what nodes report
+/// to it. They ask another member.
+pub(crate) async fn refuse_removed(State(member): State<Arc<Member>>, request: Request, next: Next) -> Response {
+    match member.calls.removed() {
+        None => next.run(request).await,
+        Some(why) => Failure(Problem { status: 503, code: Code::Removed, detail: why.to_owned() }).into_response(),
     }
 }

@@ -38,6 +38,12 @@ async fn ask(member: &Member, peer: &Peer, blobs: &[Sha256Digest]) -> Result<BTr
     Ok(lacking.into_iter().collect())
 }
 
+/// Which of these members do not answer.
+pub(crate) async fn silent<'a>(member: &Member, peers: &'a [Peer]) -> Vec<&'a Peer> {
+    let answers = futures_util::future::join_all(peers.iter().map(|peer| ask(member, peer, &[]))).await;
+    peers.iter().zip(answers).filter(|(_, answer)| answer.is_err()).map(|(peer, _)| peer).collect()
+}
+
 /// Calls the other members now and then: nodes are not sent to those that are not reached. Goes on for ever.
 pub(super) async fn look_around(member: &Member) {
     loop {

@@ -20,4 +20,5 @@ pub(crate) mod ssh_authorities;
 pub mod upkeep;
 pub mod voucher;
 
+pub(crate) use gate::{REMOVED, refuse_removed};
 pub(crate) use routes::{invite_place, router};

@@ -33,7 +33,8 @@ pub async fn run(member: Arc<Member>, stop: CancellationToken) {
             authorities::keep(&member),
             holders::look_around(&member),
             alive::tell(&member),
-            late::deliver(&member)
+            late::deliver(&member),
+            late::note_removal(&member)
         );
     };
     tokio::select! {
@@ -162,7 +163,7 @@ async fn announce(member: &Arc<Member>) {
             // It has not heard of itself yet.
             Err(_) | Ok((None, _)) => {}
             Ok((Some(record), _)) if record.removed => {
-                tracing::error!("{}", super::gate::REMOVED);
+                member.calls.set_removed("this member's own records", super::gate::REMOVED);
                 return;
             }
             Ok((Some(record), level)) => {

@@ -408,6 +408,8 @@ impl From<StoreError> for Problem {
             StoreError::Full(_) | StoreError::Unknown => Self::new(Code::Internal, error.to_string()),
             StoreError::TooOld { .. } => Self::new(Code::Conflict, error.to_string()),
             StoreError::NoLeader(_) => Self::new(Code::NoMajority, error.to_string()),
+            // For whoever asks this member, another one has the answer.
+            StoreError::Leader(problem) if problem.code == Code::Removed => Self { status: 503, ..problem },
             StoreError::Leader(problem) => problem,
             _ => Self::new(Code::Internal, "the member's store failed: its log says more"),
         }

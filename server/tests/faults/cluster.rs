@@ -327,7 +327,8 @@ impl Cluster {
 
     /// Says whether member `at` is to vote, and waits until it is so.
     async fn set_voter(&self, at: usize, votes: bool) -> anyhow::Result<()> {
-        let (action, request) = (if votes { "promote" } else { "demote" }, MemberRequest { member: name(at) });
+        let (action, request) =
+            (if votes { "promote" } else { "demote" }, MemberRequest { member: name(at), force: false });
         let other = (at + 1) % self.members.len();
         let end = Instant::now() + PATIENCE;
         loop {

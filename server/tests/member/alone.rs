@@ -5,7 +5,7 @@ use crate::collective::{define, invite, joined, text, three, until, view, voters
 use crate::machine::Machine;
 use crate::support::{Member, import, refusal};
 use anyhow::{Context as _, ensure};
-use moor_api::admin::{CreateProfile, DeployRequest, SetAttributes};
+use moor_api::admin::{CreateProfile, DeployRequest, MemberRequest, SetAttributes};
 use moor_api::client::node::NodeConnection;
 use moor_api::node::{HostCertificateRequest, ImageOffer, KeyRequest, Stage, StageClosed};
 use moor_api::problem::Code;
@@ -209,6 +209,82 @@ async fn a_member_that_is_cut_off_stops_giving_secrets_and_then_answering() -> a
     ensure!(boot_refused(&machine).await?, "a restart makes nothing newer");
     second.run()?;
     until(&first, "it does not answer again", async || Ok(!boot_refused(&machine).await?)).await?;
+    Ok(())
+}
+
+/// The leader goes on saying that it is there, although nobody but a member that does not vote hears it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_follows_a_leader_without_a_majority_knows_of_none_either() -> anyhow::Result<()> {
+    let mut voting = three().await?;
+    let fourth = joined(&voting[0], "m4", false).await?;
+    let mut machine = known_node(&voting[0]).await?;
+    until(&fourth, "it does not know the node", async || Ok(fourth.states("n1").await? == ["pending", "first"]))
+        .await?;
+    let leader = view(&voting[0]).await?.leader.context("nobody leads")?;
+    let mut others = Vec::new();
+    for member in &mut voting {
+        if view(member).await?.number != leader {
+            member.kill();
+            others.push(member);
+        }
+    }
+    machine.reboot()?;
+    machine.asks(&fourth);
+    until(&fourth, "it believes in a majority", async || Ok(!view(&fourth).await?.majority)).await?;
+    // It still hears the leader, and asks it.
+    assert_eq!(view(&fourth).await?.leader, Some(leader));
+    let mut boot = machine.connect().await?;
+    machine.log_in(&mut boot, Stage::Boot).await?;
+    boot.status(&machine.report(1, "image")).await?;
+    let metrics = fourth.admin().await?.metrics().await?;
+    ensure!(metrics.contains("moord_majority 0"), "{metrics}");
+    for other in others {
+        other.run()?;
+    }
+    let wanted = ["pending", "first", "image"];
+    until(&fourth, "the report is not delivered", async || {
+        Ok(view(&fourth).await?.majority && fourth.states("n1").await? == wanted)
+    })
+    .await
+}
+
+/// It hears of it by the first who answers, whatever it reads in its own records.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_was_removed_while_it_was_away_sends_nodes_to_others() -> anyhow::Result<()> {
+    let [mut first, mut second, mut third] = three().await?;
+    let mut machine = known_node(&first).await?;
+    until(&third, "it does not know the node", async || Ok(third.states("n1").await? == ["pending", "first"])).await?;
+    third.kill();
+    first.admin().await?.change_member("remove", &MemberRequest { member: "m3".into(), force: false }).await?;
+    voters(&first, 2).await?;
+    third.run()?;
+    let removed = async |machine: &Machine| -> anyhow::Result<bool> {
+        // Hellos are rate-limited.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        match machine.connect().await?.hello(&machine.hello()).await {
+            Ok(_) => Ok(false),
+            Err(error) => {
+                ensure!(error.is_transient(), "the node takes it for the end: {error}");
+                let (code, detail) = refusal::<()>(Err(error));
+                ensure!(code == Code::Removed && detail.contains("was removed from the collective"), "{detail}");
+                Ok(true)
+            }
+        }
+    };
+    machine.asks(&third);
+    until(&third, "it answers nodes", async || removed(&machine).await).await?;
+    // Started anew, with nobody to ask, it knows it still.
+    first.kill();
+    second.kill();
+    third.kill();
+    third.run()?;
+    ensure!(removed(&machine).await?, "{}", third.log());
+    first.run()?;
+    second.run()?;
+    voters(&first, 2).await?;
+    machine.asks(&first);
+    machine.reboot()?;
+    machine.log_in(&mut machine.connect().await?, Stage::Boot).await?;
     Ok(())
 }
 

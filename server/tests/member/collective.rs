@@ -107,7 +107,7 @@ pub(crate) fn blobs(member: &Member) -> anyhow::Result<BTreeMap<String, u64>> {
 }
 
 fn member_request(name: &str) -> MemberRequest {
-    MemberRequest { member: name.into() }
+    MemberRequest { member: name.into(), force: false }
 }
 
 pub(crate) async fn three() -> anyhow::Result<[Member; 3]> {
@@ -259,6 +259,27 @@ async fn without_a_majority_changes_are_refused_with_the_reason_and_go_on_when_o
     Ok(())
 }
 
+/// Two of three are there, and without the second one no two of those that vote would be.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_vote_is_taken_where_those_that_are_left_have_no_majority() -> anyhow::Result<()> {
+    let [first, mut second, mut third] = three().await?;
+    third.kill();
+    for action in ["demote", "remove"] {
+        let (code, detail) = refusal(first.admin().await?.change_member(action, &member_request("m2")).await);
+        assert_eq!(code, Code::Conflict);
+        assert!(detail.starts_with("of the 2 members that would vote then, 1 do not answer (m3)"), "{detail}");
+    }
+    define(&first, "a").await?;
+    // Who does not answer goes first.
+    first.admin().await?.change_member("remove", &member_request("m3")).await?;
+    voters(&first, 2).await?;
+    first.admin().await?.change_member("demote", &member_request("m2")).await?;
+    voters(&first, 1).await?;
+    second.kill();
+    define(&first, "b").await?;
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn members_are_promoted_demoted_and_removed_for_good() -> anyhow::Result<()> {
     let first = Member::start()?;
@@ -286,7 +307,7 @@ async fn members_are_promoted_demoted_and_removed_for_good() -> anyhow::Result<(
     // As long as it has heard of no leader it can ask nobody.
     until(&second, "it is not told", async || {
         let (code, detail) = refusal(define(&second, "d").await);
-        let is_told = code == Code::Forbidden && detail.contains("was removed from the collective");
+        let is_told = code == Code::Removed && detail.contains("was removed from the collective");
         ensure!(is_told || code == Code::NoMajority, "{code:?}: {detail}");
         Ok(is_told)
     })

@@ -148,7 +148,7 @@ async fn what_a_removed_member_has_opens_nothing_of_after() -> anyhow::Result<()
     let (kept, _) = second.opened()?;
     second.run()?;
     voters(&second, 3).await?;
-    first.admin().await?.change_member("remove", &MemberRequest { member: "m2".into() }).await?;
+    first.admin().await?.change_member("remove", &MemberRequest { member: "m2".into(), force: false }).await?;
     all_under(&first, 2).await?;
     all_under(&third, 2).await?;
     // The session of before has ended, and a new one begins without an administrator.

@@ -145,6 +145,9 @@ pub struct Invited {
 pub struct MemberRequest {
     /// Its name, or its number.
     pub member: String,
+    /// Also where those that vote then would have no majority that answers.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// Which member has which content.

@@ -6,9 +6,10 @@ use super::wire::{self, WireAppended, WireInstalled, WireVote, WireVoteRequest, 
 use super::{Level, Machine, Outcome, Raft, RaftSnapshot, SnapshotFile, StoreError, Vote, consensus};
 use bytes::Bytes;
 use openraft::async_runtime::WatchReceiver as _;
-use openraft::raft::VoteRequest;
+use openraft::raft::{AppendEntriesResponse, VoteRequest};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::time::Duration;
 
 fn parsed<T: DeserializeOwned>(body: &[u8]) -> Result<T, StoreError> {
     serde_json::from_slice(body).map_err(|error| StoreError::Message(error.to_string()))
@@ -30,6 +31,13 @@ pub(super) fn within_reach(raft: &openraft::Raft<Raft, Machine>, vote: &Vote) ->
     Ok(())
 }
 
+/// An answer, and what the call has shown.
+pub(super) struct Answered {
+    pub(super) answer: Vec<u8>,
+    /// This member follows the one that called, who has not heard of a majority for so long.
+    pub(super) heard: Option<Duration>,
+}
+
 /// Answers a call, in a release that knows levels up to `known`. `speaks` refuses numbers that are not the caller's.
 pub(super) async fn answer(
     raft: &openraft::Raft<Raft, Machine>,
@@ -37,14 +45,17 @@ pub(super) async fn answer(
     body: &[u8],
     known: Level,
     speaks: impl Fn(u64) -> Result<(), StoreError>,
-) -> Result<Vec<u8>, StoreError> {
-    match call {
+) -> Result<Answered, StoreError> {
+    let answer = match call {
         Call::Append => {
-            let request = wire::append_from(body, known)?;
+            let (request, unheard) = wire::append_from(body, known)?;
             speaks(request.vote.leader_id.voted_for)?;
             within_reach(raft, &request.vote)?;
             without_holes(&request)?;
-            answered(&WireAppended::from(raft.append_entries(request).await.map_err(consensus)?))
+            let response = raft.append_entries(request).await.map_err(consensus)?;
+            let is_followed = !matches!(response, AppendEntriesResponse::HigherVote(_));
+            let answer = answered(&WireAppended::from(response))?;
+            return Ok(Answered { answer, heard: is_followed.then_some(unheard) });
         }
         Call::Vote | Call::PreVote => {
             let request = VoteRequest::<Raft>::from(parsed::<WireVoteRequest>(body)?);
@@ -54,9 +65,10 @@ pub(super) async fn answer(
                 Call::Vote => raft.vote(request).await,
                 _ => raft.pre_vote(request).await,
             };
-            answered(&WireVoted::from(response.map_err(consensus)?))
+            answered(&WireVoted::from(response.map_err(consensus)?))?
         }
-    }
+    };
+    Ok(Answered { answer, heard: None })
 }
 
 /// The vote of a leader that sends a snapshot.

@@ -10,6 +10,7 @@ use moor_api::ids::MemberId;
 use openraft::raft::AppendEntriesRequest;
 use std::ops::Deref;
 use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -51,6 +52,8 @@ struct Reading<S, H, G> {
     looked: Instant,
     /// Whom it was found to speak for since.
     speaks_for: Option<u64>,
+    /// For so many milliseconds the leader had not heard of a majority when it called last.
+    unheard: Arc<AtomicU64>,
     failed: Arc<Mutex<Option<StoreError>>>,
 }
 
@@ -88,7 +91,7 @@ where
     fn call(&mut self, frame: &[u8]) -> Result<AppendEntriesRequest<Raft>, StoreError> {
         let store = &self.store;
         let call = store.machine.note(wire::append_from(frame, store.machine.known()).map_err(StoreError::from));
-        let call = call.map_err(|error| store.machine.why(error))?;
+        let (call, unheard) = call.map_err(|error| store.machine.why(error))?;
         let number = call.vote.leader_id.voted_for;
         if self.speaks_for != Some(number) {
             store.speaks(number, self.by)?;
@@ -96,6 +99,7 @@ where
         within_reach(&store.raft, &call.vote)?;
         without_holes(&call)?;
         self.speaks_for = Some(number);
+        self.unheard.store(u64::try_from(unheard.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
         Ok(call)
     }
 }
@@ -113,6 +117,7 @@ where
     let (mut answers, frames) = framed(Box::pin(stream)).split();
     let (_stop, end) = oneshot::channel();
     let failed = Arc::<Mutex<Option<StoreError>>>::default();
+    let unheard = Arc::<AtomicU64>::default();
     let reading = Reading {
         frames,
         end,
@@ -121,6 +126,7 @@ where
         may,
         looked: Instant::now(),
         speaks_for: None,
+        unheard: unheard.clone(),
         failed: failed.clone(),
     };
     let calls = futures_util::stream::unfold(reading, |mut reading| async move {
@@ -146,7 +152,8 @@ where
             Err(error) => (Streamed::refused(&error), false),
         };
         if goes_on {
-            store.hear();
+            // What a later call said is as true.
+            store.hear(Duration::from_millis(unheard.load(Ordering::Relaxed)));
         } else {
             break Some(streamed);
         }

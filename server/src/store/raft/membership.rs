@@ -10,7 +10,8 @@ pub(super) enum Change {
     Add(u64, Peer),
     Rename(u64, Peer),
     Promote(u64),
-    Demote(u64),
+    /// All that go at once: between one and the next those that are left might have no majority.
+    Demote(BTreeSet<u64>),
     Remove(u64),
     /// A change of who votes was begun by a leader that is none any more.
     Finish(BTreeSet<u64>),
@@ -22,7 +23,10 @@ impl std::fmt::Display for Change {
             Self::Add(number, peer) => write!(f, "member {} ({number}) joins as a non-voting one", peer.name),
             Self::Rename(number, peer) => write!(f, "member {} ({number}) is at {}", peer.name, peer.urls.join(", ")),
             Self::Promote(number) => write!(f, "member {number} votes from now on"),
-            Self::Demote(number) => write!(f, "member {number} votes no more"),
+            Self::Demote(numbers) => {
+                let numbers: Vec<_> = numbers.iter().map(u64::to_string).collect();
+                write!(f, "member {} votes no more", numbers.join(", "))
+            }
             Self::Remove(number) => write!(f, "member {number} is removed"),
             Self::Finish(voters) => {
                 write!(f, "{} members vote from now on: an earlier change is finished", voters.len())
@@ -39,13 +43,9 @@ pub(super) fn next_change(standing: &Standing, records: &BTreeMap<u64, MemberRec
         let voters: BTreeSet<u64> = standing.members.keys().copied().filter(stays).collect();
         return (!voters.is_empty()).then_some(Change::Finish(voters));
     }
-    // A voter that goes votes no more first, so that a step changes either voters or members.
     for (number, (peer, votes)) in &standing.members {
         match present(number) {
-            None if *votes => return Some(Change::Demote(*number)),
-            None => return Some(Change::Remove(*number)),
             Some(record) if record.peer() != *peer => return Some(Change::Rename(*number, record.peer())),
-            Some(record) if *votes && !record.voter => return Some(Change::Demote(*number)),
             Some(record) if !*votes && record.voter => {
                 // Not before it has nearly all: a voter that is far behind stops every change.
                 let at = standing.followers.get(number).copied().unwrap_or(0);
@@ -53,8 +53,19 @@ pub(super) fn next_change(standing: &Standing, records: &BTreeMap<u64, MemberRec
                     return Some(Change::Promote(*number));
                 }
             }
-            Some(_) => {}
+            _ => {}
         }
+    }
+    // After those that come, one of which may be the only one that is to vote. A step changes either voters or members.
+    let stays = |number: &u64| present(number).is_some_and(|record| record.voter);
+    let voters = standing.members.iter().filter(|(_, (_, votes))| *votes).map(|(number, _)| *number);
+    let (stay, leave): (BTreeSet<u64>, BTreeSet<u64>) = voters.partition(stays);
+    if !leave.is_empty() && !stay.is_empty() {
+        return Some(Change::Demote(leave));
+    }
+    let is_gone = |(number, (_, votes)): &(&u64, &(Peer, bool))| !*votes && present(number).is_none();
+    if let Some((number, _)) = standing.members.iter().find(is_gone) {
+        return Some(Change::Remove(*number));
     }
     records
         .iter()

@@ -26,6 +26,7 @@ mod tests;
 mod wire;
 
 pub use anew::{Survivor, members_in};
+use answer::Answered;
 pub use answer::Leading;
 pub(crate) use answer::proposed;
 pub(crate) use follow::follow;
@@ -138,7 +139,7 @@ pub struct Replicated {
     machine: Machine,
     calls: Arc<Calls>,
     number: u64,
-    /// When the leader was heard last.
+    /// When a majority was heard of last, by way of the leader.
     heard: Mutex<Option<Instant>>,
     rounds: Rounds,
     /// How long the journal, the log and the tables take to become durable.
@@ -210,6 +211,8 @@ impl Replicated {
         let raft = openraft::Raft::new(number, config, network.clone(), log, machine.clone());
         let raft = thread.handle().spawn(raft).await.map_err(consensus)?;
         let raft = raft.map_err(|error| machine.why(consensus(error)))?;
+        let metrics = raft.metrics();
+        calls.tell_unheard(move || standing::unheard(&metrics.borrow_watched()));
         thread.handle().spawn(ready::keep(raft.clone(), network, number));
         let (heard, rounds) = (Mutex::default(), Rounds::default());
         let store = Self { raft, machine, calls, number, heard, rounds, syncs, thread };
@@ -317,7 +320,7 @@ impl Replicated {
             {
                 match self.calls.read_index(&peer).await {
                     Ok(index) => return self.applied(index).await,
-                    Err(ClientError::Problem(problem)) if problem.code == Code::Forbidden => {
+                    Err(ClientError::Problem(problem)) if matches!(problem.code, Code::Forbidden | Code::Removed) => {
                         return Err(StoreError::Leader(problem));
                     }
                     Err(_) => {}
@@ -379,8 +382,7 @@ impl Replicated {
                 let voters = BTreeSet::from([number]);
                 self.raft.change_membership(ChangeMembers::AddVoterIds(voters), true).await.map(drop)
             }
-            Change::Demote(number) => {
-                let voters = BTreeSet::from([number]);
+            Change::Demote(voters) => {
                 self.raft.change_membership(ChangeMembers::RemoveVoters(voters), true).await.map(drop)
             }
             Change::Finish(voters) => {
@@ -425,16 +427,19 @@ impl Replicated {
     pub async fn answer(&self, call: Call, body: &[u8], by: MemberId) -> Result<Vec<u8>, StoreError> {
         let speaks = |number| self.speaks(number, by);
         let answer = answer::answer(&self.raft, call, body, self.machine.known(), speaks).await;
-        let answer = self.machine.note(answer).map_err(|error| self.machine.why(error))?;
-        if call == Call::Append {
-            self.hear();
+        let Answered { answer, heard } = self.machine.note(answer).map_err(|error| self.machine.why(error))?;
+        if let Some(unheard) = heard {
+            self.hear(unheard);
         }
         Ok(answer)
     }
 
-    /// The leader was there just now.
-    fn hear(&self) {
-        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    /// The leader was there just now, who had not heard of a majority for `unheard` then. One that is left with this member alone goes on saying that it
+    /// is there: it is no majority.
+    fn hear(&self, unheard: Duration) {
+        let at = Instant::now().checked_sub(unheard);
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        *heard = at.max(*heard);
     }
 
     /// Reads the vote with which the member `by` wants to send a snapshot.

@@ -25,8 +25,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
+use tokio::sync::SetOnce;
 use tokio_stream::StreamExt as _;
 use tokio_util::io::ReaderStream;
 
@@ -87,7 +88,14 @@ pub struct Calls {
     lost: Mutex<HashSet<MemberId>>,
     /// When each member asked this one for something last, as the leader.
     asked: Mutex<HashMap<MemberId, Instant>>,
+    /// That this member was removed, in words, once it has heard of it.
+    removed: SetOnce<String>,
+    /// Says for how long this member has not heard of a majority, while it leads: it tells its followers, who hear of nobody else.
+    unheard: OnceLock<Unheard>,
 }
+
+/// Says for how long a leader has not heard of a majority.
+type Unheard = Box<dyn Fn() -> Option<Duration> + Send + Sync>;
 
 /// A member that has asked the leader for something waits, for so long, to be told of it.
 const WAITS: Duration = Duration::from_secs(1);
@@ -97,7 +105,54 @@ impl Calls {
     #[must_use]
     pub fn new(collective: CollectiveId, tls: Arc<ClientConfig>, introduction: Option<Bytes>) -> Self {
         let (tls, pool, lost) = (RwLock::new(tls), Pool::default(), Mutex::default());
-        Self { collective, tls, introduction, pool, lost, asked: Mutex::default() }
+        Self {
+            collective,
+            tls,
+            introduction,
+            pool,
+            lost,
+            asked: Mutex::default(),
+            removed: SetOnce::new(),
+            unheard: OnceLock::new(),
+        }
+    }
+
+    /// Why this member is none any more; none: it is one, as far as it has heard.
+    #[must_use]
+    pub fn removed(&self) -> Option<&str> {
+        self.removed.get().map(String::as_str)
+    }
+
+    /// Returns once [`Self::removed`] is known.
+    pub(crate) async fn hears_of_removal(&self) {
+        self.removed.wait().await;
+    }
+
+    /// This member is none any more, as `who` says; there is no way back.
+    pub(crate) fn set_removed(&self, who: &str, why: &str) {
+        if self.removed.set(why.to_owned()).is_ok() {
+            tracing::error!("{who}: {why}. Nodes are not answered any more");
+        }
+    }
+
+    /// Others are the first to know that this member was removed while it was away.
+    fn looks_for_removal<T>(&self, peer: &Peer, answer: &Result<T, ClientError>) {
+        if let Err(ClientError::Problem(problem)) = answer
+            && problem.code == Code::Removed
+        {
+            self.set_removed(&format!("member {}", peer.name), &problem.detail);
+        }
+    }
+
+    /// From now on followers are told for how long this member has not heard of a majority.
+    pub(super) fn tell_unheard(&self, unheard: impl Fn() -> Option<Duration> + Send + Sync + 'static) {
+        // A store is opened once with its calls.
+        let _ = self.unheard.set(Box::new(unheard));
+    }
+
+    /// For how long this member, which leads, has not heard of a majority; none: that is not known.
+    pub(super) fn unheard(&self) -> Option<Duration> {
+        self.unheard.get().and_then(|unheard| unheard())
     }
 
     /// A member asks this one, as the leader, for a change, or for what is newest.
@@ -222,9 +277,10 @@ impl Calls {
             let is_good = match &answer {
                 Err(ClientError::Broken { .. }) => false,
                 // Who this member is to the other one was found when they connected: its clock, or the other's, may have been wrong then.
-                Err(ClientError::Problem(problem)) => problem.code != Code::Forbidden,
+                Err(ClientError::Problem(problem)) => !matches!(problem.code, Code::Forbidden | Code::Removed),
                 _ => true,
             };
+            self.looks_for_removal(peer, &answer);
             if is_good {
                 // Also over a connection that stood all the while: one that could not be made, when much was to be done, says little.
                 self.reached(peer);
@@ -354,7 +410,9 @@ impl RaftNetworkV2<Raft> for Link {
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<Raft>, RPCError<Raft>> {
         let limit = Self::limit(&rpc, &option);
-        self.call::<_, WireAppended>(Call::Append, &WireAppend::from(&rpc), limit).await.map(Into::into)
+        self.call::<_, WireAppended>(Call::Append, &WireAppend::new(&rpc, self.calls.unheard()), limit)
+            .await
+            .map(Into::into)
     }
 
     fn stream_append<'s, S>(&'s mut self, calls: S, option: RPCOption) -> Opening<'s>

@@ -1,6 +1,6 @@
 //! How a member stands in the collective, as far as it can tell.
 
-use super::{LogId, Peer, Replicated, UNHEARD};
+use super::{LogId, Peer, Raft, Replicated, UNHEARD};
 use openraft::Instant as _;
 use openraft::async_runtime::WatchReceiver as _;
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,7 +27,7 @@ pub struct Standing {
     pub applied: u64,
     /// For a leader: how far each other member's log is.
     pub followers: BTreeMap<u64, u64>,
-    /// For how long this member has not heard of a majority if it leads, or of the leader; none: since it was started.
+    /// For how long this member has not heard of a majority, by itself if it leads, or by way of the leader; none: since it was started.
     pub unheard: Option<Duration>,
     /// Whether a change of who votes is half done: until it is through, a majority of the old and one of the new voters are needed.
     pub is_changing: bool,
@@ -59,6 +59,12 @@ impl Standing {
     pub(super) fn no_majority(&self, then: &str) -> String {
         format!("no majority of the {} voting members answers: {then} (`moor collective show`)", self.voters())
     }
+}
+
+/// For how long a leader has not heard of a majority. Who is the only voter is his own.
+pub(super) fn unheard(metrics: &openraft::RaftMetrics<Raft>) -> Option<Duration> {
+    let is_alone = metrics.membership_config.membership().voter_ids().take(2).count() <= 1;
+    if is_alone { Some(Duration::ZERO) } else { metrics.last_quorum_acked.map(|at| at.elapsed()) }
 }
 
 impl Replicated {

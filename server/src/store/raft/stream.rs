@@ -302,7 +302,8 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<Raft>> + Send + Unpin + 'static> 
             if self.told.is_none_or(|(told, _)| call.leader_commit > told) {
                 self.told = Some((call.leader_commit, Instant::now()));
             }
-            let frame = Bytes::from(serde_json::to_vec(&WireAppend::from(&call)).map_err(broken)?);
+            let frame =
+                Bytes::from(serde_json::to_vec(&WireAppend::new(&call, self.link.calls.unheard())).map_err(broken)?);
             let limit = Link::limit(&call, &self.option) + on_the_way(frame.len());
             // Answers come in order: it waits for those before it, their way and their disk.
             let at = Instant::now();

@@ -80,7 +80,7 @@ fn the_membership_follows_the_records_one_step_at_a_time() {
     assert_eq!(next_change(&near, &both), Some(Change::Promote(2)));
     assert_eq!(next_change(&near, &records(&[(1, true), (2, false)])), None, "it is not to vote");
     let voting = standing(&[(1, true), (2, true)], &[(2, 1000)]);
-    assert_eq!(next_change(&voting, &records(&[(1, true), (2, false)])), Some(Change::Demote(2)));
+    assert_eq!(next_change(&voting, &records(&[(1, true), (2, false)])), Some(Change::Demote([2].into())));
     let mut moved = both.clone();
     moved.get_mut(&2).unwrap().urls = vec!["https://10.9.9.9".into()];
     let there = Peer { urls: vec!["https://10.9.9.9".into()], ..peer(2) };
@@ -88,9 +88,18 @@ fn the_membership_follows_the_records_one_step_at_a_time() {
     // Removal: first the vote, then the member; a removed member that was never added stays out.
     let mut removed = both;
     removed.get_mut(&2).unwrap().removed = true;
-    assert_eq!(next_change(&voting, &removed), Some(Change::Demote(2)));
+    assert_eq!(next_change(&voting, &removed), Some(Change::Demote([2].into())));
     assert_eq!(next_change(&near, &removed), Some(Change::Remove(2)));
     assert_eq!(next_change(&standing(&[(1, true)], &[]), &removed), None);
+    // Two that go at once go in one step: between the two, the other and a dead one would have to agree.
+    let three = standing(&[(1, true), (2, true), (3, true)], &[(2, 1000), (3, 7)]);
+    let mut last = records(&[(1, true), (2, false), (3, true)]);
+    last.get_mut(&3).unwrap().removed = true;
+    assert_eq!(next_change(&three, &last), Some(Change::Demote([2, 3].into())));
+    // The only one that is to vote comes before the other goes, however far behind it is.
+    let swapped = records(&[(1, false), (2, true)]);
+    assert_eq!(next_change(&near, &swapped), Some(Change::Promote(2)));
+    assert_eq!(next_change(&behind, &swapped), None);
     // What another leader began is finished first: with who was to vote, and without who was to vote no more.
     let half = Standing { is_changing: true, ..standing(&[(1, true), (2, true)], &[(2, 1000)]) };
     assert_eq!(next_change(&half, &records(&[(1, true), (2, true)])), Some(Change::Finish([1, 2].into())));
@@ -223,7 +232,7 @@ fn append(commands: Vec<Command>) -> Vec<u8> {
         leader_commit: entries.last().map(|entry| entry.log_id),
         entries,
     };
-    serde_json::to_vec(&wire::WireAppend::from(&request)).unwrap()
+    serde_json::to_vec(&wire::WireAppend::new(&request, None)).unwrap()
 }
 
 fn leader() -> MemberId {

@@ -14,6 +14,7 @@ use openraft::raft::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 /// What a text is not.
 #[derive(Debug, thiserror::Error)]
@@ -200,28 +201,35 @@ pub(super) struct WireAppend<C> {
     previous: Option<WireLogId>,
     commit: Option<WireLogId>,
     entries: Vec<WireEntry<C>>,
+    /// For so many milliseconds the leader has not heard of a majority; none: it is of a release that does not say. Nothing of the log depends on it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    unheard: Option<u64>,
 }
 
-impl<'a> From<&'a AppendEntriesRequest<Raft>> for WireAppend<&'a Command> {
-    fn from(request: &'a AppendEntriesRequest<Raft>) -> Self {
+impl<'a> WireAppend<&'a Command> {
+    /// `unheard`: for how long the leader has not heard of a majority, if that is known.
+    pub(super) fn new(request: &'a AppendEntriesRequest<Raft>, unheard: Option<Duration>) -> Self {
         Self {
             vote: (&request.vote).into(),
             previous: request.prev_log_id.map(Into::into),
             commit: request.leader_commit.map(Into::into),
             entries: request.entries.iter().map(Into::into).collect(),
+            unheard: unheard.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
         }
     }
 }
 
-/// Of a release that knows levels up to `known`.
-pub(super) fn append_from(bytes: &[u8], known: Level) -> Result<AppendEntriesRequest<Raft>, WireError> {
+/// Of a release that knows levels up to `known`; and for how long the leader has not heard of a majority.
+pub(super) fn append_from(bytes: &[u8], known: Level) -> Result<(AppendEntriesRequest<Raft>, Duration), WireError> {
     let wire: WireAppend<Command> = read::<_, LevelsOnly>(bytes, known)?;
-    Ok(AppendEntriesRequest {
+    let unheard = Duration::from_millis(wire.unheard.unwrap_or(0));
+    let request = AppendEntriesRequest {
         vote: wire.vote.into(),
         prev_log_id: wire.previous.map(Into::into),
         leader_commit: wire.commit.map(Into::into),
         entries: wire.entries.into_iter().map(|entry| entry.into_entry(known)).collect::<Result<_, _>>()?,
-    })
+    };
+    Ok((request, unheard))
 }
 
 /// Its answer.
@@ -488,8 +496,9 @@ mod tests {
             leader_commit: None,
             entries: vec![entry(Command::NextCertificate), entry(moved())],
         };
-        let bytes = serde_json::to_vec(&WireAppend::from(&request)).unwrap();
-        assert_eq!(append_from(&bytes, Level::NEAR).unwrap().entries.len(), 2);
+        let bytes = serde_json::to_vec(&WireAppend::new(&request, Some(Duration::from_secs(3)))).unwrap();
+        let (read, unheard) = append_from(&bytes, Level::NEAR).unwrap();
+        assert_eq!((read.entries.len(), unheard), (2, Duration::from_secs(3)));
         assert!(matches!(append_from(&bytes, Level::FIRST), Err(WireError::TooOld(_))));
     }
 }

@@ -121,7 +121,7 @@ pub(in crate::store::raft) async fn scripted(keys: &std::path::Path, delays: Vec
             if frame.is_empty() {
                 continue;
             }
-            let call = wire::append_from(&frame, Level::NEWEST).unwrap();
+            let (call, _) = wire::append_from(&frame, Level::NEWEST).unwrap();
             let last = call.entries.last().map(|entry| entry.log_id).or(call.prev_log_id);
             seen.lock().unwrap().push((last.map_or(0, |last| last.index()), call.leader_commit.map(|id| id.index())));
             note.send((last, delays.next().unwrap_or_default())).unwrap();
