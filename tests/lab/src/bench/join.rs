@@ -26,7 +26,7 @@ const REPORT: Duration = Duration::from_secs(1);
 const BOOTING: usize = 20;
 const READS: u64 = 40;
 /// So long calls are looked at before the new member comes, after their connections have been in use for a while.
-const BEFORE: Duration = Duration::from_secs(20);
+const BEFORE: Duration = Duration::from_mins(1);
 const WARM: Duration = Duration::from_secs(2);
 /// The new member has everything within this time, and is looked at this often.
 const LIMIT: Duration = Duration::from_mins(5);

@@ -119,14 +119,20 @@ pub(super) struct Running {
 }
 
 impl Running {
-    /// Answers are counted after `warm`.
+    /// Answers are counted after `warm`. Clients that pause begin one after the other within their pause: machines do not call in step, and what the last
+    /// one of a crowd waits for says how large the crowd is.
     pub(super) async fn start(clients: Vec<Client>, warm: Duration) -> anyhow::Result<Self> {
         let mut lines = Vec::with_capacity(clients.len());
         for client in clients {
             lines.push(Line::new(client).await?);
         }
         let (from, end) = (Instant::now() + warm, Arc::new(OnceLock::new()));
-        let lines = lines.into_iter().map(|line| tokio::spawn(line.run(from, end.clone()))).collect();
+        let count = u32::try_from(lines.len()).context("too many clients")?.max(1);
+        let begins = |(at, line): (u32, Line)| {
+            let first = line.client.pause * at / count;
+            tokio::spawn(line.run(first, from, end.clone()))
+        };
+        let lines = (0..).zip(lines).map(begins).collect();
         Ok(Self { from, end, lines })
     }
 
@@ -160,9 +166,10 @@ impl Line {
         Ok(Self { client, stream, buffer: vec![0; MAX_ANSWER] })
     }
 
-    /// The answers that came from `from` on, until there is an `end`.
-    async fn run(mut self, from: Instant, end: Arc<OnceLock<Instant>>) -> anyhow::Result<Answers> {
+    /// Begins after `first`. The answers that came from `from` on, until there is an `end`.
+    async fn run(mut self, first: Duration, from: Instant, end: Arc<OnceLock<Instant>>) -> anyhow::Result<Answers> {
         let mut answers = Answers::default();
+        tokio::time::sleep(first).await;
         for at in (0..self.client.requests.len()).cycle() {
             if end.get().is_some() {
                 break;
