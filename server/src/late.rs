@@ -10,7 +10,8 @@ use crate::store::{Command, Outcome, Snapshot, Store as _, StoreError, database}
 use moor_api::ids::NodeId;
 use moor_api::problem::{Code, Problem};
 use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
-use std::collections::BTreeMap;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -37,10 +38,33 @@ const SKEW: u64 = 300;
 #[derive(Default)]
 struct Memory {
     waiting: BTreeMap<u64, Late>,
+    /// How many of them change the record of each node: every call of a node asks.
+    nodes: HashMap<NodeId, usize>,
     bytes: usize,
     confirmed: u64,
     written: u64,
     is_removed: bool,
+}
+
+impl Memory {
+    fn add(&mut self, number: u64, late: Late, bytes: usize) {
+        if let Some(node) = late.node() {
+            *self.nodes.entry(node).or_default() += 1;
+        }
+        self.bytes += bytes;
+        self.waiting.insert(number, late);
+    }
+
+    fn remove(&mut self, number: u64, bytes: usize) {
+        self.bytes = self.bytes.saturating_sub(bytes);
+        let Some(node) = self.waiting.remove(&number).and_then(|late| late.node()) else { return };
+        if let Entry::Occupied(mut count) = self.nodes.entry(node) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+    }
 }
 
 /// The file, and what is in it.
@@ -72,9 +96,8 @@ impl Waiting {
                     key: number.value().to_string(),
                     cause: error.to_string(),
                 };
-                memory.bytes += bytes.value().len();
                 let late = serde_json::from_slice(bytes.value()).map_err(damaged)?;
-                memory.waiting.insert(number.value(), late);
+                memory.add(number.value(), late, bytes.value().len());
             }
             memory.confirmed = reading.open_table(MARKS)?.get("confirmed")?.map_or(0, |at| at.value());
             memory.written = memory.confirmed;
@@ -89,8 +112,9 @@ impl Waiting {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn is_empty(&self) -> bool {
-        self.memory().waiting.is_empty()
+    /// Whether something waits that changes this node's record.
+    fn holds(&self, node: NodeId) -> bool {
+        self.memory().nodes.contains_key(&node)
     }
 
     /// When a majority was last known to answer, Unix seconds; `None`: nobody knows.
@@ -152,9 +176,7 @@ impl Waiting {
             number
         };
         transaction.commit()?;
-        let mut memory = self.memory();
-        memory.bytes += bytes.len();
-        memory.waiting.insert(number, late);
+        self.memory().add(number, late, bytes.len());
         Ok(())
     }
 
@@ -166,16 +188,18 @@ impl Waiting {
         let transaction = self.database.begin_write()?;
         let length = transaction.open_table(WAITING)?.remove(number)?.map_or(0, |bytes| bytes.value().len());
         transaction.commit()?;
-        let mut memory = self.memory();
-        memory.bytes = memory.bytes.saturating_sub(length);
-        memory.waiting.remove(&number);
+        self.memory().remove(number, length);
         Ok(())
     }
 
     /// Brings a record to where it will be once all that waits is agreed.
     fn edit(&self, node: &mut Arc<NodeRecord>) {
-        let id = Some(node.id);
-        for late in self.memory().waiting.values().filter(|late| late.node() == id) {
+        let id = node.id;
+        let memory = self.memory();
+        if !memory.nodes.contains_key(&id) {
+            return;
+        }
+        for late in memory.waiting.values().filter(|late| late.node() == Some(id)) {
             late.edit(Arc::make_mut(node));
         }
     }
@@ -253,12 +277,13 @@ impl Member {
         Ok(node)
     }
 
-    /// A change that a known node needs: agreed, or, where no majority answers, kept here and agreed later. What waits is not overtaken.
+    /// A change that a known node needs: agreed, or, where no majority answers, kept here and agreed later. What waits of that node is not overtaken; others
+    /// do not wait for it, which is delivered one after the other.
     ///
     /// # Errors
     /// Refused; no majority has answered for too long; the store failed.
     pub(crate) async fn propose_for_node(self: &Arc<Self>, command: Command) -> Result<(), Problem> {
-        if self.waiting.is_empty() && !self.is_lost() {
+        if Late::node_of(&command).is_none_or(|node| !self.waiting.holds(node)) && !self.is_lost() {
             match self.store.propose(command.clone()).await {
                 Ok(Outcome::Refused(problem)) => return Err(problem),
                 Ok(_) => return Ok(()),
@@ -381,7 +406,7 @@ mod tests {
         database::make(&path).unwrap();
         let id = NodeId::from_bytes([1; 16]);
         let waiting = Waiting::open(&path).unwrap();
-        assert_eq!((waiting.is_empty(), waiting.age()), (true, None));
+        assert_eq!((waiting.first().is_none(), waiting.age()), (true, None));
         waiting.push(Late::CloseStage { id, boot: BootId::from_bytes([2; 16]) }).unwrap();
         waiting.push(Late::Pin { id, digest: Sha256Digest([3; 32]) }).unwrap();
         waiting.confirm().unwrap();
@@ -391,9 +416,10 @@ mod tests {
         for (number, is_pin) in [(1, false), (2, true)] {
             let (first, late) = waiting.first().unwrap();
             assert_eq!((first, matches!(late, Late::Pin { .. })), (number, is_pin));
+            assert!(waiting.holds(id) && !waiting.holds(NodeId::from_bytes([2; 16])));
             waiting.remove(first).unwrap();
         }
-        assert!(waiting.is_empty() && waiting.memory().bytes == 0);
+        assert!(waiting.first().is_none() && !waiting.holds(id) && waiting.memory().bytes == 0);
         drop(waiting);
         let waiting = Waiting::open(&path).unwrap();
         waiting

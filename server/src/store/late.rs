@@ -92,6 +92,18 @@ impl Late {
         }))
     }
 
+    /// The node whose record `command` changes, which may be made late.
+    #[must_use]
+    pub fn node_of(command: &Command) -> Option<NodeId> {
+        match command {
+            Command::Boot { id, .. }
+            | Command::CloseStage { id, .. }
+            | Command::Pin { id, .. }
+            | Command::Status { id, .. } => Some(*id),
+            _ => None,
+        }
+    }
+
     /// The node whose record it changes.
     #[must_use]
     pub fn node(&self) -> Option<NodeId> {
