@@ -32,8 +32,7 @@ pub struct Config {
     /// Where shipped profiles are.
     #[serde(default = "default_templates")]
     pub templates: PathBuf,
-    /// Connections of one client (an IPv4 address, or a network of IPv6 of 64 bits) at a time; more are closed at once. Higher where many nodes
-    /// come through one address.
+    /// Connections of one client (an address) at a time; more are closed at once. Higher where many nodes come through one address.
     #[serde(default = "default_connections")]
     pub connections_per_address: std::num::NonZeroU32,
     /// User ids that may use the socket, besides root and the member's own.

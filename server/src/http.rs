@@ -1,6 +1,6 @@
 //! What all handlers share: who is at the other end, and problems as answers.
 
-use crate::addresses::Place;
+use crate::addresses::{Place, client};
 use crate::collective::voucher::Voucher;
 use crate::node::token::Known;
 use axum::extract::Request;
@@ -87,7 +87,7 @@ impl Peer {
     /// The address without the port; none on the socket.
     #[must_use]
     pub fn ip(&self) -> Option<IpAddr> {
-        if let Self::Tls { address, .. } = self { Some(address.ip().to_canonical()) } else { None }
+        if let Self::Tls { address, .. } = self { Some(client(address.ip())) } else { None }
     }
 }
 

@@ -33,6 +33,8 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 /// TLS connections at a time.
 const MAX_CONNECTIONS: usize = 16_384;
+/// Of those, one network of IPv6 has at most so many: a cluster may be one, and a machine has any number of its addresses.
+const MAX_OF_NETWORK: u32 = 12_288;
 /// Connections on the socket at a time; of their own, so that a crowd outside does not lock the administrator out.
 const MAX_LOCAL: usize = 256;
 /// A handshake takes at most this long.
@@ -126,7 +128,7 @@ fn tls_config(certificate: Arc<Certificate>) -> anyhow::Result<ServerConfig> {
 pub async fn serve(member: Arc<Member>, app: Router, stop: CancellationToken) -> anyhow::Result<()> {
     let acceptor = TlsAcceptor::from(Arc::new(tls_config(member.certificate.clone()).context("setting up TLS")?));
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let addresses = Addresses::new(member.config.connections_per_address.get());
+    let addresses = Addresses::new(member.config.connections_per_address.get(), MAX_OF_NETWORK);
     let mut loops = tokio::task::JoinSet::new();
     let (renewed, until) = (member.clone(), stop.clone());
     loops.spawn(async move { renewed.certificate.renew(&renewed.issuer, until).await });
