@@ -1,5 +1,7 @@
 //! A member that many connect to at once.
 
+use crate::collective::{joined, voters};
+use crate::forged::{Insider, connect, is_member};
 use crate::shares::connector;
 use crate::support::Member;
 use anyhow::{Context as _, ensure};
@@ -8,7 +10,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rustls_pki_types::ServerName;
 use std::net::{IpAddr, SocketAddr};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -80,4 +82,63 @@ fn nodes_of_one_network_of_ipv6_are_clients_of_their_own() -> anyhow::Result<()>
         );
         Ok(())
     })
+}
+
+/// A crowd that has taken all connections gets no more, and is told so at once; the collective goes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_house_closes_the_door_at_once_and_members_come_in() -> anyhow::Result<()> {
+    let most = 40;
+    let mut first = Member::init()?;
+    first.configure(&format!("connections = {most}\n"))?;
+    first.run()?;
+    let second = joined(&first, "m2", true).await?;
+    voters(&first, 2).await?;
+    let (bundle, insider) = (first.site().await?.bundle, Insider::of(&second)?);
+    let (to, crowd) = (SocketAddr::from(([127, 0, 0, 1], first.port)), IpAddr::from([127, 0, 0, 2]));
+    let tls = connector(&first).await?;
+    // Handshakes that never end are given up after ten seconds, so each is brought to its end.
+    let mut held = Vec::new();
+    while let Ok(stream) = tls.connect(ServerName::try_from("127.0.0.1")?, from(crowd, to).await?).await {
+        held.push(stream);
+        ensure!(held.len() <= most, "one more than there are places");
+    }
+    ensure!(held.len() >= most / 2, "{} connections alone were taken", held.len());
+    let begun = Instant::now();
+    let mut late = from(IpAddr::from([127, 0, 0, 3]), to).await?;
+    ensure!(late.read(&mut [0]).await.unwrap_or_default() == 0, "it is open");
+    ensure!(begun.elapsed() < Duration::from_secs(1), "it was kept waiting for {:?}", begun.elapsed());
+    // Who comes from a member's address is heard, and stays if it is the member.
+    let mut members = Vec::new();
+    for _ in 0..3 {
+        let mut connection = connect(&first, &bundle, insider.itself()?).await?;
+        is_member(2, &mut connection).await?;
+        members.push(connection);
+    }
+    let mut stranger = tls.connect(ServerName::try_from("127.0.0.1")?, from([127, 0, 0, 1].into(), to).await?).await?;
+    ensure!(stranger.read(&mut [0]).await.unwrap_or_default() == 0, "whoever comes from a member's address stays");
+    ensure!(first.log().contains("connections are taken"), "it does not say so:\n{}", first.log());
+    Ok(())
+}
+
+/// Anybody can open a connection.
+#[tokio::test]
+async fn who_asks_for_nothing_is_closed_soon() -> anyhow::Result<()> {
+    let member = Member::start()?;
+    let (tls, to) = (connector(&member).await?, SocketAddr::from(([127, 0, 0, 1], member.port)));
+    let connect = async || -> anyhow::Result<_> {
+        Ok(tls.connect(ServerName::try_from("127.0.0.1")?, from([127, 0, 0, 2].into(), to).await?).await?)
+    };
+    let (begun, mut silent, mut asks) = (Instant::now(), connect().await?, connect().await?);
+    let answer = async |stream: &mut tokio_rustls::client::TlsStream<TcpStream>| -> anyhow::Result<()> {
+        stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await?;
+        let mut answer = [0; 1 << 10];
+        let count = stream.read(&mut answer).await?;
+        ensure!(answer.starts_with(b"HTTP/1.1 200") && answer[..count].ends_with(b"ok\n"), "it is closed");
+        Ok(())
+    };
+    answer(&mut asks).await?;
+    let closed = tokio::time::timeout(Duration::from_secs(40), silent.read(&mut [0])).await;
+    ensure!(closed.context("it is open")?.unwrap_or_default() == 0, "something came");
+    ensure!(begun.elapsed() > Duration::from_secs(15), "it had no time to ask: {:?}", begun.elapsed());
+    answer(&mut asks).await.context("one that has asked")
 }
