@@ -147,7 +147,7 @@ pub async fn serve(member: Arc<Member>, app: Router, stop: CancellationToken) ->
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o666))
         .with_context(|| format!("opening '{}' to users", socket.display()))?;
     let local = Arc::new(Semaphore::new(MAX_LOCAL as usize));
-    loops.spawn(accept_unix(listener, app, local.clone(), stop.clone()));
+    loops.spawn(accept_unix(listener, app, local.clone(), TAKES_NOTHING, stop.clone()));
     stop.cancelled().await;
     loops.join_all().await;
     let idle = async {
@@ -269,7 +269,14 @@ async fn handshake(
     Some((tls, Peer::Tls { address, client_key, exporter, member }))
 }
 
-async fn accept_unix(listener: UnixListener, app: Router, permits: Arc<Semaphore>, stop: CancellationToken) {
+/// `limit`: for so long a client may take nothing of an answer.
+async fn accept_unix(
+    listener: UnixListener,
+    app: Router,
+    permits: Arc<Semaphore>,
+    limit: Duration,
+    stop: CancellationToken,
+) {
     while let Some(permit) = permit(&permits, &stop).await {
         let Some((stream, _)) = next(&stop, listener.accept()).await else { continue };
         // A peer whose credentials are not to be had is nobody; the loop goes on.
@@ -277,6 +284,8 @@ async fn accept_unix(listener: UnixListener, app: Router, permits: Arc<Semaphore
         let (app, stop) = (app.clone(), stop.clone());
         tokio::spawn(async move {
             let (peer, room) = (Peer::Socket { uid: credentials.uid() }, Room::local(permit));
+            // A backup that nobody takes would keep the store from forgetting what it has of before.
+            let stream = guarded(stream, limit);
             serve_http_1(stream, Connection::new(peer).accepted(room, stop), app).await;
         });
     }
@@ -368,7 +377,9 @@ async fn until_stopped<C: Future<Output = hyper::Result<()>>>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use axum::body::Body;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio_stream::wrappers::ReceiverStream;
 
     #[tokio::test]
     async fn who_takes_nothing_is_given_up_and_who_is_slow_is_not() {
@@ -395,10 +406,33 @@ mod tests {
         let (stop, permits) = (CancellationToken::new(), Arc::new(Semaphore::new(0)));
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("socket")).unwrap();
-        let accepting = tokio::spawn(accept_unix(listener, Router::new(), permits, stop.clone()));
+        let accepting = tokio::spawn(accept_unix(listener, Router::new(), permits, TAKES_NOTHING, stop.clone()));
         tokio::time::sleep(Duration::from_millis(20)).await;
         assert!(!accepting.is_finished());
         stop.cancel();
         tokio::time::timeout(Duration::from_secs(10), accepting).await.expect("it waits for room").unwrap();
+    }
+
+    /// What an answer is made of is kept as long as it is sent: of a backup that is the store as it was.
+    #[tokio::test]
+    async fn an_answer_on_the_socket_that_nobody_takes_is_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (sender, receiver) = tokio::sync::mpsc::channel::<io::Result<bytes::Bytes>>(1);
+        let body = Arc::new(std::sync::Mutex::new(Some(Body::from_stream(ReceiverStream::new(receiver)))));
+        let app = Router::new().fallback(move || std::future::ready(body.lock().unwrap().take().unwrap()));
+        let limit = Duration::from_millis(500);
+        let (stop, permits) = (CancellationToken::new(), Arc::new(Semaphore::new(1)));
+        let accepting = tokio::spawn(accept_unix(listener, app, permits, limit, stop.clone()));
+        let mut client = tokio::net::UnixStream::connect(&path).await.unwrap();
+        client.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let writes = async {
+            let piece = bytes::Bytes::from(vec![7; 64 << 10]);
+            while sender.send(Ok(piece.clone())).await.is_ok() {}
+        };
+        tokio::time::timeout(limit * 20, writes).await.expect("it is kept for who takes nothing");
+        stop.cancel();
+        accepting.await.unwrap();
     }
 }
