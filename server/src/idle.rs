@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 /// Who has asked for nothing yet begins within this time after the handshake.
 const FIRST: Duration = Duration::from_secs(20);
-/// And asks again within this one, until it shows a token: between hello and the end of an enrolment a TPM makes keys.
+/// And asks again within this one, until it shows a token. A nonce is good for no longer.
 const NEXT: Duration = Duration::from_mins(1);
 
 /// When a connection was asked for something last.
@@ -17,6 +17,8 @@ pub(crate) struct Asked {
     begun: Instant,
     /// Milliseconds since then, and one; 0: never.
     last: AtomicU64,
+    /// Milliseconds that it has from then on.
+    patience: AtomicU64,
 }
 
 /// What is to become of a connection.
@@ -32,17 +34,25 @@ pub(crate) enum Verdict {
     Stays,
 }
 
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 impl Default for Asked {
     fn default() -> Self {
-        Self { begun: Instant::now(), last: AtomicU64::new(0) }
+        Self { begun: Instant::now(), last: AtomicU64::new(0), patience: AtomicU64::new(milliseconds(NEXT)) }
     }
 }
 
 impl Asked {
     /// It is asked for something now.
     pub(crate) fn note(&self) {
-        let after = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.last.store(after.saturating_add(1), Ordering::Relaxed);
+        self.last.store(milliseconds(self.begun.elapsed()).saturating_add(1), Ordering::Relaxed);
+    }
+
+    /// It has so long for what it asks for next, if that is longer than others have.
+    pub(crate) fn wait(&self, time: Duration) {
+        self.patience.fetch_max(milliseconds(time), Ordering::Relaxed);
     }
 
     fn verdict(&self, now: Instant, is_known: bool) -> Verdict {
@@ -51,7 +61,10 @@ impl Asked {
         }
         let (until, end) = match self.last.load(Ordering::Relaxed) {
             0 => (self.begun + FIRST, Verdict::Ends),
-            last => (self.begun + Duration::from_millis(last) + NEXT, Verdict::AsksNoMore),
+            last => {
+                let patience = Duration::from_millis(self.patience.load(Ordering::Relaxed));
+                (self.begun + Duration::from_millis(last) + patience, Verdict::AsksNoMore)
+            }
         };
         if now < until { Verdict::Until(until) } else { end }
     }
@@ -82,5 +95,10 @@ mod tests {
         assert!(until >= begun + NEXT && until < begun + NEXT + FIRST);
         assert_eq!(asked.verdict(until, false), Verdict::AsksNoMore);
         assert_eq!(asked.verdict(until, true), Verdict::Stays);
+        // A TPM takes its time.
+        asked.wait(NEXT * 2);
+        assert_eq!(asked.verdict(until, false), Verdict::Until(until + NEXT));
+        asked.wait(Duration::ZERO);
+        assert_eq!(asked.verdict(until, false), Verdict::Until(until + NEXT));
     }
 }
