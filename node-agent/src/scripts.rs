@@ -6,7 +6,7 @@ use crate::child::{Tail, ended};
 use crate::members::Members;
 use crate::tree::{Tree, TreeError};
 use moor_api::client::ClientError;
-use moor_api::deploy::{DeployDocument, PhaseName};
+use moor_api::deploy::{DeployDocument, MAX_SCRIPT, PhaseName};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, setrlimit};
@@ -22,9 +22,6 @@ use tokio::process::Command;
 
 /// Where scripts lie while they run, in the root they run on: `/run` is mounted `noexec` by initramfs-tools.
 const DIRECTORY: &str = "/var/lib/mooring/scripts";
-
-/// Longest script in bytes.
-const MAX_SCRIPT: usize = 4 << 20;
 
 /// How long one may run.
 const LIMIT: Duration = Duration::from_mins(15);

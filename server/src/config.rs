@@ -32,10 +32,12 @@ pub struct Config {
     /// Where shipped profiles are.
     #[serde(default = "default_templates")]
     pub templates: PathBuf,
-    /// Connections of one client (an IPv4 address, or a network of IPv6 of 64 bits) at a time; more are closed at once. Higher where many nodes
-    /// come through one address.
+    /// Connections of one client (an address) at a time; more are closed at once. Higher where many nodes come through one address.
     #[serde(default = "default_connections")]
     pub connections_per_address: std::num::NonZeroU32,
+    /// Connections of all clients together at a time, other members' apart; none: 65,536. Never more than the limit of open files has room for.
+    #[serde(default)]
+    pub connections: Option<std::num::NonZeroU32>,
     /// User ids that may use the socket, besides root and the member's own.
     #[serde(default)]
     pub admin_uids: Vec<u32>,

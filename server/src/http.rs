@@ -1,8 +1,11 @@
 //! What all handlers share: who is at the other end, and problems as answers.
 
-use crate::addresses::Place;
+use crate::addresses::client;
 use crate::collective::voucher::Voucher;
+use crate::house::Room;
+use crate::idle::Asked;
 use crate::node::token::Known;
+use axum::Extension;
 use axum::extract::Request;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -12,7 +15,7 @@ use moor_api::problem::{CONTENT_TYPE, Code, Problem};
 use moor_api::proof::EXPORTER_LENGTH;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, OnceLock};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 /// Files on their way over one connection. One of HTTP/2 has many requests at a time, and whose client takes nothing of it holds a buffer and an
@@ -29,17 +32,12 @@ pub struct Connection {
     /// The vouchers that a member has shown over it.
     pub vouchers: Arc<OnceLock<Vec<Voucher>>>,
     files: Arc<Semaphore>,
+    /// When it was asked for something last.
+    pub(crate) asked: Arc<Asked>,
     /// What it takes of the limits. Whoever switches it to another protocol keeps that for as long as it lives.
     pub(crate) room: Option<Arc<Room>>,
     /// The member stops: what goes on for ever over it has to end.
     pub(crate) stop: CancellationToken,
-}
-
-/// The places that a connection has among those of all, and of its address.
-#[derive(Debug)]
-pub(crate) struct Room {
-    pub(crate) _all: OwnedSemaphorePermit,
-    pub(crate) _address: Option<Place>,
 }
 
 impl Connection {
@@ -48,7 +46,7 @@ impl Connection {
     pub fn new(peer: Peer) -> Self {
         let stop = CancellationToken::new();
         let files = Arc::new(Semaphore::new(FILES));
-        Self { peer, token: Arc::default(), vouchers: Arc::default(), files, room: None, stop }
+        Self { peer, token: Arc::default(), vouchers: Arc::default(), files, asked: Arc::default(), room: None, stop }
     }
 
     /// Whose permits are the right to send a file. One is to be had before the first byte is read, and kept until the last is taken.
@@ -87,7 +85,7 @@ impl Peer {
     /// The address without the port; none on the socket.
     #[must_use]
     pub fn ip(&self) -> Option<IpAddr> {
-        if let Self::Tls { address, .. } = self { Some(address.ip().to_canonical()) } else { None }
+        if let Self::Tls { address, .. } = self { Some(client(address.ip())) } else { None }
     }
 }
 
@@ -152,6 +150,12 @@ pub fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Failure> 
             format!("the body is not understood: {}", clean(&error.to_string(), 300)),
         ))
     })
+}
+
+/// Notes that a connection is asked for something.
+pub async fn noted(Extension(connection): Extension<Connection>, request: Request, next: Next) -> Response {
+    connection.asked.note();
+    next.run(request).await
 }
 
 /// Makes a problem of refusals that the framework answers in plain text (no such path, a body that is too large).

@@ -16,7 +16,9 @@ pub mod content;
 pub mod cpio;
 pub mod files;
 mod heap;
+mod house;
 pub mod http;
+mod idle;
 pub mod late;
 pub mod listener;
 pub mod model;
@@ -51,5 +53,6 @@ pub fn router(member: &Arc<Member>) -> Router {
         .route("/healthz", get(observe::health))
         .layer(from_fn(http::problems))
         .layer(from_fn_with_state(member.clone(), observe::count))
+        .layer(from_fn(http::noted))
         .with_state(member.clone())
 }

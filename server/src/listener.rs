@@ -1,9 +1,10 @@
 //! Listening: HTTPS with an accept loop of our own, which hands each request its peer's key and exporter; and the unix socket, which
 //! hands it the peer's user id. A connection that misbehaves ends alone, and a client that opens many is kept to its share.
 
-use crate::addresses::Addresses;
 use crate::certificate::Certificate;
-use crate::http::{Connection, Peer, Room};
+use crate::house::{House, NoRoom, Room};
+use crate::http::{Connection, Peer};
+use crate::idle::{self, Verdict};
 use crate::state::Member;
 use anyhow::Context as _;
 use axum::{Extension, Router};
@@ -31,10 +32,8 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-/// TLS connections at a time.
-const MAX_CONNECTIONS: usize = 16_384;
 /// Connections on the socket at a time; of their own, so that a crowd outside does not lock the administrator out.
-const MAX_LOCAL: usize = 256;
+const MAX_LOCAL: u32 = 256;
 /// A handshake takes at most this long.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// The head of the next request comes within this time. It counts from the answer before, so it is more than two heartbeats: nodes keep
@@ -125,16 +124,17 @@ fn tls_config(certificate: Arc<Certificate>) -> anyhow::Result<ServerConfig> {
 /// An address or the socket is not to be had.
 pub async fn serve(member: Arc<Member>, app: Router, stop: CancellationToken) -> anyhow::Result<()> {
     let acceptor = TlsAcceptor::from(Arc::new(tls_config(member.certificate.clone()).context("setting up TLS")?));
-    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let addresses = Addresses::new(member.config.connections_per_address.get());
+    let wanted = member.config.connections.map(std::num::NonZeroU32::get);
+    let house = House::new(wanted, member.config.connections_per_address.get());
+    let house = Arc::new(house.context("reading the limit of open files")?);
     let mut loops = tokio::task::JoinSet::new();
     let (renewed, until) = (member.clone(), stop.clone());
     loops.spawn(async move { renewed.certificate.renew(&renewed.issuer, until).await });
     for address in &member.config.listen {
         let listener = TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))?;
         tracing::info!("listening on https://{address}");
-        let tls = Tls { acceptor: acceptor.clone(), member: member.clone(), addresses: addresses.clone() };
-        loops.spawn(accept_tls(listener, tls, app.clone(), permits.clone(), stop.clone()));
+        let tls = Tls { acceptor: acceptor.clone(), member: member.clone(), house: house.clone() };
+        loops.spawn(accept_tls(listener, tls, app.clone(), stop.clone()));
     }
     let socket = &member.config.socket;
     // A socket that a killed member left is in the way; one that answers is somebody's.
@@ -146,14 +146,13 @@ pub async fn serve(member: Arc<Member>, app: Router, stop: CancellationToken) ->
     // Anybody may connect: the peer's credentials decide.
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o666))
         .with_context(|| format!("opening '{}' to users", socket.display()))?;
-    let local = Arc::new(Semaphore::new(MAX_LOCAL));
-    loops.spawn(accept_unix(listener, app, local.clone(), stop.clone()));
+    let local = Arc::new(Semaphore::new(MAX_LOCAL as usize));
+    loops.spawn(accept_unix(listener, app, local.clone(), TAKES_NOTHING, stop.clone()));
     stop.cancelled().await;
     loops.join_all().await;
     let idle = async {
-        for (permits, all) in [(permits, MAX_CONNECTIONS), (local, MAX_LOCAL)] {
-            let _ = permits.acquire_many_owned(u32::try_from(all).unwrap_or(u32::MAX)).await;
-        }
+        house.emptied().await;
+        let _ = local.acquire_many(MAX_LOCAL).await;
     };
     // Streams that watch go on for ever: they are cut off after a moment.
     let _ = tokio::time::timeout(Duration::from_secs(3), idle).await;
@@ -191,26 +190,38 @@ struct Tls {
     acceptor: TlsAcceptor,
     /// Knows other members by their certificates.
     member: Arc<Member>,
-    addresses: Arc<Addresses>,
+    house: Arc<House>,
 }
 
-async fn accept_tls(listener: TcpListener, tls: Tls, app: Router, permits: Arc<Semaphore>, stop: CancellationToken) {
-    while let Some(permit) = permit(&permits, &stop).await {
+/// Who finds no room is closed at once, and not left to wait where the system keeps connections that nobody has accepted: it can try another member.
+async fn accept_tls(listener: TcpListener, tls: Tls, app: Router, stop: CancellationToken) {
+    while !stop.is_cancelled() {
         let Some((tcp, address)) = next(&stop, listener.accept()).await else { continue };
-        let Some(place) = tls.addresses.place(address.ip()) else {
-            tracing::debug!("{address}: has as many connections as it may have");
-            continue;
+        let room = match tls.house.enter(address.ip(), || tls.house.is_of_members(&tls.member, address.ip())) {
+            Ok(room) => room,
+            Err(NoRoom::Full) => {
+                tls.house.say_full();
+                continue;
+            }
+            Err(NoRoom::Share) => {
+                tracing::debug!("{address}: has as many connections as it may have");
+                continue;
+            }
         };
         let (tls, app, stop) = (tls.clone(), app.clone(), stop.clone());
         tokio::spawn(async move {
-            let room = Room { _all: permit, _address: Some(place) };
-            let Some((tls, peer)) = handshake(&tls, tcp, address).await else { return };
-            let is_http_2 = tls.get_ref().1.alpn_protocol() == Some(HTTP_2);
+            let Some((stream, peer)) = handshake(&tls, tcp, address).await else { return };
+            // From a member's address others may come as well.
+            if !tls.house.meet(&tls.member, &peer) && room.is_for_members {
+                tracing::debug!("{peer}: is no member, and there is no room for others");
+                return;
+            }
+            let is_http_2 = stream.get_ref().1.alpn_protocol() == Some(HTTP_2);
             let connection = Connection::new(peer).accepted(room, stop);
             if is_http_2 {
-                serve_http_2(tls, connection, app).await;
+                serve_http_2(stream, connection, app).await;
             } else {
-                serve_http_1(tls, connection, app).await;
+                serve_http_1(stream, connection, app).await;
             }
         });
     }
@@ -258,14 +269,23 @@ async fn handshake(
     Some((tls, Peer::Tls { address, client_key, exporter, member }))
 }
 
-async fn accept_unix(listener: UnixListener, app: Router, permits: Arc<Semaphore>, stop: CancellationToken) {
+/// `limit`: for so long a client may take nothing of an answer.
+async fn accept_unix(
+    listener: UnixListener,
+    app: Router,
+    permits: Arc<Semaphore>,
+    limit: Duration,
+    stop: CancellationToken,
+) {
     while let Some(permit) = permit(&permits, &stop).await {
         let Some((stream, _)) = next(&stop, listener.accept()).await else { continue };
         // A peer whose credentials are not to be had is nobody; the loop goes on.
         let Ok(credentials) = stream.peer_cred() else { continue };
         let (app, stop) = (app.clone(), stop.clone());
         tokio::spawn(async move {
-            let (peer, room) = (Peer::Socket { uid: credentials.uid() }, Room { _all: permit, _address: None });
+            let (peer, room) = (Peer::Socket { uid: credentials.uid() }, Room::local(permit));
+            // A backup that nobody takes would keep the store from forgetting what it has of before.
+            let stream = guarded(stream, limit);
             serve_http_1(stream, Connection::new(peer).accepted(room, stop), app).await;
         });
     }
@@ -317,29 +337,49 @@ pub(crate) fn take_over(switched: hyper::upgrade::Upgraded) -> io::Result<impl A
     Ok(tls)
 }
 
-/// Drives a connection to its end. Once the member stops, `shut_down` tells it to take no more requests.
+/// Drives a connection to its end. Once the member stops, or the connection was asked for nothing for too long, `shut_down` tells it to take no more
+/// requests.
 async fn until_stopped<C: Future<Output = hyper::Result<()>>>(
     connection: C,
     shut_down: impl FnOnce(Pin<&mut C>),
-    Connection { peer, stop, .. }: &Connection,
+    of: &Connection,
 ) {
     tokio::pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = stop.cancelled() => {
-            shut_down(connection.as_mut());
-            connection.await
+    let ended = loop {
+        let verdict = idle::verdict(of);
+        let look_again = async {
+            match verdict {
+                Verdict::Until(then) => tokio::time::sleep_until(then).await,
+                Verdict::Stays => std::future::pending().await,
+                Verdict::Ends | Verdict::AsksNoMore => {}
+            }
+        };
+        tokio::select! {
+            ended = connection.as_mut() => break ended,
+            () = of.stop.cancelled() => {}
+            () = look_again => match verdict {
+                Verdict::Until(_) | Verdict::Stays => continue,
+                Verdict::Ends => {
+                    tracing::debug!("{}: asks for nothing", of.peer);
+                    return;
+                }
+                Verdict::AsksNoMore => {}
+            },
         }
+        shut_down(connection.as_mut());
+        break connection.await;
     };
     if let Err(error) = ended {
-        tracing::debug!("{peer}: {error}");
+        tracing::debug!("{}: {error}", of.peer);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use axum::body::Body;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio_stream::wrappers::ReceiverStream;
 
     #[tokio::test]
     async fn who_takes_nothing_is_given_up_and_who_is_slow_is_not() {
@@ -366,10 +406,33 @@ mod tests {
         let (stop, permits) = (CancellationToken::new(), Arc::new(Semaphore::new(0)));
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("socket")).unwrap();
-        let accepting = tokio::spawn(accept_unix(listener, Router::new(), permits, stop.clone()));
+        let accepting = tokio::spawn(accept_unix(listener, Router::new(), permits, TAKES_NOTHING, stop.clone()));
         tokio::time::sleep(Duration::from_millis(20)).await;
         assert!(!accepting.is_finished());
         stop.cancel();
         tokio::time::timeout(Duration::from_secs(10), accepting).await.expect("it waits for room").unwrap();
+    }
+
+    /// What an answer is made of is kept as long as it is sent: of a backup that is the store as it was.
+    #[tokio::test]
+    async fn an_answer_on_the_socket_that_nobody_takes_is_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (sender, receiver) = tokio::sync::mpsc::channel::<io::Result<bytes::Bytes>>(1);
+        let body = Arc::new(std::sync::Mutex::new(Some(Body::from_stream(ReceiverStream::new(receiver)))));
+        let app = Router::new().fallback(move || std::future::ready(body.lock().unwrap().take().unwrap()));
+        let limit = Duration::from_millis(500);
+        let (stop, permits) = (CancellationToken::new(), Arc::new(Semaphore::new(1)));
+        let accepting = tokio::spawn(accept_unix(listener, app, permits, limit, stop.clone()));
+        let mut client = tokio::net::UnixStream::connect(&path).await.unwrap();
+        client.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let writes = async {
+            let piece = bytes::Bytes::from(vec![7; 64 << 10]);
+            while sender.send(Ok(piece.clone())).await.is_ok() {}
+        };
+        tokio::time::timeout(limit * 20, writes).await.expect("it is kept for who takes nothing");
+        stop.cancel();
+        accepting.await.unwrap();
     }
 }

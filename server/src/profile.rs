@@ -8,7 +8,7 @@ use crate::state::{Member, now};
 use crate::store::records::{ImageRecord, Manifest, ProfileRecord};
 use crate::store::{Command, Snapshot};
 use moor_api::admin::{CreateProfile, ProfileView};
-use moor_api::deploy::{OnFailure, Overlay, PhaseName, RootMode};
+use moor_api::deploy::{MAX_SCRIPT, OnFailure, Overlay, PhaseName, RootMode};
 use moor_api::ids::{ImageName, ProfileName, Sha256Digest};
 use moor_api::problem::{Code, Problem};
 use serde::Deserialize;
@@ -316,7 +316,16 @@ fn manifest(member: &Member, view: &Snapshot, name: &ProfileName) -> Result<Mani
                 member.seal(place, &bytes).map_err(|error| Problem::new(Code::Internal, format!("{error:#}")))?;
             private.insert(path.to_owned(), sealed);
         } else if let Some((phase, script)) = phase_of(&source.path) {
-            let blob = content::add(&blobs, &source.read(&dir)?).map_err(io(&blobs))?;
+            let text = source.read(&dir)?;
+            if text.len() > MAX_SCRIPT {
+                return Err(bad(format!(
+                    "'{}/{}' has more than {} MiB, and nodes take no longer script: what it brings along belongs into 'files', from where it is fetched",
+                    dir.display(),
+                    source.path,
+                    MAX_SCRIPT >> 20
+                )));
+            }
+            let blob = content::add(&blobs, &text).map_err(io(&blobs))?;
             scripts.entry(phase).or_default().push((script.to_owned(), blob));
         } else if let Some(path) = source.path.strip_prefix("files/") {
             files.insert(path.to_owned(), content::add(&blobs, &source.read(&dir)?).map_err(io(&blobs))?);

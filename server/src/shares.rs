@@ -5,6 +5,7 @@
 //!
 //! No turn depends on somebody else's: who takes nothing keeps its own only, and those for a second at most.
 
+use crate::addresses::client;
 use crate::http::Peer;
 use moor_api::ids::{MemberId, NodeId};
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -45,7 +46,7 @@ impl Client {
     pub fn of(peer: &Peer) -> Self {
         match peer {
             Peer::Tls { member: Some(Ok(named)), .. } => Self::Member(named.member),
-            Peer::Tls { address, .. } => Self::Address(address.ip().to_canonical()),
+            Peer::Tls { address, .. } => Self::Address(client(address.ip())),
             Peer::Socket { .. } => Self::Local,
         }
     }

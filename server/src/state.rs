@@ -198,13 +198,30 @@ fn addresses(config: &Config, identity: &Identity) -> anyhow::Result<Addresses> 
     Ok(addresses)
 }
 
-/// Blobs that records name and that are not in `dir`.
+/// What a blob is. In this order they are fetched: what is small does not wait for what is large, and of an image its boot files come first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    /// A script or file of a profile, or a log.
+    Small,
+    /// A kernel, an initramfs or a boot loader.
+    BootFile,
+    /// An image of so many bytes.
+    Image(u64),
+}
+
+/// Blobs that records name and that are not in `dir`, those first that are to be fetched first.
 ///
 /// # Errors
 /// The database is damaged.
 pub fn missing(view: &Snapshot, dir: &Path) -> Result<Vec<Sha256Digest>, StoreError> {
-    let (named, _) = named(view)?;
-    Ok(content::lacking(dir, named.into_iter().collect()))
+    let mut kinds = BTreeMap::new();
+    contents(view, |blob, kind, _| {
+        let known = kinds.entry(blob).or_insert(kind);
+        *known = kind.min(*known);
+    })?;
+    let mut blobs: Vec<_> = kinds.into_iter().map(|(blob, kind)| (kind, blob)).collect();
+    blobs.sort_unstable();
+    Ok(content::lacking(dir, blobs.into_iter().map(|(_, blob)| blob).collect()))
 }
 
 /// Of a [`NodeRecord`](crate::store::records::NodeRecord): what names blobs. Members look through all nodes every few seconds.
@@ -227,19 +244,19 @@ struct EventLog {
     event_log: Option<Sha256Digest>,
 }
 
-/// Gives each blob that a record names to `take`, with a way to say what it is; returns the images that there are.
+/// Gives each blob that a record names to `take`, with what it is, and a way to say that to people; returns the images that there are.
 fn contents(
     view: &Snapshot,
-    mut take: impl FnMut(Sha256Digest, &dyn Fn() -> String),
+    mut take: impl FnMut(Sha256Digest, Kind, &dyn Fn() -> String),
 ) -> Result<BTreeSet<String>, StoreError> {
     let mut images = BTreeSet::new();
     for image in view.images()? {
         let of = format!("image '{}' @{}", image.name, image.serial);
-        take(image.blob, &|| of.clone());
-        take(image.kernel, &|| format!("kernel of {of}"));
-        take(image.initramfs, &|| format!("initramfs of {of}"));
+        take(image.blob, Kind::Image(image.size), &|| of.clone());
+        take(image.kernel, Kind::BootFile, &|| format!("kernel of {of}"));
+        take(image.initramfs, Kind::BootFile, &|| format!("initramfs of {of}"));
         for (name, blob) in &image.boot_loaders {
-            take(*blob, &|| format!("{name} of {of}"));
+            take(*blob, Kind::BootFile, &|| format!("{name} of {of}"));
         }
         images.insert(image.digest.to_string());
     }
@@ -248,13 +265,13 @@ fn contents(
         for (path, blob) in
             manifest.files.iter().chain(manifest.scripts.values().flatten().map(|(path, blob)| (path, blob)))
         {
-            take(*blob, &|| format!("'{path}' of profile '{}' @{}", generation.name, generation.serial));
+            take(*blob, Kind::Small, &|| format!("'{path}' of profile '{}' @{}", generation.name, generation.serial));
         }
     }
     view.find_map(tables::NODES, |node: WithLogs| {
         let logs = node.boots.iter().filter_map(|boot| boot.evidence.as_ref()?.event_log);
         for log in logs {
-            take(log, &|| format!("the firmware's log of a boot of {}", node.name));
+            take(log, Kind::Small, &|| format!("the firmware's log of a boot of {}", node.name));
         }
         None::<()>
     })?;
@@ -264,7 +281,7 @@ fn contents(
 /// Blobs that records name, and images that there are.
 pub(crate) fn named(view: &Snapshot) -> Result<(BTreeSet<Sha256Digest>, BTreeSet<String>), StoreError> {
     let mut named = BTreeSet::new();
-    let images = contents(view, |blob, _| {
+    let images = contents(view, |blob, _, _| {
         named.insert(blob);
     })?;
     Ok((named, images))
@@ -276,7 +293,7 @@ pub(crate) fn named(view: &Snapshot) -> Result<(BTreeSet<Sha256Digest>, BTreeSet
 /// The database is damaged.
 pub fn described(view: &Snapshot) -> Result<BTreeMap<Sha256Digest, String>, StoreError> {
     let mut described = BTreeMap::new();
-    contents(view, |blob, what| {
+    contents(view, |blob, _, what| {
         described.entry(blob).or_insert_with(what);
     })?;
     Ok(described)

@@ -249,6 +249,9 @@ pub struct LocaleSection {
     pub keymap: Option<String>,
 }
 
+/// Longest script in bytes: the agent takes no longer one, so none is published.
+pub const MAX_SCRIPT: usize = 4 << 20;
+
 /// Scripts of one phase.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Phase {

@@ -18,7 +18,7 @@ use moor_api::client::ClientError;
 use moor_api::client::member::{MemberConnection, Part};
 use moor_api::ids::{MemberId, Sha256Digest};
 use moor_api::problem::{Code, Problem};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -37,6 +37,10 @@ const SILENT: Duration = Duration::from_secs(15);
 const UNTRUSTED: Duration = Duration::from_hours(1);
 /// Members that one blob is fetched from at a time.
 const SOURCES: usize = 4;
+/// While content is fetched, what is missing is looked at anew this often, between two blobs: what was published since may be wanted before the rest.
+const LIST_AGAIN: Duration = Duration::from_secs(2);
+/// What nobody could send is asked for again after this time, while there is something else to fetch.
+const TRY_AGAIN: Duration = Duration::from_mins(1);
 /// Whether a piece is late is looked at this often, when none comes.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -227,6 +231,13 @@ fn wrong_senders(path: &Path, sent: &[Sent]) -> io::Result<BTreeSet<MemberId>> {
     Ok(wrong)
 }
 
+/// What a member lacks, in the order in which it is fetched.
+async fn missing(member: &Arc<Member>) -> anyhow::Result<VecDeque<Sha256Digest>> {
+    let looker = member.clone();
+    let missing = tokio::task::spawn_blocking(move || state::missing(&looker.view()?, &looker.config.blobs()));
+    Ok(missing.await??.into())
+}
+
 /// Fetches what a member lacks.
 pub(super) struct Fetcher {
     /// Members that are not asked, and until when.
@@ -253,20 +264,29 @@ impl Fetcher {
     /// # Errors
     /// The store or the disk failed.
     pub(super) async fn fill(&mut self, member: &Arc<Member>) -> anyhow::Result<(usize, usize)> {
-        let looker = member.clone();
-        let missing =
-            tokio::task::spawn_blocking(move || state::missing(&looker.view()?, &looker.config.blobs())).await??;
-        let (mut came, mut left, mut failed) = (0, 0, None);
-        for blob in missing {
-            match self.fetch_from_any(member, blob).await {
-                Ok(true) => came += 1,
-                Ok(false) => left += 1,
-                Err(error) => {
-                    left += 1;
-                    failed.get_or_insert(error);
+        let mut missing = missing(member).await?;
+        let mut listed = Instant::now();
+        let (mut came, mut left, mut failed) = (0, BTreeMap::new(), None);
+        while let Some(blob) = missing.pop_front() {
+            if left.get(&blob).is_some_and(|tried: &Instant| tried.elapsed() < TRY_AGAIN) {
+                continue;
+            }
+            let here = self.fetch_from_any(member, blob).await;
+            if matches!(here, Ok(true)) {
+                came += 1;
+                left.remove(&blob);
+                if listed.elapsed() >= LIST_AGAIN {
+                    missing = self::missing(member).await?;
+                    listed = Instant::now();
                 }
+                continue;
+            }
+            left.insert(blob, Instant::now());
+            if let Err(error) = here {
+                failed.get_or_insert(error);
             }
         }
+        let left = left.len();
         match failed {
             // It is tried again every few seconds, and said once.
             Some(error) if !self.is_stuck => {

@@ -143,6 +143,10 @@ pub(super) async fn enroll(
     let peer = &connection.peer;
     let request: EnrollRequest = recorded(&member, peer, "POST enroll", &Subject::default(), parse(&body)).await?;
     let reply = begin(&member, peer, &request).await;
+    if reply.is_ok() {
+        // What follows comes over this connection.
+        connection.asked.wait(WINDOW);
+    }
     Ok(Json(recorded(&member, peer, "POST enroll", &Subject::node(request.node), reply).await?))
 }
 

@@ -13,6 +13,7 @@ use axum::extract::{Extension, Path, State};
 use axum::response::Response;
 use bytes::Bytes;
 use http::{HeaderMap, Method};
+use moor_api::ids::ImageDigest;
 use moor_api::node::{Base64, EnvelopeKind, HexBytes, ImageOffer, KeyEnvelope, KeyRequest, image_url};
 use moor_api::problem::{Code, Problem};
 use moor_image::Dek;
@@ -53,6 +54,16 @@ async fn when_offered(member: &Member, image: ImageRecord) -> Result<ImageRecord
     Err(Problem { status: 503, ..Problem::new(Code::Other, detail) }.into())
 }
 
+/// What boots of the image read, in order.
+async fn prefetch(member: &Arc<Member>, image: ImageDigest) -> Result<Vec<u64>, Failure> {
+    if let Some(list) = member.traces.at_hand(image) {
+        return Ok(list);
+    }
+    let member = member.clone();
+    let list = tokio::task::spawn_blocking(move || member.traces.list(image)).await;
+    list.map_err(|error| anyhow::Error::from(error).into())
+}
+
 pub(super) async fn offer(
     State(member): State<Arc<Member>>,
     Extension(caller): Extension<Caller>,
@@ -70,6 +81,7 @@ pub(super) async fn offer(
             format!("{}/node/v1/images/{}", base.trim_end_matches('/'), image.digest)
         }
     };
+    let prefetch = prefetch(&member, image.digest).await?;
     let urls = caller.endpoints(&member)?.iter().flat_map(|member| &member.urls).map(url).collect();
     Ok(Json(ImageOffer {
         name: image.name,
@@ -82,7 +94,7 @@ pub(super) async fn offer(
         urls,
         token_required: !image.encrypted,
         root: profile.manifest.root,
-        prefetch: member.traces.list(image.digest),
+        prefetch,
     }))
 }
 

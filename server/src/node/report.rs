@@ -116,7 +116,8 @@ pub(super) async fn heartbeat(
     Ok(Json(HeartbeatReply { interval: HEARTBEAT, trust_version, ssh_version, generation, members, bundle }))
 }
 
-/// Only of the image that this boot boots; the list is advice to later boots of it.
+/// Only of the image that this boot boots, and once: the list is advice to later boots of it, and no node makes it alone. A second report is
+/// answered as the first was, whose answer may have been lost.
 pub(super) async fn trace(
     State(member): State<Arc<Member>>,
     Extension(caller): Extension<Caller>,
@@ -134,6 +135,10 @@ pub(super) async fn trace(
     // A chunk is never smaller than 16 KiB.
     if report.chunks.len() > MAX_TRACE || report.chunks.iter().any(|chunk| *chunk > image.size >> 14) {
         return Err(bad("the trace has more chunks than there may be, or chunks that the image has not"));
+    }
+    let is_known = |boot| caller.node.boots.iter().any(|record| record.boot == boot);
+    if !member.traces.begins(caller.node.id, report.boot, is_known) {
+        return Ok(StatusCode::NO_CONTENT);
     }
     let merge = tokio::task::spawn_blocking(move || member.traces.merge(report.digest, &report.chunks));
     merge.await.map_err(anyhow::Error::from)?.map_err(anyhow::Error::from)?;

@@ -141,6 +141,12 @@ struct Checked {
 }
 
 impl Known {
+    /// Whether there is one.
+    #[must_use]
+    pub fn is_some(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     /// Reads a token that came over this connection, which has proven this client key.
     ///
     /// # Errors

@@ -87,6 +87,13 @@ async fn mistakes_are_told_in_one_line() -> anyhow::Result<()> {
     member.write_profile("p", "private/large", &"x".repeat(600 << 10))?;
     let (_, detail) = refusal(admin.publish(&"p".parse()?).await);
     assert!(detail.contains("private' has more than 512 KiB"), "{detail}");
+    std::fs::remove_dir_all(member.profile_dir("p").join("private"))?;
+    // Nodes would refuse it in the middle of their boot.
+    member.write_profile("p", "scripts/pre/20-large", &"#".repeat((4 << 20) + 1))?;
+    let (_, detail) = refusal(admin.publish(&"p".parse()?).await);
+    assert!(detail.contains("scripts/pre/20-large' has more than 4 MiB"), "{detail}");
+    member.write_profile("p", "scripts/pre/20-large", &"#".repeat(4 << 20))?;
+    admin.publish(&"p".parse()?).await?;
 
     // Ranges and attributes.
     let define = |range: &str, attributes: &[(&str, &str)]| DefineNodes {

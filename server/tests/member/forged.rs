@@ -33,13 +33,13 @@ const OF_BEFORE: &str =
 const FOR_ANOTHER: &str = "nobody speaks for another member";
 
 /// Whoever has the key directory of somebody who is or was a member.
-struct Insider {
+pub(crate) struct Insider {
     keys: PathBuf,
     own: Own,
 }
 
 impl Insider {
-    fn of(member: &Member) -> anyhow::Result<Self> {
+    pub(crate) fn of(member: &Member) -> anyhow::Result<Self> {
         let store = member.path("state/store");
         Ok(Self { own: Own::read(&store.join("member.json"))?, keys: store.join("keys") })
     }
@@ -58,12 +58,16 @@ impl Insider {
     }
 
     /// As it says of itself, by its own key.
-    fn itself(&self) -> anyhow::Result<Identity> {
+    pub(crate) fn itself(&self) -> anyhow::Result<Identity> {
         self.issue(self.own.id, &self.key()?)
     }
 }
 
-async fn connect(to: &Member, bundle: &SiteBundle, (chain, key): Identity) -> anyhow::Result<MemberConnection> {
+pub(crate) async fn connect(
+    to: &Member,
+    bundle: &SiteBundle,
+    (chain, key): Identity,
+) -> anyhow::Result<MemberConnection> {
     let certified = CertifiedKey::from_der(chain, key, &rustls::crypto::aws_lc_rs::default_provider())?;
     let tls = Arc::new(peer_tls_config(bundle, Arc::new(SingleCertAndKey::from(certified)))?);
     Ok(MemberConnection::connect(&to.url(), bundle.collective, tls, TIMEOUT).await?)
@@ -122,7 +126,7 @@ async fn all_refused(what: &str, connection: &mut MemberConnection, says: &str) 
 }
 
 /// What does no harm is answered: who asks is the member of this number.
-async fn is_member(number: u64, connection: &mut MemberConnection) -> anyhow::Result<()> {
+pub(crate) async fn is_member(number: u64, connection: &mut MemberConnection) -> anyhow::Result<()> {
     connection.post("/member/v1/lacking", Bytes::from_static(b"[]"), LIMIT).await?;
     may_vote(number, connection).await
 }

@@ -11,6 +11,7 @@ mod busy;
 mod cli;
 mod collective;
 mod content;
+mod crowd;
 mod damage;
 mod disk;
 mod durability;

@@ -3,9 +3,6 @@
 use crate::machine::Machine;
 use crate::support::Member;
 use anyhow::{Context as _, ensure};
-use bytes::Bytes;
-use http_body_util::{BodyExt as _, Empty};
-use hyper_util::rt::{TokioExecutor, TokioIo};
 use moor_api::client::node::NodeConnection;
 use moor_api::client::tls::{ClockFloor, member_tls_config, member_tls_config_at};
 use moor_api::ids::{CollectiveId, MemberId};
@@ -139,71 +136,6 @@ async fn images_come_over_http_2_as_well() -> anyhow::Result<()> {
     let more = [url.as_str(), "-o", second.to_str().context("a path")?, "-Z"];
     assert_eq!(curl(&more)?, "2 2002 200");
     assert!(std::fs::read(&got)? == whole && std::fs::read(&second)? == whole);
-    Ok(())
-}
-
-/// A client that takes nothing of many answers would have a buffer and a file kept for each.
-#[tokio::test]
-async fn of_many_files_over_one_connection_two_are_on_their_way() -> anyhow::Result<()> {
-    const LIMIT: Duration = Duration::from_secs(20);
-    const SHORT: Duration = Duration::from_millis(500);
-    let member = Member::start()?;
-    let (image, _) = member.publish().await?;
-    let whole = member.admin().await?.image(image.digest, 1 << 20).await?;
-    let mut config = anybody(&member, &rustls::version::TLS13).await?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    let tcp = TcpStream::connect(("127.0.0.1", member.port)).await?;
-    let tls = TlsConnector::from(Arc::new(config)).connect(ServerName::try_from("127.0.0.1")?, tcp).await?;
-    let mut builder = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
-    let (sender, connection) = builder.initial_stream_window_size(1024).handshake(TokioIo::new(tls)).await?;
-    let ends = tokio::spawn(connection);
-    let url = format!("{}/public/images/{}", member.url(), image.digest);
-    // Small ones too: what was handed to the connection as a whole, and is not taken, is kept as well.
-    for (range, expected) in [("bytes=0-", &whole[..]), ("bytes=5-4999", &whole[5..5000])] {
-        let mut bodies = Vec::new();
-        for _ in 0..12 {
-            let request = http::Request::get(&url).header("range", range).body(Empty::<Bytes>::new())?;
-            // Heads wait for nobody.
-            let answer = tokio::time::timeout(LIMIT, sender.clone().send_request(request)).await??;
-            ensure!(answer.status() == 206, "{answer:?}");
-            bodies.push(answer.into_body());
-        }
-        let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
-        let (mut takers, mut tasks) = (Vec::new(), tokio::task::JoinSet::new());
-        for mut body in bodies {
-            let (go, gone) = tokio::sync::oneshot::channel::<()>();
-            let (tell, index) = (tell.clone(), takers.len());
-            tasks.spawn(async move {
-                // There is room for a small part.
-                let first = body.frame().await.context("no body")??.into_data().ok().context("no data")?;
-                tell.send(index)?;
-                gone.await?;
-                let rest = body.collect().await?.to_bytes();
-                anyhow::Ok([first, rest].concat())
-            });
-            takers.push(Some(go));
-        }
-        let mut taken = 0;
-        let mut begun = Vec::new();
-        for _ in 0..2 {
-            begun.push(tokio::time::timeout(LIMIT, told.recv()).await?.context("nobody")?);
-        }
-        ensure!(tokio::time::timeout(SHORT, told.recv()).await.is_err(), "{range}: a third is on its way");
-        // What is taken makes place for the next.
-        while let Some(index) = begun.pop() {
-            let go = takers[index].take().context("it began twice")?;
-            ensure!(go.send(()).is_ok(), "{range}: it has ended");
-            taken += 1;
-            if taken + begun.len() < 12 {
-                begun.push(tokio::time::timeout(LIMIT, told.recv()).await?.context("nobody")?);
-            }
-        }
-        for got in tokio::time::timeout(LIMIT, tasks.join_all()).await? {
-            ensure!(got? == expected, "{range}: other bytes");
-        }
-    }
-    drop(sender);
-    tokio::time::timeout(LIMIT, ends).await??.context("the connection")?;
     Ok(())
 }
 
