@@ -3,6 +3,7 @@
 use super::fault::Fault;
 use super::member::{Member, Standing};
 use super::pace::STALE;
+use super::slots::CONNECTIONS;
 use super::world::{World, within};
 use crate::kmsg::ASIDE;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -77,6 +78,11 @@ impl Fleet {
     /// What members sent that are none any more.
     pub(super) fn earlier_bytes(&self) -> u64 {
         self.earlier_bytes.load(Ordering::Relaxed)
+    }
+
+    /// How many requests the busiest member is asked side by side just now.
+    pub(super) fn side_by_side(&self) -> u32 {
+        self.members().iter().map(|member| member.side_by_side()).min().unwrap_or(CONNECTIONS)
     }
 
     /// Whether no member can be asked.
@@ -283,7 +289,8 @@ impl Fleet {
 
 /// The time that an answer takes, with what the member has to do already.
 fn loaded(member: &Member, time: Duration) -> Duration {
-    time.saturating_mul(SIDE_BY_SIDE + member.in_flight()) / SIDE_BY_SIDE
+    let side_by_side = SIDE_BY_SIDE.min(member.side_by_side());
+    time.saturating_mul(side_by_side + member.in_flight()) / side_by_side
 }
 
 fn index(random: u64, length: usize) -> usize {

@@ -3,6 +3,7 @@
 use super::fault::Fault;
 use super::link::{Answer, Link, Slowness};
 use super::pace::Pace;
+use super::slots::{Counted, Slot};
 use super::world::{Path, World};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -84,22 +85,6 @@ pub(super) struct Member {
     is_retired: AtomicBool,
 }
 
-/// Counts something as long as it lives.
-pub(super) struct Counted(Arc<AtomicU32>);
-
-impl Counted {
-    fn new(counter: &Arc<AtomicU32>) -> Self {
-        counter.fetch_add(1, Ordering::Relaxed);
-        Self(counter.clone())
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -179,10 +164,31 @@ impl Member {
         self.lost.fetch_add(1, Ordering::Relaxed) + 1 >= OVERTAKEN_LIMIT
     }
 
-    /// Asks for a range of the file. `total`: the length that the file must have, once it is known.
+    /// How many requests it is asked side by side just now.
+    pub(super) fn side_by_side(&self) -> u32 {
+        self.link.side_by_side()
+    }
+
+    /// Waits until it may be asked one thing more.
+    pub(super) async fn turn(&self) -> Result<Slot, Fault> {
+        self.link.turn().await
+    }
+
+    /// Asks for a range of the file, as soon as there is a connection for it. `total`: the length that the file must have, once it is known.
     pub(super) async fn get(&self, start: u64, length: u64, total: Option<u64>) -> Result<Answer, Fault> {
+        loop {
+            match self.ask(self.turn().await?, start, length, total).await {
+                // Each time there is a turn less to wait for, and one is always left.
+                Err(Fault::Crowded(_)) => {}
+                answer => return answer,
+            }
+        }
+    }
+
+    /// Asks for a range of the file.
+    pub(super) async fn ask(&self, slot: Slot, start: u64, length: u64, total: Option<u64>) -> Result<Answer, Fault> {
         self.requests.fetch_add(1, Ordering::Relaxed);
-        let answer = self.link.get(start, length, self.patience.load(Ordering::Relaxed)).await?;
+        let answer = self.link.get(slot, start, length, self.patience.load(Ordering::Relaxed)).await?;
         self.check(&answer, total)?;
         Ok(answer)
     }

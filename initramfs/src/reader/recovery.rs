@@ -20,7 +20,12 @@ const LOOK: Duration = Duration::from_secs(1);
 const FIRST_LOOK: Duration = Duration::from_secs(1);
 
 impl Inner {
+    /// Notes what a member did wrong, and lets it rest if it has to. One that merely takes no further connection goes on with those that it has.
     pub(super) fn failed(self: &Arc<Self>, member: &Arc<Member>, fault: &Fault) {
+        if let Fault::Crowded(_) = fault {
+            tracing::debug!("{}: {fault}", member.url());
+            return;
+        }
         if self.fleet.failed(member, fault, false) {
             self.bring_back(member);
         }

@@ -42,6 +42,10 @@ pub(crate) enum Conduct {
     Status(u16),
     /// Another entity tag each time.
     Retags,
+    /// Connections that are more than so many are closed at once; the others are served.
+    Crowded(u64),
+    /// New connections are closed at once, and nothing comes on the old ones any more.
+    Starves,
 }
 
 pub(crate) struct Server {
@@ -60,6 +64,12 @@ struct State {
     conduct: Conduct,
     /// Connections of an earlier life are broken.
     life: u64,
+    /// Connections that there are.
+    open: u64,
+    /// The most that there were at one time.
+    most_open: u64,
+    /// Connections that were closed at once.
+    refused: u64,
     busy_until: Duration,
     requests: Vec<(Duration, u64, u64)>,
 }
@@ -79,6 +89,9 @@ impl Server {
             bandwidth,
             conduct: Conduct::Good,
             life: 0,
+            open: 0,
+            most_open: 0,
+            refused: 0,
             busy_until: Duration::ZERO,
             requests: Vec::new(),
         };
@@ -107,6 +120,34 @@ impl Server {
     /// When which ranges were asked for: start and length.
     pub(crate) fn requests(&self) -> Vec<(Duration, u64, u64)> {
         self.state().requests.clone()
+    }
+
+    /// How many connections there were at one time since this was asked last.
+    pub(crate) fn most_open(&self) -> u64 {
+        let mut state = self.state();
+        let open = state.open;
+        std::mem::replace(&mut state.most_open, open)
+    }
+
+    /// How many connections were closed at once.
+    pub(crate) fn refused(&self) -> u64 {
+        self.state().refused
+    }
+
+    /// A connection begins; whether it is served.
+    fn takes_one(&self) -> bool {
+        let mut state = self.state();
+        let is_taken = match state.conduct {
+            Conduct::Crowded(most) => state.open < most,
+            Conduct::Starves => false,
+            _ => true,
+        };
+        if is_taken {
+            state.open += 1;
+            state.most_open = state.most_open.max(state.open);
+        }
+        state.refused += u64::from(!is_taken);
+        is_taken
     }
 
     /// The way over the network, once. Waits while nothing gets through.
@@ -167,7 +208,8 @@ impl Path for Way {
                 return Err(Fault::Connect("refused".into()));
             }
             let life = self.0.state().life;
-            Ok(Box::new(Line { server: self.0.clone(), life, body: None }) as _)
+            let is_taken = self.0.takes_one();
+            Ok(Box::new(Line { server: self.0.clone(), life, is_taken, body: None }) as _)
         })
     }
 }
@@ -175,7 +217,14 @@ impl Path for Way {
 struct Line {
     server: Arc<Server>,
     life: u64,
+    is_taken: bool,
     body: Option<Body>,
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.server.state().open -= u64::from(self.is_taken);
+    }
 }
 
 struct Body {
@@ -193,6 +242,9 @@ impl Line {
     async fn greet(&mut self) -> Result<(), Fault> {
         let conduct = self.server.cross().await;
         self.alive()?;
+        if !self.is_taken {
+            return Err(Fault::Broken("closed".into()));
+        }
         if conduct == Conduct::Expired { Err(Fault::Authority("Expired".into())) } else { Ok(()) }
     }
 
@@ -200,8 +252,8 @@ impl Line {
         self.alive()?;
         let conduct = self.server.cross().await;
         self.alive()?;
-        if conduct == Conduct::Silent {
-            self.server.settle(|conduct| conduct != Conduct::Silent).await;
+        if matches!(conduct, Conduct::Silent | Conduct::Starves) {
+            self.server.settle(|conduct| !matches!(conduct, Conduct::Silent | Conduct::Starves)).await;
             self.alive()?;
         }
         let mut state = self.server.state();
@@ -237,6 +289,9 @@ impl Line {
             match conduct {
                 Conduct::Stalls(after) if body.sent >= after => {
                     self.server.settle(|conduct| !matches!(conduct, Conduct::Stalls(_))).await;
+                }
+                Conduct::Starves => {
+                    self.server.settle(|conduct| conduct != Conduct::Starves).await;
                 }
                 Conduct::Cuts(after) if body.sent >= after => return Err(Fault::Broken("cut".into())),
                 _ => {}
