@@ -4,15 +4,20 @@ use super::fault::Fault;
 use super::slots::{Asked, Slot, Slots};
 use super::world::{Head, Path, Wire, World, within};
 use bytes::Bytes;
+use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 
 /// Connections that are kept when nothing is asked for a while: the next burst begins without a handshake.
 const KEPT: usize = 2;
 /// A connection that has rested longer is closed, unless it is one of those.
 const RESTED_LONG: Duration = Duration::from_secs(20);
-/// Time for a TCP connection.
+/// Time for a TCP connection, and after which another one is begun beside it where there is more time.
 const CONNECT: Duration = Duration::from_secs(1);
+/// So many that are not answered stand side by side.
+const HELLOS: usize = 4;
 /// Time without a byte.
 const SILENCE: Duration = Duration::from_secs(2);
 
@@ -143,14 +148,40 @@ impl Link {
     }
 
     async fn connect(&self, patience: u32, slowness: &mut Slowness) -> Result<Box<dyn Wire>, Fault> {
-        let (begun, limit) = (self.world.now(), CONNECT * patience);
-        let connected = within(&*self.world, limit, self.path.connect()).await;
-        let mut wire = connected.unwrap_or(Err(Fault::Unreachable(limit)))?;
-        slowness.note(self.world.since(begun), CONNECT);
+        let (mut wire, took) = self.reach(CONNECT * patience).await?;
+        slowness.note(took, CONNECT);
         let (begun, limit) = (self.world.now(), SILENCE * patience);
         within(&*self.world, limit, wire.secure()).await.unwrap_or(Err(Fault::Silent(limit)))?;
         slowness.note(self.world.since(begun), SILENCE);
         Ok(wire)
+    }
+
+    /// A TCP connection, and how long it took. The kernel says "hello" again at pauses that double, whether or not the server is back meanwhile: so each
+    /// second it is said anew, on a connection of its own, and the first one that is answered counts.
+    async fn reach(&self, limit: Duration) -> Result<(Box<dyn Wire>, Duration), Fault> {
+        let begun = self.world.now();
+        let mut tried = VecDeque::new();
+        loop {
+            let left = limit.saturating_sub(self.world.since(begun));
+            if left.is_zero() {
+                return Err(Fault::Unreachable(limit));
+            }
+            if tried.len() == HELLOS {
+                tried.pop_front();
+            }
+            tried.push_back((self.path.connect(), self.world.now()));
+            let answered = poll_fn(|context| {
+                for (connected, since) in &mut tried {
+                    if let Poll::Ready(result) = connected.as_mut().poll(context) {
+                        return Poll::Ready(result.map(|wire| (wire, *since)));
+                    }
+                }
+                Poll::Pending
+            });
+            if let Some(answered) = within(&*self.world, CONNECT.min(left), answered).await {
+                return answered.map(|(wire, since)| (wire, self.world.since(since)));
+            }
+        }
     }
 
     /// Gives up what was kept for more requests at a time than there are any more.

@@ -293,11 +293,11 @@ impl Member {
         (before, health.standing)
     }
 
-    /// How long to rest before the next try.
-    pub(super) fn rest(&self, alone: bool) -> Duration {
+    /// How long to rest before the next try. Where no member answers, the time that the last try waited in vain is a part of it.
+    pub(super) fn rest(&self, alone: bool, tried: Duration) -> Duration {
         let row = lock(&self.health).row;
-        let longest = if alone { REST_MAX_ALONE } else { REST_MAX };
-        let rest = REST_MIN.saturating_mul(1 << row.saturating_sub(1).min(10)).min(longest);
+        let (longest, over) = if alone { (REST_MAX_ALONE, tried) } else { (REST_MAX, Duration::ZERO) };
+        let rest = REST_MIN.saturating_mul(1 << row.saturating_sub(1).min(10)).min(longest).saturating_sub(over);
         jitter(rest, self.world.random())
     }
 
@@ -367,15 +367,16 @@ pub(super) mod tests {
         let mut longest = Duration::ZERO;
         for row in 0..12 {
             assert_eq!(member.failed(&Fault::Connect("refused".into()), true).1, Standing::BackingOff);
-            let rest = member.rest(false);
+            let rest = member.rest(false, Duration::from_mins(1));
             assert!(rest >= REST_MIN && rest <= REST_MAX.mul_f64(1.26), "{row}: {rest:?}");
-            assert!(member.rest(true) <= REST_MAX_ALONE.mul_f64(1.26));
+            assert!(member.rest(true, Duration::ZERO) <= REST_MAX_ALONE.mul_f64(1.26));
+            assert!(member.rest(true, Duration::from_secs(4)) <= Duration::from_secs(1).mul_f64(1.26));
             longest = longest.max(rest);
         }
         assert!(longest > Duration::from_secs(20));
         assert!(member.passed());
         member.failed(&Fault::Connect("refused".into()), false);
-        assert!(member.rest(false) < Duration::from_secs(1));
+        assert!(member.rest(false, Duration::ZERO) < Duration::from_secs(1));
     }
 
     #[test]

@@ -35,8 +35,9 @@ impl Inner {
     pub(super) fn bring_back(self: &Arc<Self>, member: &Arc<Member>) {
         let (reader, member, world): (Weak<Self>, _, _) = (Arc::downgrade(self), member.clone(), self.world.clone());
         self.world.spawn(Box::pin(async move {
+            let mut tried = Duration::ZERO;
             loop {
-                let Some(inner) = rested(&reader, &member, &*world).await else { return };
+                let Some(inner) = rested(&reader, &member, &*world, tried).await else { return };
                 match member.standing() {
                     _ if member.is_retired() => return,
                     Standing::Good => return,
@@ -45,6 +46,7 @@ impl Inner {
                     Standing::Excluded if !inner.fleet.is_down() => continue,
                     _ => {}
                 }
+                let begun = world.now();
                 match inner.try_out(&member).await {
                     Ok(()) => {
                         inner.fleet.passed(&member);
@@ -52,6 +54,7 @@ impl Inner {
                     }
                     Err(fault) => _ = inner.fleet.failed(&member, &fault, true),
                 }
+                tried = world.since(begun);
             }
         }));
     }
@@ -117,17 +120,18 @@ impl Inner {
     }
 }
 
-/// Lets a member rest. One that rests long since it is not needed is needed when no other is left. `None` once the reader is gone.
-async fn rested(reader: &Weak<Inner>, member: &Member, world: &dyn World) -> Option<Arc<Inner>> {
+/// Lets a member rest, after a try that took so long. One that rests long since it is not needed is needed when no other is left. `None` once the reader
+/// is gone.
+async fn rested(reader: &Weak<Inner>, member: &Member, world: &dyn World, tried: Duration) -> Option<Arc<Inner>> {
     let mut is_alone = reader.upgrade()?.fleet.is_down();
-    let mut left = member.rest(is_alone);
+    let mut left = member.rest(is_alone, tried);
     while !left.is_zero() {
         let step = left.min(LOOK);
         world.sleep(step).await;
         left -= step;
         if !is_alone && reader.upgrade()?.fleet.is_down() {
             is_alone = true;
-            left = left.min(member.rest(true));
+            left = left.min(member.rest(true, Duration::ZERO));
         }
     }
     reader.upgrade()

@@ -163,6 +163,16 @@ impl Server {
         self.settle(|conduct| conduct != Conduct::Blackholed).await
     }
 
+    /// The same for the first packet of a connection. What is lost of those is sent again, at pauses that double (tcp(7), `tcp_syn_retries`).
+    async fn greeted(&self) -> Conduct {
+        let mut pause = Duration::from_secs(1);
+        while self.state().conduct == Conduct::Blackholed {
+            self.sim.sleep(pause).await;
+            pause *= 2;
+        }
+        self.cross().await
+    }
+
     /// Waits until the conduct is one of those.
     async fn settle(&self, wanted: impl Fn(Conduct) -> bool) -> Conduct {
         loop {
@@ -204,7 +214,7 @@ impl Path for Way {
 
     fn connect(&self) -> Boxed<'_, Result<Box<dyn Wire>, Fault>> {
         Box::pin(async {
-            if self.0.cross().await == Conduct::Refused {
+            if self.0.greeted().await == Conduct::Refused {
                 return Err(Fault::Connect("refused".into()));
             }
             let life = self.0.state().life;

@@ -110,6 +110,34 @@ fn who_rests_long_is_asked_soon_when_nobody_else_is_left() {
     assert!(rested > 6, "the server rested in {rested} of 12 runs");
 }
 
+/// A server that is cut off is no other than one that was switched off: who waits for it must not wait for the kernel, which says "hello" ever more rarely.
+#[test]
+fn a_server_that_was_cut_off_is_asked_within_two_seconds() {
+    for seed in 0..40 {
+        let sim = Sim::new(seed);
+        let world = sim.clone();
+        let late = sim.run(HOUR, async move {
+            let (servers, reader) = pair(&world, Vec::new()).await;
+            reader.read(0, 4096).await.unwrap();
+            let all_behave = {
+                let servers = servers.clone();
+                move |conduct| servers.iter().for_each(|server| server.behave(conduct))
+            };
+            all_behave(Conduct::Blackholed);
+            let lasts = Duration::from_secs(30) + Duration::from_millis(700 * seed);
+            let (back, time) = (all_behave, world.clone());
+            world.spawn(Box::pin(async move {
+                time.sleep(lasts).await;
+                back(Conduct::Good);
+            }));
+            let begun = world.now();
+            reader.read(700_000, 4096).await.unwrap();
+            world.since(begun).checked_sub(lasts).expect("nobody served it")
+        });
+        assert!(late.unwrap() < Duration::from_secs(2), "{seed}: {late:?}");
+    }
+}
+
 /// What is logged, as the kernel's log gets it: a letter for the level, and the text.
 #[derive(Clone, Default)]
 struct Said(Arc<Mutex<String>>);
