@@ -8,6 +8,7 @@ mod source;
 mod status;
 
 use clap::{Parser, Subcommand};
+use moor_tether::kmsg;
 use moor_tether::reader::OpenError;
 use moor_tether::root::RootError;
 use std::process::ExitCode;
@@ -32,6 +33,7 @@ enum Command {
 }
 
 pub(crate) fn run() -> ExitCode {
+    kmsg::log_panics();
     let result = match Cli::parse().command {
         Command::Mount(args) => mount::run(&args),
         Command::Fetch(args) => fetch::run(&args),
