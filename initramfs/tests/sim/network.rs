@@ -40,6 +40,8 @@ pub(crate) enum Conduct {
     /// A certificate that is not accepted; connections are new.
     Expired,
     Status(u16),
+    /// Status 503, so many milliseconds late.
+    FailsLate(u64),
     /// Another entity tag each time.
     Retags,
     /// Connections that are more than so many are closed at once; the others are served.
@@ -266,6 +268,9 @@ impl Line {
             self.server.settle(|conduct| !matches!(conduct, Conduct::Silent | Conduct::Starves)).await;
             self.alive()?;
         }
+        if let Conduct::FailsLate(late) = conduct {
+            self.server.sim.sleep(Duration::from_millis(late)).await;
+        }
         let mut state = self.server.state();
         let now = self.server.sim.now();
         state.requests.push((now, start, length));
@@ -284,6 +289,7 @@ impl Line {
         let (status, content_range) = match conduct {
             Conduct::NoRanges => (200, None),
             Conduct::Status(status) => (status, None),
+            Conduct::FailsLate(_) => (503, None),
             _ => (206, Some(format!("bytes {start}-{}/{total}", to - 1))),
         };
         self.body = Some(Body { bytes: bytes.into(), sent: 0, arrived: Bytes::new() });
