@@ -100,6 +100,16 @@ pub fn log_to_stderr() {
     let _ = log.with_max_level(Level::INFO).with_writer(io::stderr).try_init();
 }
 
+/// Panics are in the log too: standard error is nobody's in the background.
+pub fn log_panics() {
+    let say = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        // A record of the kernel's log is one line.
+        tracing::error!("a bug, please report it: {}", panic.to_string().replace('\n', " "));
+        say(panic);
+    }));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

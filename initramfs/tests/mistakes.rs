@@ -1,4 +1,5 @@
-//! What a user may get wrong with `mount`: one line on standard error that says what, where and what to do, and status 1.
+//! What a user may get wrong with `mount`: one line on standard error that says what, where and what to do, and the status that
+//! tells a program whether it helps to try again.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
@@ -11,6 +12,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
 use tempfile::TempDir;
+
+/// Anything else, which may be over or not. The image is not one that may be used. A server is away.
+const ELSE: i32 = 1;
+const NOT_ACCEPTED: i32 = 4;
+const AWAY: i32 = 5;
 
 struct Place {
     dir: TempDir,
@@ -59,10 +65,10 @@ impl Place {
         command.arg(self.path("mnt")).output().unwrap()
     }
 
-    fn refused(&self, arguments: &[&str], words: &[&str]) {
+    fn refused(&self, status: i32, arguments: &[&str], words: &[&str]) {
         let output = self.mount(arguments);
         let said = String::from_utf8_lossy(&output.stderr);
-        assert!(matches!(output.status.code(), Some(1 | 4)), "{arguments:?}: {}: {said}", output.status);
+        assert_eq!(output.status.code(), Some(status), "{arguments:?}: {said}");
         assert_eq!(said.trim_end().lines().count(), 1, "{said}");
         assert!(said.starts_with("moor-tether: error: "), "{said}");
         let twice = said.split(": ").zip(said.split(": ").skip(1)).find(|(one, next)| one.trim() == next.trim());
@@ -99,12 +105,12 @@ fn a_key_that_is_none_or_another() {
     let url = server.url();
     std::fs::write(place.path("other"), format!("{}\n", "ab".repeat(32))).unwrap();
     let other = place.path("other").display().to_string();
-    place.refused(&["--url", &url, "--key-file", &other], &[&url, "wrong key", "the image wants key id"]);
+    place.refused(NOT_ACCEPTED, &["--url", &url, "--key-file", &other], &[&url, "wrong key", "the image wants key id"]);
     std::fs::write(place.path("text"), "hello\n").unwrap();
     let text = place.path("text").display().to_string();
-    place.refused(&["--url", &url, "--key-file", &text], &[&text, "holds no key", "64 hexadecimal digits"]);
-    place.refused(&["--url", &url, "--key-file", "/no/such"], &["cannot read the key file '/no/such'"]);
-    place.refused(&["--url", &url, "--key-file", "-"], &["standard input holds no key"]);
+    place.refused(ELSE, &["--url", &url, "--key-file", &text], &[&text, "holds no key", "64 hexadecimal digits"]);
+    place.refused(ELSE, &["--url", &url, "--key-file", "/no/such"], &["cannot read the key file '/no/such'"]);
+    place.refused(ELSE, &["--url", &url, "--key-file", "-"], &["standard input holds no key"]);
 }
 
 #[test]
@@ -113,23 +119,32 @@ fn an_image_that_is_not_the_expected_one() {
     let server = place.server();
     let url = server.url();
     let wrong = "00".repeat(32);
-    place.refused(&["--url", &url, "--digest", &wrong], &[&url, &wrong, &hex::encode(place.sample.sealed.digest)]);
-    place.refused(&["--url", &url, "--digest", "12"], &["--digest has 64 hexadecimal digits"]);
-    place.refused(&["--url", &url, "--lineage", "5f1e7a52-30a3-4f6c-9d3e-6c2f9a1b0c01"], &[&url, "of another lineage"]);
-    place.refused(&["--url", &url, "--minimum-serial", "4"], &[&url, "older than the 4"]);
+    place.refused(
+        NOT_ACCEPTED,
+        &["--url", &url, "--digest", &wrong],
+        &[&url, &wrong, &hex::encode(place.sample.sealed.digest)],
+    );
+    place.refused(ELSE, &["--url", &url, "--digest", "12"], &["--digest has 64 hexadecimal digits"]);
+    place.refused(
+        NOT_ACCEPTED,
+        &["--url", &url, "--lineage", "5f1e7a52-30a3-4f6c-9d3e-6c2f9a1b0c01"],
+        &[&url, "of another lineage"],
+    );
+    place.refused(NOT_ACCEPTED, &["--url", &url, "--minimum-serial", "4"], &[&url, "older than the 4"]);
 
     let mut changed_salt = place.sample.file.to_vec();
     changed_salt[170] ^= 1;
-    for (conduct, words) in [
-        (Conduct::Serves(Arc::new(place.sample.file[..200_000].to_vec())), "it is truncated"),
-        (Conduct::Serves(Arc::new(place.sample.file[..100].to_vec())), "it is truncated"),
-        (Conduct::Serves(Arc::new(noise(300_000, 9))), "not a sealed image"),
-        (Conduct::Serves(Arc::new(changed_salt)), "header hash does not match"),
-        (Conduct::NoRanges, "does not serve ranges"),
-        (Conduct::Status(404), "no image at this URL"),
+    for (conduct, status, words) in [
+        (Conduct::Serves(Arc::new(place.sample.file[..200_000].to_vec())), ELSE, "it is truncated"),
+        (Conduct::Serves(Arc::new(place.sample.file[..100].to_vec())), ELSE, "it is truncated"),
+        (Conduct::Serves(Arc::new(noise(300_000, 9))), NOT_ACCEPTED, "not a sealed image"),
+        (Conduct::Serves(Arc::new(changed_salt)), NOT_ACCEPTED, "header hash does not match"),
+        (Conduct::NoRanges, ELSE, "does not serve ranges"),
+        (Conduct::Status(404), ELSE, "no image at this URL"),
+        (Conduct::Status(503), AWAY, "HTTP status 503"),
     ] {
         server.behave(conduct);
-        place.refused(&["--url", &url], &[&url, words]);
+        place.refused(status, &["--url", &url], &[&url, words]);
     }
 }
 
@@ -143,9 +158,31 @@ fn every_server_has_another_image() {
     }
     let (one, two, digest) = (first.url(), second.url(), hex::encode(place.sample.sealed.digest));
     let is = hex::encode(other.sealed.digest);
-    place.refused(&["--url", &one, "--url", &two, "--digest", &digest], &[&one, &two, &digest, &is]);
+    place.refused(NOT_ACCEPTED, &["--url", &one, "--url", &two, "--digest", &digest], &[&one, &two, &digest, &is]);
     // Without a digest the key tells them apart.
-    place.refused(&["--url", &one, "--url", &two], &[&one, &two, "wrong key"]);
+    place.refused(NOT_ACCEPTED, &["--url", &one, "--url", &two], &[&one, &two, "wrong key"]);
+}
+
+/// A member that does not have an image says so by status 503 (it may be on its way there): those that have it may be away for a while.
+#[test]
+fn who_has_the_image_is_away_and_others_are_there() {
+    let place = Place::new();
+    let (mut holder, other) = (place.server(), place.server());
+    let digest = hex::encode(place.sample.sealed.digest);
+    let (one, two) = (holder.url(), other.url());
+    let arguments = ["--url", &one, "--url", &two, "--digest", &digest];
+    holder.stop();
+    other.behave(Conduct::Status(503));
+    place.refused(AWAY, &arguments, &[&one, "no connection", &two, "HTTP status 503"]);
+    // What is wrong with the others may be so for ever.
+    for conduct in [Conduct::Status(404), Conduct::Serves(seal(noise(300_000, 2), 16).file)] {
+        other.behave(conduct);
+        place.refused(AWAY, &arguments, &[&one, "no connection", &two]);
+    }
+    holder.start();
+    holder.behave(Conduct::Status(404));
+    other.behave(Conduct::Status(404));
+    place.refused(ELSE, &arguments, &[&one, &two, "no image at this URL"]);
 }
 
 #[test]
@@ -157,7 +194,7 @@ fn a_clock_that_is_far_off() {
         (place.authority.expired(), "its certificate is not valid any more, and this machine's clock says 2"),
     ] {
         let server = Server::new(&place.sample.file, &identity);
-        place.refused(&["--url", &server.url()], &[&server.url(), words, "set the clock"]);
+        place.refused(ELSE, &["--url", &server.url()], &[&server.url(), words, "set the clock"]);
     }
 
     // The machine's clock is 20 years behind: it says so, and does not turn checking off.
@@ -178,7 +215,7 @@ fn a_clock_that_is_far_off() {
     umount2(&place.path("mnt"), MntFlags::MNT_DETACH).unwrap();
     let early = Server::new(&place.sample.file, &site.identity_since("member", 2990));
     let early_url = early.url();
-    place.refused(&["--url", &early_url, "--site", &bundle], &[&early_url, "not valid yet"]);
+    place.refused(ELSE, &["--url", &early_url, "--site", &bundle], &[&early_url, "not valid yet"]);
 }
 
 #[test]
@@ -193,9 +230,8 @@ fn signatures_by_nobody_who_is_trusted() {
     let signatures = place.path("sig").display().to_string();
     let url = server.url();
     let arguments = ["--url", &url, "--trust", &trust, "--signatures", &signatures];
-    place.refused(&arguments, &["is not signed by any of the 1 trusted keys"]);
     // By this the agent knows that somebody may mend it, and waits for that.
-    assert_eq!(place.mount(&arguments).status.code(), Some(4));
+    place.refused(NOT_ACCEPTED, &arguments, &["is not signed by any of the 1 trusted keys"]);
 }
 
 #[test]
@@ -206,19 +242,19 @@ fn a_server_that_is_not_there_or_of_another_authority() {
     let other = Authority::new();
     std::fs::write(place.path("other.pem"), other.pem()).unwrap();
     let ca = place.path("other.pem").display().to_string();
-    place.refused(&["--url", &url, "--ca", &ca], &[&url, "not of the expected authority", "give the authority"]);
+    place.refused(ELSE, &["--url", &url, "--ca", &ca], &[&url, "not of the expected authority", "give the authority"]);
     server.stop();
-    place.refused(&["--url", &url], &[&url, "no connection", "is the server running"]);
-    place.refused(&["--url", "http://127.0.0.1/x"], &["'http://127.0.0.1/x' is not a URL of the form https://"]);
+    place.refused(AWAY, &["--url", &url], &[&url, "no connection", "is the server running"]);
+    place.refused(ELSE, &["--url", "http://127.0.0.1/x"], &["'http://127.0.0.1/x' is not a URL of the form https://"]);
     std::fs::write(place.path("empty.pem"), "").unwrap();
     let empty = place.path("empty.pem").display().to_string();
-    place.refused(&["--url", &url, "--ca", &empty], &[&empty, "holds no certificate"]);
-    place.refused(&["--url", &url, "--site", &empty], &[&empty, "no site bundle"]);
+    place.refused(ELSE, &["--url", &url, "--ca", &empty], &[&empty, "holds no certificate"]);
+    place.refused(ELSE, &["--url", &url, "--site", &empty], &[&empty, "no site bundle"]);
 }
 
 #[test]
 fn no_server_at_all() {
-    Place::new().refused(&[], &["no server is given", "--url"]);
+    Place::new().refused(ELSE, &[], &["no server is given", "--url"]);
 }
 
 #[test]
@@ -234,7 +270,7 @@ fn only_members_of_the_collective_are_servers_of_a_site() {
         (place.authority.identity(), "not of the expected authority"),
     ] {
         let server = Server::new(&place.sample.file, &identity);
-        place.refused(&["--url", &server.url(), "--site", &site], &[&server.url(), words]);
+        place.refused(ELSE, &["--url", &server.url(), "--site", &site], &[&server.url(), words]);
     }
 }
 
@@ -243,7 +279,7 @@ fn a_place_to_mount_that_is_none() {
     let place = Place::new();
     let server = place.server();
     std::fs::remove_dir(place.path("mnt")).unwrap();
-    place.refused(&["--url", &server.url()], &["cannot mount on", "make the directory first"]);
+    place.refused(ELSE, &["--url", &server.url()], &["cannot mount on", "make the directory first"]);
 }
 
 #[test]

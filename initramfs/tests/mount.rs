@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
+#[path = "mount/mishaps.rs"]
+mod mishaps;
 
 use common::namespace::{has_memory_disk, in_namespace, passed};
 use common::noise;

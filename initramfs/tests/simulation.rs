@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
+#[path = "simulation/crowd.rs"]
+mod crowd;
 #[path = "simulation/gather.rs"]
 mod gather;
 #[path = "simulation/guesses.rs"]

@@ -51,6 +51,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    moor_api::fail_stop::abort_on_panic();
     let command = Cli::parse().command;
     if let Command::RunScript { root, script } = &command {
         return match scripts::become_script(root.as_deref(), script) {

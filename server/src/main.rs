@@ -7,6 +7,7 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    moor_api::fail_stop::abort_on_panic();
     match moord::run::main(moord::args::Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -5,6 +5,7 @@
 //! * [`proof`]: what a node signs to prove itself; computed on both sides, so it lives here.
 //! * [`tether`]: what a node's agent says to the process that serves its root.
 //! * [`trust`]: the site bundle and who may act as a member. [`client`]: HTTP over TLS or a unix socket.
+//! * [`fail_stop`]: what the programs of both sides do when they panic.
 //! * [`passphrase`]: how the programs of both sides are told one. [`backup_key`]: the other way to lock a backup.
 //!
 //! No server code lives here, and nothing that knows more of an operating system than a terminal and a socket.
@@ -14,6 +15,7 @@ pub mod backup_key;
 mod bytes;
 pub mod client;
 pub mod deploy;
+pub mod fail_stop;
 pub mod ids;
 pub mod node;
 pub mod passphrase;

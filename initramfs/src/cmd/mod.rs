@@ -8,6 +8,7 @@ mod source;
 mod status;
 
 use clap::{Parser, Subcommand};
+use moor_tether::kmsg;
 use moor_tether::reader::OpenError;
 use moor_tether::root::RootError;
 use std::process::ExitCode;
@@ -32,6 +33,7 @@ enum Command {
 }
 
 pub(crate) fn run() -> ExitCode {
+    kmsg::log_panics();
     let result = match Cli::parse().command {
         Command::Mount(args) => mount::run(&args),
         Command::Fetch(args) => fetch::run(&args),
@@ -47,14 +49,17 @@ pub(crate) fn run() -> ExitCode {
     })
 }
 
-/// What whoever called may make of it. 3: this machine cannot do it, however often it is tried (too little memory). 4: the image is not
-/// one that may be used, until somebody mends that (wrong key, another digest, no signature that counts). 1: anything else.
+/// What whoever called may make of it (docs/tether.md has them all). 3: this machine cannot do it, however often it is tried (too little memory). 4: the
+/// image is not one that may be used, until somebody mends that (wrong key, another digest, no signature that counts). 5: a server does not answer, or is
+/// busy, and the others have no such image either; nobody has to mend that. 1: anything else.
 fn status_of(error: &anyhow::Error) -> ExitCode {
     let is = |test: fn(&(dyn std::error::Error + 'static)) -> bool| error.chain().any(test);
     if is(|cause| matches!(cause.downcast_ref(), Some(RootError::Memory(_)))) {
         ExitCode::from(3)
-    } else if is(|cause| matches!(cause.downcast_ref(), Some(OpenError::Image { .. }))) {
+    } else if is(|cause| cause.downcast_ref().is_some_and(OpenError::is_of_another_image)) {
         ExitCode::from(4)
+    } else if is(|cause| cause.downcast_ref().is_some_and(OpenError::is_passing)) {
+        ExitCode::from(5)
     } else {
         ExitCode::FAILURE
     }

@@ -8,6 +8,7 @@ use super::{FILE_NAME, Pieces, ReadOnlyFile};
 use nix::errno::Errno;
 use std::fs::File;
 use std::io::{self, IoSlice, Read as _};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -272,17 +273,22 @@ impl<F: ReadOnlyFile> OneFile<F> {
         while let Some(length) = self.next(&mut buffer)? {
             let request = Request::parse(&buffer[..length])?;
             let answer = self.answer(&request);
-            match self.handle(&request) {
-                Ok(Handled::Answer(fields)) => answer.good(&[fields.0]),
-                Ok(Handled::Read(offset, size)) => self.read(offset, size, answer),
-                Ok(Handled::Silence) => {
-                    let mut answer = answer;
-                    answer.is_open = false;
-                }
-                Err(errno) => answer.error(errno),
+            // Without this thread the root would end. The answer is dropped on the way, and with that given; whoever left a lock behind left it whole.
+            let served = catch_unwind(AssertUnwindSafe(|| self.serve_one(&request, answer)));
+            if served.is_err() {
+                tracing::error!("a request failed that must not (kind {}): please report this", request.opcode);
             }
         }
         Ok(())
+    }
+
+    fn serve_one(&self, request: &Request<'_>, mut answer: Answer) {
+        match self.handle(request) {
+            Ok(Handled::Answer(fields)) => answer.good(&[fields.0]),
+            Ok(Handled::Read(offset, size)) => self.read(offset, size, answer),
+            Ok(Handled::Silence) => answer.is_open = false,
+            Err(errno) => answer.error(errno),
+        }
     }
 
     fn handle(&self, request: &Request<'_>) -> Result<Handled, Errno> {

@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -60,8 +60,7 @@ pub(super) struct Attempt {
     taking: Option<Taking>,
     /// Items that are verified and were not handed out.
     ready: VecDeque<Outcome>,
-    /// When it was asked, or the last item's bytes were all there.
-    last: Arc<Moment>,
+    progress: Arc<Progress>,
 }
 
 type Taking = Boxed<'static, (Answer, Result<Vec<u8>, Fault>)>;
@@ -77,6 +76,24 @@ pub(super) type Step = Boxed<'static, (Attempt, Outcome)>;
 /// A time since the beginning of the world, which one sets and others see.
 pub(super) struct Moment(AtomicU64);
 
+/// How far an attempt is.
+pub(super) struct Progress {
+    /// When it began, or the last item's bytes were all there.
+    pub(super) last: Moment,
+    /// Whether its member was asked: it may have to wait its turn there, of which the member can do nothing.
+    is_asked: AtomicBool,
+}
+
+impl Progress {
+    pub(super) fn new(now: Duration) -> Self {
+        Self { last: Moment::new(now), is_asked: AtomicBool::new(false) }
+    }
+
+    pub(super) fn is_asked(&self) -> bool {
+        self.is_asked.load(Ordering::Relaxed)
+    }
+}
+
 impl Moment {
     pub(super) fn new(time: Duration) -> Self {
         let moment = Self(AtomicU64::new(0));
@@ -84,7 +101,7 @@ impl Moment {
         moment
     }
 
-    fn set(&self, time: Duration) {
+    pub(super) fn set(&self, time: Duration) {
         self.0.store(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
@@ -94,15 +111,15 @@ impl Moment {
 }
 
 impl Attempt {
-    /// Nothing is asked yet. `last` is set as bytes come.
+    /// Nothing is asked yet. `progress` is set as bytes come.
     pub(super) fn new(
         inner: Arc<Inner>,
         member: Arc<Member>,
         need: Need,
         ticket: Arc<Ticket>,
-        last: Arc<Moment>,
+        progress: Arc<Progress>,
     ) -> Self {
-        Self { inner, member, need, ticket, answer: None, taking: None, ready: VecDeque::new(), last }
+        Self { inner, member, need, ticket, answer: None, taking: None, ready: VecDeque::new(), progress }
     }
 
     /// Whether all of its need is there.
@@ -125,7 +142,9 @@ impl Attempt {
         let (start, length, size) = self.range()?;
         if self.answer.is_none() && self.taking.is_none() {
             let total = self.inner.verifier.header().file_length();
-            self.answer = Some(self.member.get(start, length, Some(total)).await?);
+            let slot = self.member.turn().await?;
+            self.progress.is_asked.store(true, Ordering::Relaxed);
+            self.answer = Some(self.member.ask(slot, start, length, Some(total)).await?);
         }
         let mut taking = self.take(size)?;
         let (first, took) = self.arrived((&mut taking).await)?;
@@ -212,8 +231,8 @@ impl Attempt {
         let bytes = bytes?;
         self.answer = Some(answer);
         let now = self.inner.world.now();
-        let took = now.saturating_sub(self.last.get());
-        self.last.set(now);
+        let took = now.saturating_sub(self.progress.last.get());
+        self.progress.last.set(now);
         Ok((bytes, took))
     }
 

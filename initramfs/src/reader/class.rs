@@ -1,6 +1,6 @@
 //! How urgent a fetch is, and what waits its turn: guesses yield to what somebody wants.
 
-use super::link::CONNECTIONS;
+use super::slots::CONNECTIONS;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,8 +18,8 @@ const AHEAD_BYTES: u64 = 4 << 20;
 const AHEAD_WAITING: usize = 32;
 /// Prefetches side by side.
 const PREFETCHES: u64 = 4;
-/// Guesses side by side, of both kinds: one server has so many connections and two more, for what is wanted.
-const GUESSES: u64 = CONNECTIONS as u64 - 2;
+/// Connections to one server that are not for guesses, but for what is wanted.
+const WANTED: u64 = 2;
 
 /// From the most urgent down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -89,12 +89,29 @@ pub(super) struct Lines {
     ahead_bytes: u64,
     prefetches: u64,
     prefetch_bytes: u64,
+    /// Guesses side by side, of both kinds.
+    guesses: u64,
 }
 
 impl Lines {
     pub(super) fn new(chunk_size: u64) -> Self {
-        let ahead = VecDeque::new();
-        Self { chunk_size, ahead, demands: 0, aheads: 0, ahead_bytes: 0, prefetches: 0, prefetch_bytes: 0 }
+        let mut lines = Self {
+            chunk_size,
+            ahead: VecDeque::new(),
+            demands: 0,
+            aheads: 0,
+            ahead_bytes: 0,
+            prefetches: 0,
+            prefetch_bytes: 0,
+            guesses: 0,
+        };
+        lines.has_connections(CONNECTIONS);
+        lines
+    }
+
+    /// A server takes so many connections just now. Where it takes hardly any, guesses have one all the same: nobody may be waiting.
+    pub(super) fn has_connections(&mut self, count: u32) {
+        self.guesses = u64::from(count).saturating_sub(WANTED).max(1);
     }
 
     /// A reader goes to these chunks.
@@ -135,7 +152,7 @@ impl Lines {
     }
 
     fn are_enough(&self) -> bool {
-        self.aheads + self.prefetches >= GUESSES
+        self.aheads + self.prefetches >= self.guesses
     }
 
     /// How many chunks a prefetch may have now; 0: none now.
@@ -221,10 +238,20 @@ mod tests {
             lines.begins(Class::Ahead, 1);
             Some(())
         });
-        assert_eq!(begun.count() as u64, GUESSES - 1);
+        assert_eq!(begun.count(), 5);
         assert_eq!(lines.prefetch(), 0);
         lines.ends(Class::Prefetch, 1);
         assert!(lines.prefetch() > 0 && lines.ahead().is_some());
+        // Where the server takes fewer, so do they; and never none.
+        lines.has_connections(4);
+        assert!(lines.prefetch() == 0 && lines.ahead().is_none());
+        for _ in 0..5 {
+            lines.ends(Class::Ahead, 1);
+        }
+        lines.has_connections(1);
+        assert!(lines.ahead().is_some());
+        lines.begins(Class::Ahead, 1);
+        assert!(lines.ahead().is_none());
     }
 
     #[test]

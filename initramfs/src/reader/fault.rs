@@ -34,6 +34,9 @@ pub enum Fault {
     /// The connection broke.
     #[error("the connection broke: {0}")]
     Broken(String),
+    /// No connection more than there are, of which one delivers. The server has not failed.
+    #[error("it takes no further connection now ({0})")]
+    Crowded(Box<Fault>),
     /// Another status than 206.
     #[error("HTTP status {0}{advice}", advice = if *.0 == 404 { ": there is no image at this URL; correct it" } else { "" })]
     Status(u16),
@@ -77,9 +80,15 @@ impl Fault {
         }
     }
 
+    /// Whether a server that refuses a connection may look so. A certificate that is not accepted is news about all of them.
+    pub(super) fn is_of_a_connection(&self) -> bool {
+        matches!(self, Self::Connect(_) | Self::Unreachable(_) | Self::Tls(_) | Self::Silent(_) | Self::Broken(_))
+    }
+
     /// Whether the next attempt may well succeed without anybody's doing.
     #[must_use]
     pub fn is_passing(&self) -> bool {
-        self.is_timeout() || matches!(self, Self::Connect(_) | Self::Broken(_) | Self::Status(429 | 500..))
+        self.is_timeout()
+            || matches!(self, Self::Connect(_) | Self::Broken(_) | Self::Crowded(_) | Self::Status(429 | 500..))
     }
 }

@@ -3,10 +3,11 @@
 use super::fault::Fault;
 use super::member::{Member, Standing};
 use super::pace::STALE;
+use super::slots::CONNECTIONS;
 use super::world::{World, within};
 use crate::kmsg::ASIDE;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::Notify;
 
@@ -34,8 +35,9 @@ pub(super) struct Fleet {
     current: AtomicUsize,
     /// How many members can be asked.
     usable: AtomicUsize,
-    /// Held while that is counted: an older count must not take the place of a newer one.
-    counting: Mutex<()>,
+    /// Since when the machine shuts down and no member can be asked. Held while members are counted: an older count must not take the place of a newer
+    /// one.
+    hopeless: Mutex<Option<Duration>>,
     changed: Notify,
     /// Whether the machine shuts down.
     is_ending: AtomicBool,
@@ -51,7 +53,7 @@ impl Fleet {
             world,
             current: AtomicUsize::new(first),
             usable,
-            counting: Mutex::default(),
+            hopeless: Mutex::default(),
             changed: Notify::new(),
             is_ending: AtomicBool::new(false),
         }
@@ -79,6 +81,11 @@ impl Fleet {
         self.earlier_bytes.load(Ordering::Relaxed)
     }
 
+    /// How many requests the busiest member is asked side by side just now.
+    pub(super) fn side_by_side(&self) -> u32 {
+        self.members().iter().map(|member| member.side_by_side()).min().unwrap_or(CONNECTIONS)
+    }
+
     /// Whether no member can be asked.
     pub(super) fn is_down(&self) -> bool {
         self.usable.load(Ordering::Relaxed) == 0
@@ -88,10 +95,24 @@ impl Fleet {
     pub(super) fn recount(&self) {
         let is_usable = |member: &&Arc<Member>| matches!(member.standing(), Standing::Good | Standing::Slow);
         {
-            let _alone = self.counting.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut hopeless = self.hopeless();
             self.usable.store(self.members().iter().filter(is_usable).count(), Ordering::Relaxed);
+            self.look_for_hope(&mut hopeless);
         }
         self.changed.notify_waiters();
+    }
+
+    fn hopeless(&self) -> MutexGuard<'_, Option<Duration>> {
+        self.hopeless.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it is hopeless now. Since when stays as it is for as long as it is so, whoever reads meanwhile.
+    fn look_for_hope(&self, hopeless: &mut Option<Duration>) {
+        *hopeless = if self.is_ending.load(Ordering::Relaxed) && self.is_down() {
+            hopeless.or_else(|| Some(self.world.now()))
+        } else {
+            None
+        };
     }
 
     /// The member to ask for so many chunks. Waits for one as long as it takes.
@@ -215,16 +236,22 @@ impl Fleet {
 
     /// Whether the machine shuts down.
     pub(super) fn end(&self, ends: bool) {
-        self.is_ending.store(ends, Ordering::Relaxed);
+        {
+            let mut hopeless = self.hopeless();
+            self.is_ending.store(ends, Ordering::Relaxed);
+            self.look_for_hope(&mut hopeless);
+        }
         self.changed.notify_waiters();
     }
 
-    /// Returns when the machine shuts down and no member has answered for so long that none will.
+    /// Returns when the machine shuts down and no member has answered for so long that none will: that is waited for once, and not by each of the reads
+    /// that a shutdown makes one after the other.
     pub(super) async fn given_up(&self) {
-        let is_hopeless = |fleet: &Self| fleet.is_ending.load(Ordering::Relaxed) && fleet.is_down();
         loop {
-            self.until(is_hopeless).await;
-            if within(&*self.world, GIVES_UP, self.until(|fleet| !is_hopeless(fleet))).await.is_none() {
+            self.until(|fleet| fleet.hopeless().is_some()).await;
+            let Some(since) = *self.hopeless() else { continue };
+            let left = GIVES_UP.saturating_sub(self.world.since(since));
+            if within(&*self.world, left, self.until(|fleet| *fleet.hopeless() != Some(since))).await.is_none() {
                 return;
             }
         }
@@ -283,7 +310,8 @@ impl Fleet {
 
 /// The time that an answer takes, with what the member has to do already.
 fn loaded(member: &Member, time: Duration) -> Duration {
-    time.saturating_mul(SIDE_BY_SIDE + member.in_flight()) / SIDE_BY_SIDE
+    let side_by_side = SIDE_BY_SIDE.min(member.side_by_side());
+    time.saturating_mul(side_by_side + member.in_flight()) / side_by_side
 }
 
 fn index(random: u64, length: usize) -> usize {

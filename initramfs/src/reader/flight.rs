@@ -1,10 +1,11 @@
 //! Fetching one thing, whatever the members do: a request goes to the best member; when it keeps somebody waiting it goes to another one
 //! too (a *hedge*), or moves there. What verifies first counts, and the other is given up.
 
-use super::attempt::{Attempt, Item, Moment, Need, Step};
+use super::attempt::{Attempt, Item, Need, Progress, Step};
 use super::class::{Class, Ticket};
 use super::fault::Fault;
-use super::member::{Counted, Member, Standing};
+use super::member::{Member, Standing};
+use super::slots::Counted;
 use super::{Inner, lock};
 use std::future::poll_fn;
 use std::ops::Range;
@@ -40,8 +41,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(25);
 struct Runner {
     member: Arc<Member>,
     step: Step,
-    /// When it was asked, or its last bytes were all there.
-    last: Arc<Moment>,
+    progress: Arc<Progress>,
     /// Whether it is the first one of its answer.
     is_first: bool,
     running: Counted,
@@ -88,7 +88,7 @@ impl Flight {
                 Event::Fault(is_second, attempt, fault) => {
                     let lost = if is_second { self.second.take() } else { self.lead.take() };
                     if let Some(lost) = lost {
-                        self.moved(self.inner.world.since(lost.last.get()));
+                        self.moved(self.inner.world.since(lost.progress.last.get()));
                     }
                     if !is_second {
                         self.lead = self.second.take();
@@ -110,10 +110,11 @@ impl Flight {
     }
 
     fn start(&self, member: Arc<Member>, need: &Need) -> Runner {
-        let last = Arc::new(Moment::new(self.inner.world.now()));
-        let attempt = Attempt::new(self.inner.clone(), member.clone(), need.clone(), self.ticket.clone(), last.clone());
+        let progress = Arc::new(Progress::new(self.inner.world.now()));
+        let attempt =
+            Attempt::new(self.inner.clone(), member.clone(), need.clone(), self.ticket.clone(), progress.clone());
         let running = member.running();
-        Runner { member, step: Box::pin(attempt.next()), last, is_first: true, running, late: None }
+        Runner { member, step: Box::pin(attempt.next()), progress, is_first: true, running, late: None }
     }
 
     /// One of the two has an item: the other is given up, and it goes on with what is left.
@@ -122,14 +123,16 @@ impl Flight {
         self.moves = 0;
         let (winner, loser) =
             if is_second { (self.second.take(), self.lead.take()) } else { (self.lead.take(), self.second.take()) };
-        if let Some(loser) = loser {
-            let waited = now.saturating_sub(loser.last.get());
+        if let Some(loser) = loser
+            && loser.progress.is_asked()
+        {
+            let waited = now.saturating_sub(loser.progress.last.get());
             loser.member.pace().gave_up(waited, now);
             if is_second && loser.member.was_overtaken() {
                 self.inner.failed(&loser.member, &Fault::Slow(waited));
             }
         }
-        let Some(Runner { member, last, is_first, running, .. }) = winner else { return };
+        let Some(Runner { member, progress, is_first, running, .. }) = winner else { return };
         if is_first {
             member.pace().first(took, now);
         } else {
@@ -142,7 +145,7 @@ impl Flight {
             member.answered();
         } else {
             let step = Box::pin(attempt.next());
-            self.lead = Some(Runner { member, step, last, is_first: false, running, late: None });
+            self.lead = Some(Runner { member, step, progress, is_first: false, running, late: None });
         }
     }
 
@@ -173,7 +176,7 @@ impl Flight {
     /// How long to wait before it is asked whether the lead is overdue.
     fn patience(&self) -> Duration {
         let Some(lead) = &self.lead else { return LOOK_AGAIN };
-        let waited = self.inner.world.since(lead.last.get());
+        let waited = self.inner.world.since(lead.progress.last.get());
         // A member that was given up now and then has a percentile of a second: no reason to leave others out for so long.
         let limit = self.move_after(&lead.member);
         let limit = if self.ticket.is_wanted() { usual(&lead.member).min(limit) } else { limit };
@@ -205,14 +208,14 @@ impl Flight {
         let Some(limit) = self.lead.as_ref().map(|lead| self.move_after(&lead.member)) else { return };
         let Some(lead) = &mut self.lead else { return };
         let now = self.inner.world.now();
-        let waited = now.saturating_sub(lead.last.get());
+        let waited = now.saturating_sub(lead.progress.last.get());
         let is_late = is_wanted && waited >= usual(&lead.member);
         if is_late && lead.late.is_none() {
             lead.late = Some(lead.member.late());
         }
         if let Some(second) = &mut self.second {
             // It is judged as the lead was: if both keep waiting, no third is asked.
-            if now.saturating_sub(second.last.get()) >= usual(&second.member) && second.late.is_none() {
+            if now.saturating_sub(second.progress.last.get()) >= usual(&second.member) && second.late.is_none() {
                 second.late = Some(second.member.late());
             }
         }
@@ -230,16 +233,23 @@ impl Flight {
         let quicker = if anyway || self.moves > 0 { QUICKER_ANYWAY } else { QUICKER };
         let is_resting = lead.member.standing() != Standing::Good;
         let expected = other.pace().expected_lately(now).unwrap_or_default();
-        if is_resting || (waited >= limit && waited > expected * quicker) {
-            let member = lead.member.clone();
-            member.pace().gave_up(waited, now);
+        let (member, is_asked) = (lead.member.clone(), lead.progress.is_asked());
+        // Who waits its turn there tries each member once: whoever leaves one line after the other gets nowhere.
+        let may_move = is_asked || (is_wanted && (self.moves as usize) < fleet.members().len());
+        if is_resting || (may_move && waited >= limit && waited > expected * quicker) {
+            // It is none of the member's doing before it is asked.
+            if is_asked {
+                member.pace().gave_up(waited, now);
+            }
             self.lead = match self.second.take() {
                 Some(second) => Some(second),
                 None => Some(self.begin(other, need)),
             };
             if !is_resting {
                 self.moved(waited);
-                self.inner.failed(&member, &Fault::Slow(waited));
+                if is_asked {
+                    self.inner.failed(&member, &Fault::Slow(waited));
+                }
             }
         } else if is_late && self.second.is_none() && !anyway && expected <= waited && self.inner.hedges.spend() {
             self.inner.counts.hedges.fetch_add(1, Ordering::Relaxed);

@@ -1,20 +1,23 @@
 //! Requests to one server: connections that are kept, the time limits, and the rules of an answer.
 
 use super::fault::Fault;
+use super::slots::{Asked, Slot, Slots};
 use super::world::{Head, Path, Wire, World, within};
 use bytes::Bytes;
+use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Connections to one server at most.
-pub(super) const CONNECTIONS: usize = 8;
 /// Connections that are kept when nothing is asked for a while: the next burst begins without a handshake.
 const KEPT: usize = 2;
 /// A connection that has rested longer is closed, unless it is one of those.
 const RESTED_LONG: Duration = Duration::from_secs(20);
-/// Time for a TCP connection.
+/// Time for a TCP connection, and after which another one is begun beside it where there is more time.
 const CONNECT: Duration = Duration::from_secs(1);
+/// So many that are not answered stand side by side.
+const HELLOS: usize = 4;
 /// Time without a byte.
 const SILENCE: Duration = Duration::from_secs(2);
 
@@ -28,7 +31,7 @@ pub(super) struct Link {
     path: Box<dyn Path>,
     world: Arc<dyn World>,
     idle: Mutex<Vec<Rested>>,
-    slots: Arc<Semaphore>,
+    slots: Slots,
 }
 
 /// How long the slowest step of a request took, as a share of its time limit without patience.
@@ -64,12 +67,13 @@ pub(super) struct Answer {
     left: u64,
     patience: u32,
     slowness: Slowness,
-    _slot: OwnedSemaphorePermit,
+    asked: Asked,
+    _slot: Slot,
 }
 
 impl Link {
     pub(super) fn new(path: Box<dyn Path>, world: Arc<dyn World>) -> Self {
-        Self { path, world, idle: Mutex::new(Vec::new()), slots: Arc::new(Semaphore::new(CONNECTIONS)) }
+        Self { path, world: world.clone(), idle: Mutex::new(Vec::new()), slots: Slots::new(world) }
     }
 
     pub(super) fn url(&self) -> &str {
@@ -83,11 +87,21 @@ impl Link {
     /// Closes the connections that rest: after a fault they are not to be trusted either.
     pub(super) fn forget_connections(&self) {
         self.idle().clear();
+        self.slots.begin_anew();
+    }
+
+    /// Waits until one more connection may be used.
+    pub(super) async fn turn(&self) -> Result<Slot, Fault> {
+        self.slots.turn().await
+    }
+
+    /// How many connections may be used side by side just now.
+    pub(super) fn side_by_side(&self) -> u32 {
+        self.slots.count()
     }
 
     /// Asks for `length` bytes from `start`. `patience` multiplies the time limits.
-    pub(super) async fn get(&self, start: u64, length: u64, patience: u32) -> Result<Answer, Fault> {
-        let slot = self.slots.clone().acquire_owned().await.map_err(|_| Fault::Broken("the reader ends".into()))?;
+    pub(super) async fn get(&self, slot: Slot, start: u64, length: u64, patience: u32) -> Result<Answer, Fault> {
         let mut slowness = Slowness::default();
         loop {
             // The one that was used last: it is the least likely to have been closed meanwhile.
@@ -95,15 +109,24 @@ impl Link {
             let is_rested = rested.is_some();
             let mut wire = match rested {
                 Some(rested) => rested.wire,
-                None => self.connect(patience, &mut slowness).await?,
+                None => match self.connect(patience, &mut slowness).await {
+                    Ok(wire) => wire,
+                    // Another one has become free meanwhile.
+                    Err(fault) if fault.is_of_a_connection() && !self.idle().is_empty() => continue,
+                    Err(fault) if fault.is_of_a_connection() && self.slots.deliver() => {
+                        self.slots.do_without(slot);
+                        return Err(Fault::Crowded(Box::new(fault)));
+                    }
+                    Err(fault) => return Err(fault),
+                },
             };
             let limit = SILENCE * patience;
-            let asked = self.world.now();
+            let (begun, asked) = (self.world.now(), self.slots.ask());
             let head = within(&*self.world, limit, wire.ask(start, length)).await.unwrap_or(Err(Fault::Silent(limit)));
             match head {
                 Ok(head) if is_rested && head.status == 408 => {}
                 Ok(head) => {
-                    slowness.note(self.world.since(asked), SILENCE);
+                    slowness.note(self.world.since(begun), SILENCE);
                     let total = check_head(&head, start, length)?;
                     return Ok(Answer {
                         total,
@@ -113,6 +136,7 @@ impl Link {
                         left: length,
                         patience,
                         slowness,
+                        asked,
                         _slot: slot,
                     });
                 }
@@ -124,14 +148,40 @@ impl Link {
     }
 
     async fn connect(&self, patience: u32, slowness: &mut Slowness) -> Result<Box<dyn Wire>, Fault> {
-        let (begun, limit) = (self.world.now(), CONNECT * patience);
-        let connected = within(&*self.world, limit, self.path.connect()).await;
-        let mut wire = connected.unwrap_or(Err(Fault::Unreachable(limit)))?;
-        slowness.note(self.world.since(begun), CONNECT);
+        let (mut wire, took) = self.reach(CONNECT * patience).await?;
+        slowness.note(took, CONNECT);
         let (begun, limit) = (self.world.now(), SILENCE * patience);
         within(&*self.world, limit, wire.secure()).await.unwrap_or(Err(Fault::Silent(limit)))?;
         slowness.note(self.world.since(begun), SILENCE);
         Ok(wire)
+    }
+
+    /// A TCP connection, and how long it took. The kernel says "hello" again at pauses that double, whether or not the server is back meanwhile: so each
+    /// second it is said anew, on a connection of its own, and the first one that is answered counts.
+    async fn reach(&self, limit: Duration) -> Result<(Box<dyn Wire>, Duration), Fault> {
+        let begun = self.world.now();
+        let mut tried = VecDeque::new();
+        loop {
+            let left = limit.saturating_sub(self.world.since(begun));
+            if left.is_zero() {
+                return Err(Fault::Unreachable(limit));
+            }
+            if tried.len() == HELLOS {
+                tried.pop_front();
+            }
+            tried.push_back((self.path.connect(), self.world.now()));
+            let answered = poll_fn(|context| {
+                for (connected, since) in &mut tried {
+                    if let Poll::Ready(result) = connected.as_mut().poll(context) {
+                        return Poll::Ready(result.map(|wire| (wire, *since)));
+                    }
+                }
+                Poll::Pending
+            });
+            if let Some(answered) = within(&*self.world, CONNECT.min(left), answered).await {
+                return answered.map(|(wire, since)| (wire, self.world.since(since)));
+            }
+        }
     }
 
     /// Gives up what was kept for more requests at a time than there are any more.
@@ -179,6 +229,7 @@ impl Answer {
             if got == 0 {
                 return Err(Fault::Broken("the answer ended early".into()));
             }
+            self.asked.heard();
             count(got as u64);
             filled += got;
             self.left = self.left.saturating_sub(got as u64);

@@ -3,6 +3,7 @@
 use super::fault::Fault;
 use super::link::{Answer, Link, Slowness};
 use super::pace::Pace;
+use super::slots::{Counted, Slot};
 use super::world::{Path, World};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -84,22 +85,6 @@ pub(super) struct Member {
     is_retired: AtomicBool,
 }
 
-/// Counts something as long as it lives.
-pub(super) struct Counted(Arc<AtomicU32>);
-
-impl Counted {
-    fn new(counter: &Arc<AtomicU32>) -> Self {
-        counter.fetch_add(1, Ordering::Relaxed);
-        Self(counter.clone())
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -179,10 +164,31 @@ impl Member {
         self.lost.fetch_add(1, Ordering::Relaxed) + 1 >= OVERTAKEN_LIMIT
     }
 
-    /// Asks for a range of the file. `total`: the length that the file must have, once it is known.
+    /// How many requests it is asked side by side just now.
+    pub(super) fn side_by_side(&self) -> u32 {
+        self.link.side_by_side()
+    }
+
+    /// Waits until it may be asked one thing more.
+    pub(super) async fn turn(&self) -> Result<Slot, Fault> {
+        self.link.turn().await
+    }
+
+    /// Asks for a range of the file, as soon as there is a connection for it. `total`: the length that the file must have, once it is known.
     pub(super) async fn get(&self, start: u64, length: u64, total: Option<u64>) -> Result<Answer, Fault> {
+        loop {
+            match self.ask(self.turn().await?, start, length, total).await {
+                // Each time there is a turn less to wait for, and one is always left.
+                Err(Fault::Crowded(_)) => {}
+                answer => return answer,
+            }
+        }
+    }
+
+    /// Asks for a range of the file.
+    pub(super) async fn ask(&self, slot: Slot, start: u64, length: u64, total: Option<u64>) -> Result<Answer, Fault> {
         self.requests.fetch_add(1, Ordering::Relaxed);
-        let answer = self.link.get(start, length, self.patience.load(Ordering::Relaxed)).await?;
+        let answer = self.link.get(slot, start, length, self.patience.load(Ordering::Relaxed)).await?;
         self.check(&answer, total)?;
         Ok(answer)
     }
@@ -287,11 +293,11 @@ impl Member {
         (before, health.standing)
     }
 
-    /// How long to rest before the next try.
-    pub(super) fn rest(&self, alone: bool) -> Duration {
+    /// How long to rest before the next try. Where no member answers, the time that the last try waited in vain is a part of it.
+    pub(super) fn rest(&self, alone: bool, tried: Duration) -> Duration {
         let row = lock(&self.health).row;
-        let longest = if alone { REST_MAX_ALONE } else { REST_MAX };
-        let rest = REST_MIN.saturating_mul(1 << row.saturating_sub(1).min(10)).min(longest);
+        let (longest, over) = if alone { (REST_MAX_ALONE, tried) } else { (REST_MAX, Duration::ZERO) };
+        let rest = REST_MIN.saturating_mul(1 << row.saturating_sub(1).min(10)).min(longest).saturating_sub(over);
         jitter(rest, self.world.random())
     }
 
@@ -361,15 +367,16 @@ pub(super) mod tests {
         let mut longest = Duration::ZERO;
         for row in 0..12 {
             assert_eq!(member.failed(&Fault::Connect("refused".into()), true).1, Standing::BackingOff);
-            let rest = member.rest(false);
+            let rest = member.rest(false, Duration::from_mins(1));
             assert!(rest >= REST_MIN && rest <= REST_MAX.mul_f64(1.26), "{row}: {rest:?}");
-            assert!(member.rest(true) <= REST_MAX_ALONE.mul_f64(1.26));
+            assert!(member.rest(true, Duration::ZERO) <= REST_MAX_ALONE.mul_f64(1.26));
+            assert!(member.rest(true, Duration::from_secs(4)) <= Duration::from_secs(1).mul_f64(1.26));
             longest = longest.max(rest);
         }
         assert!(longest > Duration::from_secs(20));
         assert!(member.passed());
         member.failed(&Fault::Connect("refused".into()), false);
-        assert!(member.rest(false) < Duration::from_secs(1));
+        assert!(member.rest(false, Duration::ZERO) < Duration::from_secs(1));
     }
 
     #[test]

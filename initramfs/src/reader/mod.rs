@@ -6,7 +6,7 @@
 //!
 //! What it needs of the world is in [`world`]; [`https`] over [`secure`] and its [`record`]s, and [`real`] are the world there is, and tests bring
 //! another. [`open`] finds a good header. [`read`] is one read, and [`order`] says what is fetched for it and after it. [`fleet`] chooses a
-//! [`member`] by its [`pace`], [`link`] asks it, [`fault`] says what it did wrong, and [`recovery`] takes it back. [`change`] takes up another list
+//! [`member`] by its [`pace`], [`link`] asks it on one of its [`slots`], [`fault`] says what it did wrong, and [`recovery`] takes it back. [`change`] takes up another list
 //! of members. [`flight`] fetches one thing from whoever brings it first, by one [`attempt`] or two, [`hedges`] bounds how often two are asked.
 //! [`table`] holds the hashes to verify against, [`cache`] what was verified, in memory from [`buffers`], [`store`] what somebody keeps over
 //! restarts. [`ahead`] and [`prefetch`] guess what comes next, [`class`] makes guesses wait for what is wanted, and [`trace`] notes what was.
@@ -34,6 +34,7 @@ mod real;
 mod record;
 mod recovery;
 mod secure;
+mod slots;
 mod store;
 mod table;
 mod trace;

@@ -40,6 +40,24 @@ pub enum OpenError {
     TooLarge,
 }
 
+impl OpenError {
+    /// Whether it may well pass without anybody's doing: a server that would have the image is away, or busy.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Members(faults) if faults.iter().any(|(_, fault)| fault.is_passing()))
+    }
+
+    /// Whether the image is none that may be used, whoever is asked, until somebody mends that.
+    #[must_use]
+    pub fn is_of_another_image(&self) -> bool {
+        match self {
+            Self::Image { .. } => true,
+            Self::Members(faults) => faults.iter().all(|(_, fault)| fault.is_of_another_image()),
+            Self::NoMember | Self::TooLarge => false,
+        }
+    }
+}
+
 struct Reasons<'a>(&'a [(String, Fault)]);
 
 impl fmt::Display for Reasons<'_> {

@@ -89,6 +89,7 @@ impl Inner {
         while !self.fleet.is_down() && !self.is_short() {
             let (class, chunks) = {
                 let mut lines = lock(&self.lines);
+                lines.has_connections(self.fleet.side_by_side());
                 match lines.ahead() {
                     Some(chunks) => (Class::Ahead, chunks),
                     None => match lock(&self.prefetch).take(lines.prefetch()) {

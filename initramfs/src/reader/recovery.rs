@@ -20,7 +20,12 @@ const LOOK: Duration = Duration::from_secs(1);
 const FIRST_LOOK: Duration = Duration::from_secs(1);
 
 impl Inner {
+    /// Notes what a member did wrong, and lets it rest if it has to. One that merely takes no further connection goes on with those that it has.
     pub(super) fn failed(self: &Arc<Self>, member: &Arc<Member>, fault: &Fault) {
+        if let Fault::Crowded(_) = fault {
+            tracing::debug!("{}: {fault}", member.url());
+            return;
+        }
         if self.fleet.failed(member, fault, false) {
             self.bring_back(member);
         }
@@ -30,8 +35,9 @@ impl Inner {
     pub(super) fn bring_back(self: &Arc<Self>, member: &Arc<Member>) {
         let (reader, member, world): (Weak<Self>, _, _) = (Arc::downgrade(self), member.clone(), self.world.clone());
         self.world.spawn(Box::pin(async move {
+            let mut tried = Duration::ZERO;
             loop {
-                let Some(inner) = rested(&reader, &member, &*world).await else { return };
+                let Some(inner) = rested(&reader, &member, &*world, tried).await else { return };
                 match member.standing() {
                     _ if member.is_retired() => return,
                     Standing::Good => return,
@@ -40,6 +46,7 @@ impl Inner {
                     Standing::Excluded if !inner.fleet.is_down() => continue,
                     _ => {}
                 }
+                let begun = world.now();
                 match inner.try_out(&member).await {
                     Ok(()) => {
                         inner.fleet.passed(&member);
@@ -47,6 +54,7 @@ impl Inner {
                     }
                     Err(fault) => _ = inner.fleet.failed(&member, &fault, true),
                 }
+                tried = world.since(begun);
             }
         }));
     }
@@ -112,17 +120,18 @@ impl Inner {
     }
 }
 
-/// Lets a member rest. One that rests long since it is not needed is needed when no other is left. `None` once the reader is gone.
-async fn rested(reader: &Weak<Inner>, member: &Member, world: &dyn World) -> Option<Arc<Inner>> {
+/// Lets a member rest, after a try that took so long. One that rests long since it is not needed is needed when no other is left. `None` once the reader
+/// is gone.
+async fn rested(reader: &Weak<Inner>, member: &Member, world: &dyn World, tried: Duration) -> Option<Arc<Inner>> {
     let mut is_alone = reader.upgrade()?.fleet.is_down();
-    let mut left = member.rest(is_alone);
+    let mut left = member.rest(is_alone, tried);
     while !left.is_zero() {
         let step = left.min(LOOK);
         world.sleep(step).await;
         left -= step;
         if !is_alone && reader.upgrade()?.fleet.is_down() {
             is_alone = true;
-            left = left.min(member.rest(true));
+            left = left.min(member.rest(true, Duration::ZERO));
         }
     }
     reader.upgrade()

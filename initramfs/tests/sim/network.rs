@@ -40,8 +40,14 @@ pub(crate) enum Conduct {
     /// A certificate that is not accepted; connections are new.
     Expired,
     Status(u16),
+    /// Status 503, so many milliseconds late.
+    FailsLate(u64),
     /// Another entity tag each time.
     Retags,
+    /// Connections that are more than so many are closed at once; the others are served.
+    Crowded(u64),
+    /// New connections are closed at once, and nothing comes on the old ones any more.
+    Starves,
 }
 
 pub(crate) struct Server {
@@ -60,6 +66,12 @@ struct State {
     conduct: Conduct,
     /// Connections of an earlier life are broken.
     life: u64,
+    /// Connections that there are.
+    open: u64,
+    /// The most that there were at one time.
+    most_open: u64,
+    /// Connections that were closed at once.
+    refused: u64,
     busy_until: Duration,
     requests: Vec<(Duration, u64, u64)>,
 }
@@ -79,6 +91,9 @@ impl Server {
             bandwidth,
             conduct: Conduct::Good,
             life: 0,
+            open: 0,
+            most_open: 0,
+            refused: 0,
             busy_until: Duration::ZERO,
             requests: Vec::new(),
         };
@@ -109,6 +124,34 @@ impl Server {
         self.state().requests.clone()
     }
 
+    /// How many connections there were at one time since this was asked last.
+    pub(crate) fn most_open(&self) -> u64 {
+        let mut state = self.state();
+        let open = state.open;
+        std::mem::replace(&mut state.most_open, open)
+    }
+
+    /// How many connections were closed at once.
+    pub(crate) fn refused(&self) -> u64 {
+        self.state().refused
+    }
+
+    /// A connection begins; whether it is served.
+    fn takes_one(&self) -> bool {
+        let mut state = self.state();
+        let is_taken = match state.conduct {
+            Conduct::Crowded(most) => state.open < most,
+            Conduct::Starves => false,
+            _ => true,
+        };
+        if is_taken {
+            state.open += 1;
+            state.most_open = state.most_open.max(state.open);
+        }
+        state.refused += u64::from(!is_taken);
+        is_taken
+    }
+
     /// The way over the network, once. Waits while nothing gets through.
     async fn cross(&self) -> Conduct {
         let delay = {
@@ -120,6 +163,16 @@ impl Server {
         };
         self.sim.sleep(delay).await;
         self.settle(|conduct| conduct != Conduct::Blackholed).await
+    }
+
+    /// The same for the first packet of a connection. What is lost of those is sent again, at pauses that double (tcp(7), `tcp_syn_retries`).
+    async fn greeted(&self) -> Conduct {
+        let mut pause = Duration::from_secs(1);
+        while self.state().conduct == Conduct::Blackholed {
+            self.sim.sleep(pause).await;
+            pause *= 2;
+        }
+        self.cross().await
     }
 
     /// Waits until the conduct is one of those.
@@ -163,11 +216,12 @@ impl Path for Way {
 
     fn connect(&self) -> Boxed<'_, Result<Box<dyn Wire>, Fault>> {
         Box::pin(async {
-            if self.0.cross().await == Conduct::Refused {
+            if self.0.greeted().await == Conduct::Refused {
                 return Err(Fault::Connect("refused".into()));
             }
             let life = self.0.state().life;
-            Ok(Box::new(Line { server: self.0.clone(), life, body: None }) as _)
+            let is_taken = self.0.takes_one();
+            Ok(Box::new(Line { server: self.0.clone(), life, is_taken, body: None }) as _)
         })
     }
 }
@@ -175,7 +229,14 @@ impl Path for Way {
 struct Line {
     server: Arc<Server>,
     life: u64,
+    is_taken: bool,
     body: Option<Body>,
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.server.state().open -= u64::from(self.is_taken);
+    }
 }
 
 struct Body {
@@ -193,6 +254,9 @@ impl Line {
     async fn greet(&mut self) -> Result<(), Fault> {
         let conduct = self.server.cross().await;
         self.alive()?;
+        if !self.is_taken {
+            return Err(Fault::Broken("closed".into()));
+        }
         if conduct == Conduct::Expired { Err(Fault::Authority("Expired".into())) } else { Ok(()) }
     }
 
@@ -200,9 +264,12 @@ impl Line {
         self.alive()?;
         let conduct = self.server.cross().await;
         self.alive()?;
-        if conduct == Conduct::Silent {
-            self.server.settle(|conduct| conduct != Conduct::Silent).await;
+        if matches!(conduct, Conduct::Silent | Conduct::Starves) {
+            self.server.settle(|conduct| !matches!(conduct, Conduct::Silent | Conduct::Starves)).await;
             self.alive()?;
+        }
+        if let Conduct::FailsLate(late) = conduct {
+            self.server.sim.sleep(Duration::from_millis(late)).await;
         }
         let mut state = self.server.state();
         let now = self.server.sim.now();
@@ -222,6 +289,7 @@ impl Line {
         let (status, content_range) = match conduct {
             Conduct::NoRanges => (200, None),
             Conduct::Status(status) => (status, None),
+            Conduct::FailsLate(_) => (503, None),
             _ => (206, Some(format!("bytes {start}-{}/{total}", to - 1))),
         };
         self.body = Some(Body { bytes: bytes.into(), sent: 0, arrived: Bytes::new() });
@@ -237,6 +305,9 @@ impl Line {
             match conduct {
                 Conduct::Stalls(after) if body.sent >= after => {
                     self.server.settle(|conduct| !matches!(conduct, Conduct::Stalls(_))).await;
+                }
+                Conduct::Starves => {
+                    self.server.settle(|conduct| conduct != Conduct::Starves).await;
                 }
                 Conduct::Cuts(after) if body.sent >= after => return Err(Fault::Broken("cut".into())),
                 _ => {}

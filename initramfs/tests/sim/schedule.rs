@@ -35,7 +35,7 @@ pub(crate) struct Files {
 }
 
 fn any_conduct(random: &mut Random) -> Conduct {
-    match random.below(14) {
+    match random.below(16) {
         0 => Conduct::Refused,
         1 => Conduct::Blackholed,
         2 => Conduct::Silent,
@@ -49,6 +49,8 @@ fn any_conduct(random: &mut Random) -> Conduct {
         10 => Conduct::Expired,
         11 => Conduct::Status(503),
         12 => Conduct::Retags,
+        13 => Conduct::Crowded(random.below(4)),
+        14 => Conduct::Starves,
         _ => Conduct::Good,
     }
 }

@@ -40,6 +40,46 @@ fn an_outage_lasts_as_long_as_it_lasts_unless_the_machine_shuts_down() {
     assert_eq!(waited, Some(Duration::from_secs(30)));
 }
 
+/// What a shutdown reads it reads one after the other, and most of it is in nobody's memory. That each read waited anew would hold the machine for as many
+/// times as long.
+#[test]
+fn an_outage_at_shutdown_is_waited_out_once_and_not_by_each_read() {
+    let sim = Sim::new(6);
+    let world = sim.clone();
+    let waited = sim.run(HOUR, async move {
+        let (servers, reader) = pair(&world, Vec::new()).await;
+        for server in &servers {
+            server.behave(Conduct::Blackholed);
+        }
+        // So that both are found dead.
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let read = reader.clone();
+        world.spawn(Box::pin(async move { _ = sender.send(read.read(700_000, 4096).await) }));
+        world.sleep(Duration::from_mins(2)).await;
+        reader.end(true);
+        let ended = world.now();
+        assert!(matches!(receiver.await.unwrap(), Err(ReadError::GaveUp)));
+        let first = world.since(ended);
+        for index in 0..20 {
+            let result = reader.read(super::apart(index), 100).await;
+            assert!(matches!(result, Err(ReadError::GaveUp)), "{result:?}");
+        }
+        let all = world.since(ended);
+        // A server that comes back makes an end of it, and an outage after that is a new one.
+        servers[0].behave(Conduct::Good);
+        world.sleep(Duration::from_secs(30)).await;
+        reader.read(super::apart(30), 100).await.unwrap();
+        servers[0].behave(Conduct::Refused);
+        let begun = world.now();
+        let result = reader.read(super::apart(31), 100).await;
+        assert!(matches!(result, Err(ReadError::GaveUp)), "{result:?}");
+        (first, all, world.since(begun))
+    });
+    let (first, all, again) = waited.unwrap();
+    assert_eq!((first, all), (Duration::from_secs(30), Duration::from_secs(30)));
+    assert!(again >= Duration::from_secs(30) && again < Duration::from_secs(31), "{again:?}");
+}
+
 /// A server that was away for long rests long. It is back when the other one goes: reads must not wait for the end of that rest.
 #[test]
 fn who_rests_long_is_asked_soon_when_nobody_else_is_left() {
@@ -68,6 +108,34 @@ fn who_rests_long_is_asked_soon_when_nobody_else_is_left() {
         rested += usize::from(was_at_rest);
     }
     assert!(rested > 6, "the server rested in {rested} of 12 runs");
+}
+
+/// A server that is cut off is no other than one that was switched off: who waits for it must not wait for the kernel, which says "hello" ever more rarely.
+#[test]
+fn a_server_that_was_cut_off_is_asked_within_two_seconds() {
+    for seed in 0..40 {
+        let sim = Sim::new(seed);
+        let world = sim.clone();
+        let late = sim.run(HOUR, async move {
+            let (servers, reader) = pair(&world, Vec::new()).await;
+            reader.read(0, 4096).await.unwrap();
+            let all_behave = {
+                let servers = servers.clone();
+                move |conduct| servers.iter().for_each(|server| server.behave(conduct))
+            };
+            all_behave(Conduct::Blackholed);
+            let lasts = Duration::from_secs(30) + Duration::from_millis(700 * seed);
+            let (back, time) = (all_behave, world.clone());
+            world.spawn(Box::pin(async move {
+                time.sleep(lasts).await;
+                back(Conduct::Good);
+            }));
+            let begun = world.now();
+            reader.read(700_000, 4096).await.unwrap();
+            world.since(begun).checked_sub(lasts).expect("nobody served it")
+        });
+        assert!(late.unwrap() < Duration::from_secs(2), "{seed}: {late:?}");
+    }
 }
 
 /// What is logged, as the kernel's log gets it: a letter for the level, and the text.

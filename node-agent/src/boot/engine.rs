@@ -1,6 +1,6 @@
 //! Runs the table of [`super::states`]: one state after the other, each within its limit, failures as [`decide`] says.
 
-use super::states::{Class, Decision, EndAction, State, decide};
+use super::states::{Class, Decision, EndAction, Failures, State, decide};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -18,6 +18,11 @@ impl Fault {
     /// The same may succeed later.
     pub(super) fn again(reason: impl ToString) -> Self {
         Self { class: Class::Again, reason: reason.to_string() }
+    }
+
+    /// Who has the image is away.
+    pub(super) fn away(reason: impl ToString) -> Self {
+        Self { class: Class::Away, reason: reason.to_string() }
     }
 
     /// Trying again cannot help.
@@ -53,7 +58,7 @@ pub(super) trait Machine {
 /// Runs from [`State::Start`] to an end, and returns the end with the reason when it is not [`EndAction::Ready`].
 pub(super) async fn run(machine: &mut impl Machine) -> (EndAction, String) {
     let mut state = State::Start;
-    let mut failures: BTreeMap<State, u32> = BTreeMap::new();
+    let mut failures: BTreeMap<State, Failures> = BTreeMap::new();
     loop {
         let rule = state.rule();
         machine.entered(state).await;
@@ -69,9 +74,9 @@ pub(super) async fn run(machine: &mut impl Machine) -> (EndAction, String) {
             Ok(Err(fault)) => fault,
             Err(_) => Fault::again(format!("{}: not within {} s", rule.sentence, rule.limit.as_secs())),
         };
-        let attempt = failures.entry(state).or_default();
-        *attempt = attempt.saturating_add(1);
-        let decision = decide(rule, *attempt, fault.class, machine.jitter());
+        let failures_here = failures.entry(state).or_default();
+        failures_here.count(rule, fault.class);
+        let decision = decide(rule, *failures_here, fault.class, machine.jitter());
         machine.failed(state, &fault, decision).await;
         match decision {
             Decision::Go(next, pause) => {
@@ -158,6 +163,25 @@ mod tests {
         assert_eq!(machine.seen.iter().filter(|state| **state == State::Address).count(), 2);
         let (end, _, _) = play((0..6).map(|_| (State::Close, Fault::again("no member"))).collect()).await;
         assert_eq!(end, EndAction::Reboot);
+    }
+
+    #[tokio::test]
+    async fn an_outage_of_the_image_is_waited_out_and_uses_no_try_up() {
+        let mut faults: Vec<_> = (0..40).map(|_| (State::Tether, Fault::away("503"))).collect();
+        faults.extend((0..40).map(|_| (State::Tether, Fault::restart("no member"))));
+        faults.extend((0..4).map(|_| (State::Tether, Fault::again("broken"))));
+        let (end, _, machine) = play(faults.clone()).await;
+        assert_eq!(end, EndAction::Ready);
+        assert_eq!(
+            machine.seen.iter().filter(|state| **state == State::Pre).count(),
+            41,
+            "by hello where no member is"
+        );
+        // Nobody is asked all the time.
+        assert!(machine.paused > Duration::from_mins(15), "{:?}", machine.paused);
+        faults.push((State::Tether, Fault::again("broken")));
+        let (end, reason, _) = play(faults).await;
+        assert_eq!((end, reason.as_str()), (EndAction::Hold, "broken"));
     }
 
     #[tokio::test]

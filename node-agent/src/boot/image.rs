@@ -24,9 +24,10 @@ pub(super) const WHOLE_LIMIT: Duration = Duration::from_secs(3500);
 const CACHE: &str = "/dev/disk/by-partlabel/mooring-cache";
 /// How long a disk may take to appear.
 const DISK_LIMIT: Duration = Duration::from_secs(10);
-/// Exit statuses of the tether: this machine cannot do it; the image is not one that may be used.
+/// Exit statuses of the tether: this machine cannot do it; the image is not one that may be used; a server of it is away or busy.
 const CANNOT: i32 = 3;
 const NOT_ACCEPTED: i32 = 4;
+const AWAY: i32 = 5;
 
 impl Boot {
     pub(super) async fn image(&mut self) -> Result<State, Fault> {
@@ -141,8 +142,7 @@ impl Boot {
             }
             let members = self.members.as_mut().ok_or_else(|| missing("members"))?;
             members.disconnect();
-            // With no member there it is no fault of the image's: the boot goes back to where members are waited for.
-            return Err(if members.connection().await.is_ok() { Fault::again(error) } else { Fault::restart(error) });
+            return Err(not_mounted(&error, members.connection().await.is_ok()));
         }
         if let Some(why) = self.options.run.tether().and_then(|tether| tether.disk?.error) {
             self.reporter.note("mount", &format!("the root is read without a cache on the disk: {why}"));
@@ -208,6 +208,17 @@ impl Boot {
     /// What the kernel command line says, or else the profile.
     pub(super) fn root_mode(&self, offer: &ImageOffer) -> RootMode {
         self.arguments.root.unwrap_or(offer.root)
+    }
+}
+
+/// A mount that failed although it may succeed later.
+fn not_mounted(error: &ChildError, is_member_there: bool) -> Fault {
+    match error.code() {
+        // It is no fault of the image's: the boot goes back to where members are waited for.
+        _ if !is_member_there => Fault::restart(error),
+        // Members that are there may be others than those that have the image.
+        Some(AWAY) => Fault::away(error),
+        _ => Fault::again(error),
     }
 }
 
@@ -344,6 +355,18 @@ mod tests {
         let fault = boot(dir.path(), "/bin/false", RootMode::Tethered).tether().await.unwrap_err();
         assert_eq!(fault.class, Class::Restart);
         assert!(fault.reason.contains("/bin/false"), "{}", fault.reason);
+    }
+
+    #[tokio::test]
+    async fn with_members_there_that_do_not_have_the_image_those_that_do_are_waited_for() {
+        for (status, is_member_there, class) in
+            [(5, true, Class::Away), (5, false, Class::Restart), (1, true, Class::Again), (1, false, Class::Restart)]
+        {
+            let mut program = Command::new("sh");
+            program.arg("-c").arg(format!("exit {status}"));
+            let error = child::run(program, b"", MOUNT_LIMIT).await.unwrap_err();
+            assert_eq!(not_mounted(&error, is_member_there).class, class, "{status} {is_member_there}");
+        }
     }
 
     #[tokio::test]

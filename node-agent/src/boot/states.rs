@@ -164,6 +164,8 @@ pub enum Class {
     Refused,
     /// Token or connection are of no use any more: begin again with `hello`.
     Restart,
+    /// Who has the image is away, and others are there: ask for the image again, and where it is, as long as it takes.
+    Away,
     /// Trying again cannot help.
     Fatal,
 }
@@ -177,18 +179,43 @@ pub enum Decision {
     End(EndAction),
 }
 
-/// Decides after the `attempt`th failure in a row (from 1) of a state. `jitter` is from 0 to 1.
+/// Failures of a state since it last succeeded.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Failures {
+    /// All of them: the pauses grow with these.
+    pub all: u32,
+    /// Those that use up its tries.
+    pub tries: u32,
+}
+
+impl Failures {
+    /// One more. What waits for somebody or something else to come back is no try: however long an outage was, the state has all of its tries after it.
+    pub fn count(&mut self, rule: &Rule, class: Class) {
+        let is_try = match class {
+            Class::Again | Class::Fatal => true,
+            // Closing is tried on the spot whatever keeps it from that, and not for ever.
+            Class::Restart => rule.end == EndAction::Reboot,
+            Class::Refused | Class::Away => false,
+        };
+        self.all = self.all.saturating_add(1);
+        self.tries = self.tries.saturating_add(u32::from(is_try));
+    }
+}
+
+/// Decides after a failure of a state, which is counted. `jitter` is from 0 to 1.
 #[must_use]
-pub fn decide(rule: &Rule, attempt: u32, class: Class, jitter: f64) -> Decision {
-    let pause = pause(rule.pause, attempt, jitter);
-    let exhausted = matches!(rule.tries, Tries::Times(times) if attempt >= times);
+pub fn decide(rule: &Rule, failures: Failures, class: Class, jitter: f64) -> Decision {
+    let pause = pause(rule.pause, failures.all, jitter);
+    let exhausted = matches!(rule.tries, Tries::Times(times) if failures.tries >= times);
     match (class, rule.end) {
         // Every state that is refused goes round by `wait`, in its rhythm.
-        (Class::Refused, _) => Decision::Go(State::Wait, self::pause(State::Wait.rule().pause, attempt, jitter)),
+        (Class::Refused, _) => Decision::Go(State::Wait, self::pause(State::Wait.rule().pause, failures.all, jitter)),
         // Closing is the one thing that is not begun again from elsewhere.
         (Class::Restart, EndAction::Reboot) if exhausted => Decision::End(EndAction::Reboot),
         (Class::Restart, EndAction::Reboot) => Decision::Go(rule.state, pause),
         (Class::Restart, _) => Decision::Go(State::Hello, pause),
+        // Not by `hello`: the scripts of phase `pre` have run.
+        (Class::Away, _) => Decision::Go(State::Image, pause),
         (Class::Fatal, EndAction::Back(_)) => Decision::End(EndAction::Hold),
         (Class::Fatal, end) => Decision::End(end),
         (Class::Again, EndAction::Back(state)) if exhausted => Decision::Go(state, pause),
@@ -294,13 +321,20 @@ mod tests {
             ("an expired token begins anew", State::Image, 1, Class::Restart, Box::new(go(State::Hello))),
             ("a TPM that fails holds", State::Enroll, 1, Class::Fatal, Box::new(ends(EndAction::Hold))),
             ("a script that fails holds", State::Pre, 1, Class::Again, Box::new(ends(EndAction::Hold))),
+            (
+                "servers of an image that are away are waited for",
+                State::Tether,
+                99,
+                Class::Away,
+                Box::new(go(State::Image)),
+            ),
             ("closing is tried again", State::Close, 1, Class::Again, Box::new(go(State::Close))),
             ("closing stays where it is", State::Close, 2, Class::Restart, Box::new(go(State::Close))),
             ("a stage that does not close reboots", State::Close, 6, Class::Again, Box::new(ends(EndAction::Reboot))),
             ("also at once", State::Close, 1, Class::Fatal, Box::new(ends(EndAction::Reboot))),
         ];
         for (name, state, attempt, class, check) in cases {
-            let decision = decide(state.rule(), attempt, class, 0.5);
+            let decision = decide(state.rule(), Failures { all: attempt, tries: attempt }, class, 0.5);
             assert!(check(decision), "{name}: {decision:?}");
         }
     }
