@@ -14,7 +14,7 @@ use axum::response::Response;
 use axum::routing::get;
 use bytes::Bytes;
 use futures_util::stream::{self, TryStreamExt as _};
-use http::{HeaderMap, Method, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use moor_api::ids::Sha256Digest;
 use moor_api::problem::{Code, Problem};
 use moor_api::trust::SITE_FILE;
@@ -29,6 +29,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Bytes per write: rustls is fastest at 64 KiB. Of what is read at once no more is in memory than this.
 const PIECE: usize = 64 << 10;
+
+/// Behind the name of a boot file there are other bytes with the profile's next generation: a proxy that kept them would let nodes boot the old kernel.
+const OF_NOW: HeaderValue = HeaderValue::from_static("no-cache");
 
 /// The routes.
 pub fn router() -> Router<Arc<Member>> {
@@ -229,7 +232,8 @@ async fn boot(
 ) -> Result<Response, Failure> {
     if name == "site.cpio" {
         let bytes = site_archive(&member)?;
-        return Response::builder().body(Body::from(bytes)).map_err(|error| anyhow::Error::from(error).into());
+        let response = Response::builder().header(header::CACHE_CONTROL, OF_NOW).body(Body::from(bytes));
+        return response.map_err(|error| anyhow::Error::from(error).into());
     }
     let leave = Leave::of(&connection, &member, Client::of(&connection.peer)).await;
     let view = member.view()?;
@@ -250,7 +254,9 @@ async fn boot(
     let file =
         File::open(&path).map_err(|error| unreadable(&format!("'{name}' of profile '{profile}'"), &path, &error))?;
     let size = file.metadata().map_err(|error| anyhow::anyhow!("reading '{}': {error}", path.display()))?.len();
-    Ok(ranges((file, size), &format!("\"{blob}\""), leave, &method, &headers))
+    let mut response = ranges((file, size), &format!("\"{blob}\""), leave, &method, &headers);
+    response.headers_mut().insert(header::CACHE_CONTROL, OF_NOW);
+    Ok(response)
 }
 
 /// What stands behind the image's initramfs: the site bundle.
