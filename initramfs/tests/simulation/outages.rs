@@ -4,9 +4,18 @@ use super::sim::network::Conduct;
 use super::sim::world::Sim;
 use super::{FILES, HOUR, pair};
 use moor_tether::reader::world::World as _;
-use moor_tether::reader::{ReadError, Standing};
+use moor_tether::reader::{ReadError, Reader, Standing};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use tokio::sync::oneshot;
+
+/// A read that somebody waits for meanwhile.
+fn begin_read(world: &Sim, reader: &Reader) -> oneshot::Receiver<Result<Vec<u8>, ReadError>> {
+    let (sender, receiver) = oneshot::channel();
+    let reader = reader.clone();
+    world.spawn(Box::pin(async move { _ = sender.send(reader.read(700_000, 4096).await) }));
+    receiver
+}
 
 #[test]
 fn an_outage_lasts_as_long_as_it_lasts_unless_the_machine_shuts_down() {
@@ -17,9 +26,7 @@ fn an_outage_lasts_as_long_as_it_lasts_unless_the_machine_shuts_down() {
         for server in &servers {
             server.behave(Conduct::Refused);
         }
-        let (sender, receiver) = tokio::sync::oneshot::channel();
-        let read = reader.clone();
-        world.spawn(Box::pin(async move { _ = sender.send(read.read(700_000, 4096).await) }));
+        let read = begin_read(&world, &reader);
         world.sleep(Duration::from_mins(20)).await;
         // Taken back in time, it is as if nobody had said it.
         reader.end(true);
@@ -28,7 +35,7 @@ fn an_outage_lasts_as_long_as_it_lasts_unless_the_machine_shuts_down() {
         world.sleep(Duration::from_mins(20)).await;
         reader.end(true);
         let ended = world.now();
-        let result = receiver.await.unwrap();
+        let result = read.await.unwrap();
         assert!(matches!(result, Err(ReadError::GaveUp)), "{result:?}");
         let waited = world.since(ended);
         // A server that comes back is in time for the next.
@@ -52,13 +59,11 @@ fn an_outage_at_shutdown_is_waited_out_once_and_not_by_each_read() {
             server.behave(Conduct::Blackholed);
         }
         // So that both are found dead.
-        let (sender, receiver) = tokio::sync::oneshot::channel();
-        let read = reader.clone();
-        world.spawn(Box::pin(async move { _ = sender.send(read.read(700_000, 4096).await) }));
+        let read = begin_read(&world, &reader);
         world.sleep(Duration::from_mins(2)).await;
         reader.end(true);
         let ended = world.now();
-        assert!(matches!(receiver.await.unwrap(), Err(ReadError::GaveUp)));
+        assert!(matches!(read.await.unwrap(), Err(ReadError::GaveUp)));
         let first = world.since(ended);
         for index in 0..20 {
             let result = reader.read(super::apart(index), 100).await;

@@ -123,17 +123,17 @@ async fn check_rest(member: &Member, view: &Snapshot, number: u64, record: &Memb
     let others = rest.iter().filter(|(other, _)| *other != member.identity.number);
     let peers: Vec<_> = others.map(|(_, record)| record.peer()).collect();
     let silent: Vec<_> = holders::silent(member, &peers).await.into_iter().map(|peer| peer.name.as_str()).collect();
-    let is_silent = |record: &MemberRecord| silent.contains(&record.name.as_str());
-    let has_majority = |answer: usize, all: usize| all == 0 || answer * 2 > all;
-    let answer = |of: &dyn Fn(u64) -> bool| {
-        let of: Vec<_> = rest.iter().filter(|(other, _)| of(*other)).collect();
-        has_majority(of.iter().filter(|(_, record)| !is_silent(record)).count(), of.len())
+    // Of the last one that votes the store says what there is to do.
+    let most_answer = |of: &[&MemberRecord]| {
+        let answering = of.iter().filter(|record| !silent.contains(&record.name.as_str())).count();
+        of.is_empty() || answering * 2 > of.len()
     };
-    // Some of them are to vote, and do not yet: it takes a majority of the others until they do. Of the last one that votes the store says what there is
-    // to do.
+    // Some of them are to vote, and do not yet: it takes a majority of the others until they do.
     let standing = member.store.standing();
-    let votes = |other: u64| standing.members.get(&other).is_some_and(|(_, votes)| *votes);
-    if answer(&|_| true) && answer(&votes) {
+    let votes_now = |number: &u64| standing.members.get(number).is_some_and(|(_, votes)| *votes);
+    let all: Vec<_> = rest.iter().map(|(_, record)| record).collect();
+    let now: Vec<_> = rest.iter().filter(|(other, _)| votes_now(other)).map(|(_, record)| record).collect();
+    if most_answer(&all) && most_answer(&now) {
         return Ok(());
     }
     let detail = format!(

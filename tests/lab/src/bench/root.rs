@@ -40,10 +40,11 @@ const MEMORY: f64 = 40e6 + 8.4e6;
 /// Bytes of the large file that are read in a row through squashfs, beside each peer.
 const PART: u64 = 512 << 20;
 const PEERS: [Kind; 4] = [Kind::Rclone, Kind::RcloneCache, Kind::RcloneSmall, Kind::Httpdirfs];
-/// Makes the links that are named in it, by commas; else all.
+/// Names the links to make.
 const CHOICE: &str = "MOOR_LINKS";
 
 pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
+    let links = chosen(&std::env::var(CHOICE).unwrap_or_default())?;
     let mut table = Table::new("root");
     let authority = Authority::new(lab.dir)?;
     let input = input(lab, &authority)?;
@@ -62,13 +63,23 @@ pub(super) fn table(lab: &Lab<'_>) -> anyhow::Result<Table> {
     table
         .facts
         .push("cold: new processes, new mounts, caches dropped; random reads are of 4 KiB, through squashfs".into());
-    let wanted = std::env::var(CHOICE).unwrap_or_default();
-    for (name, one_way) in LINKS {
-        if wanted.is_empty() || wanted.split(',').any(|wanted| wanted == name) {
-            Link::new(lab, &input, &authority, name, one_way)?.measure(&mut table)?;
-        }
+    for (name, one_way) in links {
+        Link::new(lab, &input, &authority, name, one_way)?.measure(&mut table)?;
     }
     Ok(table)
+}
+
+/// The links of these names, by commas; all, where none is named.
+fn chosen(names: &str) -> anyhow::Result<Vec<(&'static str, Duration)>> {
+    if names.is_empty() {
+        return Ok(LINKS.to_vec());
+    }
+    let link = |name: &str| {
+        let known = || LINKS.map(|(known, _)| format!("'{known}'")).join(", ");
+        let found = LINKS.into_iter().find(|(known, _)| *known == name);
+        found.with_context(|| format!("{CHOICE}: there is no link '{name}': there are {}", known()))
+    };
+    names.split(',').map(link).collect()
 }
 
 /// What is served: `image.moor` and the same plain, `plain.squashfs`, in `files` and in `large`. In memory; gone on drop.
